@@ -1,0 +1,48 @@
+"""layerwise: numerical optimization for layer-wise reconstruction of pruned networks.
+
+Researchers build a :class:`LayerProblem` and :func:`solve` it; practitioners call
+:func:`prune_model`. Importing this package loads torch and nothing heavier.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from layerwise.errors import LayerwiseError
+from layerwise.moments import MomentAccumulator, Moments
+from layerwise.patterns import NM, Columns, FixedMask, Unstructured
+from layerwise.problem import LayerProblem
+from layerwise.solution import Certificate, Solution, Solver, Status
+from layerwise.solve import chain, solve
+from layerwise.solvers import SOLVERS
+
+if TYPE_CHECKING:
+    from layerwise.run.prune import prune_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NM",
+    "SOLVERS",
+    "Certificate",
+    "Columns",
+    "FixedMask",
+    "LayerProblem",
+    "LayerwiseError",
+    "MomentAccumulator",
+    "Moments",
+    "Solution",
+    "Solver",
+    "Status",
+    "Unstructured",
+    "chain",
+    "prune_model",
+    "solve",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "prune_model":  # loads transformers, so only when asked for
+        from layerwise.run.prune import prune_model
+
+        return prune_model
+    message = f"module 'layerwise' has no attribute {name!r}"
+    raise AttributeError(message)

@@ -1,0 +1,174 @@
+"""Train the packaged models from scratch: ``python -m layerwise.demo.train llama``.
+
+TABLE
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MambaConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+)
+
+from layerwise.demo import MODELS, calibration_text, evaluation_text
+
+CONTEXT: Final = 256  # tokens
+BATCH: Final = 8  # windows of CONTEXT tokens per step
+VOCABULARY: Final = 1024
+END: Final = "<|endoftext|>"  # the one special token: start, end and padding
+
+STEPS: Final = {"opt": 4000, "llama": 4000, "mamba": 2000}
+LEARNING_RATE: Final = 3e-3
+WARM_UP: Final = 100  # steps
+WEIGHT_DECAY: Final = 0.1
+REPORT_EVERY: Final = 50  # steps
+
+SPECIAL_TOKENS: Final = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+CONFIGS: Final = {
+    "opt": OPTConfig(
+        hidden_size=128,
+        word_embed_proj_dim=128,
+        ffn_dim=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        dropout=0.0,
+        vocab_size=VOCABULARY,
+        **SPECIAL_TOKENS,
+    ),
+    "llama": LlamaConfig(
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=CONTEXT,
+        vocab_size=VOCABULARY,
+        **SPECIAL_TOKENS,
+    ),
+    "mamba": MambaConfig(
+        hidden_size=128,
+        state_size=16,
+        num_hidden_layers=4,
+        vocab_size=VOCABULARY,
+        **SPECIAL_TOKENS,
+    ),
+}
+
+
+def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: any text can be encoded, and decoding gives it back."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode(tokenizer: Any, text: str) -> Tensor:
+    """Token ids of `text`, shape (tokens,)."""
+    return torch.tensor(tokenizer.backend_tokenizer.encode(text).ids)
+
+
+def train(model: Any, tokens: Tensor, steps: int, seed: int) -> None:
+    """Minimise the next-token loss over random windows of `tokens`, in place.
+
+    AdamW with a linear warm-up and a cosine decay to zero; weight decay is for matrices
+    only, gradients are clipped to norm one.
+    """
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(
+            (step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        ),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    window = torch.arange(CONTEXT)
+    start, total = time.monotonic(), 0.0
+    model.train()
+    for step in range(1, steps + 1):
+        first = torch.randint(len(tokens) - CONTEXT, (BATCH, 1), generator=generator)
+        batch = tokens[first + window]
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        total += loss.item()
+        if step % REPORT_EVERY == 0:
+            minutes = (time.monotonic() - start) / 60
+            mean, total = total / REPORT_EVERY, 0.0
+            print(f"step {step:5d}  loss {mean:.3f}  {minutes:.1f} min", flush=True)
+
+
+@torch.no_grad()
+def perplexity(model: Any, tokens: Tensor) -> float:
+    """Perplexity over consecutive windows of `tokens`; an incomplete one is dropped."""
+    model.eval()
+    windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, 1, CONTEXT)
+    losses = [model(input_ids=w, labels=w, use_cache=False).loss for w in windows]
+    return float(torch.stack(losses).double().mean().exp())
+
+
+def main() -> None:
+    """Train the models named on the command line, and save them."""
+    parser = argparse.ArgumentParser(prog="python -m layerwise.demo.train")
+    parser.add_argument("model", nargs="?", default="all", choices=(*MODELS, "all"))
+    parser.add_argument("--steps", type=int, help="default: enough for the model")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    arguments = parser.parse_args()
+
+    tokenizer = train_tokenizer(calibration_text())
+    tokens = encode(tokenizer, calibration_text())
+    held_out = encode(tokenizer, evaluation_text())
+    print(f"{len(tokens)} tokens to train on, {len(held_out)} held out")
+    for name in MODELS if arguments.model == "all" else (arguments.model,):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(arguments.seed)
+            model = AutoModelForCausalLM.from_config(
+                CONFIGS[name], dtype=torch.float32
+            )
+        print(f"{name}: {model.num_parameters()} parameters")
+        train(model, tokens, arguments.steps or STEPS[name], arguments.seed)
+        model.bfloat16()
+        folder = arguments.output / name
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        print(f"{name}: perplexity {perplexity(model, held_out):.2f}, saved in {folder}")
+
+
+if __name__ == "__main__":
+    main()

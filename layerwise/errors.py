@@ -1,0 +1,56 @@
+"""The few exceptions of the toolkit, each with the exit code of its command line.
+
+Misuse is an exception; the outcome of an optimisation is a
+:class:`~layerwise.solution.Status`. Every message is one line that says what is wrong,
+where (layer, tensor, index), and what to change.
+"""
+
+from typing import ClassVar
+
+
+class LayerwiseError(Exception):
+    """Base class: ``except LayerwiseError`` catches everything raised on purpose."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class UsageError(LayerwiseError, ValueError):
+    """An argument is impossible or contradicts another one."""
+
+
+class InvalidProblemError(LayerwiseError, ValueError):
+    """The data of a layer problem are not usable: shapes, NaN, impossible pattern."""
+
+
+class UnsupportedModelError(LayerwiseError, TypeError):
+    """No adapter knows this architecture, or nothing in it can be pruned."""
+
+
+class VerificationError(LayerwiseError):
+    """A finished folder or solution does not hold what it claims."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class SolveError(LayerwiseError, RuntimeError):
+    """A layer could not be solved; the message names it and what to change."""
+
+    exit_code: ClassVar[int] = 4
+
+
+class MemoryBudgetError(LayerwiseError, MemoryError):
+    """The memory budget is too small for the smallest possible chunk of work."""
+
+    exit_code: ClassVar[int] = 5
+
+
+class DataError(LayerwiseError):
+    """Calibration text, a dataset or a checkpoint is missing, damaged or hostile."""
+
+    exit_code: ClassVar[int] = 6
+
+
+class Interrupted(LayerwiseError):
+    """The run was stopped; what is finished is kept and the run can be resumed."""
+
+    exit_code: ClassVar[int] = 75

@@ -1,0 +1,112 @@
+"""Judging weights: objective, relative error, feasibility; always in float64, by us.
+
+Everything is written around the dense weight (see :mod:`layerwise.problem`), so that a
+relative error of 1e-6 is a number and not the remainder of a cancellation.
+"""
+
+from collections.abc import Mapping
+from typing import TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import VerificationError
+from layerwise.problem import CenteredProblem, LayerProblem
+from layerwise.solution import Certificate, Solution, Status
+
+
+class Findings(TypedDict, total=False):
+    """What a solver may add to the weights that it found; see :class:`Solution`."""
+
+    certificate: Certificate | None
+    iterations: int
+    history: tuple[Mapping[str, float], ...]
+    stats: Mapping[str, float]
+
+
+def objective_rows(
+    problem: LayerProblem,
+    weight: Tensor,  # (out, in)
+    *,
+    damped: bool = False,
+) -> Tensor:  # (out,)
+    r"""Objective ``||W X - What Xhat||^2 / tokens`` of every row, float64.
+
+    Computed as ``<E G, E> + 2 <E, S> + drift`` with ``E = W - What``; `damped` adds
+    ``ridge * ||E||^2``. Cost: one (out, in, in) product in float64.
+    """
+    change = problem.weight.double() - weight.double()
+    gradient = change @ problem.gram
+    if problem.shift is not None:
+        gradient += 2 * problem.shift
+    if damped:
+        gradient += problem.ridge * change
+    return ((gradient * change).sum(dim=1) + problem.drift).clamp(min=0)
+
+
+def residual(problem: LayerProblem, weight: Tensor) -> Tensor:
+    """``T - What G`` of the damped problem in float64: minus half the gradient."""
+    change = problem.weight.double() - weight.double()
+    result = change @ problem.gram + problem.ridge * change
+    return result if problem.shift is None else result + problem.shift
+
+
+def relative_error(problem: LayerProblem, weight: Tensor) -> float:
+    """``||W X - What Xhat||_F / ||W X||_F``; 0 for a layer that outputs nothing."""
+    return _ratio(float(objective_rows(problem, weight).sum()), problem)
+
+
+def evaluate(
+    problem: LayerProblem,
+    weight: Tensor,
+    mask: Tensor,
+    status: Status,
+    **findings: Unpack[Findings],
+) -> Solution:
+    """Solution with its objective and error measured here.
+
+    Weights that are not finite turn the status into ``NUMERICAL_ERROR``, whatever the
+    solver believed.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        status = Status.NUMERICAL_ERROR
+    objective = float(objective_rows(problem, weight).sum())
+    bias = None
+    if isinstance(problem, CenteredProblem):
+        moments = problem.moments
+        assert moments.input_mean is not None
+        assert moments.pruned_input_mean is not None
+        bias = problem.weight.double() @ moments.input_mean
+        bias = bias - weight.double() @ moments.pruned_input_mean
+    return Solution(
+        weight=weight,
+        mask=mask,
+        objective=objective,
+        relative_error=_ratio(objective, problem),
+        status=status,
+        bias=bias,
+        **findings,
+    )
+
+
+def check_feasible(problem: LayerProblem, weight: Tensor, mask: Tensor) -> None:
+    """Raise :class:`VerificationError` unless mask and weight satisfy the pattern."""
+    if tuple(weight.shape) != problem.shape or tuple(mask.shape) != problem.shape:
+        message = (
+            f"the solver returned weight {tuple(weight.shape)} and mask "
+            f"{tuple(mask.shape)} for a layer of shape {problem.shape}"
+        )
+        raise VerificationError(message)
+    if mask.dtype != torch.bool or not problem.pattern.accepts(mask):
+        message = f"the solver's mask does not satisfy the pattern {problem.pattern}"
+        raise VerificationError(message)
+    if bool(weight[~mask].any()):
+        message = "the solver returned weights outside its mask"
+        raise VerificationError(message)
+
+
+def _ratio(objective: float, problem: LayerProblem) -> float:
+    energy = float(problem.energy.sum())
+    if energy > 0:
+        return float((objective / energy) ** 0.5)
+    return 0.0 if objective == 0 else float("inf")

@@ -1,0 +1,133 @@
+"""Damping, factorizations and eigenvalue bounds; all jitter of the toolkit lives here.
+
+A Cholesky factorization that fails climbs a ladder: float32, then float64 at the same
+damping, then ten times the damping up to 1. The rung that held is part of the result.
+Nothing is clipped and no other matrix is put in place of the gram.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import InvalidProblemError, SolveError
+
+FIRST_DAMPING = 1e-8  # rung that follows an undamped gram that turned out singular
+POWER_ITERATIONS = 40
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """Cholesky factor ``lower @ lower.T`` of ``gram + damping * mean_diagonal * I``.
+
+    Parameters
+    ----------
+    lower
+        Shape (in, in), lower triangular.
+    damping
+        The damping at which the factorization succeeded.
+    requested
+        The damping that was asked for; smaller if the ladder had to be climbed.
+    """
+
+    lower: Tensor
+    damping: float
+    requested: float
+
+    @property
+    def raised(self) -> bool:
+        """Whether the damping had to be raised."""
+        return self.damping > self.requested
+
+    def solve_rows(self, rows: Tensor) -> Tensor:
+        """``rows @ inverse`` for a matrix (m, in) of row vectors."""
+        right_sides = rows.to(self.lower.dtype).T
+        return torch.cholesky_solve(right_sides, self.lower).T.to(rows.dtype)
+
+    def inverse_norms(self, rows: Tensor) -> Tensor:
+        """``r inverse r^T`` of every row r of a matrix (m, in), shape (m,)."""
+        right_sides = rows.to(self.lower.dtype).T
+        half = torch.linalg.solve_triangular(self.lower, right_sides, upper=False)
+        return half.square().sum(dim=0)
+
+
+def damped(
+    gram: Tensor, mean_diagonal: float, damping: float, dtype: torch.dtype
+) -> Tensor:
+    """``gram + damping * mean_diagonal * I`` in the given precision."""
+    result = gram.to(dtype, copy=True)
+    result.diagonal().add_(damping * mean_diagonal)
+    return result
+
+
+def factorize(
+    gram: Tensor, mean_diagonal: float, damping: float, dtype: torch.dtype
+) -> Factor:
+    """Factor the damped gram, climbing the ladder where needed.
+
+    Parameters
+    ----------
+    gram
+        Shape (in, in), symmetric, float64.
+    mean_diagonal
+        Unit of damping.
+    damping
+        First rung, relative; 0 asks for the gram itself.
+    dtype
+        Precision of the first rung; float64 follows.
+
+    Raises
+    ------
+    SolveError
+        If not even damping 1 gives a positive definite matrix: the gram is indefinite.
+    """
+    if damping < 0:
+        message = f"damping must not be negative, got {damping}"
+        raise InvalidProblemError(message)
+    rungs = [(dtype, damping), (torch.float64, damping)]
+    raised = damping
+    while raised < 1:
+        raised = max(FIRST_DAMPING, min(1.0, raised * 10))
+        rungs.append((torch.float64, raised))
+    for precision, rung in rungs:
+        matrix = damped(gram, mean_diagonal, rung, precision)
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        if int(info) == 0:
+            pivots = lower.diagonal().square() / matrix.diagonal()
+            if float(pivots.min()) > torch.finfo(precision).eps * len(matrix):
+                return Factor(lower, rung, damping)
+    message = (
+        "the gram is indefinite: its Cholesky factorization fails even at damping 1; "
+        "check the calibration activations for overflow"
+    )
+    raise SolveError(message)
+
+
+def largest_eigenvalue(matrix: Tensor) -> float:
+    """Largest eigenvalue of a symmetric positive semi-definite matrix, from below.
+
+    Power iteration from a fixed start; accurate to a few percent on ordinary grams, so a
+    caller must be prepared for an estimate that is slightly too small.
+    """
+    return _power_iteration(lambda row: row @ matrix, matrix)
+
+
+def smallest_eigenvalue(factor: Factor, scaling: Tensor) -> float:
+    """Smallest eigenvalue of ``S L L^T S`` with ``S = diag(scaling)``, from above."""
+    inverse = _power_iteration(
+        lambda row: factor.solve_rows(row / scaling) / scaling, factor.lower
+    )
+    return 1 / inverse
+
+
+def _power_iteration(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
+    size = len(like)
+    row = 1 + torch.arange(size, dtype=like.dtype, device=like.device) / size
+    row = (row / row.norm()).unsqueeze(0)
+    value = like.new_ones(())
+    for _ in range(POWER_ITERATIONS):
+        image = apply(row)
+        value = image.norm()
+        row = image / value
+    return float(value)

@@ -1,0 +1,292 @@
+"""Second moments of the inputs of a layer: all that a layer problem keeps of the data.
+
+The objective ``||W X - What Xhat||_F^2 / tokens`` depends on the inputs only through
+
+    gram        G = Xhat Xhat^T / tokens      (in, in)
+    cross_gram  C = X Xhat^T / tokens         (in, in), not symmetric; C = G if Xhat = X
+    drift       ||W (X - Xhat)||^2 / tokens   (out,), per matrix, zero if Xhat = X
+
+This is the only module that touches activations. Chunks are scaled by a power of two,
+multiplied in float32 (float64 for float64 inputs) and summed in float64, so half
+precision activations neither overflow nor lose their sums.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import InvalidProblemError
+from layerwise.linalg import Factor, factorize
+
+MAX_EXPONENT = 120  # 2 to this power is an ordinary number in float32
+EXACT_RANK_WIDTH = 2048  # above it, an eigenvalue decomposition costs more than it tells
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Moments of the inputs, shared by reference by all matrices that read them.
+
+    Parameters
+    ----------
+    gram
+        ``Xhat Xhat^T / tokens``, shape (in, in), symmetric positive semi-definite.
+    cross_gram
+        ``X Xhat^T / tokens``, shape (in, in); None if the dense and the pruned model see
+        the same inputs.
+    input_mean, pruned_input_mean
+        Means over tokens, shape (in,); None if they were not collected.
+    n_tokens
+        Number of tokens behind the averages; 0 if unknown.
+
+    Notes
+    -----
+    Everything is kept in float64. Factorizations are cached per damping, so q, k and v
+    pay for one.
+    """
+
+    gram: Tensor
+    cross_gram: Tensor | None = None
+    input_mean: Tensor | None = None
+    pruned_input_mean: Tensor | None = None
+    n_tokens: int = 0
+    _factors: dict[tuple[float, torch.dtype, bool], Factor] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("gram", "cross_gram", "input_mean", "pruned_input_mean"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, value.detach().to(torch.float64))
+        _check_gram(self.gram)
+        if self.cross_gram is not None:
+            _check_matrix(self.cross_gram, "cross_gram", self.width)
+
+    @property
+    def width(self) -> int:
+        """Number of input channels."""
+        return self.gram.shape[0]
+
+    @cached_property
+    def mean_diagonal(self) -> float:
+        """Mean of diag(gram): the unit in which damping is measured."""
+        return float(self.gram.diagonal().mean())
+
+    @cached_property
+    def dead_channels(self) -> int:
+        """Number of inputs that are zero in every token."""
+        return int((self.gram.diagonal() == 0).sum())
+
+    @cached_property
+    def rank(self) -> int:
+        """Numerical rank of the gram; for wide layers the bound by tokens and live inputs.
+
+        Up to width 2048 eigenvalues of the unit-diagonal gram above ``width`` times the
+        float32 rounding are counted.
+        """
+        live = self.gram.diagonal() > 0
+        bound = int(live.sum())
+        if self.n_tokens:
+            bound = min(bound, self.n_tokens)
+        if self.width > EXACT_RANK_WIDTH or bound == 0:
+            return bound
+        gram = self.gram[live][:, live]
+        root = gram.diagonal().sqrt()
+        eigenvalues = torch.linalg.eigvalsh(gram / root / root[:, None])
+        rounding = torch.finfo(torch.float32).eps * len(root)
+        return min(bound, int((eigenvalues > rounding).sum()))
+
+    def factor(
+        self, damping: float, dtype: torch.dtype, *, reverse: bool = False
+    ) -> Factor:
+        """Cholesky factor of the damped gram, by the ladder of `linalg`; cached.
+
+        `reverse` factors the gram with its channels in reverse order, which gives an
+        upper triangular V with ``V V^T`` equal to the gram.
+        """
+        key = (damping, dtype, reverse)
+        if key not in self._factors:
+            gram = self.gram.flip(0, 1) if reverse else self.gram
+            self._factors[key] = factorize(gram, self.mean_diagonal, damping, dtype)
+        return self._factors[key]
+
+    def scaled(self, factor: float) -> "Moments":
+        """Moments of inputs multiplied by ``sqrt(factor)``; exact for powers of two."""
+        cross, root = self.cross_gram, factor**0.5
+        means = (self.input_mean, self.pruned_input_mean)
+        return Moments(
+            self.gram * factor,
+            None if cross is None else cross * factor,
+            *(None if mean is None else mean * root for mean in means),
+            n_tokens=self.n_tokens,
+        )
+
+    def centered(self) -> "Moments":
+        """Moments about the means: ``G - muhat muhat^T`` and ``C - mu muhat^T``."""
+        if self.input_mean is None:
+            message = "centering needs input means; collect the moments with their means"
+            raise InvalidProblemError(message)
+        pruned_mean = (
+            self.input_mean if self.pruned_input_mean is None else self.pruned_input_mean
+        )
+        gram = self.gram - torch.outer(pruned_mean, pruned_mean)
+        gram.diagonal().clamp_(min=0)
+        cross = self.cross_gram
+        if cross is not None:
+            cross = cross - torch.outer(self.input_mean, pruned_mean)
+        return Moments(
+            gram, cross, self.input_mean, pruned_mean, n_tokens=self.n_tokens
+        )
+
+
+class MomentAccumulator:
+    """Streaming moments of a dense and, where it differs, a pruned input stream.
+
+    Parameters
+    ----------
+    width
+        Number of input channels.
+    weights
+        The matrices that read these inputs, each (out, in); their drift is accumulated
+        when a pruned stream is given.
+    device
+        Where the sums live; chunks are moved there.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        weights: Sequence[Tensor] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.n_tokens = 0
+        self._weights = [weight.detach().to(device) for weight in weights]
+        self._gram, self._sum = zeros(width, width), zeros(width)
+        self._cross: Tensor | None = None
+        self._pruned_sum = zeros(width)
+        self._drift = [zeros(weight.shape[0]) for weight in self._weights]
+
+    def update(self, inputs: Tensor, pruned_inputs: Tensor | None = None) -> None:
+        """Add tokens: inputs of shape (..., in), of the dense and of the pruned model."""
+        width = self._gram.shape[0]
+        dense, exponent = self._prepare(inputs.reshape(-1, width), "inputs")
+        self._sum += _descale(dense.double().sum(dim=0), exponent)
+        if pruned_inputs is None:
+            if self._cross is not None:
+                message = "an accumulator takes pruned inputs in every update or in none"
+                raise InvalidProblemError(message)
+            self._gram += _descale((dense.T @ dense).double(), 2 * exponent)
+        else:
+            flat = pruned_inputs.reshape(-1, width)
+            pruned, pruned_exponent = self._prepare(flat, "pruned inputs")
+            if pruned.shape != dense.shape:
+                message = (
+                    f"dense inputs have {dense.shape[0]} tokens, pruned inputs "
+                    f"{pruned.shape[0]}"
+                )
+                raise InvalidProblemError(message)
+            self._update_pair(dense, exponent, pruned, pruned_exponent)
+        self.n_tokens += dense.shape[0]
+
+    def _prepare(self, tokens: Tensor, name: str) -> tuple[Tensor, int]:
+        """Chunk in its product precision, scaled to magnitude 1, and the exponent."""
+        largest = tokens.abs().amax() if tokens.numel() else tokens.new_zeros(())
+        if not bool(torch.isfinite(largest)):
+            row, channel = (~torch.isfinite(tokens)).nonzero()[0].tolist()
+            message = (
+                f"{name} contain {float(tokens[row, channel])} at token "
+                f"{self.n_tokens + row}, channel {channel}"
+            )
+            raise InvalidProblemError(message)
+        product = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+        tokens = tokens.detach().to(self._gram.device, product)
+        exponent = math.frexp(float(largest))[1]
+        exponent = max(-MAX_EXPONENT, min(MAX_EXPONENT, exponent))
+        return _descale(tokens, -exponent), exponent
+
+    def _update_pair(
+        self, dense: Tensor, exponent: int, pruned: Tensor, pruned_exponent: int
+    ) -> None:
+        if self._cross is None:
+            if self.n_tokens:
+                message = "an accumulator takes pruned inputs in every update or in none"
+                raise InvalidProblemError(message)
+            self._cross = torch.zeros_like(self._gram)
+        self._gram += _descale((pruned.T @ pruned).double(), 2 * pruned_exponent)
+        cross = (dense.T @ pruned).double()
+        self._cross += _descale(cross, exponent + pruned_exponent)
+        self._pruned_sum += _descale(pruned.double().sum(dim=0), pruned_exponent)
+        change = dense - _descale(pruned, pruned_exponent - exponent)
+        for weight, drift in zip(self._weights, self._drift, strict=True):
+            outputs = (change @ weight.to(change.dtype).T).double()
+            drift += _descale(outputs.square().sum(dim=0), 2 * exponent)
+
+    def moments(self) -> Moments:
+        """Averages of everything added so far."""
+        if self.n_tokens == 0:
+            message = "no tokens were added; the calibration data are empty"
+            raise InvalidProblemError(message)
+        n, cross = self.n_tokens, self._cross
+        return Moments(
+            self._gram / n,
+            None if cross is None else cross / n,
+            self._sum / n,
+            None if cross is None else self._pruned_sum / n,
+            n_tokens=n,
+        )
+
+    def drift(self, index: int) -> Tensor | None:
+        """Row sums of ``(W (X - Xhat))^2 / tokens`` of one matrix; None if Xhat = X."""
+        return None if self._cross is None else self._drift[index] / self.n_tokens
+
+
+def _descale(values: Tensor, exponent: int) -> Tensor:
+    return values * 2.0**exponent
+
+
+def _check_matrix(matrix: Tensor, name: str, width: int) -> None:
+    if tuple(matrix.shape) != (width, width):
+        message = f"{name} has shape {tuple(matrix.shape)}, expected ({width}, {width})"
+        raise InvalidProblemError(message)
+    if not bool(torch.isfinite(matrix).all()):
+        row, column = (~torch.isfinite(matrix)).nonzero()[0].tolist()
+        message = f"{name} contains {float(matrix[row, column])} at ({row}, {column})"
+        raise InvalidProblemError(message)
+
+
+def _check_gram(gram: Tensor) -> None:
+    if gram.dim() != 2:
+        message = f"gram is a square matrix, got shape {tuple(gram.shape)}"
+        raise InvalidProblemError(message)
+    _check_matrix(gram, "gram", gram.shape[1])
+    diagonal = gram.diagonal()
+    if bool((diagonal < 0).any()):
+        index = int(diagonal.argmin())
+        message = f"gram has a negative diagonal: {float(diagonal[index])} at {index}"
+        raise InvalidProblemError(message)
+    if not bool((diagonal > 0).any()):
+        message = "gram is zero: every input is zero in every token"
+        raise InvalidProblemError(message)
+    root = diagonal.sqrt()
+    slack = 1e-4 * torch.outer(root, root)
+    if bool(((gram - gram.T).abs() > slack).any()):
+        row, column = ((gram - gram.T).abs() > slack).nonzero()[0].tolist()
+        message = (
+            f"gram is not symmetric: {float(gram[row, column])} at ({row}, {column}), "
+            f"{float(gram[column, row])} at ({column}, {row})"
+        )
+        raise InvalidProblemError(message)
+    if bool((gram.abs() > torch.outer(root, root) + slack).any()):
+        row, column = (gram.abs() > torch.outer(root, root) + slack).nonzero()[0].tolist()
+        message = (
+            f"gram is not positive semi-definite: |G[{row}, {column}]| exceeds "
+            f"sqrt(G[{row}, {row}] G[{column}, {column}])"
+        )
+        raise InvalidProblemError(message)

@@ -1,0 +1,304 @@
+r"""The layer-wise problem: the one thing that every pruning method answers.
+
+.. math:: \min_{\hat W} \|W X - \hat W \hat X\|_F^2 / \text{tokens}
+          \quad \text{subject to} \quad \hat W \in \text{pattern}
+
+W is the dense weight (out, in), X the inputs that the dense model gives the layer and
+Xhat those of the pruned model, both (in, tokens). Only moments of the inputs are kept:
+
+    objective(What) = <What G, What> - 2 <What, T> + sum(energy),        T = W C
+
+Rows are independent. Written around the dense weight, with E = W - What and
+S = T - W G = W (C - G), nothing large cancels and nothing changes with damping:
+
+    objective(What) = <E G, E> + 2 <E, S> + sum(drift),   drift = energy of W (X - Xhat)
+
+Damping adds ``damping * mean(diag G) * ||E||^2``: it pulls towards the dense weight.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import InvalidProblemError
+from layerwise.linalg import Factor, damped
+from layerwise.moments import MomentAccumulator, Moments
+from layerwise.patterns import FixedMask, Pattern
+
+if TYPE_CHECKING:
+    import cvxpy
+
+CHUNK_TOKENS = 65536
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProblem:
+    """One layer to prune: dense weight, moments of its inputs, and a sparsity pattern.
+
+    Build it with :meth:`from_inputs` or :meth:`from_moments`. Everything is checked at
+    construction, and every tensor is left as it was given.
+
+    Parameters
+    ----------
+    weight
+        Dense weight W, shape (out, in), any floating dtype. Solvers work in float64 if it
+        is float64 and in float32 otherwise.
+    moments
+        Moments of the inputs, shared by all matrices that read them.
+    pattern
+        Which masks are feasible.
+    energy
+        Row sums of ``(W X)^2 / tokens``, shape (out,), float64.
+    damping
+        Ridge relative to mean(diag(gram)).
+    """
+
+    weight: Tensor
+    moments: Moments
+    pattern: Pattern
+    energy: Tensor
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check_weight(self.weight, self.moments)
+        self.pattern.check((self.weight.shape[0], self.weight.shape[1]))
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            message = f"damping must be a number >= 0, got {self.damping}"
+            raise InvalidProblemError(message)
+        if tuple(self.energy.shape) != (self.weight.shape[0],):
+            message = (
+                f"energy has shape {tuple(self.energy.shape)}, expected "
+                f"({self.weight.shape[0]},): one number per output row"
+            )
+            raise InvalidProblemError(message)
+        if not bool((self.energy >= 0).all() & torch.isfinite(self.energy).all()):
+            message = "energy holds a negative or non-finite value"
+            raise InvalidProblemError(message)
+
+    @classmethod
+    def from_inputs(
+        cls,
+        weight: Tensor,  # (out, in)
+        inputs: Tensor,  # (in, tokens)
+        pruned_inputs: Tensor | None = None,  # (in, tokens)
+        *,
+        pattern: Pattern,
+        damping: float = 0.01,
+    ) -> "LayerProblem":
+        """Problem from explicit inputs, as in the formula: one column per token.
+
+        Parameters
+        ----------
+        weight
+            Dense weight, shape (out, in).
+        inputs
+            Inputs of the dense model, shape (in, tokens).
+        pruned_inputs
+            Inputs of the pruned model, same shape; None if they are the same.
+        pattern, damping
+            See :class:`LayerProblem`.
+        """
+        if weight.dim() != 2 or inputs.dim() != 2 or inputs.shape[0] != weight.shape[1]:
+            message = (
+                f"inputs are (in, tokens) for a weight (out, in); got inputs "
+                f"{tuple(inputs.shape)} and weight {tuple(weight.shape)}"
+            )
+            raise InvalidProblemError(message)
+        accumulator = MomentAccumulator(weight.shape[1], [weight], weight.device)
+        others = None if pruned_inputs is None else pruned_inputs.T.split(CHUNK_TOKENS)
+        for index, chunk in enumerate(inputs.T.split(CHUNK_TOKENS)):
+            accumulator.update(chunk, None if others is None else others[index])
+        return cls.from_moments(
+            weight,
+            accumulator.moments(),
+            pattern=pattern,
+            damping=damping,
+            drift=accumulator.drift(0),
+        )
+
+    @classmethod
+    def from_moments(
+        cls,
+        weight: Tensor,
+        moments: Moments,
+        *,
+        pattern: Pattern,
+        energy: Tensor | None = None,
+        drift: Tensor | None = None,
+        damping: float = 0.01,
+    ) -> "LayerProblem":
+        """Problem from moments, and the energy if dense and pruned inputs differ.
+
+        Parameters
+        ----------
+        weight, moments, pattern, damping
+            See :class:`LayerProblem`.
+        energy
+            Row sums of ``(W X)^2 / tokens``, shape (out,).
+        drift
+            Row sums of ``(W (X - Xhat))^2 / tokens``, shape (out,), from which the energy
+            follows without cancellation; what :class:`MomentAccumulator` collects.
+        """
+        _check_weight(weight, moments)
+        if energy is None:
+            dense = weight.detach().double()
+            energy = ((dense @ moments.gram) * dense).sum(dim=1)
+            if moments.cross_gram is not None:
+                if drift is None:
+                    message = (
+                        "dense and pruned inputs differ, so the energy cannot be rebuilt "
+                        "from gram and cross_gram: pass energy or drift"
+                    )
+                    raise InvalidProblemError(message)
+                change = moments.cross_gram - moments.gram
+                energy += drift + 2 * ((dense @ change) * dense).sum(dim=1)
+            energy = energy.clamp(min=0)
+        return cls(weight.detach(), moments, pattern, energy.double(), damping)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Working precision of solvers: float64 for a float64 weight, else float32."""
+        wide = self.weight.dtype == torch.float64
+        return torch.float64 if wide else torch.float32
+
+    @property
+    def gram(self) -> Tensor:
+        """G, shape (in, in), float64."""
+        return self.moments.gram
+
+    @property
+    def cross_gram(self) -> Tensor:
+        """C, shape (in, in), float64; the gram itself if both models see the same."""
+        cross = self.moments.cross_gram
+        return self.gram if cross is None else cross
+
+    @cached_property
+    def target(self) -> Tensor:
+        """T = W C, shape (out, in), float64, undamped."""
+        return self.weight.double() @ self.cross_gram
+
+    @cached_property
+    def shift(self) -> Tensor | None:
+        """S = W (C - G), shape (out, in), float64; None if it is zero."""
+        if self.moments.cross_gram is None:
+            return None
+        return self.weight.double() @ (self.moments.cross_gram - self.gram)
+
+    @cached_property
+    def drift(self) -> Tensor:
+        """Objective of the dense weight, row by row, shape (out,), float64."""
+        if self.shift is None:
+            return torch.zeros_like(self.energy)
+        dense = self.weight.double()
+        quadratic = ((dense @ self.gram + 2 * self.shift) * dense).sum(dim=1)
+        return (self.energy - quadratic).clamp(min=0)
+
+    @property
+    def ridge(self) -> float:
+        """Absolute damping: ``damping * mean(diag(gram))``."""
+        return self.damping * self.moments.mean_diagonal
+
+    def damped(self) -> tuple[Tensor, Tensor]:
+        """Gram and target of the damped problem, in the working precision."""
+        gram = damped(self.gram, self.moments.mean_diagonal, self.damping, self.dtype)
+        return gram, (self.target + self.ridge * self.weight.double()).to(self.dtype)
+
+    def factor(self, dtype: torch.dtype | None = None) -> Factor:
+        """Cholesky factor of the damped gram; may have had to raise the damping."""
+        return self.moments.factor(self.damping, dtype or self.dtype)
+
+    def factorized(self) -> tuple["LayerProblem", Factor]:
+        """Problem with the damping at which the factorization held, and the factor."""
+        factor = self.factor()
+        return (self.with_damping(factor.damping) if factor.raised else self), factor
+
+    def with_damping(self, damping: float) -> "LayerProblem":
+        """Return the same problem with another damping."""
+        return replace(self, damping=damping)
+
+    def with_pattern(self, pattern: Pattern) -> "LayerProblem":
+        """Return the same problem with another pattern."""
+        return replace(self, pattern=pattern)
+
+    def centered(self) -> "LayerProblem":
+        """Return the problem about the means, whose optimal shift is a bias.
+
+        With gram ``G - muhat muhat^T``, cross-gram ``C - mu muhat^T`` and energy
+        ``energy - (W mu)^2`` it measures the error left after the best bias
+        ``W mu - What muhat``, which :func:`layerwise.solve` returns in its solution.
+        """
+        moments = self.moments.centered()
+        assert moments.input_mean is not None
+        energy = self.energy - (self.weight.double() @ moments.input_mean).square()
+        return CenteredProblem(
+            self.weight, moments, self.pattern, energy.clamp(min=0), self.damping
+        )
+
+    def rows(self, selection: slice | Tensor) -> "LayerProblem":
+        """Return the problem of some output rows on a mask of their own.
+
+        Only for a :class:`FixedMask`; rows are independent once the mask is fixed.
+        """
+        assert isinstance(self.pattern, FixedMask)
+        kept = self.pattern.kept[selection]
+        return replace(
+            self,
+            weight=self.weight[selection],
+            pattern=FixedMask(kept),
+            energy=self.energy[selection],
+        )
+
+    def normalized(self) -> tuple["LayerProblem", int]:
+        """Problem scaled by ``2^-k`` so that mean(diag(gram)) is near one, and k.
+
+        The scaling is exact and leaves every solution unchanged, so grams of any
+        magnitude are solved alike; objectives are to be multiplied by ``2^k``.
+        """
+        exponent = math.frexp(self.moments.mean_diagonal)[1]
+        exponent -= exponent % 2  # an even power keeps the means exact as well
+        if exponent == 0:
+            return self, 0
+        scale = 2.0**-exponent
+        moments = self.moments.scaled(scale)
+        return replace(self, moments=moments, energy=self.energy * scale), exponent
+
+    def to_cvxpy(self) -> "cvxpy.Problem":
+        """Return the same damped problem as a CVXPY model; see :mod:`layerwise.cvxpy_model`."""
+        from layerwise.cvxpy_model import to_cvxpy
+
+        return to_cvxpy(self)
+
+
+@dataclass(frozen=True, eq=False)
+class CenteredProblem(LayerProblem):
+    """A problem about the means of its inputs; its solutions carry a bias."""
+
+
+def _check_weight(weight: Any, moments: Moments) -> None:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        message = "weight must be a floating point tensor of shape (out, in)"
+        raise InvalidProblemError(message)
+    if weight.dim() != 2 or 0 in weight.shape or weight.shape[1] != moments.width:
+        message = (
+            f"weight has shape {tuple(weight.shape)}, expected (out, {moments.width})"
+        )
+        raise InvalidProblemError(message)
+    if weight.device != moments.gram.device:
+        message = (
+            f"weight is on {weight.device}, its moments are on {moments.gram.device}"
+        )
+        raise InvalidProblemError(message)
+    if not bool(torch.isfinite(weight).all()):
+        row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
+        value = float(weight[row, column])
+        message = f"weight contains {value} at row {row}, column {column}"
+        raise InvalidProblemError(message)

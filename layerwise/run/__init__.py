@@ -1,0 +1,1 @@
+"""The model-level run: calibrate, prune block by block, journal, save, verify."""

@@ -1,0 +1,81 @@
+"""Atomic files: a reader sees the old content or the new one, never a part.
+
+The content goes to a hidden temporary file in the same folder, which is flushed to the
+disk and then renamed over the target; the folder is flushed last, so that after a power
+cut the name points at complete content as well.
+"""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from layerwise.errors import DataError
+
+TEMPORARY_SUFFIX = ".tmp"
+
+Content = bytes | Callable[[BinaryIO], object]
+
+
+def atomic_write(path: Path, data: Content, *, size: int | None = None) -> None:
+    """Replace a file by new content, completely or not at all.
+
+    Parameters
+    ----------
+    path
+        The file to write; its folder must exist.
+    data
+        The content, or a function that writes it to the stream it is given.
+    size
+        Bytes that ``data`` will write, for the error message of a full disk; known
+        without being told when ``data`` are bytes.
+
+    Raises
+    ------
+    DataError
+        The file system refuses (full, read-only, no permission, input or output
+        error). The old content is intact and no temporary file is left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    needed = len(data) if isinstance(data, bytes) else size
+    try:
+        try:
+            with temporary.open("wb") as stream:
+                if isinstance(data, bytes):
+                    stream.write(data)
+                else:
+                    data(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _flush_folder(path.parent)
+    except OSError as error:
+        amount = "" if needed is None else f" ({needed} bytes needed)"
+        message = (
+            f"cannot write {path}{amount}: {error.strerror or error}; "
+            f"free space there or choose another folder"
+        )
+        raise DataError(message) from error
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what killed writers left behind; no writer may be active in ``folder``."""
+    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        path.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` durable, where the system can do that."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot flush a folder
+            raise
+    finally:
+        os.close(descriptor)

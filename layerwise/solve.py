@@ -1,0 +1,173 @@
+"""The front door: check the problem, call the solver, verify, raise or return.
+
+This module sits above the solvers, because it turns their names into objects. Nothing in
+``solvers/`` imports it.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from layerwise.errors import InvalidProblemError, SolveError, UsageError
+from layerwise.evaluate import check_feasible, evaluate
+from layerwise.patterns import FixedMask
+from layerwise.problem import LayerProblem
+from layerwise.solution import OnIteration, Solution, Solver, Status
+from layerwise.solvers import get_solver
+
+
+def solve(
+    problem: LayerProblem,
+    solver: str | Solver | Any,
+    *,
+    initial: Solution | None = None,
+    on_iteration: OnIteration | None = None,
+    throw: bool = True,
+) -> Solution:
+    """Solve a layer problem with a solver, a name, or any object that has ``solve``.
+
+    The problem is scaled by a power of two first, so grams of any magnitude are solved
+    alike; the answer is verified and graded on the problem as posed.
+
+    Parameters
+    ----------
+    problem
+        The layer to prune.
+    solver
+        A name of :data:`layerwise.SOLVERS`, names joined by ``+``, a configured solver,
+        or an object with ``solve(problem)`` that returns something with ``weight``.
+    initial
+        Starting point, for solvers that use one.
+    on_iteration
+        Called with the figures of every iteration or round.
+    throw
+        Whether a numerical failure raises :class:`SolveError`; otherwise it is returned.
+
+    Raises
+    ------
+    UsageError
+        If the name is unknown.
+    InvalidProblemError
+        If the solver does not handle the pattern.
+    SolveError
+        If arithmetic failed.
+    VerificationError
+        If the solver broke the pattern.
+    """
+    chosen = resolve(solver)
+    if not getattr(chosen, "can_solve", lambda _: True)(problem):
+        raise InvalidProblemError(_refusal(chosen, problem))
+    scaled, _ = problem.normalized()
+    if isinstance(chosen, Solver):
+        found = chosen.solve(scaled, initial=initial, on_iteration=on_iteration)
+    else:
+        found = chosen.solve(scaled)
+    weight = found.weight
+    mask = getattr(found, "mask", None)
+    mask = problem.pattern.mask(weight.abs()) if mask is None else mask
+    failed = getattr(found, "status", Status.FEASIBLE) is Status.NUMERICAL_ERROR
+    if not failed and bool(torch.isfinite(weight).all()):
+        check_feasible(problem, weight, mask)
+    graded = evaluate(
+        problem,
+        weight,
+        mask,
+        getattr(found, "status", Status.FEASIBLE),
+        certificate=getattr(found, "certificate", None),
+        iterations=getattr(found, "iterations", 0),
+        history=getattr(found, "history", ()),
+        stats=getattr(found, "stats", {}),
+    )
+    if throw and graded.status is Status.NUMERICAL_ERROR:
+        message = (
+            f"{solver_name(chosen)} failed numerically; raise the damping "
+            f"(now {problem.damping:g}) or check the calibration activations"
+        )
+        raise SolveError(message)
+    return graded
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Solvers one after the other, each starting from the answer of the one before.
+
+    A step that requires a mask is given ``FixedMask`` of the previous answer; every other
+    step keeps the original pattern.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"gram"})
+    steps: tuple[Solver | Any, ...]
+
+    @property
+    def name(self) -> str:
+        """Names of the steps, joined by ``+``."""
+        return "+".join(solver_name(step) for step in self.steps)
+
+    def can_solve(self, problem: LayerProblem) -> bool:
+        """Whether the first step can, and no step needs a mask that is not there."""
+        return bool(getattr(self.steps[0], "can_solve", lambda _: True)(problem))
+
+    def solve(
+        self,
+        problem: LayerProblem,
+        *,
+        initial: Solution | None = None,
+        on_iteration: OnIteration | None = None,
+    ) -> Solution:
+        """Run every step; the status and certificate are those of the last one."""
+        current = initial
+        damping = problem.damping
+        for index, step in enumerate(self.steps):
+            posed = problem.with_damping(damping)
+            if index and current is not None and "mask" in _requires(step):
+                posed = posed.with_pattern(FixedMask(current.mask))
+            current = solve(
+                posed, step, initial=current, on_iteration=on_iteration, throw=False
+            )
+            if current.status is Status.NUMERICAL_ERROR:
+                break
+        assert current is not None
+        refitted = len(self.steps) > 1 and current.status is Status.OPTIMAL
+        if refitted and not isinstance(problem.pattern, FixedMask):
+            # optimal on its mask, which a heuristic chose: feasible for the problem posed
+            current = replace(current, status=Status.FEASIBLE)
+        return current
+
+
+def chain(*steps: str | Solver | Any) -> Chain:
+    """Chain of solvers: ``chain("wanda", "least-squares")``."""
+    if not steps:
+        message = "a chain needs at least one solver"
+        raise UsageError(message)
+    return Chain(tuple(resolve(step) for step in steps))
+
+
+def resolve(solver: str | Solver | Any) -> Solver | Any:
+    """Solver object for a name, for names joined by ``+``, or for an object itself."""
+    if not isinstance(solver, str):
+        if not callable(getattr(solver, "solve", None)):
+            message = f"{solver!r} is no solver: it has no solve(problem)"
+            raise UsageError(message)
+        return solver
+    names = solver.split("+")
+    return chain(*names) if len(names) > 1 else get_solver(solver)
+
+
+def solver_name(solver: Solver | Any) -> str:
+    """Name for messages and logs."""
+    return str(getattr(solver, "name", type(solver).__name__))
+
+
+def _requires(solver: Solver | Any) -> frozenset[str]:
+    return getattr(solver, "requires", frozenset())
+
+
+def _refusal(solver: Solver | Any, problem: LayerProblem) -> str:
+    name = solver_name(solver)
+    if "mask" in _requires(solver):
+        return (
+            f"{name} finds weights for a mask that is fixed: give it a FixedMask, or chain "
+            f'it after a method that chooses one, as in "wanda+{name}"'
+        )
+    return f"{name} does not handle the pattern {problem.pattern}"

@@ -1,0 +1,43 @@
+"""The solvers, one algorithm per file.
+
+``SOLVERS`` maps every name to a factory without arguments. To add a solver, add its file
+and one line here; tests, documentation checks and the command line then know it.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from layerwise.errors import UsageError
+from layerwise.solution import Solver
+from layerwise.solvers.fista import Fista, fista_paper
+from layerwise.solvers.least_squares import LeastSquares
+from layerwise.solvers.magnitude import Magnitude
+from layerwise.solvers.sparsegpt import SparseGPT
+from layerwise.solvers.wanda import Wanda
+
+SOLVERS: Mapping[str, Callable[[], Solver]] = MappingProxyType(
+    {
+        "magnitude": Magnitude,
+        "wanda": Wanda,
+        "sparsegpt": SparseGPT,
+        "fista": Fista,
+        "fista-paper": fista_paper,
+        "least-squares": LeastSquares,
+    }
+)
+
+
+def get_solver(name: str) -> Solver:
+    """Solver with its defaults; an unknown name is answered with close ones."""
+    if name not in SOLVERS:
+        close = difflib.get_close_matches(name, SOLVERS, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}" if close else "it is none of them"
+        message = f"unknown method {name!r}: {hint}? Known: {', '.join(SOLVERS)}"
+        raise UsageError(message)
+    return SOLVERS[name]()
+
+
+if __name__ != "layerwise.solvers":  # a second copy of every class would follow
+    _message = "import layerwise.solvers, not the folder it lies in"
+    raise ImportError(_message)
