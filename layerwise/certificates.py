@@ -73,9 +73,7 @@ def l1_bounds(
     primal = smooth + penalty * weight.double().abs().sum(dim=1)
     minimum = least_squares_minimum(problem)
     inner = (weight.double() * stationarity).sum(dim=1)
-    dual = l1_dual(
-        smooth - minimum, inner, stationarity.abs().amax(dim=1), penalty
-    )
+    dual = l1_dual(smooth - minimum, inner, stationarity.abs().amax(dim=1), penalty)
     return primal, minimum + dual
 
 

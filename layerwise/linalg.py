@@ -43,12 +43,17 @@ class Factor:
     def solve_rows(self, rows: Tensor) -> Tensor:
         """``rows @ inverse`` for a matrix (m, in) of row vectors."""
         right_sides = rows.to(self.lower.dtype).T
-        return torch.cholesky_solve(right_sides, self.lower).T.to(rows.dtype)
+        solved: Tensor = torch.cholesky_solve(right_sides, self.lower).T
+        return solved.to(rows.dtype)
+
+    def inverse_diagonal(self) -> Tensor:
+        """Diagonal of the inverse, shape (in,)."""
+        return torch.cholesky_inverse(self.lower).diagonal()
 
     def inverse_norms(self, rows: Tensor) -> Tensor:
         """``r inverse r^T`` of every row r of a matrix (m, in), shape (m,)."""
         right_sides = rows.to(self.lower.dtype).T
-        half = torch.linalg.solve_triangular(self.lower, right_sides, upper=False)
+        half: Tensor = torch.linalg.solve_triangular(self.lower, right_sides, upper=False)
         return half.square().sum(dim=0)
 
 

@@ -116,13 +116,17 @@ class Moments:
 
     def scaled(self, factor: float) -> "Moments":
         """Moments of inputs multiplied by ``sqrt(factor)``; exact for powers of two."""
-        cross, root = self.cross_gram, factor**0.5
-        means = (self.input_mean, self.pruned_input_mean)
+
+        def times(value: Tensor | None, by: float) -> Tensor | None:
+            return None if value is None else value * by
+
+        root = factor**0.5
         return Moments(
             self.gram * factor,
-            None if cross is None else cross * factor,
-            *(None if mean is None else mean * root for mean in means),
-            n_tokens=self.n_tokens,
+            times(self.cross_gram, factor),
+            times(self.input_mean, root),
+            times(self.pruned_input_mean, root),
+            self.n_tokens,
         )
 
     def centered(self) -> "Moments":
@@ -138,9 +142,7 @@ class Moments:
         cross = self.cross_gram
         if cross is not None:
             cross = cross - torch.outer(self.input_mean, pruned_mean)
-        return Moments(
-            gram, cross, self.input_mean, pruned_mean, n_tokens=self.n_tokens
-        )
+        return Moments(gram, cross, self.input_mean, pruned_mean, n_tokens=self.n_tokens)
 
 
 class MomentAccumulator:

@@ -109,8 +109,10 @@ class LayerProblem:
             )
             raise InvalidProblemError(message)
         accumulator = MomentAccumulator(weight.shape[1], [weight], weight.device)
-        others = None if pruned_inputs is None else pruned_inputs.T.split(CHUNK_TOKENS)
-        for index, chunk in enumerate(inputs.T.split(CHUNK_TOKENS)):
+        others = (
+            None if pruned_inputs is None else torch.split(pruned_inputs.T, CHUNK_TOKENS)
+        )
+        for index, chunk in enumerate(torch.split(inputs.T, CHUNK_TOKENS)):
             accumulator.update(chunk, None if others is None else others[index])
         return cls.from_moments(
             weight,
@@ -288,14 +290,10 @@ def _check_weight(weight: Any, moments: Moments) -> None:
         message = "weight must be a floating point tensor of shape (out, in)"
         raise InvalidProblemError(message)
     if weight.dim() != 2 or 0 in weight.shape or weight.shape[1] != moments.width:
-        message = (
-            f"weight has shape {tuple(weight.shape)}, expected (out, {moments.width})"
-        )
+        message = f"weight has shape {tuple(weight.shape)}, expected (out, {moments.width})"
         raise InvalidProblemError(message)
     if weight.device != moments.gram.device:
-        message = (
-            f"weight is on {weight.device}, its moments are on {moments.gram.device}"
-        )
+        message = f"weight is on {weight.device}, its moments are on {moments.gram.device}"
         raise InvalidProblemError(message)
     if not bool(torch.isfinite(weight).all()):
         row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()

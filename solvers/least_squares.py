@@ -124,7 +124,7 @@ class LeastSquares:
         gram = damped(
             problem.gram, problem.moments.mean_diagonal, problem.damping, problem.dtype
         )
-        for rows in pending.split(self._chunk(problem, mask[pending], method)):
+        for rows in torch.split(pending, self._chunk(problem, mask[pending], method)):
             part = problem.rows(rows)
             current, kept = weight[rows], mask[rows]
             correct: Correction | None = None
@@ -182,7 +182,9 @@ def _direct(gram: Tensor, mask: Tensor) -> Correction:
         sides = torch.nn.functional.pad(residuals, (0, 1)).gather(1, index)
         solved = torch.cholesky_solve(sides[:, :, None].to(lower.dtype), lower)[:, :, 0]
         change = residuals.new_zeros(len(residuals), width + 1)
-        return change.scatter_(1, index, solved.to(residuals.dtype))[:, :width]
+        change.scatter_(1, index, solved.to(residuals.dtype))
+        inside: Tensor = change[:, :width]
+        return inside
 
     return correct
 
@@ -234,10 +236,9 @@ def masked_cg(
     kept, rest, found = mask[rows], sides[rows], solution[rows]
     direction = rest * inverse_diagonal
     energy = (rest * direction).sum(dim=1, keepdim=True)
-    iteration = 0
-    for iteration in range(1, max_iterations + 1):
-        if len(rows) == 0:
-            break
+    iterations = 0
+    while len(rows) and iterations < max_iterations:
+        iterations += 1
         image = (direction @ gram).masked_fill_(~kept, 0)
         curvature = (direction * image).sum(dim=1, keepdim=True)
         step = torch.where(curvature > 0, energy / curvature, 0)
@@ -254,4 +255,4 @@ def masked_cg(
             rows, kept, rest, found = rows[more], kept[more], rest[more], found[more]
             direction, energy = direction[more], energy[more]
     solution[rows] = found
-    return solution, iteration
+    return solution, iterations

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+
 from layerwise.evaluate import evaluate
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Status

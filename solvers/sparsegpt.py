@@ -163,7 +163,7 @@ def _removal_scores(
 ) -> Tensor:  # (columns, out)
     """Cost of removing each current weight, ``(W + A V^-1)^2 V_jj^2``."""
     local = upper[columns, columns]
-    current = torch.linalg.solve_triangular(local.T, carry[columns], upper=False)
+    current: Tensor = torch.linalg.solve_triangular(local.T, carry[columns], upper=False)
     current += start[columns]
     return (current * local.diagonal()[:, None]).square_()
 

@@ -158,9 +158,7 @@ def main() -> None:
     for name in MODELS if arguments.model == "all" else (arguments.model,):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(arguments.seed)
-            model = AutoModelForCausalLM.from_config(
-                CONFIGS[name], dtype=torch.float32
-            )
+            model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
         print(f"{name}: {model.num_parameters()} parameters")
         train(model, tokens, arguments.steps or STEPS[name], arguments.seed)
         model.bfloat16()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import DataError, UnsupportedModelError
+from layerwise.run.quoting import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,11 +131,6 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
             if not hub_bars:  # the line above has switched them on as well
                 disable_progress_bars()
-
-
-def one_line(error: BaseException, length: int = 300) -> str:
-    """First ``length`` characters of an error's message, without line breaks."""
-    return " ".join(str(error).split())[:length] or type(error).__name__
 
 
 def _read_config(checkpoint: Checkpoint) -> Any:
@@ -254,6 +250,4 @@ def _first_not_finite(tensor: Tensor) -> tuple[int, ...] | None:
     if bool(finite.all()):
         return None
     position = int((~finite).reshape(-1).to(torch.uint8).argmax())
-    return tuple(
-        int(i) for i in torch.unravel_index(torch.tensor(position), finite.shape)
-    )
+    return tuple(int(i) for i in torch.unravel_index(torch.tensor(position), finite.shape))

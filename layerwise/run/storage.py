@@ -22,12 +22,8 @@ from torch import Tensor
 from layerwise.errors import DataError, UsageError
 from layerwise.run.atomic import atomic_write
 from layerwise.run.bitmask import pack_mask, unpack_mask
-from layerwise.run.loading import (
-    checkpoint_names,
-    load_model,
-    load_tokenizer,
-    one_line,
-)
+from layerwise.run.loading import checkpoint_names, load_model, load_tokenizer
+from layerwise.run.quoting import one_line
 from layerwise.run.shard import (
     TensorEntry,
     check_substitute,
@@ -132,9 +128,7 @@ class Checkpoint:
             entries |= read_header(self.path / shard).tensors
         return {name: entries[name] for name in self.weight_map}
 
-    def tensors(
-        self, names: Iterable[str] | None = None
-    ) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Stream tensors with their names, shard by shard, one in memory at a time."""
         wanted = set(self.weight_map) if names is None else set(names)
         if unknown := sorted(wanted - set(self.weight_map)):

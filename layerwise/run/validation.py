@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import DataError, UnsupportedModelError
-from layerwise.run.loading import one_line
+from layerwise.run.quoting import one_line
 from layerwise.run.shard import read_header
 from layerwise.run.strict_json import read_object
 
@@ -40,10 +40,7 @@ def locate(name_or_path: str | os.PathLike[str], patterns: Iterable[str]) -> Pat
     import huggingface_hub
 
     try:
-        with quiet_transformers():
-            return Path(
-                huggingface_hub.snapshot_download(name, allow_patterns=[*HUB_FILES])
-            )
+        snapshot = huggingface_hub.snapshot_download(name, allow_patterns=list(patterns))
     except Exception as error:
         message = f"no folder {name}, and the hub does not serve it: {one_line(error)}"
         raise DataError(message) from error
@@ -121,7 +118,7 @@ def _read_index(path: Path) -> dict[str, str]:
 def _no_weights(path: Path) -> str:
     pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
     if not pickled:
-        return f"{path} has neither {SINGLE_SHARD} nor {INDEX}: choose a checkpoint in safetensors"
+        return f"{path} has no {SINGLE_SHARD} and no index: choose a safetensors model"
     return (
         f"{path} holds pickled weights only ({pickled[0]}), which are never loaded: "
         f"load them where you trust them and save_pretrained() as safetensors"
@@ -138,9 +135,7 @@ def check_config(config: dict[str, Any], path: Path) -> None:
         message = f"{path} is quantised: prune the original, then quantise the result"
         raise UnsupportedModelError(message)
     if config.get("transformers_weights"):
-        message = (
-            f"{where} redirects the weights (transformers_weights): remove the key"
-        )
+        message = f"{where} redirects the weights (transformers_weights): remove the key"
         raise DataError(message)
     for key, value in _walk(config):
         if key.endswith("attn_implementation") and "/" in str(value):

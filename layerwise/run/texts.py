@@ -1,0 +1,184 @@
+"""Where text comes from: public data sets, text files, JSON lines, lists of strings.
+
+The same reader serves calibration and evaluation. They differ in the split of a data
+set and in what joins its documents, as in the papers: WikiText-2 is joined by single
+spaces to calibrate and by two newlines to evaluate.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from layerwise.errors import DataError, UsageError
+from layerwise.run.quoting import one_line
+
+Part = Literal["train", "evaluation"]
+
+PARAGRAPH = "\n\n"
+DATASETS = ("wikitext2", "c4")
+C4_EVALUATION_DOCUMENTS = 1100  # the protocol of SparseGPT and its successors
+FIELDS_SHOWN = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Documents, what joins them into one stream, and a description of their origin.
+
+    ``windows`` is "stream" where windows are drawn from the joined text, "documents"
+    where each is drawn from a document of its own.
+    """
+
+    documents: Sequence[str]
+    separator: str
+    description: str
+    windows: Literal["stream", "documents"] = "stream"
+
+    def joined(self) -> str:
+        """All documents as one string, which is not empty."""
+        text = self.separator.join(self.documents)
+        if not text.strip():
+            message = f"{self.description} holds no text: give a source with content"
+            raise DataError(message)
+        return text
+
+
+def read_text(source: str | os.PathLike[str] | Sequence[str], part: Part) -> Text:
+    """Read ``wikitext2``, ``c4``, ``file.txt``, ``file.jsonl:field`` or strings.
+
+    Raises
+    ------
+    UsageError
+        The name says none of these, or a field or package is not named or installed.
+    DataError
+        The file or data set is missing, empty or damaged.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        return Text(_checked_documents(source), PARAGRAPH, f"{len(source)} documents")
+    name = os.fspath(source)
+    if name == "wikitext2":
+        return _wikitext2(part)
+    if name == "c4":
+        return _c4(part)
+    if name.lower().endswith(".txt"):
+        return Text([_read_utf8(Path(name))], PARAGRAPH, name)
+    file, _, field = name.rpartition(":")
+    if file.lower().endswith(".jsonl"):
+        return Text(_read_json_lines(Path(file), field), PARAGRAPH, name)
+    if name.lower().endswith(".jsonl"):
+        return Text(_read_json_lines(Path(name), ""), PARAGRAPH, name)
+    close = difflib.get_close_matches(name, DATASETS, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(DATASETS)}"
+    message = (
+        f"unknown text source {name[:80]!r}: {hint} Else name a file.txt or "
+        f"file.jsonl:field, or give a list of strings"
+    )
+    raise UsageError(message)
+
+
+def _wikitext2(part: Part) -> Text:
+    split = "train" if part == "train" else "test"
+    lines = _load_column("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
+    separator = " " if part == "train" else PARAGRAPH
+    return Text(list(lines), separator, f"wikitext2 ({split})")
+
+
+def _c4(part: Part) -> Text:
+    if part == "train":
+        files = {"train": "en/c4-train.00000-of-01024.json.gz"}
+        documents = _load_column("allenai/c4", data_files=files, split="train")
+        return Text(documents, " ", "c4 (train, first shard)", windows="documents")
+    files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+    documents = _load_column("allenai/c4", data_files=files, split="validation")
+    first = list(itertools.islice(documents, C4_EVALUATION_DOCUMENTS))
+    return Text(first, " ", f"c4 (first {len(first)} validation documents)")
+
+
+def _load_column(name: str, *arguments: str, **options: Any) -> Sequence[str]:
+    """Column ``text`` of a data set of the hub, or of its local cache."""
+    try:
+        import datasets
+    except ImportError as error:
+        message = (
+            f"{name} needs the package datasets: "
+            f'pip install "layerwise[data]", or name a .txt or .jsonl file'
+        )
+        raise UsageError(message) from error
+    try:
+        loaded = datasets.load_dataset(name, *arguments, **options)
+        column: Sequence[str] = loaded["text"]
+    except Exception as error:
+        message = (
+            f"data set {name} cannot be loaded: {one_line(error)}; go online once to "
+            f"cache it, or name a .txt or .jsonl file"
+        )
+        raise DataError(message) from error
+    return column
+
+
+def _read_utf8(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        message = f"cannot read {path}: {error.strerror or error}; check the path"
+        raise DataError(message) from error
+    try:
+        text = data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        message = f"{path} is not UTF-8 (byte {error.start}): convert it first"
+        raise DataError(message) from error
+    if not text.strip():
+        message = f"{path} is empty: give a file with text"
+        raise DataError(message)
+    return text
+
+
+def _read_json_lines(path: Path, field: str) -> list[str]:
+    """Strings under ``field`` of every line that is not blank."""
+    documents = []
+    # not splitlines(): JSON strings may contain other line separators than this one
+    for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            message = f"{where} is not JSON: {one_line(error)}; correct the line"
+            raise DataError(message) from error
+        if not isinstance(value, dict):
+            kind = type(value).__name__
+            message = f"{where} holds a {kind}, not an object {{...}}: correct the line"
+            raise DataError(message)
+        found = ", ".join(map(repr, list(value)[:FIELDS_SHOWN])) or "none"
+        if not field:
+            message = f"{path} needs a field, as in {path}:field; found: {found}"
+            raise UsageError(message)
+        if field not in value:
+            message = f"{where} has no field {field!r}; found: {found}"
+            raise DataError(message)
+        documents.append(_checked(value[field], f"{where}, field {field!r}"))
+    return documents
+
+
+def _checked_documents(documents: Iterable[Any]) -> list[str]:
+    return [_checked(text, f"document {i}") for i, text in enumerate(documents)]
+
+
+def _checked(text: Any, where: str) -> str:
+    """Return a string that can be encoded, or raise a DataError."""
+    if not isinstance(text, str):
+        message = f"{where} is a {type(text).__name__}, not a string: choose another"
+        raise DataError(message)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        message = f"{where} holds half a surrogate pair (character {error.start})"
+        raise DataError(message) from error
+    return text

@@ -1,0 +1,63 @@
+"""Token ids: text to ids, and the check that a model can look every id up.
+
+An id outside the vocabulary is a bare index error deep inside a model, or a crash of
+the device; here it is an error that names the id and its position.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import DataError
+from layerwise.run.quoting import one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def encode(
+    text: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
+) -> Tensor:
+    """Token ids of a whole text, shape (tokens,), int64, checked.
+
+    The text is encoded once and in one piece, so that special tokens which the
+    tokenizer adds stand at its ends only. It may be longer than any model's context.
+    """
+    try:
+        encoded = tokenizer(text, verbose=False)["input_ids"]
+        tokens = torch.as_tensor(encoded, dtype=torch.int64)
+    except Exception as error:
+        message = f"the tokenizer cannot encode the text: {one_line(error)}"
+        raise DataError(message) from error
+    check_token_ids(tokens, vocab_size, "the tokenizer's output")
+    return tokens
+
+
+def check_token_ids(tokens: Tensor, vocab_size: int | None, where: str) -> None:
+    """Raise a DataError for the first id below 0 or at least ``vocab_size``.
+
+    Parameters
+    ----------
+    tokens
+        Integer ids of any shape.
+    vocab_size
+        Number of rows of the model's embedding; None checks the sign only.
+    where
+        Origin of the ids, for the message.
+    """
+    wrong = tokens < 0
+    if vocab_size is not None:
+        wrong = wrong | (tokens >= vocab_size)
+    if not bool(wrong.any()):
+        return
+    position = [int(index) for index in wrong.nonzero()[0]]
+    limit = "" if vocab_size is None else f" of {vocab_size} entries"
+    message = (
+        f"token id {int(tokens[tuple(position)])} at position "
+        f"{', '.join(map(str, position))} of {where} is outside the vocabulary{limit}: "
+        f"use the tokenizer that belongs to the model"
+    )
+    raise DataError(message)
