@@ -23,6 +23,7 @@ from layerwise.errors import InvalidProblemError
 from layerwise.linalg import Factor, factorize
 
 MAX_EXPONENT = 120  # 2 to this power is an ordinary number in float32
+CONSTANT_VARIANCE = 1e-6  # of the second moment, whose float32 products round near 1e-7
 EXACT_RANK_WIDTH = 2048  # above it, an eigenvalue decomposition costs more than it tells
 
 
@@ -65,6 +66,11 @@ class Moments:
         _check_gram(self.gram)
         if self.cross_gram is not None:
             _check_matrix(self.cross_gram, "cross_gram", self.width)
+        for name in ("input_mean", "pruned_input_mean"):
+            mean = getattr(self, name)
+            if mean is not None and tuple(mean.shape) != (self.width,):
+                message = f"{name} has shape {tuple(mean.shape)}, expected ({self.width},)"
+                raise InvalidProblemError(message)
 
     @property
     def width(self) -> int:
@@ -130,18 +136,24 @@ class Moments:
         )
 
     def centered(self) -> "Moments":
-        """Moments about the means: ``G - muhat muhat^T`` and ``C - mu muhat^T``."""
-        if self.input_mean is None:
+        """Moments about the means: ``G - muhat muhat^T`` and ``C - mu muhat^T``.
+
+        A channel whose variance drowns in the rounding of its second moment is constant:
+        its weights then act as a bias, and its variance counts as exactly zero.
+        """
+        cross, pruned_mean = self.cross_gram, self.pruned_input_mean
+        if cross is None and pruned_mean is None:
+            pruned_mean = self.input_mean
+        if self.input_mean is None or pruned_mean is None:
             message = "centering needs input means; collect the moments with their means"
             raise InvalidProblemError(message)
-        pruned_mean = (
-            self.input_mean if self.pruned_input_mean is None else self.pruned_input_mean
-        )
         gram = self.gram - torch.outer(pruned_mean, pruned_mean)
-        gram.diagonal().clamp_(min=0)
-        cross = self.cross_gram
+        constant = gram.diagonal() <= CONSTANT_VARIANCE * self.gram.diagonal()
+        gram[constant] = 0
+        gram[:, constant] = 0
         if cross is not None:
             cross = cross - torch.outer(self.input_mean, pruned_mean)
+            cross[:, constant] = 0
         return Moments(gram, cross, self.input_mean, pruned_mean, n_tokens=self.n_tokens)
 
 
@@ -177,8 +189,7 @@ class MomentAccumulator:
 
     def update(self, inputs: Tensor, pruned_inputs: Tensor | None = None) -> None:
         """Add tokens: inputs of shape (..., in), of the dense and of the pruned model."""
-        width = self._gram.shape[0]
-        dense, exponent = self._prepare(inputs.reshape(-1, width), "inputs")
+        dense, exponent = self._prepare(inputs, "inputs")
         self._sum += _descale(dense.double().sum(dim=0), exponent)
         if pruned_inputs is None:
             if self._cross is not None:
@@ -186,8 +197,7 @@ class MomentAccumulator:
                 raise InvalidProblemError(message)
             self._gram += _descale((dense.T @ dense).double(), 2 * exponent)
         else:
-            flat = pruned_inputs.reshape(-1, width)
-            pruned, pruned_exponent = self._prepare(flat, "pruned inputs")
+            pruned, pruned_exponent = self._prepare(pruned_inputs, "pruned inputs")
             if pruned.shape != dense.shape:
                 message = (
                     f"dense inputs have {dense.shape[0]} tokens, pruned inputs "
@@ -197,8 +207,16 @@ class MomentAccumulator:
             self._update_pair(dense, exponent, pruned, pruned_exponent)
         self.n_tokens += dense.shape[0]
 
-    def _prepare(self, tokens: Tensor, name: str) -> tuple[Tensor, int]:
+    def _prepare(self, inputs: Tensor, name: str) -> tuple[Tensor, int]:
         """Chunk in its product precision, scaled to magnitude 1, and the exponent."""
+        width = self._gram.shape[0]
+        if inputs.dim() == 0 or inputs.shape[-1] != width or inputs.is_complex():
+            message = (
+                f"{name} are real tensors of shape (..., {width}), got {inputs.dtype} of "
+                f"shape {tuple(inputs.shape)}"
+            )
+            raise InvalidProblemError(message)
+        tokens = inputs.detach().reshape(-1, width)
         largest = tokens.abs().amax() if tokens.numel() else tokens.new_zeros(())
         if not bool(torch.isfinite(largest)):
             row, channel = (~torch.isfinite(tokens)).nonzero()[0].tolist()
@@ -208,7 +226,7 @@ class MomentAccumulator:
             )
             raise InvalidProblemError(message)
         product = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-        tokens = tokens.detach().to(self._gram.device, product)
+        tokens = tokens.to(self._gram.device, product)
         exponent = math.frexp(float(largest))[1]
         exponent = max(-MAX_EXPONENT, min(MAX_EXPONENT, exponent))
         return _descale(tokens, -exponent), exponent

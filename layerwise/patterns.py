@@ -202,7 +202,12 @@ class Columns(Pattern):
         if units.shape != (shape[1],):
             message = f"groups has shape {tuple(units.shape)}, expected ({shape[1]},)"
             raise InvalidProblemError(message)
-        heads = self._heads(int(units.max()) + 1, torch.device("cpu"))
+        count = _count_labels(units, "groups")
+        heads = self._heads(count, torch.device("cpu"))
+        if heads.shape != (count,):
+            message = f"balance has shape {tuple(heads.shape)}, expected ({count},)"
+            raise InvalidProblemError(message)
+        _count_labels(heads, "balance")
         smallest = int(torch.bincount(heads).min())
         if not 0 < self.keep <= smallest:
             message = f"cannot keep {self.keep} units of {smallest}"
@@ -234,6 +239,15 @@ class Columns(Pattern):
 
     def __str__(self) -> str:
         return f"{self.keep} columns"
+
+
+def _count_labels(labels: Tensor, name: str) -> int:
+    """Count distinct labels, which must be consecutive integers from 0."""
+    found = torch.unique(labels)
+    if not torch.equal(found, torch.arange(len(found), dtype=found.dtype)):
+        message = f"{name} must be consecutive integers from 0, got {found.tolist()[:8]}"
+        raise InvalidProblemError(message)
+    return len(found)
 
 
 def keep_largest(

@@ -4,6 +4,7 @@ This module sits above the solvers, because it turns their names into objects. N
 ``solvers/`` imports it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -15,6 +16,8 @@ from layerwise.patterns import FixedMask
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Solver, Status
 from layerwise.solvers import get_solver
+
+SCALED_FIGURES = ("objective", "penalty")  # figures of an iteration that grow with gram
 
 
 def solve(
@@ -56,16 +59,17 @@ def solve(
         If the solver broke the pattern.
     """
     chosen = resolve(solver)
-    if not getattr(chosen, "can_solve", lambda _: True)(problem):
-        raise InvalidProblemError(_refusal(chosen, problem))
-    scaled, _ = problem.normalized()
+    refuse_unless_solvable(chosen, problem)
+    scaled, exponent = problem.normalized()
     if isinstance(chosen, Solver):
-        found = chosen.solve(scaled, initial=initial, on_iteration=on_iteration)
+        report = on_iteration and (lambda entry: on_iteration(_as_posed(entry, exponent)))
+        found = chosen.solve(scaled, initial=initial, on_iteration=report)
     else:
         found = chosen.solve(scaled)
     weight = found.weight
     mask = getattr(found, "mask", None)
-    mask = problem.pattern.mask(weight.abs()) if mask is None else mask
+    if mask is None:
+        mask = problem.pattern.mask(weight.abs().nan_to_num())
     failed = getattr(found, "status", Status.FEASIBLE) is Status.NUMERICAL_ERROR
     if not failed and bool(torch.isfinite(weight).all()):
         check_feasible(problem, weight, mask)
@@ -76,7 +80,9 @@ def solve(
         getattr(found, "status", Status.FEASIBLE),
         certificate=getattr(found, "certificate", None),
         iterations=getattr(found, "iterations", 0),
-        history=getattr(found, "history", ()),
+        history=tuple(
+            _as_posed(entry, exponent) for entry in getattr(found, "history", ())
+        ),
         stats=getattr(found, "stats", {}),
     )
     if throw and graded.status is Status.NUMERICAL_ERROR:
@@ -86,6 +92,12 @@ def solve(
         )
         raise SolveError(message)
     return graded
+
+
+def refuse_unless_solvable(solver: Solver | Any, problem: LayerProblem) -> None:
+    """Raise :class:`InvalidProblemError` if the solver does not handle the pattern."""
+    if not getattr(solver, "can_solve", lambda _: True)(problem):
+        raise InvalidProblemError(_refusal(solver, problem))
 
 
 @dataclass(frozen=True)
@@ -159,11 +171,22 @@ def solver_name(solver: Solver | Any) -> str:
     return str(getattr(solver, "name", type(solver).__name__))
 
 
+def _as_posed(entry: Mapping[str, float], exponent: int) -> Mapping[str, float]:
+    """Figures of an iteration on the scaled problem, in units of the problem as posed."""
+    scale = 2.0**exponent
+    return {
+        name: value * scale if name in SCALED_FIGURES else value
+        for name, value in entry.items()
+    }
+
+
 def _requires(solver: Solver | Any) -> frozenset[str]:
     return getattr(solver, "requires", frozenset())
 
 
 def _refusal(solver: Solver | Any, problem: LayerProblem) -> str:
+    if isinstance(solver, Chain):
+        solver = solver.steps[0]
     name = solver_name(solver)
     if "mask" in _requires(solver):
         return (

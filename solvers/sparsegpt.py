@@ -161,11 +161,14 @@ def _sweep_groups(
 def _removal_scores(
     upper: Tensor, start: Tensor, carry: Tensor, columns: slice
 ) -> Tensor:  # (columns, out)
-    """Cost of removing each current weight, ``(W + A V^-1)^2 V_jj^2``."""
+    """Root of the cost of removing each current weight, ``|W + A V^-1| V_jj``.
+
+    The order is that of the cost, whose square could leave the range of float32.
+    """
     local = upper[columns, columns]
     current: Tensor = torch.linalg.solve_triangular(local.T, carry[columns], upper=False)
     current += start[columns]
-    return (current * local.diagonal()[:, None]).square_()
+    return (current * local.diagonal()[:, None]).abs_()
 
 
 def _block_mask(

@@ -8,6 +8,7 @@ import math
 import time
 from pathlib import Path
 from typing import Any, Final
+from unittest import mock
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -19,8 +20,10 @@ from transformers import (
     OPTConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.models.mamba import modeling_mamba
 
 from layerwise.demo import MODELS, calibration_text, evaluation_text
+from layerwise.demo.scan import selective_scan
 
 CONTEXT: Final = 256  # tokens
 BATCH: Final = 8  # windows of CONTEXT tokens per step
@@ -137,9 +140,10 @@ def train(model: Any, tokens: Tensor, steps: int, seed: int) -> None:
 def perplexity(model: Any, tokens: Tensor) -> float:
     """Perplexity over consecutive windows of `tokens`; an incomplete one is dropped."""
     model.eval()
-    windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, 1, CONTEXT)
-    losses = [model(input_ids=w, labels=w, use_cache=False).loss for w in windows]
-    return float(torch.stack(losses).double().mean().exp())
+    windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+    batches = windows.split(BATCH)
+    losses = [len(w) * model(input_ids=w, labels=w).loss.item() for w in batches]
+    return math.exp(sum(losses) / len(windows))
 
 
 def main() -> None:
@@ -160,11 +164,12 @@ def main() -> None:
             torch.manual_seed(arguments.seed)
             model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
         print(f"{name}: {model.num_parameters()} parameters")
-        train(model, tokens, arguments.steps or STEPS[name], arguments.seed)
-        model.bfloat16()
+        with mock.patch.object(modeling_mamba, "mamba_selective_scan", selective_scan):
+            train(model, tokens, arguments.steps or STEPS[name], arguments.seed)
         folder = arguments.output / name
-        model.save_pretrained(folder)
+        model.bfloat16().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder)
         print(f"{name}: perplexity {perplexity(model, held_out):.2f}, saved in {folder}")
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 NOTHING = "the calibration source is empty: give text or token ids"
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
-TextSource = str | os.PathLike[str] | Sequence[str]
+TextSource = str | os.PathLike[str] | Iterable[str]
 TokenSource = Tensor | Iterable[int] | Iterable[Sequence[int]] | Iterable[Tensor]
 
 
@@ -96,7 +96,7 @@ def token_windows(
     material = _classify(source)
     if isinstance(material, Text):
         if tokenizer is None:
-            message = f"text ({material.description}) needs a tokenizer: pass one"
+            message = f"to use {material.description}, a tokenizer is needed: pass one"
             raise UsageError(message)
         description = material.description
         if material.windows == "documents":
@@ -117,6 +117,8 @@ def evaluation_text(source: TextSource) -> str:
     ``wikitext2`` is its test split joined by two newlines, ``c4`` the first 1100
     validation documents joined by a space (the papers use its first 256 windows).
     """
+    if not isinstance(source, (str, os.PathLike)):
+        source = list(source)
     return read_text(source, "evaluation").joined()
 
 
@@ -152,7 +154,7 @@ def _classify(source: TextSource | TokenSource) -> Text | Iterable[Any]:
         return read_text(source, "train")
     if not isinstance(source, Iterable):
         kind = type(source).__name__
-        message = f"a {kind} is no calibration source: pass text or token ids"
+        message = f"object of type {kind} is no calibration source: pass text or ids"
         raise UsageError(message)
     if isinstance(source, Tensor):
         return source

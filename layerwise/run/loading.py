@@ -45,7 +45,8 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str) -> PreTrained
         A tensor is missing, has another shape than the configuration says, belongs to
         a layer the configuration does not have, or is not finite.
     """
-    with quiet_transformers():
+    # random numbers for missing tensors must not come from the caller's generator
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
         config = _read_config(checkpoint)
         _check_shapes(checkpoint, config)
         model = _instantiate(checkpoint)

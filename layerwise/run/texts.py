@@ -60,7 +60,7 @@ def read_text(source: str | os.PathLike[str] | Sequence[str], part: Part) -> Tex
         The file or data set is missing, empty or damaged.
     """
     if not isinstance(source, (str, os.PathLike)):
-        return Text(_checked_documents(source), PARAGRAPH, f"{len(source)} documents")
+        return Text(_checked_documents(source), PARAGRAPH, "the list of strings")
     name = os.fspath(source)
     if name == "wikitext2":
         return _wikitext2(part)
@@ -174,7 +174,8 @@ def _checked_documents(documents: Iterable[Any]) -> list[str]:
 def _checked(text: Any, where: str) -> str:
     """Return a string that can be encoded, or raise a DataError."""
     if not isinstance(text, str):
-        message = f"{where} is a {type(text).__name__}, not a string: choose another"
+        kind = type(text).__name__
+        message = f"{where} has type {kind}, a string is needed: choose another field"
         raise DataError(message)
     try:
         text.encode("utf-8")

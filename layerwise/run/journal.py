@@ -1,0 +1,209 @@
+"""The journal of a run: atomic, per block, and refused to any other run.
+
+Work happens in ``OUT.partial``. A finished block is one safetensors file with its stored
+weights, its bit-packed masks and, in the header, its figures, so a block and its journal
+lines appear together or not at all. ``layers.jsonl`` repeats the figures for people. A run
+with the same fingerprint continues where the last one stopped; another is refused. At the
+end the folder is renamed to ``OUT``.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from layerwise.errors import DataError, UsageError
+from layerwise.run.atomic import atomic_write
+from layerwise.run.bitmask import pack_mask, unpack_mask
+from layerwise.run.pipeline import PrunedBlock
+from layerwise.run.records import LayerRecord
+from layerwise.run.strict_json import read_object
+
+FOLDER = "layerwise"  # inside the output folder: everything that is ours
+FINGERPRINT = "fingerprint.json"
+BLOCKS = "blocks"
+LAYERS = "layers.jsonl"
+MASKS = "masks.safetensors"
+WEIGHT, MASK = "weight:", "mask:"
+
+
+class Journal:
+    """Blocks that are done, in ``OUT.partial``.
+
+    Parameters
+    ----------
+    output
+        The folder that the run will become.
+    fingerprint
+        Everything that decides the bytes of the result.
+    force
+        Whether a finished `output` may be replaced, at the very end.
+    resume
+        Whether an unfinished run with the same fingerprint is continued; otherwise it is
+        started over.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        fingerprint: Mapping[str, Any],
+        *,
+        force: bool = False,
+        resume: bool = True,
+    ) -> None:
+        self.output = output
+        self.folder = output.with_name(output.name + ".partial")
+        self._ours = self.folder / FOLDER
+        self._fingerprint = json.loads(json.dumps(fingerprint))
+        check_output(output, force=force)
+        if self.folder.exists() and any(self.folder.iterdir()):
+            self._continue(resume)
+        else:
+            self._begin()
+
+    def _begin(self) -> None:
+        try:
+            (self._ours / BLOCKS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            message = (
+                f"cannot create {self.folder}: {error.strerror}; choose another folder"
+            )
+            raise DataError(message) from error
+        try:
+            text = json.dumps(self._fingerprint, indent=1, sort_keys=True)
+            atomic_write(self._ours / FINGERPRINT, text.encode())
+        except DataError:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+
+    def _continue(self, resume: bool) -> None:
+        path = self._ours / FINGERPRINT
+        if not path.is_file():
+            message = (
+                f"{self.folder} exists and is no unfinished run of layerwise; remove it or "
+                f"choose another output"
+            )
+            raise UsageError(message)
+        if not resume:
+            shutil.rmtree(self.folder)
+            self._begin()
+            return
+        other = read_object(path)
+        keys = sorted({*other, *self._fingerprint})
+        differs = [key for key in keys if other.get(key) != self._fingerprint.get(key)]
+        if differs:
+            message = (
+                f"{self.folder} is an unfinished run with another {', '.join(differs)}; "
+                f"remove it, choose another output, or start over with --no-resume"
+            )
+            raise UsageError(message)
+
+    def _block_path(self, index: int) -> Path:
+        return self._ours / BLOCKS / f"{index:05d}.safetensors"
+
+    def read_block(self, index: int) -> PrunedBlock | None:
+        """Return a finished block, or None if it is not there."""
+        path = self._block_path(index)
+        if not path.is_file():
+            return None
+        block = PrunedBlock()
+        try:
+            with safe_open(path, framework="pt") as file:
+                block.records = [
+                    LayerRecord.from_dict(values)
+                    for values in json.loads(file.metadata()["records"])
+                ]
+                for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                    if key.startswith(WEIGHT):
+                        name, weight = key.removeprefix(WEIGHT), file.get_tensor(key)
+                        packed = file.get_tensor(MASK + name)
+                        block.weights[name] = weight
+                        block.masks[name] = unpack_mask(packed, weight.shape)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            message = f"{path} is damaged ({error}); delete it to redo that block"
+            raise DataError(message) from error
+        return block
+
+    def write_block(self, index: int, block: PrunedBlock) -> None:
+        """Store a finished block; after this call it survives anything."""
+        tensors = {WEIGHT + name: weight for name, weight in block.weights.items()}
+        tensors |= {MASK + name: pack_mask(mask) for name, mask in block.masks.items()}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        records = json.dumps([record.to_dict() for record in block.records])
+        atomic_write(self._block_path(index), save(tensors, metadata={"records": records}))
+
+    def write_layers(self, records: list[LayerRecord]) -> None:
+        """Write ``layers.jsonl``: one line per matrix, in order."""
+        lines = "".join(json.dumps(record.to_dict()) + "\n" for record in records)
+        atomic_write(self._ours / LAYERS, lines.encode())
+
+    def write_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Write ``masks.safetensors``: bit-packed masks, their shapes in the header."""
+        packed = {name: pack_mask(mask) for name, mask in masks.items()}
+        shapes = {name: json.dumps(list(mask.shape)) for name, mask in masks.items()}
+        atomic_write(self._ours / MASKS, save(packed, metadata=shapes))
+
+    def finish(self) -> None:
+        """Rename the partial folder to the output, replacing an older one if forced."""
+        shutil.rmtree(self._ours / BLOCKS)
+        (self._ours / FINGERPRINT).unlink()
+        replaced = self.output.with_name(f".{self.output.name}.replaced")
+        try:
+            if self.output.exists():
+                self.output.rename(replaced)
+            self.folder.rename(self.output)
+        except OSError as error:
+            message = f"cannot rename {self.folder} to {self.output}: {error.strerror}"
+            raise DataError(message) from error
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Refuse an output that exists or cannot be created, before any work is done."""
+    if output.exists() and not force:
+        message = f"{output} exists; choose another output, or replace it with --force"
+        raise UsageError(message)
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        message = f"cannot create {output}: {parent} is not writable; choose another output"
+        raise DataError(message)
+
+
+def read_layers(folder: Path) -> list[LayerRecord]:
+    """Figures of a finished or unfinished run."""
+    path = folder / FOLDER / LAYERS
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [LayerRecord.from_dict(json.loads(line)) for line in lines]
+    except FileNotFoundError:
+        message = f"{folder} holds no {FOLDER}/{LAYERS}: it is no output of layerwise"
+        raise DataError(message) from None
+    except (OSError, ValueError, TypeError) as error:
+        message = f"{path} is damaged: {error}"
+        raise DataError(message) from error
+
+
+def read_masks(folder: Path) -> dict[str, Tensor]:
+    """Masks of a finished run, by parameter name."""
+    path = folder / FOLDER / MASKS
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = file.metadata()
+            return {
+                name: unpack_mask(file.get_tensor(name), json.loads(shapes[name]))
+                for name in file.keys()  # noqa: SIM118
+            }
+    except FileNotFoundError:
+        message = f"{folder} holds no {FOLDER}/{MASKS}: it is no output of layerwise"
+        raise DataError(message) from None
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        message = f"{path} is damaged: {error}"
+        raise DataError(message) from error

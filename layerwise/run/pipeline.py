@@ -1,0 +1,257 @@
+"""Block by block: capture inputs, accumulate moments, solve, write back, advance.
+
+Error correction decides which inputs make the problem of a layer (X from the dense model,
+Xhat from the pruned one):
+
+====================  ====================================================================
+``none``              X = Xhat = dense inputs everywhere
+``sequential``        X = Xhat = inputs behind the pruned blocks; dense inside the block
+``block``             the block starts from dense inputs; inside it X dense, Xhat pruned
+``full``              X through the dense model, Xhat through the pruned one, all the way
+====================  ====================================================================
+
+With ``none`` and ``block`` the blocks are independent of each other, and
+:func:`prune_block` is a pure function of a block and its inputs.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.adapters import Adapter, Stage
+from layerwise.errors import LayerwiseError, SolveError
+from layerwise.evaluate import relative_error
+from layerwise.moments import MomentAccumulator
+from layerwise.patterns import Pattern
+from layerwise.problem import LayerProblem
+from layerwise.run.records import LayerRecord
+from layerwise.run.streams import Call, visit_inputs
+from layerwise.solution import Solution
+from layerwise.solve import solve, solver_name
+
+ErrorCorrection = Literal["none", "sequential", "block", "full"]
+ERROR_CORRECTIONS: tuple[str, ...] = get_args(ErrorCorrection)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to do to every block."""
+
+    adapter: Adapter
+    solver: Any
+    pattern: Pattern
+    damping: float
+    error_correction: ErrorCorrection
+    device: torch.device
+
+    @property
+    def staged(self) -> bool:
+        """Whether a stage sees the effect of the pruned stages before it."""
+        return self.error_correction in ("block", "full")
+
+
+@dataclass
+class PrunedBlock:
+    """Result of one block: stored weights, masks and figures, by linear."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    records: list[LayerRecord] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """A block, its name, and what goes into it."""
+
+    name: str
+    block: nn.Module
+    targets: frozenset[str]  # linears to prune, relative to the block
+    calls: Sequence[Call]
+    dense: Sequence[Tensor]  # hidden states of the dense model, per batch
+    pruned: Sequence[Tensor]  # of the pruned model; the same object where there is one
+
+
+def prune_block(
+    task: Task,
+    inputs: BlockInputs,
+    on_layer: Callable[[LayerRecord], None] = lambda record: None,
+) -> PrunedBlock:
+    """Prune the target linears of a block in place.
+
+    Parameters
+    ----------
+    task
+        Method, pattern and error correction.
+    inputs
+        The block, already on the task's device.
+    on_layer
+        Called after every matrix.
+    """
+    result = PrunedBlock()
+    stages = [
+        Stage(tuple(name for name in stage.linears if name in inputs.targets))
+        for stage in task.adapter.stages
+    ]
+    stages = [stage for stage in stages if stage.linears]
+    if not task.staged:
+        accumulators = _collect_at_once(task, inputs, stages)
+        for stage, accumulator in zip(stages, accumulators, strict=True):
+            _solve_stage(task, inputs, stage, accumulator, result, on_layer)
+        return result
+    dense = copy.deepcopy(inputs.block)
+    for index, stage in enumerate(stages):
+        same = index == 0 and inputs.pruned is inputs.dense
+        accumulator = _collect_pair(task, inputs, dense, stage, same=same)
+        _solve_stage(task, inputs, stage, accumulator, result, on_layer)
+    return result
+
+
+def advance(task: Task, inputs: BlockInputs, hidden: Sequence[Tensor]) -> list[Tensor]:
+    """Hidden states behind the block as it is now."""
+    with torch.no_grad():
+        return [
+            call.run(inputs.block, states, task.device)
+            for call, states in zip(inputs.calls, hidden, strict=True)
+        ]
+
+
+def _collect_at_once(
+    task: Task, inputs: BlockInputs, stages: Sequence[Stage]
+) -> list[MomentAccumulator]:
+    """Moments of all stages from one pass through the dense block."""
+    accumulators = [_accumulator(task, inputs, stage) for stage in stages]
+    visits = {
+        stage.linears[0]: accumulator.update
+        for stage, accumulator in zip(stages, accumulators, strict=True)
+    }
+    names = ", ".join(visits)
+    with _naming(f"{inputs.name} ({names})"):
+        for _ in visit_inputs(
+            inputs.block, visits, inputs.calls, inputs.pruned, task.device, stop=True
+        ):
+            pass
+    return accumulators
+
+
+def _collect_pair(
+    task: Task, inputs: BlockInputs, dense: nn.Module, stage: Stage, *, same: bool
+) -> MomentAccumulator:
+    """Moments of one stage from the dense and the partly pruned block, side by side."""
+    accumulator = _accumulator(task, inputs, stage)
+    name = stage.linears[0]
+    with _naming(f"{inputs.name}.{name}"):
+        if same:
+            pairs = ((seen, None) for seen in _inputs_of(task, inputs, dense, name, True))
+        else:
+            pairs = zip(
+                _inputs_of(task, inputs, dense, name, True),
+                _inputs_of(task, inputs, inputs.block, name, False),
+                strict=True,
+            )
+        for seen, pruned in pairs:
+            accumulator.update(seen, pruned)
+    return accumulator
+
+
+def _inputs_of(
+    task: Task, inputs: BlockInputs, block: nn.Module, name: str, dense: bool
+) -> Iterator[Tensor]:
+    seen: list[Tensor] = []
+    hidden = inputs.dense if dense else inputs.pruned
+    for _ in visit_inputs(
+        block, {name: seen.append}, inputs.calls, hidden, task.device, stop=True
+    ):
+        yield seen.pop()
+
+
+def _accumulator(task: Task, inputs: BlockInputs, stage: Stage) -> MomentAccumulator:
+    linears = [task.adapter.linear(inputs.block, name) for name in stage.linears]
+    weights = [linear.weight for linear in linears] if task.staged else []
+    return MomentAccumulator(linears[0].in_features, weights, task.device)
+
+
+def _solve_stage(
+    task: Task,
+    inputs: BlockInputs,
+    stage: Stage,
+    accumulator: MomentAccumulator,
+    result: PrunedBlock,
+    on_layer: Callable[[LayerRecord], None],
+) -> None:
+    """Solve the problems of a stage, which share their moments, and write the weights."""
+    with _naming(f"{inputs.name}.{stage.linears[0]}"):
+        moments = accumulator.moments()
+    for index, name in enumerate(stage.linears):
+        full_name = f"{inputs.name}.{name}"
+        linear = task.adapter.linear(inputs.block, name)
+        start = time.perf_counter()
+        with _naming(full_name):
+            problem = LayerProblem.from_moments(
+                linear.weight,
+                moments,
+                pattern=task.pattern,
+                damping=task.damping,
+                drift=accumulator.drift(index) if task.staged else None,
+            )
+            solution = solve(problem, task.solver)
+            stored = solution.weight.to(linear.weight.dtype)
+            seconds = time.perf_counter() - start
+            record = _record(task, full_name, problem, solution, stored, seconds)
+        with torch.no_grad():
+            linear.weight.copy_(stored)  # last: the problem reads the dense weight
+        result.weights[name], result.masks[name] = stored.cpu(), solution.mask.cpu()
+        result.records.append(record)
+        on_layer(record)
+
+
+def _record(
+    task: Task,
+    name: str,
+    problem: LayerProblem,
+    solution: Solution,
+    stored: Tensor,
+    seconds: float,
+) -> LayerRecord:
+    damping = float(solution.stats.get("damping", task.damping))
+    certificate = solution.certificate
+    return LayerRecord(
+        name=name,
+        shape=problem.shape,
+        method=solver_name(task.solver),
+        pattern=str(task.pattern),
+        sparsity=float((stored == 0).double().mean()),
+        relative_error=relative_error(problem, stored),
+        status=str(solution.status),
+        certificate=None if certificate is None else certificate.bound,
+        certificate_kind=None if certificate is None else certificate.kind,
+        damping=damping,
+        damping_raised=damping > task.damping,
+        rank=problem.moments.rank,
+        dead_channels=problem.moments.dead_channels,
+        n_tokens=problem.moments.n_tokens,
+        iterations=solution.iterations,
+        seconds=seconds,
+    )
+
+
+class _naming:  # noqa: N801 - reads as a statement: with _naming(layer)
+    """Put the name of a layer in front of the errors raised inside."""
+
+    def __init__(self, layer: str) -> None:
+        self._layer = layer
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, LayerwiseError):
+            message = f"{self._layer}: {error}"
+            raise type(error)(message) from error
+        if isinstance(error, torch.linalg.LinAlgError):
+            message = f"{self._layer}: {error}; raise the damping"
+            raise SolveError(message) from error

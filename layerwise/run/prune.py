@@ -1,0 +1,407 @@
+"""prune_model: a language model in, a pruned one out, layer by layer.
+
+Everything that can be refused is refused before a weight is touched. With a path, the
+output folder holds the bytes of the source except for the pruned matrices; with a model
+object, the model is pruned in place.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.adapters import Adapter, get_adapter
+from layerwise.errors import InvalidProblemError, UsageError
+from layerwise.moments import Moments
+from layerwise.patterns import NM, Pattern, Unstructured, parse_pattern
+from layerwise.problem import LayerProblem
+from layerwise.run.calibration import Calibration, token_windows
+from layerwise.run.journal import Journal, check_output
+from layerwise.run.output import fingerprint, write_output
+from layerwise.run.pipeline import (
+    ERROR_CORRECTIONS,
+    BlockInputs,
+    ErrorCorrection,
+    PrunedBlock,
+    Task,
+    advance,
+    prune_block,
+)
+from layerwise.run.recipe import OptionValue, Recipe, configure, options_of
+from layerwise.run.records import LayerRecord
+from layerwise.run.storage import Checkpoint
+from layerwise.run.streams import capture
+from layerwise.run.targets import select
+from layerwise.solve import refuse_unless_solvable, solver_name
+
+BATCH = 8  # sequences per forward pass
+LONGEST_DEFAULT = 2048  # of sequence_length; contexts of 131072 tokens fit nowhere
+
+
+class Callback(Protocol):
+    """Told about a run as it happens; every method is optional in effect."""
+
+    def on_start(self, n_layers: int) -> None:
+        """Everything was checked; `n_layers` matrices will be pruned."""
+
+    def on_layer(self, record: LayerRecord) -> None:
+        """One matrix is done (or was done by the run that is resumed)."""
+
+    def on_finish(self, report: "PruneReport") -> None:
+        """All of it is done and saved."""
+
+
+@dataclass(frozen=True, eq=False)
+class PruneReport:
+    """What a run did.
+
+    Parameters
+    ----------
+    model
+        The pruned model.
+    records
+        Figures of every pruned matrix, in order.
+    masks
+        Mask of every pruned weight, by parameter name, True = kept.
+    output_dir
+        Where it was saved, or None.
+    seconds
+        Wall time of the run.
+    """
+
+    model: nn.Module
+    records: tuple[LayerRecord, ...]
+    masks: dict[str, Tensor]
+    output_dir: Path | None
+    seconds: float
+
+    @property
+    def mean_relative_error(self) -> float:
+        """Mean over matrices of ``||W X - What Xhat|| / ||W X||``."""
+        return sum(record.relative_error for record in self.records) / len(self.records)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over all pruned matrices."""
+        sizes = [record.shape[0] * record.shape[1] for record in self.records]
+        zeros = [
+            size * record.sparsity for size, record in zip(sizes, self.records, strict=True)
+        ]
+        return sum(zeros) / sum(sizes)
+
+
+def prune_model(
+    model_or_path: nn.Module | str | Path,
+    method: Any = "fista",
+    sparsity: float | str | None = None,
+    pattern: Pattern | str | None = None,
+    *,
+    calibration: Any,
+    tokenizer: Any = None,
+    n_sequences: int = 128,
+    sequence_length: int | None = None,
+    error_correction: ErrorCorrection = "block",
+    targets: str | Sequence[str] = "Linear",
+    ignore: str | Sequence[str] = ("lm_head",),
+    seed: int = 0,
+    damping: float = 0.01,
+    options: dict[str, OptionValue] | None = None,
+    device: str | torch.device = "auto",
+    memory_budget: int | None = None,
+    output_dir: str | Path | None = None,
+    resume: bool = True,
+    force: bool = False,
+    callbacks: Iterable[Callback] = (),
+) -> PruneReport:
+    """Prune the linear layers of a causal language model.
+
+    Every layer becomes ``min ||W X - What Xhat||_F^2`` under a sparsity pattern, with X
+    from the dense and Xhat from the pruned model on calibration text.
+
+    Parameters
+    ----------
+    model_or_path
+        A model object, pruned in place, or a checkpoint folder or hub name.
+    method
+        Name in :data:`layerwise.SOLVERS`, names joined by ``+`` for a chain, a configured
+        solver, or any object with ``solve(problem)``.
+    sparsity
+        Fraction of zeros, or ``"n:m"`` (keeps n of every m).
+    pattern
+        A :class:`~layerwise.patterns.Pattern` or ``"n:m"``, instead of `sparsity`.
+    calibration
+        ``"wikitext2"``, ``"c4"``, ``"file.txt"``, ``"file.jsonl:field"``, a list of
+        strings, or token ids.
+    tokenizer
+        For text; by default the one in the checkpoint folder.
+    n_sequences, sequence_length
+        Windows of calibration text; the default length is the model's own, at most 2048.
+    error_correction
+        ``"none"``, ``"sequential"``, ``"block"`` or ``"full"``; see
+        :mod:`layerwise.run.pipeline`.
+    targets, ignore
+        Class names, exact module names or ``re:...``; an entry must match something.
+    seed
+        Of the calibration windows; the global generators are not touched.
+    damping
+        Ridge towards the dense weight, relative to the mean diagonal of the gram.
+    options
+        Hyper-parameters of a method given by name, such as ``{"block_size": 64}``.
+    device
+        Where blocks are computed; ``"auto"`` takes a GPU if there is one.
+    memory_budget
+        Bytes for the row systems of refits; None leaves it to the method.
+    output_dir
+        New folder for the pruned checkpoint; work happens in ``output_dir.partial``.
+    resume
+        Continue an unfinished run with the same arguments in the same folder.
+    force
+        Replace a finished `output_dir`.
+    callbacks
+        Told about the progress.
+
+    Returns
+    -------
+    PruneReport
+        The pruned model, its masks and the figures of every layer.
+
+    Raises
+    ------
+    UsageError, InvalidProblemError, UnsupportedModelError
+        If an argument is impossible; nothing was touched.
+    DataError
+        If the text or checkpoint is missing or damaged; nothing was touched.
+    SolveError
+        If a layer failed numerically; finished blocks are kept for a resumed run.
+    """
+    start = time.perf_counter()
+    if error_correction not in ERROR_CORRECTIONS:
+        message = (
+            f"error_correction is one of {', '.join(ERROR_CORRECTIONS)}, got "
+            f"{error_correction!r}"
+        )
+        raise UsageError(message)
+    settings = dict(options or {})
+    if memory_budget is not None:
+        settings["memory_budget"] = memory_budget
+    solver = configure(method, settings)
+    chosen = choose_pattern(sparsity, pattern)
+    _check_method(solver, chosen, damping)
+    output = None if output_dir is None else Path(output_dir)
+    if output is not None:
+        check_output(output, force=force)
+    source = (
+        None if isinstance(model_or_path, nn.Module) else Checkpoint.open(model_or_path)
+    )
+    model = source.load_model() if source else model_or_path
+    assert isinstance(model, nn.Module)
+    adapter = get_adapter(str(getattr(model.config, "model_type", type(model).__name__)))
+    plan = _Plan(model, adapter, _entries(targets), _entries(ignore), chosen)
+    tokens = token_windows(
+        calibration,
+        tokenizer or (source.load_tokenizer() if source else None),
+        n_sequences=n_sequences,
+        sequence_length=_sequence_length(model, sequence_length),
+        seed=seed,
+        vocab_size=model.get_input_embeddings().num_embeddings,
+    )
+    task = Task(adapter, solver, chosen, damping, error_correction, _device(device))
+    recipe = Recipe(
+        model=str(model_or_path) if source else None,
+        method=solver_name(solver),
+        sparsity=str(chosen)
+        if isinstance(chosen, NM)
+        else getattr(chosen, "sparsity", None),
+        group=getattr(chosen, "group", "row"),
+        calibration=tokens.source,
+        n_sequences=n_sequences,
+        sequence_length=tokens.tokens.shape[1],
+        error_correction=error_correction,
+        targets=list(_entries(targets)),
+        ignore=list(_entries(ignore)),
+        seed=seed,
+        damping=damping,
+        options=options_of(solver),
+    )
+    journal = None
+    if output is not None:
+        identity = fingerprint(recipe, tokens, source, model, task.device)
+        journal = Journal(output, identity, force=force, resume=resume)
+    listeners = tuple(callbacks)
+    for listener in listeners:
+        listener.on_start(len(plan.names))
+    blocks = _run(model, plan, task, tokens, journal, listeners)
+    records = tuple(record for block in blocks for record in block.records)
+    masks = plan.by_parameter([block.masks for block in blocks])
+    if journal is not None:
+        weights = plan.by_parameter([block.weights for block in blocks])
+        write_output(
+            journal, recipe, tokens, source, model, weights, masks, records, tokenizer
+        )
+        journal.finish()
+    report = PruneReport(model, records, masks, output, time.perf_counter() - start)
+    for listener in listeners:
+        listener.on_finish(report)
+    return report
+
+
+class _Plan:
+    """Which linears of which blocks are pruned, checked against the pattern."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        targets: Sequence[str],
+        ignore: Sequence[str],
+        pattern: Pattern,
+    ) -> None:
+        self.blocks = adapter.blocks_of(model)
+        candidates = {
+            f"{block}.{name}": adapter.linear(module, name)
+            for block, module in self.blocks.items()
+            for name in adapter.linear_names()
+        }
+        self.names = select(model, candidates, targets, ignore)
+        for name in self.names:
+            linear = candidates[name]
+            try:
+                pattern.check((linear.out_features, linear.in_features))
+            except InvalidProblemError as error:
+                message = f"{name}: {error}"
+                raise InvalidProblemError(message) from None
+
+    def targets_of(self, block: str) -> frozenset[str]:
+        """Names of the targets of a block, relative to it."""
+        prefix = f"{block}."
+        return frozenset(
+            name.removeprefix(prefix) for name in self.names if name.startswith(prefix)
+        )
+
+    def by_parameter(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors of all blocks by the name of the weight parameter."""
+        return {
+            f"{block}.{name}.weight": tensor
+            for block, part in zip(self.blocks, parts, strict=True)
+            for name, tensor in part.items()
+        }
+
+
+def _run(
+    model: nn.Module,
+    plan: _Plan,
+    task: Task,
+    tokens: Calibration,
+    journal: Journal | None,
+    listeners: Sequence[Callback],
+) -> list[PrunedBlock]:
+    """Prune block after block, or take a block from the journal."""
+
+    def on_layer(record: LayerRecord) -> None:
+        for listener in listeners:
+            listener.on_layer(record)
+
+    was_training = model.training
+    model.eval()
+    stream = capture(model, list(plan.blocks.values()), torch.split(tokens.tokens, BATCH))
+    dense: Sequence[Tensor] = stream.hidden
+    pruned = dense
+    done: list[PrunedBlock] = []
+    for index, (name, block) in enumerate(plan.blocks.items()):
+        inputs = BlockInputs(
+            name, block, plan.targets_of(name), stream.calls[index], dense, pruned
+        )
+        home = next(block.parameters()).device
+        block.to(task.device)
+        next_dense = dense
+        if task.error_correction != "sequential":
+            next_dense = advance(task, inputs, dense)
+        result = journal.read_block(index) if journal else None
+        if result is None:
+            result = prune_block(task, inputs, on_layer)
+            if journal is not None:
+                journal.write_block(index, result)
+                journal.write_layers([*_records(done), *result.records])
+        else:
+            _restore(task, block, result, on_layer)
+        done.append(result)
+        if task.error_correction == "sequential":
+            pruned = next_dense = advance(task, inputs, pruned)
+        elif task.error_correction == "full":
+            pruned = advance(task, inputs, pruned)
+        else:
+            pruned = next_dense
+        dense = next_dense
+        block.to(home)
+    model.train(was_training)
+    return done
+
+
+def _restore(task: Task, block: nn.Module, result: PrunedBlock, on_layer: Any) -> None:
+    with torch.no_grad():
+        for name, weight in result.weights.items():
+            task.adapter.linear(block, name).weight.copy_(weight)
+    for record in result.records:
+        on_layer(record)
+
+
+def _records(blocks: Sequence[PrunedBlock]) -> list[LayerRecord]:
+    return [record for block in blocks for record in block.records]
+
+
+def choose_pattern(sparsity: float | str | None, pattern: Pattern | str | None) -> Pattern:
+    """One pattern from the two arguments that can give it; a conflict is an error."""
+    if isinstance(pattern, str):
+        pattern = parse_pattern(pattern)
+    if sparsity is None:
+        if pattern is None:
+            message = 'say how much to prune: sparsity=0.5, or "2:4" (keeps 2 of every 4)'
+            raise UsageError(message)
+        return pattern
+    asked = parse_pattern(str(sparsity))
+    if pattern is None:
+        return asked
+    if abs(getattr(asked, "sparsity", 0) - getattr(pattern, "sparsity", 0)) > 1e-9:
+        message = f"sparsity {asked} contradicts the pattern {pattern}; give one of them"
+        raise UsageError(message)
+    return pattern
+
+
+def _check_method(solver: Any, pattern: Pattern, damping: float) -> None:
+    """Refuse a method that cannot handle the pattern, on a tiny problem."""
+    width = pattern.m if isinstance(pattern, NM) else 4
+    if not isinstance(pattern, NM | Unstructured):
+        return
+    identity = Moments(torch.eye(width, dtype=torch.float64))
+    tiny = LayerProblem.from_moments(
+        torch.ones(1, width), identity, pattern=pattern, damping=damping
+    )
+    refuse_unless_solvable(solver, tiny)
+
+
+def _entries(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _sequence_length(model: nn.Module, asked: int | None) -> int:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if asked is None:
+        return min(LONGEST_DEFAULT, longest or LONGEST_DEFAULT)
+    if longest is not None and asked > longest:
+        message = f"sequence_length {asked} exceeds the {longest} positions of the model"
+        raise UsageError(message)
+    return asked
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device != "auto":
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            message = f"unknown device {device!r}: {str(error).splitlines()[0]}"
+            raise UsageError(message) from None
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,158 @@
+"""Recipes: the arguments of a run as a file, and methods with options from text.
+
+A recipe is written into every output folder as ``recipe.yaml`` and can be given back with
+``--recipe``; unknown keys are errors.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from layerwise.errors import DataError, UsageError
+from layerwise.run.pipeline import ErrorCorrection
+from layerwise.solve import Chain, resolve, solver_name
+
+OptionValue = bool | int | float | str
+
+
+class Recipe(BaseModel):
+    """Arguments of a run that decide its result; names as in ``prune_model``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    method: str = "fista"
+    sparsity: float | str | None = None
+    group: Literal["row", "layer"] = "row"
+    calibration: str | None = None
+    n_sequences: int = 128
+    sequence_length: int | None = None
+    error_correction: ErrorCorrection = "block"
+    targets: list[str] = Field(default_factory=lambda: ["Linear"])
+    ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
+    seed: int = 0
+    damping: float = 0.01
+    options: dict[str, OptionValue] = Field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> "Recipe":
+        """Recipe from a YAML file."""
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except FileNotFoundError:
+            message = f"no recipe file {path}"
+            raise UsageError(message) from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            message = f"cannot read recipe {path}: {' '.join(str(error).split())}"
+            raise DataError(message) from error
+        if not isinstance(values, dict):
+            message = f"recipe {path} is no mapping of names to values"
+            raise UsageError(message)
+        return cls.check(values, f"recipe {path}")
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any], source: str) -> "Recipe":
+        """Validate values; errors name the field and the source."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            if first["type"] == "extra_forbidden":
+                message = (
+                    f"{source}: unknown name {where!r}; known: {', '.join(cls.names())}"
+                )
+            else:
+                message = f"{source}: {where}: {first['msg']}, got {first['input']!r}"
+            raise UsageError(message) from None
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Names that a recipe may hold."""
+        return list(cls.model_fields)
+
+    def to_yaml(self) -> str:
+        """YAML text of everything that is set."""
+        return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False)
+
+
+def configure(method: Any, options: Mapping[str, OptionValue]) -> Any:
+    """Solver for a method name, a chain of names or an object, with options applied.
+
+    Parameters
+    ----------
+    method
+        A name, names joined by ``+``, or a solver.
+    options
+        Hyper-parameters by field name; in a chain ``step.field`` addresses one step.
+
+    Raises
+    ------
+    UsageError
+        If a name is unknown or a value has the wrong type.
+    """
+    solver = resolve(method)
+    for name, value in options.items():
+        step, _, field = name.rpartition(".")
+        solver, hits = _apply(solver, step, field, value)
+        if not hits:
+            known = ", ".join(_fields(solver)) or "none"
+            message = f"{solver_name(solver)} has no option {name!r}; it has: {known}"
+            raise UsageError(message)
+    return solver
+
+
+def _apply(solver: Any, step: str, field: str, value: OptionValue) -> tuple[Any, int]:
+    if isinstance(solver, Chain):
+        results = [_apply(part, step, field, value) for part in solver.steps]
+        steps = tuple(part for part, _ in results)
+        return dataclasses.replace(solver, steps=steps), sum(hits for _, hits in results)
+    if step not in ("", solver_name(solver)) or field not in _fields(solver):
+        return solver, 0
+    current = getattr(solver, field)
+    if (
+        isinstance(current, float)
+        and isinstance(value, int)
+        and not isinstance(value, bool)
+    ):
+        value = float(value)
+    if current is not None and type(value) is not type(current):
+        message = (
+            f"option {field} of {solver_name(solver)} is a {type(current).__name__}, got "
+            f"{value!r}"
+        )
+        raise UsageError(message)
+    return dataclasses.replace(solver, **{field: value}), 1
+
+
+def _fields(solver: Any) -> list[str]:
+    if isinstance(solver, Chain):
+        return [
+            f"{solver_name(part)}.{name}" for part in solver.steps for name in _fields(part)
+        ]
+    if not dataclasses.is_dataclass(solver):
+        return []
+    return [field.name for field in dataclasses.fields(solver) if field.name != "name"]
+
+
+def options_of(solver: Any) -> dict[str, OptionValue]:
+    """Options of a solver that differ from its defaults, as :func:`configure` takes them."""
+    if isinstance(solver, Chain):
+        return {
+            f"{solver_name(part)}.{name}": value
+            for part in solver.steps
+            for name, value in options_of(part).items()
+        }
+    try:
+        default = resolve(solver_name(solver))
+    except UsageError:
+        return {}
+    return {
+        name: getattr(solver, name)
+        for name in _fields(solver)
+        if getattr(solver, name) != getattr(default, name, None)
+    }

@@ -1,0 +1,128 @@
+"""Does a finished folder hold what it claims? Reopen it and check, tensor by tensor."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import LayerwiseError
+from layerwise.patterns import Pattern, parse_pattern
+from layerwise.run.journal import read_layers, read_masks
+from layerwise.run.output import Manifest, tensor_hashes
+from layerwise.run.storage import Checkpoint
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim and whether it holds.
+
+    Parameters
+    ----------
+    claim
+        What should be true.
+    problems
+        Where it is not, each with a name; empty if it holds.
+    """
+
+    claim: str
+    problems: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing was found."""
+        return not self.problems
+
+
+def verify(folder: Path) -> list[Check]:
+    """Check a folder that ``layerwise prune`` wrote.
+
+    Parameters
+    ----------
+    folder
+        The output folder.
+
+    Returns
+    -------
+    list of Check
+        Zeros off the mask, pattern, finite values, no negative zeros, untouched tensors,
+        the layer log, and whether stock transformers opens it.
+
+    Raises
+    ------
+    DataError
+        If the folder is no output of layerwise or cannot be read.
+    """
+    manifest = Manifest.read(folder)
+    checkpoint = Checkpoint.open(folder)
+    masks = read_masks(folder)
+    pattern = parse_pattern(
+        manifest.sparsity, "layer" if manifest.group == "layer" else "row"
+    )
+    found = _Findings()
+    found.compare("mask", sorted(manifest.pruned), sorted(masks))
+    weights = dict(checkpoint.tensors(sorted(set(manifest.pruned.values()))))
+    for name, tensor_name in manifest.pruned.items():
+        if name in masks:
+            found.inspect(tensor_name, weights[tensor_name], masks[name], pattern)
+    recorded = [f"{record.name}.weight" for record in read_layers(folder)]
+    found.compare("layer log", sorted(manifest.pruned), sorted(recorded))
+    return [
+        Check(f"{len(masks)} masks, one line of the layer log each", tuple(found.missing)),
+        Check("every removed weight is exactly zero", tuple(found.nonzero)),
+        Check("no zero is negative", tuple(found.negative)),
+        Check(f"every mask satisfies the pattern {pattern}", tuple(found.pattern)),
+        Check("every pruned weight is finite", tuple(found.infinite)),
+        _untouched(checkpoint, manifest),
+        _opens(checkpoint),
+    ]
+
+
+class _Findings:
+    def __init__(self) -> None:
+        self.missing: list[str] = []
+        self.nonzero: list[str] = []
+        self.negative: list[str] = []
+        self.pattern: list[str] = []
+        self.infinite: list[str] = []
+
+    def compare(self, what: str, expected: list[str], present: list[str]) -> None:
+        difference = sorted(set(expected) ^ set(present))
+        self.missing += [f"{name}: no {what}, or one too many" for name in difference]
+
+    def inspect(self, name: str, weight: Tensor, mask: Tensor, pattern: Pattern) -> None:
+        if tuple(weight.shape) != tuple(mask.shape):
+            self.missing.append(f"{name}: mask {tuple(mask.shape)}, {tuple(weight.shape)}")
+            return
+        outside = int((weight[~mask] != 0).sum())
+        if outside:
+            self.nonzero.append(f"{name}: {outside} removed weights are not zero")
+        negative = int((torch.signbit(weight) & (weight == 0) & ~mask).sum())
+        if negative:
+            self.negative.append(f"{name}: {negative} of its zeros are -0.0")
+        if not pattern.accepts(mask):
+            self.pattern.append(f"{name}: another number of zeros")
+        if not bool(torch.isfinite(weight).all()):
+            self.infinite.append(f"{name}: not finite")
+
+
+def _untouched(checkpoint: Checkpoint, manifest: Manifest) -> Check:
+    names = set(checkpoint.weight_map) - set(manifest.pruned.values())
+    present = tensor_hashes(checkpoint, names)
+    differs = [
+        f"{name}: {'other bytes' if name in present else 'is missing'}"
+        for name, digest in manifest.untouched.items()
+        if present.get(name) != digest
+    ]
+    extra = [f"{name}: was not in the source" for name in names - set(manifest.untouched)]
+    claim = f"{len(manifest.untouched)} other tensors have the bytes of the source"
+    return Check(claim, tuple(differs + sorted(extra)))
+
+
+def _opens(checkpoint: Checkpoint) -> Check:
+    claim = "stock transformers opens it, every tensor accounted for"
+    try:
+        checkpoint.load_model()
+    except LayerwiseError as error:
+        return Check(claim, (str(error),))
+    return Check(claim, ())
