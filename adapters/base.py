@@ -52,8 +52,8 @@ class Adapter:
             blocks = model.get_submodule(self.blocks)
         except AttributeError:
             message = (
-                f"the {self.name} adapter expects the decoder blocks at {self.blocks!r}, but "
-                f"this {type(model).__name__} has none there"
+                f"the {self.name} adapter expects the decoder blocks at {self.blocks!r}, "
+                f"but this {type(model).__name__} has none there"
             )
             raise UnsupportedModelError(message) from None
         found = {

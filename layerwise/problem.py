@@ -108,6 +108,12 @@ class LayerProblem:
                 f"{tuple(inputs.shape)} and weight {tuple(weight.shape)}"
             )
             raise InvalidProblemError(message)
+        if pruned_inputs is not None and pruned_inputs.shape != inputs.shape:
+            message = (
+                f"pruned inputs have shape {tuple(pruned_inputs.shape)}, the inputs "
+                f"{tuple(inputs.shape)}"
+            )
+            raise InvalidProblemError(message)
         accumulator = MomentAccumulator(weight.shape[1], [weight], weight.device)
         others = (
             None if pruned_inputs is None else torch.split(pruned_inputs.T, CHUNK_TOKENS)
@@ -274,7 +280,7 @@ class LayerProblem:
         return replace(self, moments=moments, energy=self.energy * scale), exponent
 
     def to_cvxpy(self) -> "cvxpy.Problem":
-        """Return the same damped problem as a CVXPY model; see :mod:`layerwise.cvxpy_model`."""
+        """Return the damped problem as a CVXPY model; see `layerwise.cvxpy_model`."""
         from layerwise.cvxpy_model import to_cvxpy
 
         return to_cvxpy(self)

@@ -81,6 +81,7 @@ class Fista:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
+    guarantee: ClassVar[str] = "l1 gap, certified refit"
     name: str = "fista"
     ratio: float | None = None
     rounding: Literal["saliency", "magnitude"] = "saliency"

@@ -62,6 +62,7 @@ class LeastSquares:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gram", "mask"})
+    guarantee: ClassVar[str] = "certified excess"
     name: str = "least-squares"
     tolerance: float = 1e-8
     method: Literal["auto", "direct", "cg"] = "auto"
@@ -175,7 +176,8 @@ def _direct(gram: Tensor, mask: Tensor) -> Correction:
     systems.diagonal(dim1=1, dim2=2).add_(padding.to(gram.dtype))
     lower, info = torch.linalg.cholesky_ex(systems)
     if bool((info > 0).any()):
-        lower = torch.linalg.cholesky(systems.double())
+        lower, info = torch.linalg.cholesky_ex(systems.double())
+        lower[info > 0] = torch.nan  # a failed factor must show in the weights
     del systems
 
     def correct(residuals: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ class Magnitude:
     r"""Mask from ``|W|``, weights unchanged. Cost O(out in); uses no statistics."""
 
     requires: ClassVar[frozenset[str]] = frozenset()
+    guarantee: ClassVar[str] = "none"
     name: str = "magnitude"
 
     def can_solve(self, problem: LayerProblem) -> bool:

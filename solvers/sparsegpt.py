@@ -53,6 +53,7 @@ class SparseGPT:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
+    guarantee: ClassVar[str] = "none"
     name: str = "sparsegpt"
     block_size: int = 128
 

@@ -26,6 +26,7 @@ class Wanda:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
+    guarantee: ClassVar[str] = "none"
     name: str = "wanda"
 
     def can_solve(self, problem: LayerProblem) -> bool:

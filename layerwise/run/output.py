@@ -177,7 +177,8 @@ bytes of the source. The files are ordinary dense tensors with zeros and open wi
 |---|---|
 | method | `{recipe.method}` |
 | sparsity | {recipe.sparsity} asked for, {sparsity:.4f} zeros in the pruned layers |
-| calibration | {recipe.calibration}, {recipe.n_sequences} x {recipe.sequence_length} tokens |
+| calibration | {recipe.calibration} |
+| calibration tokens | {recipe.n_sequences} x {recipe.sequence_length} |
 | error correction | {recipe.error_correction} |
 | mean relative error of a layer | {error:.4f} |
 | worst layer | `{worst.name}`, {worst.relative_error:.4f} |

@@ -16,7 +16,7 @@ With ``none`` and ``block`` the blocks are independent of each other, and
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.adapters import Adapter, Stage
-from layerwise.errors import LayerwiseError, SolveError
+from layerwise.errors import LayerwiseError
 from layerwise.evaluate import relative_error
 from layerwise.moments import MomentAccumulator
 from layerwise.patterns import Pattern
@@ -145,27 +145,24 @@ def _collect_pair(
     accumulator = _accumulator(task, inputs, stage)
     name = stage.linears[0]
     with _naming(f"{inputs.name}.{name}"):
+        seen = _inputs_of(task, inputs, dense, name, inputs.dense)
         if same:
-            pairs = ((seen, None) for seen in _inputs_of(task, inputs, dense, name, True))
+            for batch in seen:
+                accumulator.update(batch)
         else:
-            pairs = zip(
-                _inputs_of(task, inputs, dense, name, True),
-                _inputs_of(task, inputs, inputs.block, name, False),
-                strict=True,
-            )
-        for seen, pruned in pairs:
-            accumulator.update(seen, pruned)
+            seen_pruned = _inputs_of(task, inputs, inputs.block, name, inputs.pruned)
+            for batch, pruned_batch in zip(seen, seen_pruned, strict=True):
+                accumulator.update(batch, pruned_batch)
     return accumulator
 
 
 def _inputs_of(
-    task: Task, inputs: BlockInputs, block: nn.Module, name: str, dense: bool
+    task: Task, inputs: BlockInputs, block: nn.Module, name: str, hidden: Sequence[Tensor]
 ) -> Iterator[Tensor]:
+    """Inputs of one linear of a block, batch by batch."""
     seen: list[Tensor] = []
-    hidden = inputs.dense if dense else inputs.pruned
-    for _ in visit_inputs(
-        block, {name: seen.append}, inputs.calls, hidden, task.device, stop=True
-    ):
+    visits = {name: seen.append}
+    for _ in visit_inputs(block, visits, inputs.calls, hidden, task.device, stop=True):
         yield seen.pop()
 
 
@@ -252,6 +249,3 @@ class _naming:  # noqa: N801 - reads as a statement: with _naming(layer)
         if isinstance(error, LayerwiseError):
             message = f"{self._layer}: {error}"
             raise type(error)(message) from error
-        if isinstance(error, torch.linalg.LinAlgError):
-            message = f"{self._layer}: {error}; raise the damping"
-            raise SolveError(message) from error

@@ -179,54 +179,25 @@ def prune_model(
         If a layer failed numerically; finished blocks are kept for a resumed run.
     """
     start = time.perf_counter()
-    if error_correction not in ERROR_CORRECTIONS:
-        message = (
-            f"error_correction is one of {', '.join(ERROR_CORRECTIONS)}, got "
-            f"{error_correction!r}"
-        )
-        raise UsageError(message)
-    settings = dict(options or {})
-    if memory_budget is not None:
-        settings["memory_budget"] = memory_budget
-    solver = configure(method, settings)
     chosen = choose_pattern(sparsity, pattern)
-    _check_method(solver, chosen, damping)
+    solver = _choose_solver(method, chosen, damping, options, memory_budget)
+    _check_error_correction(error_correction)
     output = None if output_dir is None else Path(output_dir)
     if output is not None:
         check_output(output, force=force)
-    source = (
-        None if isinstance(model_or_path, nn.Module) else Checkpoint.open(model_or_path)
-    )
-    model = source.load_model() if source else model_or_path
-    assert isinstance(model, nn.Module)
+    source, model = _open(model_or_path)
     adapter = get_adapter(str(getattr(model.config, "model_type", type(model).__name__)))
     plan = _Plan(model, adapter, _entries(targets), _entries(ignore), chosen)
     tokens = token_windows(
         calibration,
         tokenizer or (source.load_tokenizer() if source else None),
         n_sequences=n_sequences,
-        sequence_length=_sequence_length(model, sequence_length),
+        sequence_length=choose_sequence_length(model, sequence_length),
         seed=seed,
         vocab_size=model.get_input_embeddings().num_embeddings,
     )
-    task = Task(adapter, solver, chosen, damping, error_correction, _device(device))
-    recipe = Recipe(
-        model=str(model_or_path) if source else None,
-        method=solver_name(solver),
-        sparsity=str(chosen)
-        if isinstance(chosen, NM)
-        else getattr(chosen, "sparsity", None),
-        group=getattr(chosen, "group", "row"),
-        calibration=tokens.source,
-        n_sequences=n_sequences,
-        sequence_length=tokens.tokens.shape[1],
-        error_correction=error_correction,
-        targets=list(_entries(targets)),
-        ignore=list(_entries(ignore)),
-        seed=seed,
-        damping=damping,
-        options=options_of(solver),
-    )
+    task = Task(adapter, solver, chosen, damping, error_correction, choose_device(device))
+    recipe = _recipe(task, calibration, tokens, plan, seed, source)
     journal = None
     if output is not None:
         identity = fingerprint(recipe, tokens, source, model, task.device)
@@ -260,6 +231,7 @@ class _Plan:
         ignore: Sequence[str],
         pattern: Pattern,
     ) -> None:
+        self.targets, self.ignore = targets, ignore
         self.blocks = adapter.blocks_of(model)
         candidates = {
             f"{block}.{name}": adapter.linear(module, name)
@@ -371,23 +343,82 @@ def choose_pattern(sparsity: float | str | None, pattern: Pattern | str | None) 
     return pattern
 
 
-def _check_method(solver: Any, pattern: Pattern, damping: float) -> None:
-    """Refuse a method that cannot handle the pattern, on a tiny problem."""
-    width = pattern.m if isinstance(pattern, NM) else 4
-    if not isinstance(pattern, NM | Unstructured):
-        return
-    identity = Moments(torch.eye(width, dtype=torch.float64))
-    tiny = LayerProblem.from_moments(
-        torch.ones(1, width), identity, pattern=pattern, damping=damping
+def _choose_solver(
+    method: Any,
+    pattern: Pattern,
+    damping: float,
+    options: dict[str, OptionValue] | None,
+    memory_budget: int | None,
+) -> Any:
+    """Configured solver; refused if it cannot handle the pattern of a tiny problem."""
+    settings = dict(options or {})
+    if memory_budget is not None:
+        settings["memory_budget"] = memory_budget
+    solver = configure(method, settings)
+    if isinstance(pattern, NM | Unstructured):
+        width = pattern.m if isinstance(pattern, NM) else 4
+        moments = Moments(torch.eye(width, dtype=torch.float64))
+        weight = torch.ones(1, width)
+        refuse_unless_solvable(
+            solver,
+            LayerProblem.from_moments(weight, moments, pattern=pattern, damping=damping),
+        )
+    return solver
+
+
+def _check_error_correction(value: str) -> None:
+    if value not in ERROR_CORRECTIONS:
+        message = (
+            f"error_correction is one of {', '.join(ERROR_CORRECTIONS)}, got {value!r}"
+        )
+        raise UsageError(message)
+
+
+def _open(model_or_path: nn.Module | str | Path) -> tuple[Checkpoint | None, Any]:
+    """Checkpoint and model of a path; a model object stands for itself."""
+    if isinstance(model_or_path, nn.Module):
+        return None, model_or_path
+    source = Checkpoint.open(model_or_path)
+    return source, source.load_model()
+
+
+def _recipe(
+    task: Task,
+    calibration: Any,
+    tokens: Calibration,
+    plan: _Plan,
+    seed: int,
+    source: Checkpoint | None,
+) -> Recipe:
+    """Arguments that would repeat this run."""
+    pattern = task.pattern
+    named = isinstance(calibration, str | Path)
+    sparsity = (
+        str(pattern) if isinstance(pattern, NM) else getattr(pattern, "sparsity", None)
     )
-    refuse_unless_solvable(solver, tiny)
+    return Recipe(
+        model=str(source.path) if source else None,
+        method=solver_name(task.solver),
+        sparsity=sparsity,
+        group=getattr(pattern, "group", "row"),
+        calibration=str(calibration) if named else tokens.source,
+        n_sequences=tokens.tokens.shape[0],
+        sequence_length=tokens.tokens.shape[1],
+        error_correction=task.error_correction,
+        targets=list(plan.targets),
+        ignore=list(plan.ignore),
+        seed=seed,
+        damping=task.damping,
+        options=options_of(task.solver),
+    )
 
 
 def _entries(value: str | Sequence[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def _sequence_length(model: nn.Module, asked: int | None) -> int:
+def choose_sequence_length(model: nn.Module, asked: int | None) -> int:
+    """Length asked for, or the model's own, at most 2048."""
     longest = getattr(model.config, "max_position_embeddings", None)
     if asked is None:
         return min(LONGEST_DEFAULT, longest or LONGEST_DEFAULT)
@@ -397,7 +428,8 @@ def _sequence_length(model: nn.Module, asked: int | None) -> int:
     return asked
 
 
-def _device(device: str | torch.device) -> torch.device:
+def choose_device(device: str | torch.device) -> torch.device:
+    """Device by name; ``auto`` is a GPU if there is one."""
     if device != "auto":
         try:
             return torch.device(device)

@@ -140,7 +140,7 @@ def _fields(solver: Any) -> list[str]:
 
 
 def options_of(solver: Any) -> dict[str, OptionValue]:
-    """Options of a solver that differ from its defaults, as :func:`configure` takes them."""
+    """Options that differ from the solver's defaults, as :func:`configure` takes them."""
     if isinstance(solver, Chain):
         return {
             f"{solver_name(part)}.{name}": value

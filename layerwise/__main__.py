@@ -1,0 +1,5 @@
+"""``python -m layerwise``: the command line."""
+
+from layerwise.cli import main
+
+main()

@@ -1,0 +1,382 @@
+"""The command line: thin commands over :mod:`layerwise.run`.
+
+Errors are one line on stderr, with the exit code of their class; ``--debug`` shows the
+traceback.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+import layerwise
+from layerwise.errors import DataError, LayerwiseError, UsageError, VerificationError
+
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="layerwise",
+    help="Prune large language models layer by layer, with errors that are measured.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the hub.")]
+Folder = Annotated[Path, typer.Argument(help="Folder written by `layerwise prune`.")]
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option(help="Show the version and exit.")] = False,
+) -> None:
+    """Prune large language models layer by layer, with errors that are measured."""
+    if version:
+        typer.echo(f"layerwise {layerwise.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def prune(
+    model: Annotated[str | None, typer.Argument(help="Folder or hub name.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="A solver, or a chain such as wanda+least-squares.")
+    ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(help="Fraction of zeros (0.5), or n:m: keeps n of every m."),
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Count zeros per row or per layer (0.5 only).")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="wikitext2, c4, FILE.txt or FILE.jsonl:field.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="New folder for the result.")] = None,
+    n_sequences: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    error_correction: Annotated[
+        str | None, typer.Option(help="none, sequential, block or full.")
+    ] = None,
+    targets: Annotated[
+        list[str] | None, typer.Option(help="Class, module name or re:...; may repeat.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="The same, to leave out; may repeat.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the calibration windows.")] = None,
+    damping: Annotated[float | None, typer.Option(help="Relative ridge.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Hyper-parameter name=value.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file with these arguments; flags win.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    memory_budget: Annotated[int | None, typer.Option(help="Bytes for refits.")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue OUTPUT.partial.")] = True,
+    force: Annotated[bool, typer.Option(help="Replace an existing OUTPUT.")] = False,
+) -> None:
+    """Prune a model and write a folder that stock transformers opens."""
+    from layerwise.run.recipe import Recipe
+
+    given = {
+        "model": model,
+        "method": method,
+        "sparsity": sparsity,
+        "group": group,
+        "calibration": calibration,
+        "n_sequences": n_sequences,
+        "sequence_length": sequence_length,
+        "error_correction": error_correction,
+        "targets": targets or None,
+        "ignore": ignore or None,
+        "seed": seed,
+        "damping": damping,
+        "options": _assignments(set_ or []) or None,
+    }
+    flags = {name: value for name, value in given.items() if value is not None}
+    base = Recipe.read(recipe).model_dump(exclude_unset=True) if recipe else {}
+    arguments = Recipe.check({**base, **flags}, "the command line")
+    _prune(arguments, output, device, threads, memory_budget, resume=resume, force=force)
+
+
+def _prune(
+    recipe: Any,
+    output: Path | None,
+    device: str,
+    threads: int | None,
+    memory_budget: int | None,
+    *,
+    resume: bool,
+    force: bool,
+) -> None:
+    for name, value in (
+        ("MODEL", recipe.model),
+        ("--sparsity", recipe.sparsity),
+        ("--calibration", recipe.calibration),
+        ("--output", output),
+    ):
+        if value is None:
+            message = f"missing {name}; see `layerwise prune --help`"
+            raise UsageError(message)
+    import torch
+
+    from layerwise.patterns import parse_pattern
+    from layerwise.run.prune import prune_model
+
+    if threads is not None:
+        if threads < 1:
+            message = f"--threads must be at least 1, got {threads}"
+            raise UsageError(message)
+        torch.set_num_threads(threads)
+    with _progress() as progress:
+        report = prune_model(
+            recipe.model,
+            recipe.method,
+            pattern=parse_pattern(str(recipe.sparsity), recipe.group),
+            calibration=recipe.calibration,
+            n_sequences=recipe.n_sequences,
+            sequence_length=recipe.sequence_length,
+            error_correction=recipe.error_correction,
+            targets=recipe.targets,
+            ignore=recipe.ignore,
+            seed=recipe.seed,
+            damping=recipe.damping,
+            options=recipe.options,
+            device=device,
+            memory_budget=memory_budget,
+            output_dir=output,
+            resume=resume,
+            force=force,
+            callbacks=(progress,),
+        )
+    assert report.output_dir is not None
+    _write_run_report(report.output_dir)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    dataset: Annotated[
+        str, typer.Option(help="wikitext2, c4, FILE.txt, FILE.jsonl:field.")
+    ],
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+) -> None:
+    """Token perplexity over non-overlapping windows, the protocol of the pruning papers."""
+    from layerwise.run.calibration import evaluation_text
+    from layerwise.run.perplexity import perplexity
+    from layerwise.run.prune import choose_device, choose_sequence_length
+    from layerwise.run.storage import Checkpoint
+    from layerwise.run.tokens import encode
+
+    checkpoint = Checkpoint.open(model)
+    network = checkpoint.load_model().to(choose_device(device))
+    length = choose_sequence_length(network, sequence_length)
+    tokenizer = checkpoint.load_tokenizer()
+    if tokenizer is None:
+        message = f"{model} has no tokenizer, which a text needs"
+        raise DataError(message)
+    rows = network.get_input_embeddings().num_embeddings
+    tokens = encode(evaluation_text(dataset), tokenizer, rows)
+    value = perplexity(network, tokens, sequence_length=length)
+    windows = len(tokens) // length
+    typer.echo(f"perplexity {value:.4f}  ({dataset}, {windows} windows of {length} tokens)")
+
+
+@app.command()
+def verify(folder: Folder) -> None:
+    """Check zeros, pattern, untouched bytes, and that stock transformers opens it."""
+    from layerwise.run.verify import verify as check_folder
+
+    checks = check_folder(folder)
+    for check in checks:
+        typer.echo(f"{'ok  ' if check.holds else 'FAIL'}  {check.claim}")
+        for problem in check.problems[:5]:
+            typer.echo(f"        {problem}")
+        if len(check.problems) > 5:
+            typer.echo(f"        and {len(check.problems) - 5} more")
+    failed = sum(not check.holds for check in checks)
+    if failed:
+        message = f"{folder}: {failed} of {len(checks)} checks failed"
+        raise VerificationError(message)
+
+
+@app.command()
+def report(
+    folder: Folder,
+    output: Annotated[Path | None, typer.Option(help="HTML file to write.")] = None,
+) -> None:
+    """Write one self-contained HTML page about a pruned model."""
+    from layerwise.run.report import run_page, write_report
+
+    path = output or folder / "layerwise" / "report.html"
+    write_report(path, run_page(folder))
+    typer.echo(f"wrote {path}")
+
+
+@app.command()
+def solvers() -> None:
+    """List the methods: what each requires and handles."""
+    from layerwise.run.catalogue import catalogue
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("name", "patterns", "needs", "guarantee", "what it does"):
+        table.add_column(heading, no_wrap=heading == "name")
+    for entry in catalogue():
+        table.add_row(
+            entry.name, entry.patterns, entry.needs, entry.guarantee, entry.summary
+        )
+    Console().print(table)
+
+
+@app.command()
+def demo(
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every solver on every packaged model.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="Folder for report.html.")] = Path(
+        "demo-output"
+    ),
+) -> None:
+    """Prune a packaged trained model by several methods and compare them."""
+    from layerwise.run.demo import MAIN_METHODS, all_methods, compare, demo_models
+    from layerwise.run.report import comparison_page, write_report
+
+    models = demo_models(everything)
+    methods = all_methods() if everything else MAIN_METHODS
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"cannot create {output}: {error.strerror}; choose another --output"
+        raise DataError(message) from error
+    typer.echo(f"pruning {', '.join(models)} by {len(methods)} methods at 0.5 and 2:4")
+
+    def progress(result: Any, dense: float) -> None:
+        typer.echo(
+            f"  {result.model:6} {result.pattern:4} {result.method:20} perplexity "
+            f"{dense:.3f} -> {result.perplexity:.3f}  relative error "
+            f"{result.mean_relative_error:.4f}  {result.seconds:.1f} s"
+        )
+
+    comparison = compare(models, methods, on_result=progress)
+    for name in comparison.skipped:
+        typer.echo(f"  {name}: no adapter for this architecture, not pruned")
+    _print_comparison(comparison)
+    command = "layerwise demo --all" if everything else "layerwise demo"
+    path = output / "report.html"
+    write_report(
+        path, comparison_page(comparison.results, comparison.dense_perplexity, command)
+    )
+    typer.echo(f"wrote {path}")
+
+
+def _print_comparison(comparison: Any) -> None:
+    console = Console()
+    for model, dense in comparison.dense_perplexity.items():
+        table = Table(title=f"{model}: dense perplexity {dense:.3f}", title_justify="left")
+        for heading in (
+            "pattern",
+            "method",
+            "perplexity",
+            "mean relative error",
+            "seconds",
+        ):
+            numeric = heading not in ("pattern", "method")
+            table.add_column(heading, justify="right" if numeric else "left")
+        previous = None
+        for result in comparison.results:
+            if result.model != model:
+                continue
+            if previous not in (None, result.pattern):
+                table.add_section()
+            previous = result.pattern
+            table.add_row(
+                result.pattern,
+                result.method,
+                f"{result.perplexity:.3f}",
+                f"{result.mean_relative_error:.4f}",
+                f"{result.seconds:.1f}",
+            )
+        console.print(table)
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    from layerwise.run.progress import PlainProgress, RichProgress
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield PlainProgress(sys.stderr)
+        return
+    progress = RichProgress(console)
+    try:
+        yield progress
+    finally:
+        progress.close()
+
+
+def _write_run_report(folder: Path) -> None:
+    """report.html beside the manifest, if the plots can be drawn."""
+    from layerwise.run.report import run_page, write_report
+
+    try:
+        write_report(folder / "layerwise" / "report.html", run_page(folder))
+    except UsageError as error:
+        typer.echo(f"report.html was not written: {error}", err=True)
+
+
+def _assignments(items: list[str]) -> dict[str, Any]:
+    """``name=value`` pairs, values read as YAML scalars."""
+    found = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            message = f"--set takes name=value, got {item!r}"
+            raise UsageError(message)
+        found[name] = yaml.safe_load(value)
+    return found
+
+
+def main() -> None:
+    """Entry point: run a command, turn exceptions into one line and an exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line and return its exit code."""
+    debug = "--debug" in arguments
+    try:
+        return int(app(arguments, standalone_mode=False) or 0)
+    except LayerwiseError as error:
+        return _fail(error, str(error), error.exit_code, debug)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return _fail(
+            error, "interrupted; finished blocks are kept", EXIT_INTERRUPTED, debug
+        )
+    except typer.Exit as error:
+        return int(error.exit_code)
+    except Exception as error:
+        describe: Callable[[], str] | None = getattr(error, "format_message", None)
+        if describe is None:
+            raise
+        return _fail(error, describe(), 2, debug)
+
+
+def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    typer.echo(f"layerwise: {' '.join(message.split())}", err=True)
+    return code

@@ -1,0 +1,56 @@
+"""What ``layerwise solvers`` lists, read from the solvers themselves."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from layerwise.moments import Moments
+from layerwise.patterns import NM, Columns, FixedMask, Pattern, Unstructured
+from layerwise.problem import LayerProblem
+from layerwise.solution import Solver
+from layerwise.solvers import SOLVERS
+
+PATTERNS: Mapping[str, Pattern] = {
+    "unstructured": Unstructured(0.5),
+    "n:m": NM(2, 4),
+    "columns": Columns(2),
+    "fixed mask": FixedMask(torch.ones(1, 4, dtype=torch.bool)),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the list."""
+
+    name: str
+    patterns: str
+    needs: str
+    guarantee: str
+    summary: str
+
+
+def catalogue() -> list[Entry]:
+    """Every solver by name, with the patterns it accepts when asked."""
+    return [_entry(name, make()) for name, make in SOLVERS.items()]
+
+
+def _entry(name: str, solver: Solver) -> Entry:
+    moments = Moments(torch.eye(4, dtype=torch.float64))
+    handled = [
+        label
+        for label, pattern in PATTERNS.items()
+        if solver.can_solve(
+            LayerProblem.from_moments(torch.ones(1, 4), moments, pattern=pattern)
+        )
+    ]
+    documentation = inspect.getdoc(type(solver)) or ""
+    summary = " ".join(documentation.split("\n\n")[0].split())
+    return Entry(
+        name=name,
+        patterns=", ".join(handled),
+        needs=", ".join(sorted(solver.requires)) or "nothing",
+        guarantee=getattr(solver, "guarantee", "none"),
+        summary=summary,
+    )

@@ -1,0 +1,126 @@
+"""The demonstration: packaged trained models, pruned by several methods, compared."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from layerwise.adapters import ADAPTERS
+from layerwise.demo import MODELS, calibration_text, evaluation_text, model_path
+from layerwise.patterns import parse_pattern
+from layerwise.run.perplexity import perplexity
+from layerwise.run.prune import prune_model
+from layerwise.run.report import MethodResult
+from layerwise.run.storage import Checkpoint
+from layerwise.run.tokens import encode
+from layerwise.solvers import SOLVERS
+
+MAIN_METHODS = ("magnitude", "wanda", "sparsegpt", "wanda+least-squares", "fista")
+PATTERNS = ("0.5", "2:4")
+N_SEQUENCES = 64
+EVALUATION_TOKENS = 32768  # of the held-out text
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Results of the demonstration.
+
+    Parameters
+    ----------
+    results
+        One per model, pattern and method.
+    dense_perplexity
+        Of every model before pruning.
+    skipped
+        Packaged models that no adapter serves, by name.
+    """
+
+    results: tuple[MethodResult, ...]
+    dense_perplexity: dict[str, float]
+    skipped: tuple[str, ...]
+
+
+def all_methods() -> tuple[str, ...]:
+    """Every solver; those that only refit follow Wanda's mask."""
+    names = [
+        f"wanda+{name}" if "mask" in make().requires else name
+        for name, make in SOLVERS.items()
+    ]
+    return tuple(dict.fromkeys([*MAIN_METHODS, *names]))
+
+
+def compare(
+    models: Sequence[str],
+    methods: Sequence[str],
+    patterns: Sequence[str] = PATTERNS,
+    on_result: Callable[[MethodResult, float], None] = lambda result, dense: None,
+) -> Comparison:
+    """Prune packaged models by every method and measure error and perplexity.
+
+    Parameters
+    ----------
+    models
+        Names of packaged models.
+    methods
+        Method names, chains included.
+    patterns
+        Patterns as on the command line.
+    on_result
+        Called with every result and the dense perplexity of its model.
+    """
+    results: list[MethodResult] = []
+    dense: dict[str, float] = {}
+    skipped = []
+    for name in models:
+        checkpoint = Checkpoint.open(model_path(name))
+        if checkpoint.config["model_type"] not in ADAPTERS:
+            skipped.append(name)
+            continue
+        tokenizer = checkpoint.load_tokenizer()
+        model = checkpoint.load_model()
+        text = evaluation_text()
+        tokens = encode(text, tokenizer, model.config.vocab_size)[:EVALUATION_TOKENS]
+        dense[name] = _perplexity(model, tokens)
+        for pattern in patterns:
+            for method in methods:
+                result = _prune_once(checkpoint, tokenizer, name, method, pattern, tokens)
+                results.append(result)
+                on_result(result, dense[name])
+    return Comparison(tuple(results), dense, tuple(skipped))
+
+
+def _prune_once(
+    checkpoint: Checkpoint,
+    tokenizer: object,
+    name: str,
+    method: str,
+    pattern: str,
+    tokens: Tensor,
+) -> MethodResult:
+    report = prune_model(
+        checkpoint.load_model(),
+        method,
+        pattern=parse_pattern(pattern),
+        calibration=[calibration_text()],
+        tokenizer=tokenizer,
+        n_sequences=N_SEQUENCES,
+        sequence_length=256,
+    )
+    return MethodResult(
+        model=name,
+        method=method,
+        pattern=pattern,
+        perplexity=_perplexity(report.model, tokens),
+        mean_relative_error=report.mean_relative_error,
+        seconds=report.seconds,
+        records=report.records,
+    )
+
+
+def _perplexity(model: object, tokens: Tensor) -> float:
+    return perplexity(model, tokens, sequence_length=256)
+
+
+def demo_models(everything: bool) -> tuple[str, ...]:
+    """LLaMA alone, or all packaged models."""
+    return MODELS if everything else ("llama",)
