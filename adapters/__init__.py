@@ -30,8 +30,8 @@ def get_adapter(model_type: str) -> Adapter:
     if model_type not in ADAPTERS:
         close = difflib.get_close_matches(model_type, ADAPTERS, n=2)
         hint = f" (close: {', '.join(close)})" if close else ""
-        message = f"no adapter for model type {model_type!r}{hint}; "
-            f"supported: {', '.join(ADAPTERS)}"
+        known = ", ".join(ADAPTERS)
+        message = f"no adapter for model type {model_type!r}{hint}; supported: {known}"
         raise UnsupportedModelError(message)
     module, _, name = ADAPTERS[model_type].partition(":")
     adapter = getattr(import_module(module), name)

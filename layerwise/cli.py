@@ -237,7 +237,7 @@ def solvers() -> None:
         table.add_row(
             entry.name, entry.patterns, entry.needs, entry.guarantee, entry.summary
         )
-    Console().print(table)
+    _console().print(table)
 
 
 @app.command()
@@ -282,7 +282,7 @@ def demo(
 
 
 def _print_comparison(comparison: Any) -> None:
-    console = Console()
+    console = _console()
     for model, dense in comparison.dense_perplexity.items():
         table = Table(title=f"{model}: dense perplexity {dense:.3f}", title_justify="left")
         for heading in (
@@ -309,6 +309,12 @@ def _print_comparison(comparison: Any) -> None:
                 f"{result.seconds:.1f}",
             )
         console.print(table)
+
+
+def _console() -> Console:
+    """Console for tables; as wide as they need where nobody folds lines."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What ``layerwise solvers`` lists, read from the solvers themselves."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,10 +33,11 @@ class Entry:
 
 def catalogue() -> list[Entry]:
     """Every solver by name, with the patterns it accepts when asked."""
-    return [_entry(name, make()) for name, make in SOLVERS.items()]
+    return [_entry(name, make) for name, make in SOLVERS.items()]
 
 
-def _entry(name: str, solver: Solver) -> Entry:
+def _entry(name: str, make: Callable[[], Solver]) -> Entry:
+    solver = make()
     moments = Moments(torch.eye(4, dtype=torch.float64))
     handled = [
         label
@@ -45,12 +46,11 @@ def _entry(name: str, solver: Solver) -> Entry:
             LayerProblem.from_moments(torch.ones(1, 4), moments, pattern=pattern)
         )
     ]
-    documentation = inspect.getdoc(type(solver)) or ""
-    summary = " ".join(documentation.split("\n\n")[0].split())
+    documented = make if inspect.isfunction(make) else inspect.getmodule(make)
     return Entry(
         name=name,
-        patterns=", ".join(handled),
+        patterns="any" if len(handled) == len(PATTERNS) else ", ".join(handled),
         needs=", ".join(sorted(solver.requires)) or "nothing",
         guarantee=getattr(solver, "guarantee", "none"),
-        summary=summary,
+        summary=(inspect.getdoc(documented) or "").split("\n")[0],
     )

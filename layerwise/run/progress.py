@@ -102,6 +102,6 @@ def summary_line(report: PruneReport) -> str:
     """Totals of a run in one line."""
     where = "" if report.output_dir is None else f", written to {report.output_dir}"
     return (
-        f"{len(report.records)} layers, sparsity {report.sparsity:.4f}, "
-        f"mean relative error {report.mean_relative_error:.4f}, {report.seconds:.1f} s{where}"
+        f"{len(report.records)} layers, sparsity {report.sparsity:.4f}, mean relative "
+        f"error {report.mean_relative_error:.4f}, {report.seconds:.1f} s{where}"
     )
