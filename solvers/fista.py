@@ -78,10 +78,11 @@ class Fista:
     from_best
         Whether a round starts at the best rounded weights so far, as published, instead
         of at the solution of the previous penalty.
+    memory_budget
+        Bytes for the row systems of the refit.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
-    guarantee: ClassVar[str] = "l1 gap, certified refit"
     name: str = "fista"
     ratio: float | None = None
     rounding: Literal["saliency", "magnitude"] = "saliency"
@@ -94,6 +95,12 @@ class Fista:
     polish: int = 8
     refit: bool = True
     from_best: bool = False
+    memory_budget: int = LeastSquares.memory_budget
+
+    @property
+    def guarantee(self) -> str:
+        """What is certified."""
+        return "certified refit" if self.refit else "none"
 
     def _ratio(self, pattern: Pattern) -> float:
         if self.ratio is not None:
@@ -186,7 +193,9 @@ class Fista:
         certificate, stats = None, {"damping": problem.damping}
         if self.refit:
             posed = problem.with_pattern(FixedMask(best.mask))
-            solution = LeastSquares().solve(posed, initial=solution)
+            solution = LeastSquares(memory_budget=self.memory_budget).solve(
+                posed, initial=solution
+            )
             certificate, stats = solution.certificate, dict(solution.stats)
         fixed = isinstance(problem.pattern, FixedMask)
         return evaluate(

@@ -76,14 +76,19 @@ class SparseGPT:
         """Sweep once from left to right."""
         factor = problem.moments.factor(problem.damping, problem.dtype, reverse=True)
         problem = problem.with_damping(factor.damping)
+        weight, mask = self.find(problem)
+        stats = {"damping": factor.damping}
+        return evaluate(problem, weight, mask, Status.FEASIBLE, stats=stats)
+
+    def find(self, problem: LayerProblem) -> tuple[Tensor, Tensor]:  # (out, in), (out, in)
+        """Weights and mask alone, not graded."""
+        factor = problem.moments.factor(problem.damping, problem.dtype, reverse=True)
         upper = factor.lower.flip(0, 1).to(problem.dtype)
         start = problem.weight.to(problem.dtype)
         if problem.shift is not None:
             step = factor.solve_rows(problem.shift.flip(1)).flip(1)
             start = start + step.to(problem.dtype)
-        weight, mask = self._sweep(problem, upper, start.T.contiguous())
-        stats = {"damping": factor.damping}
-        return evaluate(problem, weight, mask, Status.FEASIBLE, stats=stats)
+        return self._sweep(problem, upper, start.T.contiguous())
 
     def _sweep(
         self,

@@ -22,6 +22,7 @@ COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000".split()
 MARKERS = "o s ^ D v P X p <".split()
 DASHES = ("", "4 2", "1 2")
 INCHES = (4.6, 3.0)  # narrow, so that the text is still legible on a telephone
+SWATCH_MARKER = 22.0  # polygons are rounded to about a unit, so units are small
 MAX_TICKS = 7
 MAX_BLOCKS_LABELLED = 12
 MAX_MARKERS = 40
@@ -183,8 +184,9 @@ def _draw_axes(
     labelled = spans[::step]
     centres = [(left + right) / 2 for left, right, _ in labelled]
     axes.set_xticks(centres, [label for _, _, label in labelled])
-    axes.tick_params(axis="x", length=0)
-    for left, right, _ in spans[1::2]:
+    wide = any(right - left > 1 for left, right, _ in spans)  # blocks of several layers
+    axes.tick_params(axis="x", length=0 if wide else 3)
+    for left, right, _ in spans[1::2] if wide else ():
         axes.axvspan(left, right, color="#f1f3f5", linewidth=0, zorder=0)
 
 
@@ -200,7 +202,7 @@ def _draw_series(axes: Any, series: Series, index: int) -> None:
         linestyle="none" if repeated else ((0, pattern) if pattern else "solid"),
         linewidth=1.3,
         marker=marker,
-        markersize=4.5,
+        markersize=5.2,
         markeredgecolor="white",
         markeredgewidth=0.5,
         markevery=1 if repeated else (index % every, every),
@@ -244,15 +246,13 @@ def _swatch(matplotlib: Any, index: int) -> str:
     """Line and marker of a series, for the legend."""
     colour, marker, dash = _look(index)
     style = matplotlib.markers.MarkerStyle(marker)
-    scale, zoom = 7.0, 100.0  # polygons are rounded to whole units, hence the zoom
-    outline = style.get_path().transformed(style.get_transform().scale(zoom))
-    points = " ".join(
-        f"{x * scale / zoom:.2f},{-y * scale / zoom:.2f}"
-        for x, y in outline.to_polygons()[0]
-    )
-    dashes = f' stroke-dasharray="{dash}"' if dash else ""
+    outline = style.get_path().transformed(style.get_transform().scale(SWATCH_MARKER))
+    points = " ".join(f"{x:.4g},{-y:.4g}" for x, y in outline.to_polygons()[0])
+    lengths = " ".join(f"{4 * int(part)}" for part in dash.split())
+    dashes = f' stroke-dasharray="{lengths}"' if dash else ""
     return (
-        '<svg class="swatch" viewBox="-13 -6 26 12" aria-hidden="true">'
-        f'<line x1="-13" x2="13" y1="0" y2="0" stroke="{colour}" stroke-width="2"{dashes}/>'
-        f'<polygon points="{points}" fill="{colour}" stroke="white"/></svg>'
+        '<svg class="swatch" viewBox="-40 -18 80 36" aria-hidden="true">'
+        f'<line x1="-40" x2="40" y1="0" y2="0" stroke="{colour}" stroke-width="6"{dashes}/>'
+        f'<polygon points="{points}" fill="{colour}" stroke="white" stroke-width="2"/>'
+        "</svg>"
     )

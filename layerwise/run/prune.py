@@ -31,7 +31,13 @@ from layerwise.run.pipeline import (
     advance,
     prune_block,
 )
-from layerwise.run.recipe import OptionValue, Recipe, configure, options_of
+from layerwise.run.recipe import (
+    OptionValue,
+    Recipe,
+    configure,
+    options_of,
+    with_memory_budget,
+)
 from layerwise.run.records import LayerRecord
 from layerwise.run.storage import Checkpoint
 from layerwise.run.streams import capture
@@ -154,7 +160,7 @@ def prune_model(
     device
         Where blocks are computed; ``"auto"`` takes a GPU if there is one.
     memory_budget
-        Bytes for the row systems of refits; None leaves it to the method.
+        Bytes for the row systems of refits; methods without them need none.
     output_dir
         New folder for the pruned checkpoint; work happens in ``output_dir.partial``.
     resume
@@ -351,10 +357,9 @@ def _choose_solver(
     memory_budget: int | None,
 ) -> Any:
     """Configured solver; refused if it cannot handle the pattern of a tiny problem."""
-    settings = dict(options or {})
+    solver = configure(method, options or {})
     if memory_budget is not None:
-        settings["memory_budget"] = memory_budget
-    solver = configure(method, settings)
+        solver = with_memory_budget(solver, memory_budget)
     if isinstance(pattern, NM | Unstructured):
         width = pattern.m if isinstance(pattern, NM) else 4
         moments = Moments(torch.eye(width, dtype=torch.float64))

@@ -106,6 +106,11 @@ def configure(method: Any, options: Mapping[str, OptionValue]) -> Any:
     return solver
 
 
+def with_memory_budget(solver: Any, budget: int) -> Any:
+    """Give the budget to every step that builds systems in memory; others need none."""
+    return _apply(solver, "", "memory_budget", budget)[0]
+
+
 def _apply(solver: Any, step: str, field: str, value: OptionValue) -> tuple[Any, int]:
     if isinstance(solver, Chain):
         results = [_apply(part, step, field, value) for part in solver.steps]
