@@ -8,7 +8,6 @@ of methods, and how a block is called is taken from the model itself (see
 """
 
 from dataclasses import dataclass
-from typing import cast
 
 from torch import nn
 
@@ -51,15 +50,14 @@ class Adapter:
         try:
             blocks = model.get_submodule(self.blocks)
         except AttributeError:
+            blocks = None
+        if not isinstance(blocks, nn.ModuleList) or not len(blocks):
             message = (
                 f"the {self.name} adapter expects the decoder blocks at {self.blocks!r}, "
                 f"but this {type(model).__name__} has none there"
             )
-            raise UnsupportedModelError(message) from None
-        found = {
-            f"{self.blocks}.{index}": block
-            for index, block in enumerate(cast(nn.ModuleList, blocks))
-        }
+            raise UnsupportedModelError(message)
+        found = {f"{self.blocks}.{index}": block for index, block in enumerate(blocks)}
         for block_name, block in found.items():
             for linear in self.linear_names():
                 self.linear(block, linear, block_name)

@@ -176,7 +176,7 @@ def evaluate(
     """Token perplexity over non-overlapping windows, the protocol of the pruning papers."""
     from layerwise.run.calibration import evaluation_text
     from layerwise.run.perplexity import perplexity
-    from layerwise.run.prune import choose_device, choose_sequence_length
+    from layerwise.run.settings import choose_device, choose_sequence_length
     from layerwise.run.storage import Checkpoint
     from layerwise.run.tokens import encode
 

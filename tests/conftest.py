@@ -11,7 +11,7 @@ torch.set_num_threads(1)
 
 # The same examples on every machine; the nightly profile looks for new ones.
 hypothesis.settings.register_profile(
-    "default", deadline=None, max_examples=25, derandomize=True, database=None
+    "default", deadline=None, max_examples=20, derandomize=True, database=None
 )
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

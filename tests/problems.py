@@ -40,6 +40,13 @@ class Layer:
         outputs = self.weight.double() @ self.inputs.double()
         return float(outputs.square().sum() / self.inputs.shape[1])
 
+    def magnitude(self, weight: Tensor) -> float:
+        """Bound on every term of the objective: no sign in it, so nothing cancels."""
+        size = self.inputs.double().square().mean(dim=1).sqrt()
+        size = size + self.seen.double().square().mean(dim=1).sqrt()
+        terms = (self.weight.double().abs() + weight.double().abs()) @ size
+        return float(terms.square().sum())
+
     def problem(self, pattern: Pattern, damping: float = 0.01) -> LayerProblem:
         return LayerProblem.from_inputs(
             self.weight, self.inputs, self.pruned_inputs, pattern=pattern, damping=damping
@@ -147,7 +154,7 @@ PROBLEMS: Mapping[str, Layer] = MappingProxyType(
         "one-row": make_layer(8, rows=1, drift=0.2),
         "one-column": make_layer(9, width=1, drift=0.2),
         "odd-width": make_layer(10, rows=5, width=13, drift=0.2),
-        "correlated": make_layer(11, correlation=0.95, drift=0.1),
+        "correlated": make_layer(11, correlation=0.9, drift=0.1),
         "condition-1e8": make_layer(12, condition=1e8, drift=0.05),
         "outlier-float32": _with_outlier(make_layer(13, drift=0.1), 3, 1e3).to(
             torch.float32
@@ -192,7 +199,7 @@ def fits(pattern: Pattern, layer: Layer) -> bool:
 
 @st.composite
 def layers(
-    draw: st.DrawFn, *, max_rows: int = 6, max_width: int = 24, drift: bool = True
+    draw: st.DrawFn, *, max_rows: int = 4, max_width: int = 12, drift: bool = True
 ) -> Layer:
     """Draw a seed and what makes a layer easy or hard; tensors follow from the seed."""
     width = draw(st.integers(1, max_width), label="width")

@@ -54,7 +54,9 @@ CASES = [
     for case in product(SOLVERS, PROBLEMS, PATTERNS)
     if _takes(*case)
 ]
+REPEATED = [case for case in CASES if case.values[2] in ("layer-0.5", "2:4", "fixed")]
 every_case = pytest.mark.parametrize(("solver", "problem", "pattern"), CASES)
+repeated_case = pytest.mark.parametrize(("solver", "problem", "pattern"), REPEATED)
 every_solver = pytest.mark.parametrize("solver", SOLVERS)
 
 # Weights of a row depend on that row alone; the others search a penalty for the layer.
@@ -112,10 +114,10 @@ def assert_exact_count(pattern: Pattern, mask: Tensor) -> None:
 
 
 def test_cases_cover_registry_and_problems() -> None:
-    seen = [case.values for case in CASES]
-    assert {values[0] for values in seen} == set(SOLVERS)
-    assert {values[1] for values in seen} == set(PROBLEMS)
-    assert {values[2] for values in seen} == set(PATTERNS)
+    for cases in (CASES, REPEATED):
+        assert {case.values[0] for case in cases} == set(SOLVERS)
+        assert {case.values[1] for case in cases} == set(PROBLEMS)
+    assert {case.values[2] for case in CASES} == set(PATTERNS)
     names = {*ROW_BY_ROW, *ANY_COLUMN_ORDER, *ACTIVATION_AWARE}
     assert names <= set(SOLVERS)
 
@@ -136,12 +138,10 @@ def test_mask_is_feasible_and_counts_are_exact(
     assert solution.mask.dtype == torch.bool
     assert solution.mask.shape == solution.weight.shape == layer.shape
     assert_exact_count(posed(problem, pattern).pattern, solution.mask)
-
-
-@every_case
-def test_removed_weights_are_plain_zeros(solver: str, problem: str, pattern: str) -> None:
-    solution = solved(solver, problem, pattern)
-    assert not bits(solution.weight[~solution.mask]).any()
+    assert not bits(solution.weight[~solution.mask]).any()  # and no -0.0
+    wide = layer.weight.dtype == torch.float64
+    assert solution.weight.dtype == (torch.float64 if wide else torch.float32)
+    assert solution.weight.device == solution.mask.device == layer.weight.device
 
 
 @every_case
@@ -181,17 +181,7 @@ def test_status_and_certificate_are_truthful(
         assert value - best <= certificate.bound * best + slack
 
 
-@every_case
-def test_weight_has_working_precision_and_device(
-    solver: str, problem: str, pattern: str
-) -> None:
-    solution, question = solved(solver, problem, pattern), posed(problem, pattern)
-    wide = PROBLEMS[problem].weight.dtype == torch.float64
-    assert solution.weight.dtype == (torch.float64 if wide else torch.float32)
-    assert solution.weight.device == solution.mask.device == question.weight.device
-
-
-@every_case
+@repeated_case
 def test_same_bits_again_and_inputs_untouched(
     solver: str, problem: str, pattern: str
 ) -> None:
@@ -210,7 +200,7 @@ def test_same_bits_again_and_inputs_untouched(
     assert torch.equal(random_state, torch.get_rng_state())
 
 
-@every_case
+@repeated_case
 def test_no_better_than_a_refit_of_its_mask(
     solver: str, problem: str, pattern: str
 ) -> None:
@@ -311,7 +301,7 @@ def test_scaling_inputs_by_a_power_of_two_keeps_every_bit(
     question = for_solver(solver, layer, sparsity)
     expected = lw.solve(question, solver)
     assert expected.mask.any()
-    for exponent in (-50, -9, 1, 50):
+    for exponent in (-50, 1, 49):
         scaled = layer.scaled(2.0**exponent).problem(question.pattern)
         found = lw.solve(scaled, solver)
         assert torch.equal(bits(found.weight), bits(expected.weight))
@@ -327,7 +317,7 @@ def test_scaling_weights_by_a_power_of_two_keeps_the_mask(solver: str) -> None:
     layer = PROBLEMS["drifted-float32"]
     question = for_solver(solver, layer, Unstructured(0.5))
     expected = lw.solve(question, solver)
-    for exponent in (-90, 90):
+    for exponent in (-40, 40):
         scaled = replace(layer, weight=layer.weight * 2.0**exponent)
         found = lw.solve(scaled.problem(question.pattern), solver)
         assert torch.equal(found.mask, expected.mask)
@@ -631,8 +621,7 @@ def test_every_answer_is_feasible(solver: str, data: st.DataObject) -> None:
     assert not bits(solution.weight[~solution.mask]).any()
     assert torch.isfinite(solution.weight).all()
     explicit = layer.explicit(solution.weight)
-    # drift of relative size one leaves an error that may exceed the energy
-    slack = EXPLICIT[question.dtype] * (layer.energy + explicit)
+    slack = EXPLICIT[question.dtype] * layer.magnitude(solution.weight)
     assert solution.objective == pytest.approx(explicit, abs=slack, rel=0)
 
 

@@ -18,7 +18,7 @@ html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
 body { margin: 0; background: var(--page); color: var(--text);
   font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
-h1, h2, h3, p, code, dd { overflow-wrap: anywhere; }
+h1, h2, h3, p, dd { overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
 h2 { font-size: 1.25rem; line-height: 1.3; margin: 2.25rem 0 .5rem; }
 h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
@@ -34,16 +34,18 @@ pre { margin: 0; padding: .75rem 1rem; line-height: 1.45; }
 table { border-collapse: separate; border-spacing: 0; font-size: .875rem; }
 th, td { padding: .3rem .65rem; text-align: left; vertical-align: baseline;
   font-weight: 400; border-bottom: 1px solid var(--line); }
+td { white-space: nowrap; }
+tbody th[scope=row] { position: sticky; left: 0; background: var(--page); }
 tbody:last-child tr:last-child > * { border-bottom: 0; }
 thead th { position: sticky; top: 0; z-index: 1; background: var(--tint); font-weight: 600;
   line-height: 1.25; vertical-align: bottom; }
+thead th:first-child { left: 0; z-index: 2; }
 th[scope=rowgroup] { padding-top: .9rem; font-weight: 600; }
 .number, .figure { font-variant-numeric: tabular-nums; }
-.number { text-align: right; white-space: nowrap; }
-thead .number { white-space: normal; }
+.number { text-align: right; }
 .best { background: var(--best); font-weight: 700; }
-.warn { background: var(--warn); }
-dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .35rem 1.25rem;
+.warn { background: var(--warn); font-weight: 600; }
+dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .35rem 1rem;
   margin: .5rem 0; }
 dt { color: var(--soft); }
 dd { margin: 0; }
@@ -62,15 +64,17 @@ details ul { margin: .25rem 0; padding-left: 1.25rem; }
 .swatch { flex: none; width: 2.2rem; height: 1rem; }
 figcaption { margin-top: .5rem; font-size: .8125rem; line-height: 1.4; color: #57606a;
   overflow-wrap: anywhere; }
-@media (max-width: 36rem) { th, td { padding: .3rem .5rem; } dl { display: block; }
-  dd { margin: 0 0 .5rem; } }
+@media (min-width: 48rem) { th wbr { display: none; } }
+@media (max-width: 48rem) { .name { min-width: 8.25rem; } }
+@media (max-width: 30rem) { main { padding: 1rem .75rem 2rem; }
+  table { font-size: .8125rem; } th, td { padding: .3rem .35rem; } }
 @media print { .scroll { max-height: none; overflow: visible; } }
 """
 
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 )
-MISSING = "–"
+MISSING = "\N{EN DASH}"
 
 
 def page(title: str, body: str) -> str:

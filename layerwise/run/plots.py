@@ -34,7 +34,7 @@ SETTINGS = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "font.family": "DejaVu Sans",  # comes with matplotlib; wider than what browsers use
-    "font.size": 9.0,
+    "font.size": 10.0,
     "grid.color": "#dfe3e8",
     "grid.linewidth": 0.6,
     "svg.fonttype": "none",
@@ -234,9 +234,9 @@ def _inline(svg: str, key: str, label: str) -> str:
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    view = re.search(r'viewBox="[^"]*"', svg)
-    assert view, "matplotlib always writes a viewBox"
-    head = f'<svg {view[0]} role="img" aria-label="{escape(label)}">'
+    width, height = (72 * inches for inches in INCHES)
+    view = f'viewBox="0 0 {width:g} {height:g}"'
+    head = f'<svg {view} role="img" aria-label="{escape(label)}">'
     svg = head + svg[svg.index(">") + 1 :]
     svg = re.sub(r'(\sid="|url\(#|\shref="#|xlink:href="#)', rf"\g<1>{key}-", svg)
     return re.sub(r"\s*\n\s*", "\n", svg.replace("xlink:href=", "href="))

@@ -14,16 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from layerwise.adapters import Adapter, get_adapter
-from layerwise.errors import InvalidProblemError, UsageError
-from layerwise.moments import Moments
-from layerwise.patterns import NM, Pattern, Unstructured, parse_pattern
-from layerwise.problem import LayerProblem
+from layerwise.adapters import get_adapter
+from layerwise.patterns import NM, Pattern
 from layerwise.run.calibration import Calibration, token_windows
 from layerwise.run.journal import Journal, check_output
 from layerwise.run.output import fingerprint, write_output
 from layerwise.run.pipeline import (
-    ERROR_CORRECTIONS,
     BlockInputs,
     ErrorCorrection,
     PrunedBlock,
@@ -31,21 +27,22 @@ from layerwise.run.pipeline import (
     advance,
     prune_block,
 )
-from layerwise.run.recipe import (
-    OptionValue,
-    Recipe,
-    configure,
-    options_of,
-    with_memory_budget,
-)
+from layerwise.run.recipe import OptionValue, Recipe, options_of
 from layerwise.run.records import LayerRecord
+from layerwise.run.settings import (
+    as_entries,
+    check_error_correction,
+    choose_device,
+    choose_pattern,
+    choose_sequence_length,
+    choose_solver,
+)
 from layerwise.run.storage import Checkpoint
 from layerwise.run.streams import capture
-from layerwise.run.targets import select
-from layerwise.solve import refuse_unless_solvable, solver_name
+from layerwise.run.targets import Selection
+from layerwise.solve import solver_name
 
 BATCH = 8  # sequences per forward pass
-LONGEST_DEFAULT = 2048  # of sequence_length; contexts of 131072 tokens fit nowhere
 
 
 class Callback(Protocol):
@@ -186,14 +183,14 @@ def prune_model(
     """
     start = time.perf_counter()
     chosen = choose_pattern(sparsity, pattern)
-    solver = _choose_solver(method, chosen, damping, options, memory_budget)
-    _check_error_correction(error_correction)
+    solver = choose_solver(method, chosen, damping, options, memory_budget)
+    check_error_correction(error_correction)
     output = None if output_dir is None else Path(output_dir)
     if output is not None:
         check_output(output, force=force)
     source, model = _open(model_or_path)
     adapter = get_adapter(str(getattr(model.config, "model_type", type(model).__name__)))
-    plan = _Plan(model, adapter, _entries(targets), _entries(ignore), chosen)
+    selection = Selection(model, adapter, as_entries(targets), as_entries(ignore), chosen)
     tokens = token_windows(
         calibration,
         tokenizer or (source.load_tokenizer() if source else None),
@@ -203,19 +200,19 @@ def prune_model(
         vocab_size=model.get_input_embeddings().num_embeddings,
     )
     task = Task(adapter, solver, chosen, damping, error_correction, choose_device(device))
-    recipe = _recipe(task, calibration, tokens, plan, seed, source)
+    recipe = _recipe(task, calibration, tokens, selection, seed, source)
     journal = None
     if output is not None:
         identity = fingerprint(recipe, tokens, source, model, task.device)
         journal = Journal(output, identity, force=force, resume=resume)
     listeners = tuple(callbacks)
     for listener in listeners:
-        listener.on_start(len(plan.names))
-    blocks = _run(model, plan, task, tokens, journal, listeners)
+        listener.on_start(len(selection.names))
+    blocks = _run(model, selection, task, tokens, journal, listeners)
     records = tuple(record for block in blocks for record in block.records)
-    masks = plan.by_parameter([block.masks for block in blocks])
+    masks = selection.by_parameter([block.masks for block in blocks])
     if journal is not None:
-        weights = plan.by_parameter([block.weights for block in blocks])
+        weights = selection.by_parameter([block.weights for block in blocks])
         write_output(
             journal, recipe, tokens, source, model, weights, masks, records, tokenizer
         )
@@ -226,52 +223,9 @@ def prune_model(
     return report
 
 
-class _Plan:
-    """Which linears of which blocks are pruned, checked against the pattern."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        adapter: Adapter,
-        targets: Sequence[str],
-        ignore: Sequence[str],
-        pattern: Pattern,
-    ) -> None:
-        self.targets, self.ignore = targets, ignore
-        self.blocks = adapter.blocks_of(model)
-        candidates = {
-            f"{block}.{name}": adapter.linear(module, name)
-            for block, module in self.blocks.items()
-            for name in adapter.linear_names()
-        }
-        self.names = select(model, candidates, targets, ignore)
-        for name in self.names:
-            linear = candidates[name]
-            try:
-                pattern.check((linear.out_features, linear.in_features))
-            except InvalidProblemError as error:
-                message = f"{name}: {error}"
-                raise InvalidProblemError(message) from None
-
-    def targets_of(self, block: str) -> frozenset[str]:
-        """Names of the targets of a block, relative to it."""
-        prefix = f"{block}."
-        return frozenset(
-            name.removeprefix(prefix) for name in self.names if name.startswith(prefix)
-        )
-
-    def by_parameter(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors of all blocks by the name of the weight parameter."""
-        return {
-            f"{block}.{name}.weight": tensor
-            for block, part in zip(self.blocks, parts, strict=True)
-            for name, tensor in part.items()
-        }
-
-
 def _run(
     model: nn.Module,
-    plan: _Plan,
+    selection: Selection,
     task: Task,
     tokens: Calibration,
     journal: Journal | None,
@@ -285,13 +239,15 @@ def _run(
 
     was_training = model.training
     model.eval()
-    stream = capture(model, list(plan.blocks.values()), torch.split(tokens.tokens, BATCH))
+    stream = capture(
+        model, list(selection.blocks.values()), torch.split(tokens.tokens, BATCH)
+    )
     dense: Sequence[Tensor] = stream.hidden
     pruned = dense
     done: list[PrunedBlock] = []
-    for index, (name, block) in enumerate(plan.blocks.items()):
+    for index, (name, block) in enumerate(selection.blocks.items()):
         inputs = BlockInputs(
-            name, block, plan.targets_of(name), stream.calls[index], dense, pruned
+            name, block, selection.targets_of(name), stream.calls[index], dense, pruned
         )
         home = next(block.parameters()).device
         block.to(task.device)
@@ -331,54 +287,6 @@ def _records(blocks: Sequence[PrunedBlock]) -> list[LayerRecord]:
     return [record for block in blocks for record in block.records]
 
 
-def choose_pattern(sparsity: float | str | None, pattern: Pattern | str | None) -> Pattern:
-    """One pattern from the two arguments that can give it; a conflict is an error."""
-    if isinstance(pattern, str):
-        pattern = parse_pattern(pattern)
-    if sparsity is None:
-        if pattern is None:
-            message = 'say how much to prune: sparsity=0.5, or "2:4" (keeps 2 of every 4)'
-            raise UsageError(message)
-        return pattern
-    asked = parse_pattern(str(sparsity))
-    if pattern is None:
-        return asked
-    if abs(getattr(asked, "sparsity", 0) - getattr(pattern, "sparsity", 0)) > 1e-9:
-        message = f"sparsity {asked} contradicts the pattern {pattern}; give one of them"
-        raise UsageError(message)
-    return pattern
-
-
-def _choose_solver(
-    method: Any,
-    pattern: Pattern,
-    damping: float,
-    options: dict[str, OptionValue] | None,
-    memory_budget: int | None,
-) -> Any:
-    """Configured solver; refused if it cannot handle the pattern of a tiny problem."""
-    solver = configure(method, options or {})
-    if memory_budget is not None:
-        solver = with_memory_budget(solver, memory_budget)
-    if isinstance(pattern, NM | Unstructured):
-        width = pattern.m if isinstance(pattern, NM) else 4
-        moments = Moments(torch.eye(width, dtype=torch.float64))
-        weight = torch.ones(1, width)
-        refuse_unless_solvable(
-            solver,
-            LayerProblem.from_moments(weight, moments, pattern=pattern, damping=damping),
-        )
-    return solver
-
-
-def _check_error_correction(value: str) -> None:
-    if value not in ERROR_CORRECTIONS:
-        message = (
-            f"error_correction is one of {', '.join(ERROR_CORRECTIONS)}, got {value!r}"
-        )
-        raise UsageError(message)
-
-
 def _open(model_or_path: nn.Module | str | Path) -> tuple[Checkpoint | None, Any]:
     """Checkpoint and model of a path; a model object stands for itself."""
     if isinstance(model_or_path, nn.Module):
@@ -391,7 +299,7 @@ def _recipe(
     task: Task,
     calibration: Any,
     tokens: Calibration,
-    plan: _Plan,
+    selection: Selection,
     seed: int,
     source: Checkpoint | None,
 ) -> Recipe:
@@ -410,35 +318,9 @@ def _recipe(
         n_sequences=tokens.tokens.shape[0],
         sequence_length=tokens.tokens.shape[1],
         error_correction=task.error_correction,
-        targets=list(plan.targets),
-        ignore=list(plan.ignore),
+        targets=list(selection.targets),
+        ignore=list(selection.ignore),
         seed=seed,
         damping=task.damping,
         options=options_of(task.solver),
     )
-
-
-def _entries(value: str | Sequence[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-def choose_sequence_length(model: nn.Module, asked: int | None) -> int:
-    """Length asked for, or the model's own, at most 2048."""
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if asked is None:
-        return min(LONGEST_DEFAULT, longest or LONGEST_DEFAULT)
-    if longest is not None and asked > longest:
-        message = f"sequence_length {asked} exceeds the {longest} positions of the model"
-        raise UsageError(message)
-    return asked
-
-
-def choose_device(device: str | torch.device) -> torch.device:
-    """Device by name; ``auto`` is a GPU if there is one."""
-    if device != "auto":
-        try:
-            return torch.device(device)
-        except RuntimeError as error:
-            message = f"unknown device {device!r}: {str(error).splitlines()[0]}"
-            raise UsageError(message) from None
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

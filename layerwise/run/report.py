@@ -34,28 +34,28 @@ from layerwise.run.records import LayerRecord
 RECIPE = "recipe.yaml"
 
 RELATIVE_ERROR = """is ‖<var>W</var><var>X</var> &minus; <var>Ŵ</var><var>X̂</var>‖ /
-‖<var>W</var><var>X</var>‖ on the calibration text, with the weights <var>W</var> before and
-<var>Ŵ</var> after pruning, and the inputs of the layer in the dense model, <var>X</var>, and
-in the pruned one, <var>X̂</var>. 0: its outputs did not change. 1: they are as far off as if
-the layer returned nothing."""
+‖<var>W</var><var>X</var>‖ on the calibration text, with the weights <var>W</var> before
+and <var>Ŵ</var> after pruning, and the inputs of the layer in the dense model,
+<var>X</var>, and in the pruned one, <var>X̂</var>. 0: its outputs did not change. 1: they
+are as far off as if the layer returned nothing."""
 
 EXPLANATION = f"""<div class="beside">
 <p><b>Perplexity</b> is measured on text that was not used for calibration: the model is as
 unsure of the next token as if it guessed among that many. Lower is better; the increase is
 relative to the dense model.</p>
-<p><b>Relative error</b> of a layer {RELATIVE_ERROR} Every method here tries to keep it small;
-what is left adds up through the model, so perplexity decides.</p></div>
+<p><b>Relative error</b> of a layer {RELATIVE_ERROR} Every method here tries to keep it
+small; what is left adds up through the model, so perplexity decides.</p></div>
 """
 
 RUN_EXPLANATION = f"""<div class="beside">
 <p><b>Relative error</b> of a layer {RELATIVE_ERROR}</p>
-<p><b>Certificates</b> are proven bounds: “refit” on the excess over the best weights with the
-same zeros, “l1” on the duality gap of the l1 problem, “support” on the excess over the best
-zeros and weights. <b>Marked</b>: damping that had to be raised, inputs of deficient rank,
-channels that are always zero.</p></div>
+<p><b>Certificates</b> are proven bounds: “refit” on the excess over the best weights with
+the same zeros, “l1” on the duality gap of the l1 problem, “support” on the excess over the
+best zeros and weights. <b>Marked</b>: damping that had to be raised, inputs of deficient
+rank, channels that are always zero.</p></div>
 """
 
-METHOD_COLUMNS = ("method", "perplexity", "increase, %", "mean relative error", "seconds")
+METHOD_COLUMNS = ("method", "perplexity", "increase %", "mean relative error", "seconds")
 LAYER_COLUMNS = (
     "layer",
     "shape",
@@ -162,12 +162,11 @@ def _model_section(results: Sequence[MethodResult], dense: float, key: str) -> s
 
 def _pattern_rows(results: Sequence[MethodResult], dense: float) -> str:
     """Body of the table for the results of one pattern, the best of each column marked."""
-    increases = [100 * (result.perplexity / dense - 1) for result in results]
     columns = [
-        _marked([result.perplexity for result in results], 2),
-        _marked(increases, 1, sign=True),
-        _marked([result.mean_relative_error for result in results], 4),
-        _marked([result.seconds for result in results], 2),
+        _marked([r.perplexity for r in results], lambda value: decimal(value, 2)),
+        _marked([100 * (r.perplexity / dense - 1) for r in results], _signed),
+        _marked([r.mean_relative_error for r in results], lambda value: decimal(value, 4)),
+        _marked([r.seconds for r in results], lambda value: f"{value:.2f}"),
     ]
     names = [f"<code>{breakable(result.method)}</code>" for result in results]
     rows = [
@@ -179,14 +178,16 @@ def _pattern_rows(results: Sequence[MethodResult], dense: float) -> str:
     return f"<tbody>{head}\n" + "\n".join(rows) + "</tbody>"
 
 
-def _marked(values: Sequence[float], places: int, *, sign: bool = False) -> list[str]:
+def _marked(values: Sequence[float], show: Callable[[float], str]) -> list[str]:
     """Cells of a column; the smallest value, as shown, is marked if there is a choice."""
-    texts = [
-        ("+" if sign and value > 0 else "") + decimal(value, places) for value in values
-    ]
+    texts = [show(value) for value in values]
     finite = [row for row, value in enumerate(values) if math.isfinite(value)]
     best = texts[min(finite, key=values.__getitem__)] if finite and len(texts) > 1 else ""
     return [number(text, "best" if text == best else "") for text in texts]
+
+
+def _signed(value: float) -> str:
+    return ("+" if value > 0 else "") + decimal(value, 2)
 
 
 def _describe(pattern: str) -> str:
@@ -221,7 +222,7 @@ def run_page(folder: Path) -> str:
     recipe_box = scrollable("recipe", f"<pre>{escape(recipe.to_yaml())}</pre>")
     body = f"""<h1>{breakable(model)}</h1>
 <p class="soft">Pruned by <code>{breakable(recipe.method)}</code>,
-{escape(_describe(manifest.sparsity))}</p>
+{escape(_asked(manifest))}</p>
 <div class="beside"><section><h2>Summary</h2>
 <dl>{_summary(manifest, recipe, records)}</dl></section>
 <section><h2>Relative error by block</h2>
@@ -248,8 +249,7 @@ def _summary(manifest: Manifest, recipe: Recipe, records: Sequence[LayerRecord])
     versions = (f"{name} {version}" for name, version in manifest.versions.items())
     rows = {
         "method": f"<code>{breakable(recipe.method)}</code>",
-        "sparsity": f"{escape(_describe(manifest.sparsity))}; "
-        f"{100 * zeros:.2f} % of the weights are zero",
+        "sparsity": f"{escape(_asked(manifest))}; {100 * zeros:.2f} % of the weights found zero",
         "pruned": f"{len(records)} layers, {sum(sizes):,} weights",
         "calibration": f"{breakable(manifest.calibration)}, {tokens:,} tokens",
         "error correction": escape(recipe.error_correction),
@@ -260,10 +260,16 @@ def _summary(manifest: Manifest, recipe: Recipe, records: Sequence[LayerRecord])
         "damping raised": _affected(records, lambda record: record.damping_raised),
         "rank deficient": _affected(records, _is_deficient),
         "dead channels": _affected(records, lambda record: record.dead_channels > 0),
-        "time in the solver": f"{decimal(sum(r.seconds for r in records), 1)} s",
+        "time in the solver": f"{sum(r.seconds for r in records):,.1f} s",
         "versions": escape(", ".join(versions)),
     }
     return "\n".join(f"<dt>{term}</dt><dd>{value}</dd>" for term, value in rows.items())
+
+
+def _asked(manifest: Manifest) -> str:
+    """Sparsity that was asked for; n:m leaves no choice of where zeros are counted."""
+    described = _describe(manifest.sparsity)
+    return described if ":" in described else f"{described} per {manifest.group}"
 
 
 def _affected(
@@ -282,7 +288,7 @@ def _layer_row(record: LayerRecord) -> str:
     if record.certificate is not None:
         certificate = f"{record.certificate_kind} {record.certificate:.1e}"
     cells = [
-        f'<th scope="row"><code>{breakable(record.name)}</code></th>',
+        f'<th scope="row" class="name"><code>{breakable(record.name)}</code></th>',
         number(f"{rows} \N{MULTIPLICATION SIGN} {width}"),
         number(decimal(record.sparsity, 4)),
         number(decimal(record.relative_error, 4)),
@@ -291,7 +297,7 @@ def _layer_row(record: LayerRecord) -> str:
         number(f"{record.damping:g}", "warn" if record.damping_raised else ""),
         number(f"{record.rank} / {width}", "warn" if _is_deficient(record) else ""),
         number(str(record.dead_channels), "warn" if record.dead_channels else ""),
-        number(decimal(record.seconds, 3)),
+        number(f"{record.seconds:.3f}"),
     ]
     return f"<tr>{''.join(cells)}</tr>"
 
@@ -326,4 +332,4 @@ def _json(records: Sequence[LayerRecord]) -> str:
 
 def write_report(path: Path, page: str) -> None:
     """Write a page completely or not at all."""
-    atomic_write(path, page.encode())
+    atomic_write(path, page.encode(errors="replace"))  # half a surrogate pair in a name

@@ -10,11 +10,56 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
-from layerwise.errors import UsageError
+from layerwise.adapters import Adapter
+from layerwise.errors import InvalidProblemError, UsageError
+from layerwise.patterns import Pattern
 
 DEFAULT_IGNORE = ("lm_head",)  # need not exist
+
+
+class Selection:
+    """Which linears of which blocks are pruned, checked against the pattern."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        targets: Sequence[str],
+        ignore: Sequence[str],
+        pattern: Pattern,
+    ) -> None:
+        self.targets, self.ignore = targets, ignore
+        self.blocks = adapter.blocks_of(model)
+        candidates = {
+            f"{block}.{name}": adapter.linear(module, name)
+            for block, module in self.blocks.items()
+            for name in adapter.linear_names()
+        }
+        self.names = select(model, candidates, targets, ignore)
+        for name in self.names:
+            linear = candidates[name]
+            try:
+                pattern.check((linear.out_features, linear.in_features))
+            except InvalidProblemError as error:
+                message = f"{name}: {error}"
+                raise InvalidProblemError(message) from None
+
+    def targets_of(self, block: str) -> frozenset[str]:
+        """Names of the targets of a block, relative to it."""
+        prefix = f"{block}."
+        return frozenset(
+            name.removeprefix(prefix) for name in self.names if name.startswith(prefix)
+        )
+
+    def by_parameter(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors of all blocks by the name of the weight parameter."""
+        return {
+            f"{block}.{name}.weight": tensor
+            for block, part in zip(self.blocks, parts, strict=True)
+            for name, tensor in part.items()
+        }
 
 
 def select(

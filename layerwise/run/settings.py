@@ -1,0 +1,93 @@
+"""Arguments of a run, turned into objects or refused before any work is done."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise.errors import UsageError
+from layerwise.moments import Moments
+from layerwise.patterns import NM, Pattern, Unstructured, parse_pattern
+from layerwise.problem import LayerProblem
+from layerwise.run.pipeline import ERROR_CORRECTIONS
+from layerwise.run.recipe import OptionValue, configure, with_memory_budget
+from layerwise.solve import refuse_unless_solvable
+
+LONGEST_DEFAULT = 2048  # of sequence_length; contexts of 131072 tokens fit nowhere
+
+
+def choose_pattern(sparsity: float | str | None, pattern: Pattern | str | None) -> Pattern:
+    """One pattern from the two arguments that can give it; a conflict is an error."""
+    if isinstance(pattern, str):
+        pattern = parse_pattern(pattern)
+    if sparsity is None:
+        if pattern is None:
+            message = 'say how much to prune: sparsity=0.5, or "2:4" (keeps 2 of every 4)'
+            raise UsageError(message)
+        return pattern
+    asked = parse_pattern(str(sparsity))
+    if pattern is None:
+        return asked
+    if abs(getattr(asked, "sparsity", 0) - getattr(pattern, "sparsity", 0)) > 1e-9:
+        message = f"sparsity {asked} contradicts the pattern {pattern}; give one of them"
+        raise UsageError(message)
+    return pattern
+
+
+def choose_solver(
+    method: Any,
+    pattern: Pattern,
+    damping: float,
+    options: Mapping[str, OptionValue] | None,
+    memory_budget: int | None,
+) -> Any:
+    """Configured solver; refused if it cannot handle the pattern of a tiny problem."""
+    solver = configure(method, options or {})
+    if memory_budget is not None:
+        solver = with_memory_budget(solver, memory_budget)
+    if isinstance(pattern, NM | Unstructured):
+        width = pattern.m if isinstance(pattern, NM) else 4
+        moments = Moments(torch.eye(width, dtype=torch.float64))
+        weight = torch.ones(1, width)
+        refuse_unless_solvable(
+            solver,
+            LayerProblem.from_moments(weight, moments, pattern=pattern, damping=damping),
+        )
+    return solver
+
+
+def check_error_correction(value: str) -> None:
+    """Refuse an unknown mode."""
+    if value not in ERROR_CORRECTIONS:
+        message = (
+            f"error_correction is one of {', '.join(ERROR_CORRECTIONS)}, got {value!r}"
+        )
+        raise UsageError(message)
+
+
+def as_entries(value: str | Sequence[str]) -> tuple[str, ...]:
+    """One name or several, as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def choose_sequence_length(model: nn.Module, asked: int | None) -> int:
+    """Length asked for, or the model's own, at most 2048."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if asked is None:
+        return min(LONGEST_DEFAULT, longest or LONGEST_DEFAULT)
+    if longest is not None and asked > longest:
+        message = f"sequence_length {asked} exceeds the {longest} positions of the model"
+        raise UsageError(message)
+    return asked
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """Device by name; ``auto`` is a GPU if there is one."""
+    if device != "auto":
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            message = f"unknown device {device!r}: {str(error).splitlines()[0]}"
+            raise UsageError(message) from None
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
