@@ -19,11 +19,11 @@ import layerwise
 from layerwise.errors import DataError, LayerwiseError, UsageError, VerificationError
 
 EXIT_INTERRUPTED = 130
+DEBUG = "--debug"
 
 app = typer.Typer(
     name="layerwise",
     help="Prune large language models layer by layer, with errors that are measured.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -35,6 +35,7 @@ Folder = Annotated[Path, typer.Argument(help="Folder written by `layerwise prune
 
 @app.callback(invoke_without_command=True)
 def options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
     version: Annotated[bool, typer.Option(help="Show the version and exit.")] = False,
 ) -> None:
@@ -42,6 +43,9 @@ def options(
     if version:
         typer.echo(f"layerwise {layerwise.__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(UsageError.exit_code)
 
 
 @app.command()
@@ -350,7 +354,11 @@ def _assignments(items: list[str]) -> dict[str, Any]:
         if not equals or not name:
             message = f"--set takes name=value, got {item!r}"
             raise UsageError(message)
-        found[name] = yaml.safe_load(value)
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            message = f"--set {name} takes one number or word, got {value!r}"
+            raise UsageError(message) from None
     return found
 
 
@@ -361,7 +369,8 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code."""
-    debug = "--debug" in arguments
+    debug = DEBUG in arguments  # anywhere, also behind the command
+    arguments = [argument for argument in arguments if argument != DEBUG]
     try:
         return int(app(arguments, standalone_mode=False) or 0)
     except LayerwiseError as error:

@@ -2,7 +2,7 @@ r"""Exact refit: the best weights on a fixed mask, every row certified.
 
 Row i with support S minimises the damped objective over vectors that vanish outside S;
 the change d from any starting point solves ``d_S G_SS = r_S`` with r the residual
-``T - w G``. Two inner solvers find d, in the working precision:
+``T - w G``. Two inner solvers find d, in the precision in which the gram factors:
 
 - direct: gather ``G_SS`` of many rows and factor them as one batch, O(kept^3 / 3) a row;
 - cg: conjugate gradients on all rows at once with the diagonal as preconditioner, one
@@ -122,10 +122,11 @@ class LeastSquares:
     ) -> Tensor:  # indices of rows that still miss the tolerance
         """Correct the pending rows chunk by chunk."""
         missed = []
+        precision = problem.factor().lower.dtype  # float64 where float32 is not enough
         gram = damped(
-            problem.gram, problem.moments.mean_diagonal, problem.damping, problem.dtype
+            problem.gram, problem.moments.mean_diagonal, problem.damping, precision
         )
-        for rows in torch.split(pending, self._chunk(problem, mask[pending], method)):
+        for rows in torch.split(pending, self._chunk(gram, mask[pending], method)):
             part = problem.rows(rows)
             current, kept = weight[rows], mask[rows]
             correct: Correction | None = None
@@ -146,13 +147,12 @@ class LeastSquares:
             missed.append(rows[still_open])
         return torch.cat(missed)
 
-    def _chunk(self, problem: LayerProblem, mask: Tensor, method: str) -> int:
+    def _chunk(self, gram: Tensor, mask: Tensor, method: str) -> int:
         """Rows that fit the memory budget."""
-        width = problem.shape[1]
-        per_row = 8 * ARRAYS_PER_ROW * width
+        per_row = 8 * ARRAYS_PER_ROW * len(gram)
         if method == "direct":
             kept = int(mask.sum(dim=1).amax())
-            per_row += 3 * kept**2 * problem.dtype.itemsize
+            per_row += 3 * kept**2 * gram.dtype.itemsize
         chunk = self.memory_budget // per_row
         if chunk < 1:
             message = (

@@ -116,7 +116,9 @@ def tiny_model(
 def tiny_text(words: int = 3000, seed: int = 0) -> str:
     """Sentences of random short words, so that there is something to encode."""
     draw = random.Random(seed)
-    vocabulary = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 5))) for _ in range(90)]
+    vocabulary = [
+        "".join(draw.choices("abcdefgh", k=draw.randint(2, 5))) for _ in range(90)
+    ]
     return " ".join(
         draw.choice(vocabulary) + ("." if i % 9 == 8 else "") for i in range(words)
     )
@@ -164,7 +166,9 @@ def blocks_of(model: Any) -> Sequence[nn.Module]:
 
 
 @contextmanager
-def recorded_inputs(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
+def recorded_inputs(
+    module: nn.Module, names: Sequence[str]
+) -> Iterator[dict[str, list[Any]]]:
     """Inputs of some submodules, call by call, while the context lasts."""
     seen: dict[str, list[Any]] = {name: [] for name in names}
     handles = [

@@ -68,25 +68,26 @@ class Equations:
         return weight
 
     def clarabel_refit(self, mask: Tensor) -> Array:
-        """Best weights on a mask, row by row, by an interior-point solver."""
+        """Best weights on a mask, by an interior-point solver."""
         weight = np.zeros(self.layer.shape)
-        for row, kept in enumerate(mask.numpy()):
-            if kept.any():
-                free = cvxpy.Variable(int(kept.sum()))
-                error = self.left[:, kept] @ free - self.right[:, row]
-                _minimize(cvxpy.sum_squares(error))
-                weight[row, kept] = free.value
+        rows = [row for row, kept in enumerate(mask.numpy()) if kept.any()]
+        free = {row: cvxpy.Variable(int(mask[row].sum())) for row in rows}
+        errors = [
+            self.left[:, mask[row].numpy()] @ free[row] - self.right[:, row] for row in rows
+        ]
+        _minimize(cvxpy.sum_squares(cvxpy.hstack(errors)))
+        for row in rows:
+            weight[row, mask[row].numpy()] = free[row].value
         return weight
 
     def clarabel_l1(self, penalty: float) -> float:
         """Minimum of the damped objective plus the l1 penalty, from above."""
-        weight = np.zeros(self.layer.shape)
-        for row in range(len(weight)):
-            free = cvxpy.Variable(self.layer.shape[1])
-            error = self.left @ free - self.right[:, row]
-            _minimize(cvxpy.sum_squares(error) + penalty * cvxpy.norm1(free))
-            weight[row] = free.value
-        return float(self.objective_rows(weight).sum() + penalty * np.abs(weight).sum())
+        free = cvxpy.Variable(self.layer.shape)
+        error = self.left @ free.T - self.right
+        size = cvxpy.sum(cvxpy.abs(free))
+        _minimize(cvxpy.sum_squares(error) + penalty * size)
+        value = self.objective_rows(free.value).sum() + penalty * np.abs(free.value).sum()
+        return float(value)
 
     def enumerated_minimum(self, pattern: Pattern) -> float:
         """Minimum over all masks of the pattern; for at most ten inputs."""

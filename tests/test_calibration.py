@@ -167,8 +167,12 @@ def test_long_text_is_encoded_without_a_warning(
         tokenizer_object=tokenizer.backend_tokenizer, model_max_length=4
     )
     records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
+
+    class Recorder(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record)
+
+    handler = Recorder()
     logging.getLogger("transformers").addHandler(handler)
     try:
         assert len(encode(TEXT, fresh)) > 4

@@ -1,10 +1,9 @@
 """Checkpoints: identical copies, and every damaged or hostile folder refused."""
 
 import json
-import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -172,22 +171,42 @@ def test_names_differ_by_the_prefix_of_the_base_model(
     names = checkpoint_names(checkpoint.load_model(), checkpoint)
     assert names["model.decoder.layers.1.fc1.weight"] == "decoder.layers.1.fc1.weight"
     assert names["lm_head.weight"] == "decoder.embed_tokens.weight"
+    longer = Checkpoint.open(folders["single"])
+    names = checkpoint_names(longer.load_model().model, longer)
+    assert names["decoder.layers.1.fc1.weight"] == "model.decoder.layers.1.fc1.weight"
+
+
+@pytest.fixture(params=[True, False], ids=["hub bars", "no hub bars"])
+def loud_transformers(request: pytest.FixtureRequest) -> Iterator[tuple[Any, ...]]:
+    """Everything on that loading has to switch off; yields that state."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_info()
+    logging.enable_progress_bar()
+    if not request.param:
+        disable_progress_bars()
+    yield loudness()
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
+    if not bars:
+        logging.disable_progress_bar()
+
+
+def loudness() -> tuple[Any, ...]:
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    return (logging.get_verbosity(), *bars)
 
 
 def test_loading_is_silent_and_leaves_global_state_alone(
-    opt: Path, capfd: pytest.CaptureFixture[str]
+    opt: Path, capfd: pytest.CaptureFixture[str], loud_transformers: tuple[Any, ...]
 ) -> None:
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
-    from transformers.utils import logging as verbosity
-
-    edit_json(opt / "config.json", num_hidden_layers=3)  # worth a long report
-    before = (
-        verbosity.get_verbosity(),
-        verbosity.is_progress_bar_enabled(),
-        are_progress_bars_disabled(),
-        logging.getLogger("transformers").level,
-    )
     seed = torch.get_rng_state()
+    edit_json(opt / "config.json", num_hidden_layers=3)  # worth a long report
     with pytest.raises(DataError):
         Checkpoint.open(opt).load_model()
     edit_json(opt / "config.json", num_hidden_layers=2)
@@ -195,13 +214,7 @@ def test_loading_is_silent_and_leaves_global_state_alone(
     assert torch.equal(seed, torch.get_rng_state())
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
-    after = (
-        verbosity.get_verbosity(),
-        verbosity.is_progress_bar_enabled(),
-        are_progress_bars_disabled(),
-        logging.getLogger("transformers").level,
-    )
-    assert before == after
+    assert loudness() == loud_transformers
 
 
 def test_tokenizer_is_loaded_or_absent_or_refused(
@@ -644,6 +657,7 @@ def test_content_is_flushed_before_the_rename_and_the_folder_after(
     def record_fsync(descriptor: int) -> None:
         folder = os.fstat(descriptor).st_ino == tmp_path.stat().st_ino
         events.append("flush folder" if folder else "flush file")
+        assert folder or os.fstat(descriptor).st_size == len(b"content")
         fsync(descriptor)
 
     def record_replace(self: Path, target: Path) -> Path:

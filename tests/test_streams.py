@@ -26,7 +26,11 @@ LENGTH = 3 * WINDOW
 
 def uneven_batches() -> list[Tensor]:
     """Batches with other numbers of sequences and other lengths."""
-    return [random_tokens(3, LENGTH, 1), random_tokens(1, LENGTH, 2), random_tokens(2, 5, 3)]
+    return [
+        random_tokens(3, LENGTH, 1),
+        random_tokens(1, LENGTH, 2),
+        random_tokens(2, 5, 3),
+    ]
 
 
 def final_states(model: Any, batches: Sequence[Tensor]) -> list[Tensor]:

@@ -68,3 +68,9 @@ MASK_DISAGREEMENT = 1e-3
 # Objective on CUDA against float64 on the CPU, divided by the energy; masks chosen from
 # float32 scores may differ at near-ties, each of which costs next to nothing.
 GPU_OBJECTIVE = {torch.float64: 1e-8, torch.float32: 1e-4}
+
+# -- runs over a model ----------------------------------------------------------------------
+
+# Relative error in the log against W X - What Xhat in float64: activations of half
+# precision are multiplied in float32, whose rounding averages out over the tokens.
+RECORDED_ERROR = 1e-6

@@ -87,7 +87,6 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
         bos_token=END,
         eos_token=END,
         pad_token=END,
-        model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
     )
 

@@ -78,12 +78,13 @@ def compare(
             continue
         tokenizer = checkpoint.load_tokenizer()
         model = checkpoint.load_model()
-        text = evaluation_text()
-        tokens = encode(text, tokenizer, model.config.vocab_size)[:EVALUATION_TOKENS]
+        rows = model.get_input_embeddings().num_embeddings
+        calibration = encode(calibration_text(), tokenizer, rows)
+        tokens = encode(evaluation_text(), tokenizer, rows)[:EVALUATION_TOKENS]
         dense[name] = _perplexity(model, tokens)
         for pattern in patterns:
             for method in methods:
-                result = _prune_once(checkpoint, tokenizer, name, method, pattern, tokens)
+                result = _prune_once(checkpoint, name, method, pattern, calibration, tokens)
                 results.append(result)
                 on_result(result, dense[name])
     return Comparison(tuple(results), dense, tuple(skipped))
@@ -91,18 +92,17 @@ def compare(
 
 def _prune_once(
     checkpoint: Checkpoint,
-    tokenizer: object,
     name: str,
     method: str,
     pattern: str,
+    calibration: Tensor,
     tokens: Tensor,
 ) -> MethodResult:
     report = prune_model(
         checkpoint.load_model(),
         method,
         pattern=parse_pattern(pattern),
-        calibration=[calibration_text()],
-        tokenizer=tokenizer,
+        calibration=calibration,
         n_sequences=N_SEQUENCES,
         sequence_length=256,
     )

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from layerwise.errors import DataError, UsageError
-from layerwise.run.atomic import atomic_write
+from layerwise.run.atomic import atomic_write, remove_temporaries
 from layerwise.run.bitmask import pack_mask, unpack_mask
 from layerwise.run.pipeline import PrunedBlock
 from layerwise.run.records import LayerRecord
@@ -31,6 +31,7 @@ BLOCKS = "blocks"
 LAYERS = "layers.jsonl"
 MASKS = "masks.safetensors"
 WEIGHT, MASK = "weight:", "mask:"
+SHAPES = "shapes"
 
 
 class Journal:
@@ -62,10 +63,18 @@ class Journal:
         self._ours = self.folder / FOLDER
         self._fingerprint = json.loads(json.dumps(fingerprint))
         check_output(output, force=force)
-        if self.folder.exists() and any(self.folder.iterdir()):
+        if self.folder.exists() and not self._is_fresh():
             self._continue(resume)
         else:
             self._begin()
+
+    def _is_fresh(self) -> bool:
+        """Whether the folder holds nothing, or what a run leaves that is killed at once."""
+        ours = {self._ours, self._ours / BLOCKS}
+        found = self.folder.rglob("*") if self.folder.is_dir() else [self.folder]
+        return all(
+            path in ours or path.name.startswith(f".{FINGERPRINT}.") for path in found
+        )
 
     def _begin(self) -> None:
         try:
@@ -75,6 +84,7 @@ class Journal:
                 f"cannot create {self.folder}: {error.strerror}; choose another folder"
             )
             raise DataError(message) from error
+        remove_temporaries(self._ours)
         try:
             text = json.dumps(self._fingerprint, indent=1, sort_keys=True)
             atomic_write(self._ours / FINGERPRINT, text.encode())
@@ -103,6 +113,8 @@ class Journal:
                 f"remove it, choose another output, or start over with --no-resume"
             )
             raise UsageError(message)
+        for folder in (self.folder, self._ours, self._ours / BLOCKS):
+            remove_temporaries(folder)
 
     def _block_path(self, index: int) -> Path:
         return self._ours / BLOCKS / f"{index:05d}.safetensors"
@@ -125,7 +137,7 @@ class Journal:
                         packed = file.get_tensor(MASK + name)
                         block.weights[name] = weight
                         block.masks[name] = unpack_mask(packed, weight.shape)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             message = f"{path} is damaged ({error}); delete it to redo that block"
             raise DataError(message) from error
         return block
@@ -144,28 +156,46 @@ class Journal:
         atomic_write(self._ours / LAYERS, lines.encode())
 
     def write_masks(self, masks: Mapping[str, Tensor]) -> None:
-        """Write ``masks.safetensors``: bit-packed masks, their shapes in the header."""
+        """Write ``masks.safetensors``: bit-packed masks, their shapes in the header.
+
+        The header has one entry, for safetensors writes several in any order.
+        """
         packed = {name: pack_mask(mask) for name, mask in masks.items()}
-        shapes = {name: json.dumps(list(mask.shape)) for name, mask in masks.items()}
-        atomic_write(self._ours / MASKS, save(packed, metadata=shapes))
+        shapes = json.dumps({name: list(mask.shape) for name, mask in masks.items()})
+        atomic_write(self._ours / MASKS, save(packed, metadata={SHAPES: shapes}))
 
     def finish(self) -> None:
-        """Rename the partial folder to the output, replacing an older one if forced."""
-        shutil.rmtree(self._ours / BLOCKS)
-        (self._ours / FINGERPRINT).unlink()
+        """Rename the partial folder to the output, replacing an older one if forced.
+
+        What a resumed run would need goes last, and an output that is replaced stays
+        until the new one has its name.
+        """
         replaced = self.output.with_name(f".{self.output.name}.replaced")
         try:
             if self.output.exists():
+                shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed
                 self.output.rename(replaced)
             self.folder.rename(self.output)
         except OSError as error:
+            if replaced.exists() and not self.output.exists():
+                replaced.rename(self.output)
             message = f"cannot rename {self.folder} to {self.output}: {error.strerror}"
             raise DataError(message) from error
         shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(self.output / FOLDER / BLOCKS)
+        (self.output / FOLDER / FINGERPRINT).unlink()
+
+    def discard_if_empty(self) -> None:
+        """Remove the partial folder of a run that stopped before its first block."""
+        if not any((self._ours / BLOCKS).glob("*.safetensors")):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def check_output(output: Path, *, force: bool) -> None:
     """Refuse an output that exists or cannot be created, before any work is done."""
+    if output.name in ("", ".."):
+        message = f"{output} has no name of its own; name the new folder"
+        raise UsageError(message)
     if output.exists() and not force:
         message = f"{output} exists; choose another output, or replace it with --force"
         raise UsageError(message)
@@ -186,7 +216,7 @@ def read_layers(folder: Path) -> list[LayerRecord]:
     except FileNotFoundError:
         message = f"{folder} holds no {FOLDER}/{LAYERS}: it is no output of layerwise"
         raise DataError(message) from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         message = f"{path} is damaged: {error}"
         raise DataError(message) from error
 
@@ -196,14 +226,14 @@ def read_masks(folder: Path) -> dict[str, Tensor]:
     path = folder / FOLDER / MASKS
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = file.metadata()
+            shapes = json.loads(file.metadata()[SHAPES])
             return {
-                name: unpack_mask(file.get_tensor(name), json.loads(shapes[name]))
+                name: unpack_mask(file.get_tensor(name), shapes[name])
                 for name in file.keys()  # noqa: SIM118
             }
     except FileNotFoundError:
         message = f"{folder} holds no {FOLDER}/{MASKS}: it is no output of layerwise"
         raise DataError(message) from None
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         message = f"{path} is damaged: {error}"
         raise DataError(message) from error

@@ -62,7 +62,7 @@ def perplexity(
     windows = _windows(model, token_ids, sequence_length, batch_size)
     device = next(model.parameters()).device
     losses: list[Tensor] = []
-    with _evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         for batch in torch.split(windows, batch_size):
             logits = model(input_ids=batch.to(device), use_cache=False).logits
             for window, scores in zip(batch, logits, strict=True):
@@ -122,7 +122,7 @@ def _not_nan(loss: Tensor, window: int) -> Tensor:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch to evaluation inside the block; every module gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -126,16 +126,22 @@ def _collect_at_once(
     """Moments of all stages from one pass through the dense block."""
     accumulators = [_accumulator(task, inputs, stage) for stage in stages]
     visits = {
-        stage.linears[0]: accumulator.update
+        stage.linears[0]: _named_update(f"{inputs.name}.{stage.linears[0]}", accumulator)
         for stage, accumulator in zip(stages, accumulators, strict=True)
     }
-    names = ", ".join(visits)
-    with _naming(f"{inputs.name} ({names})"):
-        for _ in visit_inputs(
-            inputs.block, visits, inputs.calls, inputs.pruned, task.device, stop=True
-        ):
-            pass
+    for _ in visit_inputs(
+        inputs.block, visits, inputs.calls, inputs.pruned, task.device, stop=True
+    ):
+        pass
     return accumulators
+
+
+def _named_update(layer: str, accumulator: MomentAccumulator) -> Callable[[Tensor], None]:
+    def update(inputs: Tensor) -> None:
+        with _naming(layer):
+            accumulator.update(inputs)
+
+    return update
 
 
 def _collect_pair(

@@ -114,15 +114,13 @@ def methods_figure(methods: Mapping[str, Sequence[LayerRecord]], key: str) -> st
 
 def kinds_figure(records: Sequence[LayerRecord], key: str) -> str:
     """Figure of the relative error over the blocks, one line per kind of linear."""
-    kinds: dict[str, list[tuple[float, float]]] = {}
+    points: dict[str, tuple[list[float], list[float]]] = {}
     for index, record in enumerate(records):
         block = block_of(record.name)
-        point = (float(index if block is None else block), record.relative_error)
-        kinds.setdefault(kind_of(record.name), []).append(point)
-    series = [
-        Series(kind, [x for x, _ in sorted(points)], [y for _, y in sorted(points)])
-        for kind, points in kinds.items()
-    ]
+        positions, errors = points.setdefault(kind_of(record.name), ([], []))
+        positions.append(float(index if block is None else block))
+        errors.append(record.relative_error)
+    series = [Series(kind, *of_kind) for kind, of_kind in points.items()]
     blocks = sorted({x for one in series for x in one.positions})
     spans = [(x - 0.5, x + 0.5, f"{x:.0f}") for x in blocks]
     return _figure(series, spans, "block", "", key)
@@ -233,7 +231,6 @@ def _inline(svg: str, key: str, label: str) -> str:
     """Part of an SVG file that belongs into a page, its ids made unique by `key`."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     width, height = (72 * inches for inches in INCHES)
     view = f'viewBox="0 0 {width:g} {height:g}"'
     head = f'<svg {view} role="img" aria-label="{escape(label)}">'

@@ -19,6 +19,7 @@ from layerwise.patterns import NM, Pattern
 from layerwise.run.calibration import Calibration, token_windows
 from layerwise.run.journal import Journal, check_output
 from layerwise.run.output import fingerprint, write_output
+from layerwise.run.perplexity import evaluation_mode
 from layerwise.run.pipeline import (
     BlockInputs,
     ErrorCorrection,
@@ -32,6 +33,7 @@ from layerwise.run.records import LayerRecord
 from layerwise.run.settings import (
     as_entries,
     check_error_correction,
+    check_storable,
     choose_device,
     choose_pattern,
     choose_sequence_length,
@@ -188,12 +190,14 @@ def prune_model(
     output = None if output_dir is None else Path(output_dir)
     if output is not None:
         check_output(output, force=force)
+        check_storable(chosen)
     source, model = _open(model_or_path)
-    adapter = get_adapter(str(getattr(model.config, "model_type", type(model).__name__)))
+    config = getattr(model, "config", None)
+    adapter = get_adapter(str(getattr(config, "model_type", type(model).__name__)))
     selection = Selection(model, adapter, as_entries(targets), as_entries(ignore), chosen)
     tokens = token_windows(
         calibration,
-        tokenizer or (source.load_tokenizer() if source else None),
+        tokenizer or _own_tokenizer(source, calibration),
         n_sequences=n_sequences,
         sequence_length=choose_sequence_length(model, sequence_length),
         seed=seed,
@@ -208,7 +212,13 @@ def prune_model(
     listeners = tuple(callbacks)
     for listener in listeners:
         listener.on_start(len(selection.names))
-    blocks = _run(model, selection, task, tokens, journal, listeners)
+    try:
+        with evaluation_mode(model):
+            blocks = _run(model, selection, task, tokens, journal, listeners)
+    except BaseException:
+        if journal is not None:
+            journal.discard_if_empty()
+        raise
     records = tuple(record for block in blocks for record in block.records)
     masks = selection.by_parameter([block.masks for block in blocks])
     if journal is not None:
@@ -237,8 +247,6 @@ def _run(
         for listener in listeners:
             listener.on_layer(record)
 
-    was_training = model.training
-    model.eval()
     stream = capture(
         model, list(selection.blocks.values()), torch.split(tokens.tokens, BATCH)
     )
@@ -271,7 +279,6 @@ def _run(
             pruned = next_dense
         dense = next_dense
         block.to(home)
-    model.train(was_training)
     return done
 
 
@@ -293,6 +300,15 @@ def _open(model_or_path: nn.Module | str | Path) -> tuple[Checkpoint | None, Any
         return None, model_or_path
     source = Checkpoint.open(model_or_path)
     return source, source.load_model()
+
+
+def _own_tokenizer(source: Checkpoint | None, calibration: Any) -> Any:
+    """Tokenizer of the checkpoint; token ids do without, should it be damaged."""
+    listed = isinstance(calibration, list | tuple) and len(calibration) > 0
+    ids = isinstance(calibration, Tensor) or (
+        listed and not isinstance(calibration[0], str)
+    )
+    return None if source is None or ids else source.load_tokenizer()
 
 
 def _recipe(

@@ -5,18 +5,33 @@ A recipe is written into every output folder as ``recipe.yaml`` and can be given
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from layerwise.errors import DataError, UsageError
 from layerwise.run.pipeline import ErrorCorrection
 from layerwise.solve import Chain, resolve, solver_name
 
 OptionValue = bool | int | float | str
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which ``2:4`` is text; elsewhere it is 124, a number to base 60."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as the class above declares it
+        first: [
+            (tag, re.compile(rf"(?!.*:){expression.pattern}", expression.flags))
+            if tag.endswith((":int", ":float"))
+            else (tag, expression)
+            for tag, expression in resolvers
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 class Recipe(BaseModel):
@@ -42,7 +57,7 @@ class Recipe(BaseModel):
     def read(cls, path: Path) -> "Recipe":
         """Recipe from a YAML file."""
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
         except FileNotFoundError:
             message = f"no recipe file {path}"
             raise UsageError(message) from None
@@ -118,20 +133,21 @@ def _apply(solver: Any, step: str, field: str, value: OptionValue) -> tuple[Any,
         return dataclasses.replace(solver, steps=steps), sum(hits for _, hits in results)
     if step not in ("", solver_name(solver)) or field not in _fields(solver):
         return solver, 0
-    current = getattr(solver, field)
-    if (
-        isinstance(current, float)
-        and isinstance(value, int)
-        and not isinstance(value, bool)
-    ):
-        value = float(value)
-    if current is not None and type(value) is not type(current):
-        message = (
-            f"option {field} of {solver_name(solver)} is a {type(current).__name__}, got "
-            f"{value!r}"
-        )
-        raise UsageError(message)
-    return dataclasses.replace(solver, **{field: value}), 1
+    return dataclasses.replace(solver, **{field: _checked(solver, field, value)}), 1
+
+
+def _checked(solver: Any, field: str, value: OptionValue) -> Any:
+    """Value of the type that the solver declares; YAML takes ``1e-4`` for text."""
+    hint = get_type_hints(type(solver))[field]
+    try:
+        if isinstance(value, bool) and hint is not bool:
+            message = f"option {field} of {solver_name(solver)} is no switch, got {value!r}"
+            raise UsageError(message)
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        message = f"option {field} of {solver_name(solver)}: {reason}, got {value!r}"
+        raise UsageError(message) from None
 
 
 def _fields(solver: Any) -> list[str]:
@@ -154,10 +170,11 @@ def options_of(solver: Any) -> dict[str, OptionValue]:
         }
     try:
         default = resolve(solver_name(solver))
-    except UsageError:
-        return {}
+    except UsageError:  # a user's own: whatever can be told
+        default = None
     return {
         name: getattr(solver, name)
         for name in _fields(solver)
         if getattr(solver, name) != getattr(default, name, None)
+        and isinstance(getattr(solver, name), OptionValue)
     }

@@ -249,7 +249,7 @@ def _summary(manifest: Manifest, recipe: Recipe, records: Sequence[LayerRecord])
     versions = (f"{name} {version}" for name, version in manifest.versions.items())
     rows = {
         "method": f"<code>{breakable(recipe.method)}</code>",
-        "sparsity": f"{escape(_asked(manifest))}; {100 * zeros:.2f} % of the weights found zero",
+        "sparsity": f"{escape(_asked(manifest))}, {100 * zeros:.2f} % zeros found",
         "pruned": f"{len(records)} layers, {sum(sizes):,} weights",
         "calibration": f"{breakable(manifest.calibration)}, {tokens:,} tokens",
         "error correction": escape(recipe.error_correction),
@@ -325,9 +325,7 @@ def _json(records: Sequence[LayerRecord]) -> str:
         for record in records
     ]
     text = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
-    return (
-        f"[{text}]".replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
-    )
+    return f"[{text}]" 
 
 
 def write_report(path: Path, page: str) -> None:

@@ -14,6 +14,7 @@ from layerwise.run.pipeline import ERROR_CORRECTIONS
 from layerwise.run.recipe import OptionValue, configure, with_memory_budget
 from layerwise.solve import refuse_unless_solvable
 
+ROUNDING = 1e-9  # of a sparsity such as 1 - 2 / 5
 LONGEST_DEFAULT = 2048  # of sequence_length; contexts of 131072 tokens fit nowhere
 
 
@@ -21,6 +22,9 @@ def choose_pattern(sparsity: float | str | None, pattern: Pattern | str | None) 
     """One pattern from the two arguments that can give it; a conflict is an error."""
     if isinstance(pattern, str):
         pattern = parse_pattern(pattern)
+    if not isinstance(pattern, Pattern | None):
+        message = f'pattern is "n:m" or a Pattern, got {pattern!r}; or give sparsity'
+        raise UsageError(message)
     if sparsity is None:
         if pattern is None:
             message = 'say how much to prune: sparsity=0.5, or "2:4" (keeps 2 of every 4)'
@@ -29,7 +33,12 @@ def choose_pattern(sparsity: float | str | None, pattern: Pattern | str | None) 
     asked = parse_pattern(str(sparsity))
     if pattern is None:
         return asked
-    if abs(getattr(asked, "sparsity", 0) - getattr(pattern, "sparsity", 0)) > 1e-9:
+    if isinstance(asked, NM):
+        agree = asked == pattern
+    else:
+        difference = getattr(asked, "sparsity", 0) - getattr(pattern, "sparsity", -1)
+        agree = abs(difference) < ROUNDING
+    if not agree:
         message = f"sparsity {asked} contradicts the pattern {pattern}; give one of them"
         raise UsageError(message)
     return pattern
@@ -66,6 +75,16 @@ def check_error_correction(value: str) -> None:
         raise UsageError(message)
 
 
+def check_storable(pattern: Pattern) -> None:
+    """Refuse a pattern that no recipe or manifest can name."""
+    if not isinstance(pattern, NM | Unstructured):
+        message = (
+            f"the pattern {pattern} cannot be written to a folder; prune without "
+            f"output_dir and save the model yourself"
+        )
+        raise UsageError(message)
+
+
 def as_entries(value: str | Sequence[str]) -> tuple[str, ...]:
     """One name or several, as a tuple."""
     return (value,) if isinstance(value, str) else tuple(value)
@@ -83,11 +102,14 @@ def choose_sequence_length(model: nn.Module, asked: int | None) -> int:
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """Device by name; ``auto`` is a GPU if there is one."""
-    if device != "auto":
-        try:
-            return torch.device(device)
-        except RuntimeError as error:
-            message = f"unknown device {device!r}: {str(error).splitlines()[0]}"
-            raise UsageError(message) from None
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Device by name; ``auto`` is a GPU if there is one. A device must be there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.zeros(1, device=chosen).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        message = f"device {str(device)!r} cannot be used: {reason}; try auto or cpu"
+        raise UsageError(message) from None
+    return chosen

@@ -165,7 +165,7 @@ def _header_bytes(source: Path, header: Header) -> bytes:
 
 
 def _tensor_bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().cpu().reshape(-1)  # row-major, copied only if need be
     return flat.view(torch.uint8).numpy().data
 
 

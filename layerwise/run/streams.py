@@ -60,7 +60,7 @@ def capture(
     batches
         Token ids, each (sequences, length).
     """
-    returns_tuple = _returns_tuple(model, blocks[0], batches[0][:1, :2])
+    others = _other_outputs(model, blocks[0], batches[0][:1, :2])
     stream = Stream([], [[] for _ in blocks])
 
     def recorder(index: int) -> Callable[..., Any]:
@@ -70,7 +70,7 @@ def capture(
             stream.calls[index].append(Call(args, kwargs))
             if index == len(blocks) - 1:
                 raise _Captured
-            return (hidden_states,) if returns_tuple else hidden_states
+            return hidden_states if others is None else (hidden_states, *others)
 
         return record
 
@@ -82,11 +82,16 @@ def capture(
     return stream
 
 
-def _returns_tuple(model: nn.Module, block: nn.Module, tokens: Tensor) -> bool:
-    original, seen = block.forward, []
+def _other_outputs(
+    model: nn.Module, block: nn.Module, tokens: Tensor
+) -> tuple[None, ...] | None:
+    """Stand-ins for what a block returns behind its hidden states; None: no tuple."""
+    original: Callable[..., Any] = block.forward
+    seen: list[tuple[None, ...] | None] = []
 
     def probe(*args: Any, **kwargs: Any) -> Any:
-        seen.append(isinstance(original(*args, **kwargs), tuple))
+        output = original(*args, **kwargs)
+        seen.append((None,) * (len(output) - 1) if isinstance(output, tuple) else None)
         raise _Captured
 
     with _replaced_forward(block, probe):
@@ -104,11 +109,15 @@ def _run_until_captured(model: nn.Module, tokens: Tensor) -> None:
 
 @contextmanager
 def _replaced_forward(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    wrapped = vars(block).get("forward")  # by other libraries, on the instance
     block.forward = forward
     try:
         yield
     finally:
-        del block.forward  # the method of the class shows again
+        if wrapped is None:
+            del block.forward  # the method of the class shows again
+        else:
+            block.forward = wrapped
 
 
 @torch.no_grad()

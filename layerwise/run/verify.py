@@ -1,5 +1,6 @@
 """Does a finished folder hold what it claims? Reopen it and check, tensor by tensor."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,14 +62,20 @@ def verify(folder: Path) -> list[Check]:
     )
     found = _Findings()
     found.compare("mask", sorted(manifest.pruned), sorted(masks))
-    weights = dict(checkpoint.tensors(sorted(set(manifest.pruned.values()))))
+    tensors = set(manifest.pruned.values())
+    lost = sorted(tensors - set(checkpoint.weight_map))
+    found.missing += [f"{name}: the tensor is missing" for name in lost]
+    weights = dict(checkpoint.tensors(tensors.difference(lost)))
     for name, tensor_name in manifest.pruned.items():
-        if name in masks:
+        if name in masks and tensor_name in weights:
             found.inspect(tensor_name, weights[tensor_name], masks[name], pattern)
     recorded = [f"{record.name}.weight" for record in read_layers(folder)]
     found.compare("layer log", sorted(manifest.pruned), sorted(recorded))
     return [
-        Check(f"{len(masks)} masks, one line of the layer log each", tuple(found.missing)),
+        Check(
+            f"{len(manifest.pruned)} pruned tensors, a mask and a line of the log for each",
+            tuple(found.missing),
+        ),
         Check("every removed weight is exactly zero", tuple(found.nonzero)),
         Check("no zero is negative", tuple(found.negative)),
         Check(f"every mask satisfies the pattern {pattern}", tuple(found.pattern)),
@@ -87,8 +94,13 @@ class _Findings:
         self.infinite: list[str] = []
 
     def compare(self, what: str, expected: list[str], present: list[str]) -> None:
-        difference = sorted(set(expected) ^ set(present))
-        self.missing += [f"{name}: no {what}, or one too many" for name in difference]
+        counts = Counter(present)
+        counts.subtract(expected)
+        self.missing += [
+            f"{name}: {'no' if count < 0 else 'one too many'} {what}"
+            for name, count in sorted(counts.items())
+            if count
+        ]
 
     def inspect(self, name: str, weight: Tensor, mask: Tensor, pattern: Pattern) -> None:
         if tuple(weight.shape) != tuple(mask.shape):

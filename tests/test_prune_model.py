@@ -1,0 +1,465 @@
+"""prune_model end to end: what is promised of the model, the folder and the caller."""
+
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from layerwise.errors import (
+    DataError,
+    InvalidProblemError,
+    UnsupportedModelError,
+    UsageError,
+)
+from layerwise.patterns import NM, Columns, Pattern, Unstructured
+from layerwise.problem import LayerProblem
+from layerwise.run.journal import read_layers, read_masks
+from layerwise.run.perplexity import perplexity
+from layerwise.run.pipeline import ERROR_CORRECTIONS
+from layerwise.run.prune import PruneReport, prune_model
+from layerwise.run.recipe import Recipe
+from layerwise.run.storage import Checkpoint
+from layerwise.solve import solve
+from layerwise.solvers.least_squares import LeastSquares
+from layerwise.solvers.magnitude import Magnitude
+from tests.models import (
+    FAMILIES,
+    POSITIONS,
+    VOCABULARY,
+    differing,
+    random_tokens,
+    save_checkpoint,
+    shard_hashes,
+    tiny_model,
+    tiny_text,
+    tiny_tokenizer,
+)
+
+LENGTH = 12
+TEXT = [tiny_text()]
+SETTINGS: Mapping[str, Any] = {
+    "calibration": TEXT,
+    "n_sequences": 6,
+    "sequence_length": LENGTH,
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks in bfloat16, in several shards."""
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    return save_checkpoint(folder, model, max_shard_size="9KB")
+
+
+def by_path(
+    source: Path, output: Path, method: Any = "wanda", **options: Any
+) -> PruneReport:
+    return prune_model(
+        source, method, **{"sparsity": 0.5, "output_dir": output, **SETTINGS, **options}
+    )
+
+
+def in_memory(model: Any = None, method: Any = "wanda", **options: Any) -> PruneReport:
+    return prune_model(
+        model or tiny_model("llama"),
+        method,
+        **{"sparsity": 0.5, "tokenizer": tiny_tokenizer(), **SETTINGS, **options},
+    )
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    named = model.named_modules()
+    linears = [name for name, module in named if isinstance(module, nn.Linear)]
+    return [name for name in linears if name != "lm_head"]
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {
+        n: t for path in folder.glob("*.safetensors") for n, t in load_file(path).items()
+    }
+
+
+def perplexity_of(model: Any) -> float:
+    return perplexity(model, random_tokens(1, 60)[0], sequence_length=LENGTH)
+
+
+# --- the model and its masks -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt2"])
+def test_model_object_is_pruned_in_place(family: str) -> None:
+    model = tiny_model(family)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    report = in_memory(model)
+    assert report.model is model
+    assert report.output_dir is None
+    pruned = {f"{name}.weight" for name in linear_names(model)}
+    assert set(report.masks) == pruned
+    assert [f"{record.name}.weight" for record in report.records] == list(report.masks)
+    for name, tensor in model.state_dict().items():
+        if name not in pruned:
+            assert torch.equal(tensor, before[name]), name
+            continue
+        mask = report.masks[name]
+        assert torch.equal(tensor, torch.where(mask, before[name], 0))
+        assert bool(((~mask).sum(dim=1) == mask.shape[1] // 2).all())
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "wanda+least-squares"])
+@pytest.mark.parametrize(
+    ("pattern", "zeros"),
+    [
+        (Unstructured(0.3), lambda shape: shape[0] * (3 * shape[1] // 10)),
+        (Unstructured(0.3, "layer"), lambda shape: 3 * shape[0] * shape[1] // 10),
+        (NM(1, 4), lambda shape: shape[0] * shape[1] * 3 // 4),
+    ],
+    ids=str,
+)
+def test_masks_are_exact(
+    method: str, pattern: Pattern, zeros: Callable[[torch.Size], int]
+) -> None:
+    report = in_memory(method=method, sparsity=None, pattern=pattern)
+    for name, mask in report.masks.items():
+        weight = report.model.get_parameter(name)
+        assert mask.dtype == torch.bool
+        assert int((~mask).sum()) == zeros(mask.shape)
+        assert pattern.accepts(mask)
+        assert not bool(weight[~mask].any())
+    sizes = [mask.numel() for mask in report.masks.values()]
+    asked = sum(zeros(mask.shape) for mask in report.masks.values()) / sum(sizes)
+    assert report.sparsity == pytest.approx(asked)
+
+
+def test_sparsity_zero_changes_nothing() -> None:
+    model = tiny_model("llama")
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    report = in_memory(model, "wanda+least-squares", sparsity=0.0)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(bool(mask.all()) for mask in report.masks.values())
+    assert report.mean_relative_error == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_training_mode_is_given_back(training: bool, fails: bool) -> None:
+    model = tiny_model("opt").train(training)
+    model.model.decoder.layers[1].eval()  # a module with a mode of its own
+    modes = [module.training for module in model.modules()]
+    seen: list[bool] = []
+
+    class Watching:
+        def solve(self, problem: LayerProblem) -> Any:
+            seen.append(any(module.training for module in model.modules()))
+            if fails:
+                raise ArithmeticError
+            return solve(problem, "magnitude")
+
+    try:
+        in_memory(model, Watching())
+    except ArithmeticError:
+        assert fails
+    assert seen
+    assert not any(seen)
+    assert [module.training for module in model.modules()] == modes
+
+
+# --- the folder --------------------------------------------------------------------------
+
+
+def test_untouched_tensors_keep_their_bytes(llama: Path, tmp_path: Path) -> None:
+    report = by_path(llama, tmp_path / "out", "sparsegpt")
+    before, after = tensors_of(llama), tensors_of(tmp_path / "out")
+    assert list(after) == list(before)
+    for name, tensor in after.items():
+        same = torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8))
+        assert same == (name not in report.masks), name
+        assert tensor.dtype == before[name].dtype
+    shards = sorted(path.name for path in llama.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == shards
+    for path in llama.iterdir():
+        if path.suffix == ".json":
+            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_folder_says_what_was_done(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = by_path(llama, out, "wanda+least-squares", seed=5)
+    assert report.output_dir == out
+    assert {path.name for path in (out / "layerwise").iterdir()} == {
+        "layers.jsonl",
+        "manifest.json",
+        "masks.safetensors",
+    }
+    assert tuple(read_layers(out)) == report.records
+    masks = read_masks(out)
+    assert not differing(
+        {name: mask.tolist() for name, mask in masks.items()},
+        {name: mask.tolist() for name, mask in report.masks.items()},
+    )
+    recipe = Recipe.read(out / "recipe.yaml")
+    assert (recipe.method, recipe.sparsity, recipe.seed) == ("wanda+least-squares", 0.5, 5)
+    card = (out / "README.md").read_text()
+    assert "wanda+least-squares" in card
+    assert card.startswith("---\nbase_model:")
+    assert not (tmp_path / "out.partial").exists()
+    assert "sparsity" not in (out / "config.json").read_text()
+
+
+def test_reloaded_folder_is_the_reported_model(llama: Path, tmp_path: Path) -> None:
+    report = by_path(llama, tmp_path / "out", "sparsegpt")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert reloaded.dtype == torch.bfloat16
+    for name, tensor in reloaded.state_dict().items():
+        assert torch.equal(tensor, report.model.state_dict()[name]), name
+    assert perplexity_of(reloaded) == perplexity_of(report.model)
+    original = AutoModelForCausalLM.from_pretrained(llama)
+    assert perplexity_of(reloaded) != perplexity_of(original)
+
+
+@pytest.mark.parametrize("from_object", [True, False])
+def test_tied_embeddings_stay_tied(tmp_path: Path, from_object: bool) -> None:
+    model = tiny_model("qwen2", tied=True)
+    if from_object:
+        report = in_memory(model, output_dir=tmp_path / "out")
+    else:
+        save_checkpoint(tmp_path / "source", model)
+        report = by_path(tmp_path / "source", tmp_path / "out")
+    assert report.model.lm_head.weight is report.model.model.embed_tokens.weight
+    assert "lm_head.weight" not in tensors_of(tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
+    assert perplexity_of(reloaded) == perplexity_of(report.model)
+
+
+def test_model_object_can_be_saved(tmp_path: Path) -> None:
+    report = in_memory(tiny_model("opt"), output_dir=tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert perplexity_of(reloaded) == perplexity_of(report.model)
+    assert Checkpoint.open(tmp_path / "out").load_tokenizer() is not None
+    assert set(read_masks(tmp_path / "out")) == set(report.masks)
+
+
+@pytest.mark.parametrize("shards", ["1GB", "9KB"])
+def test_path_and_object_give_the_same_weights(tmp_path: Path, shards: str) -> None:
+    source = save_checkpoint(
+        tmp_path / "source", tiny_model("mistral"), max_shard_size=shards
+    )
+    report = by_path(source, tmp_path / "out", "sparsegpt")
+    other = in_memory(tiny_model("mistral"), "sparsegpt")
+    for name, tensor in report.model.state_dict().items():
+        assert torch.equal(tensor, other.model.state_dict()[name]), name
+
+
+# --- determinism -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ERROR_CORRECTIONS)
+def test_same_seed_same_bytes(llama: Path, tmp_path: Path, mode: str) -> None:
+    by_path(llama, tmp_path / "a", "sparsegpt", error_correction=mode)
+    torch.manual_seed(123)
+    by_path(llama, tmp_path / "b", "sparsegpt", error_correction=mode)
+    assert shard_hashes(tmp_path / "a") == shard_hashes(tmp_path / "b")
+    by_path(llama, tmp_path / "c", "sparsegpt", error_correction=mode, seed=1)
+    assert shard_hashes(tmp_path / "a") != shard_hashes(tmp_path / "c")
+
+
+def test_global_generators_are_not_touched(llama: Path, tmp_path: Path) -> None:
+    def states() -> list[str]:
+        numbers = np.random.get_state(legacy=False)
+        return [str(torch.get_rng_state().tolist()), str(random.getstate()), str(numbers)]
+
+    before = states()
+    by_path(llama, tmp_path / "out", "sparsegpt")
+    in_memory(tiny_model("opt").train(), "fista", options={"max_rounds": 2})
+    assert states() == before
+
+
+# --- methods -----------------------------------------------------------------------------
+
+
+def test_object_with_nothing_but_solve() -> None:
+    class Mine:
+        def solve(self, problem: LayerProblem) -> Any:
+            mask = problem.pattern.mask(problem.weight.abs())
+            return SimpleNamespace(weight=torch.where(mask, problem.weight, 0))
+
+    report = in_memory(method=Mine())
+    expected = in_memory(method="magnitude")
+    assert {record.method for record in report.records} == {"Mine"}
+    assert all(torch.equal(m, expected.masks[name]) for name, m in report.masks.items())
+
+
+def test_configured_solver_and_chain_object(llama: Path, tmp_path: Path) -> None:
+    import layerwise
+
+    chain = layerwise.chain(Magnitude(), LeastSquares(method="cg", tolerance=1e-6))
+    by_path(llama, tmp_path / "a", chain)
+    by_path(
+        llama,
+        tmp_path / "b",
+        "magnitude+least-squares",
+        options={"method": "cg", "least-squares.tolerance": 1e-6},
+    )
+    assert shard_hashes(tmp_path / "a") == shard_hashes(tmp_path / "b")
+    options = Recipe.read(tmp_path / "a" / "recipe.yaml").options
+    assert options == {"least-squares.method": "cg", "least-squares.tolerance": 1e-6}
+
+
+def test_chain_refits_the_mask_of_its_first_step() -> None:
+    wanda = in_memory(method="wanda", error_correction="none")
+    chain = in_memory(method="wanda+least-squares", error_correction="none")
+    for name, mask in chain.masks.items():
+        assert torch.equal(mask, wanda.masks[name])
+    assert chain.mean_relative_error < wanda.mean_relative_error
+    assert {record.certificate_kind for record in chain.records} == {"refit"}
+
+
+def test_options_reach_the_solver() -> None:
+    one = in_memory(method="sparsegpt", options={"block_size": 4})
+    other = in_memory(method="sparsegpt")
+    assert any(not torch.equal(m, other.masks[name]) for name, m in one.masks.items())
+
+
+def test_damping_reaches_the_problem() -> None:
+    report = in_memory(method="wanda+least-squares", damping=0.25)
+    assert {record.damping for record in report.records} == {0.25}
+
+
+# --- calibration -------------------------------------------------------------------------
+
+
+def test_token_ids_need_no_tokenizer(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "source", tiny_model("llama"), tokenizer=False)
+    tokens = random_tokens(6, LENGTH)
+    report = by_path(source, tmp_path / "out", calibration=tokens)
+    assert {record.n_tokens for record in report.records} == {tokens.numel()}
+
+
+def test_token_ids_work_where_the_tokenizer_is_damaged(llama: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(llama, tmp_path / "source")
+    (source / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="pass token ids instead"):
+        by_path(source, tmp_path / "out")
+    by_path(source, tmp_path / "out", calibration=random_tokens(6, LENGTH))
+
+
+def test_default_length_is_that_of_the_model() -> None:
+    report = in_memory(sequence_length=None, n_sequences=3)
+    assert {record.n_tokens for record in report.records} == {3 * POSITIONS}
+
+
+# --- callbacks ---------------------------------------------------------------------------
+
+
+def test_callbacks_see_the_run_in_order(llama: Path, tmp_path: Path) -> None:
+    told: list[Any] = []
+
+    class Listener:
+        def on_start(self, n_layers: int) -> None:
+            told.append(n_layers)
+
+        def on_layer(self, record: Any) -> None:
+            told.append(record)
+
+        def on_finish(self, report: PruneReport) -> None:
+            assert (tmp_path / "out" / "layerwise" / "manifest.json").is_file()
+            told.append(report)
+
+    report = by_path(llama, tmp_path / "out", callbacks=[Listener()])
+    assert told == [len(report.records), *report.records, report]
+
+
+# --- what is refused, before anything is touched ------------------------------------------
+
+REFUSED: Mapping[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "nothing to prune by": ({"sparsity": None}, UsageError, "say how much"),
+    "too sparse": ({"sparsity": 1.5}, InvalidProblemError, "[0, 1), got 1.5"),
+    "all of it": ({"sparsity": 1}, InvalidProblemError, "[0, 1), got 1"),
+    "negative": ({"sparsity": -0.1}, InvalidProblemError, "[0, 1), got -0.1"),
+    "not a number": ({"sparsity": float("nan")}, InvalidProblemError, "got nan"),
+    "a word": ({"sparsity": "half"}, InvalidProblemError, "got 'half'"),
+    "more kept than there are": ({"sparsity": "5:4"}, InvalidProblemError, "got 5:4"),
+    "conflict": ({"pattern": "1:4"}, UsageError, "0.5 contradicts the pattern 1:4"),
+    "conflict of patterns": (
+        {"sparsity": "2:4", "pattern": Unstructured(0.5)},
+        UsageError,
+        "2:4 contradicts the pattern 0.5",
+    ),
+    "conflict of groups": (
+        {"sparsity": "2:4", "pattern": "4:8"},
+        UsageError,
+        "2:4 contradicts the pattern 4:8",
+    ),
+    "no pattern": ({"pattern": 0.5}, UsageError, "got 0.5"),
+    "pattern for one width": (
+        {"sparsity": None, "pattern": Columns(4)},
+        UsageError,
+        "cannot be written to a folder",
+    ),
+    "width": ({"sparsity": "5:10"}, InvalidProblemError, "q_proj: pattern 5:10 needs"),
+    "mode": ({"error_correction": "both"}, UsageError, "sequential, block, full"),
+    "method": ({"method": "fistaa"}, UsageError, "did you mean fista"),
+    "mask": ({"method": "least-squares"}, InvalidProblemError, '"wanda+least-squares"'),
+    "no solver": ({"method": 3}, UsageError, "3 is no solver"),
+    "option": ({"options": {"x": 1}}, UsageError, "wanda has no option 'x'"),
+    "damping": ({"damping": -1.0}, InvalidProblemError, "damping must be"),
+    "length": (
+        {"sequence_length": POSITIONS + 1},
+        UsageError,
+        f"sequence_length {POSITIONS + 1} exceeds the {POSITIONS} positions",
+    ),
+    "one token": ({"sequence_length": 1}, UsageError, "at least 2 tokens"),
+    "no windows": ({"n_sequences": 0}, UsageError, "at least 1 window"),
+    "seed": ({"seed": -1}, UsageError, "seed is -1"),
+    "targets": ({"targets": "Conv2d"}, UsageError, "'Conv2d' matches nothing"),
+    "ignore": ({"ignore": "lm_haed"}, UsageError, "'lm_haed' matches nothing"),
+    "device": ({"device": "abacus"}, UsageError, "device 'abacus' cannot be used"),
+    "device without data": ({"device": "meta"}, UsageError, "'meta' cannot be used"),
+    "no text": ({"calibration": []}, DataError, "empty"),
+    "short text": ({"calibration": ["a"]}, DataError, "a window needs 12"),
+    "vocabulary": (
+        {"calibration": [[0, 1, VOCABULARY] * LENGTH] * 6},
+        DataError,
+        f"token id {VOCABULARY} at position 2",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "expected"), REFUSED.values(), ids=list(REFUSED)
+)
+def test_refused_before_anything_is_touched(
+    tmp_path: Path, options: dict[str, Any], error: type[Exception], expected: str
+) -> None:
+    model = tiny_model("llama")
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    with pytest.raises(error) as caught:
+        in_memory(model, **{"output_dir": tmp_path / "out", **options})
+    message = str(caught.value)
+    assert expected in message
+    assert "\n" not in message
+    assert list(tmp_path.iterdir()) == []
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("model", [nn.Linear(4, 4), tiny_model("gpt2")], ids=type)
+def test_model_without_adapter_is_refused(model: nn.Module) -> None:
+    with pytest.raises(UnsupportedModelError, match="supported: opt, llama"):
+        in_memory(model)
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5, "layer"), "4:8"], ids=str)
+def test_pattern_that_agrees_with_the_sparsity_is_taken(pattern: Any) -> None:
+    report = in_memory(sparsity=0.5, pattern=pattern)
+    assert {record.pattern for record in report.records} == {str(pattern)}
