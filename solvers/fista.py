@@ -46,7 +46,7 @@ BRACKET = 1.05  # ratio of upper to lower penalty at which the search ends
 
 @dataclass(frozen=True)
 class Fista:
-    """l1 problems along a penalty search, rounded to the pattern and refitted exactly.
+    """Solve l1 problems along a penalty search, round to the pattern, refit exactly.
 
     Cost: one (out, in, in) product per iteration, some hundred iterations in all.
 

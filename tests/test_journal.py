@@ -16,7 +16,14 @@ from layerwise.run.pipeline import ERROR_CORRECTIONS, PrunedBlock
 from layerwise.run.prune import prune_model
 from layerwise.run.records import LayerRecord
 from layerwise.solve import solve
-from tests.models import differing, save_checkpoint, shard_hashes, tiny_model, tiny_text
+from tests.models import (
+    differing,
+    random_tokens,
+    save_checkpoint,
+    shard_hashes,
+    tiny_model,
+    tiny_text,
+)
 
 BLOCKS = 3
 TEXT = [tiny_text()]
@@ -97,6 +104,7 @@ def test_resumed_run_ends_byte_identical(source: Path, tmp_path: Path, mode: str
     assert not partial.exists()
     assert not differing(files_of(out), files_of(tmp_path / "whole"))
     assert without_time(out) == without_time(tmp_path / "whole")
+    assert list(report.masks) == [f"{record.name}.weight" for record in report.records]
     assert listener.seen == [*(record.name for record in report.records), "finish"]
     assert without_time(out)[: len(kept)] == kept
 
@@ -142,7 +150,11 @@ def test_killed_at_any_write(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run ends at the n-th file that gets its name, for every n, and is resumed."""
-    settings = {"method": "magnitude", "targets": "re:.*q_proj"}
+    settings = {
+        "method": "magnitude",
+        "error_correction": "none",
+        "calibration": random_tokens(6, 12),
+    }
     prune(source, tmp_path / "whole", **settings)
     expected = files_of(tmp_path / "whole")
     left = [0]
@@ -197,8 +209,8 @@ def test_killed_while_the_folder_was_made(source: Path, tmp_path: Path) -> None:
 def test_nothing_is_left_of_a_run_without_a_finished_block(
     source: Path, tmp_path: Path
 ) -> None:
+    callbacks = [KillAt("model.layers.0.mlp.up_proj")]
     with pytest.raises(Killed):
-        callbacks = [KillAt("model.layers.0.mlp.up_proj")]
         prune(source, tmp_path / "out", callbacks=callbacks)
     assert list(tmp_path.iterdir()) == []
 
@@ -316,8 +328,8 @@ def test_existing_output_is_replaced_on_request(source: Path, tmp_path: Path) ->
     prune(source, out)
     (out / "stale.txt").write_text("of the old run")
     before = files_of(out)
+    callbacks = [KillAt("model.layers.1.mlp.up_proj")]
     with pytest.raises(Killed):
-        callbacks = [KillAt("model.layers.1.mlp.up_proj")]
         prune(source, out, seed=1, force=True, callbacks=callbacks)
     assert files_of(out) == before
     prune(source, out, seed=1, force=True)

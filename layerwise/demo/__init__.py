@@ -46,10 +46,8 @@ CALIBRATION: Final[tuple[str, ...]] = tuple(
 """Modules for training and calibration, relative to the standard library."""
 
 EVALUATION: Final[tuple[str, ...]] = (
-    "bisect.py",
     "configparser.py",
     "fractions.py",
-    "graphlib.py",
     "http/server.py",
     "queue.py",
     "shutil.py",

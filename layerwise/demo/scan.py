@@ -70,6 +70,6 @@ def selective_scan(
     """Take the place of ``modeling_mamba.mamba_selective_scan`` while training."""
     dt = functional.softplus(dt + delta_bias[:, None])
     inputs = [tensor.mT.contiguous() for tensor in (x, dt, B, C)]
-    sequences = zip(*inputs, strict=True)
-    y = torch.stack([Scan.apply(x1, dt1, A.T, B1, C1) for x1, dt1, B1, C1 in sequences])
-    return (y.mT + D[:, None] * x) * functional.silu(z)
+    scan: Any = Scan.apply  # untyped in torch
+    rows = [scan(x1, dt1, A.T, B1, C1) for x1, dt1, B1, C1 in zip(*inputs, strict=True)]
+    return (torch.stack(rows).mT + D[:, None] * x) * functional.silu(z)

@@ -91,11 +91,6 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
     )
 
 
-def encode(tokenizer: Any, text: str) -> Tensor:
-    """Token ids of `text`, shape (tokens,)."""
-    return torch.tensor(tokenizer.backend_tokenizer.encode(text).ids)
-
-
 def train(model: Any, tokens: Tensor, steps: int, seed: int) -> None:
     """Minimise the next-token loss over random windows of `tokens`, in place.
 
@@ -140,8 +135,10 @@ def perplexity(model: Any, tokens: Tensor) -> float:
     """Perplexity over consecutive windows of `tokens`; an incomplete one is dropped."""
     model.eval()
     windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-    batches = windows.split(BATCH)
-    losses = [len(w) * model(input_ids=w, labels=w).loss.item() for w in batches]
+    losses = [
+        len(batch) * model(input_ids=batch, labels=batch).loss.item()
+        for batch in torch.split(windows, BATCH)
+    ]
     return math.exp(sum(losses) / len(windows))
 
 
@@ -155,8 +152,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     tokenizer = train_tokenizer(calibration_text())
-    tokens = encode(tokenizer, calibration_text())
-    held_out = encode(tokenizer, evaluation_text())
+    tokens = torch.tensor(tokenizer.encode(calibration_text()))
+    held_out = torch.tensor(tokenizer.encode(evaluation_text()))
     print(f"{len(tokens)} tokens to train on, {len(held_out)} held out")
     for name in MODELS if arguments.model == "all" else (arguments.model,):
         with torch.random.fork_rng(devices=[]):

@@ -161,8 +161,9 @@ class Journal:
         The header has one entry, for safetensors writes several in any order.
         """
         packed = {name: pack_mask(mask) for name, mask in masks.items()}
-        shapes = json.dumps({name: list(mask.shape) for name, mask in masks.items()})
-        atomic_write(self._ours / MASKS, save(packed, metadata={SHAPES: shapes}))
+        shapes = {name: list(mask.shape) for name, mask in sorted(masks.items())}
+        metadata = {SHAPES: json.dumps(shapes)}
+        atomic_write(self._ours / MASKS, save(packed, metadata=metadata))
 
     def finish(self) -> None:
         """Rename the partial folder to the output, replacing an older one if forced.

@@ -65,7 +65,8 @@ details ul { margin: .25rem 0; padding-left: 1.25rem; }
 figcaption { margin-top: .5rem; font-size: .8125rem; line-height: 1.4; color: #57606a;
   overflow-wrap: anywhere; }
 @media (min-width: 48rem) { th wbr { display: none; } }
-@media (max-width: 48rem) { .name { min-width: 8.25rem; } }
+@media (max-width: 48rem) { .name { min-width: 8.25rem; }
+  tbody th[scope=row] { border-right: 1px solid var(--line); } }
 @media (max-width: 30rem) { main { padding: 1rem .75rem 2rem; }
   table { font-size: .8125rem; } th, td { padding: .3rem .35rem; } }
 @media print { .scroll { max-height: none; overflow: visible; } }

@@ -325,7 +325,7 @@ def _json(records: Sequence[LayerRecord]) -> str:
         for record in records
     ]
     text = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
-    return f"[{text}]" 
+    return f"[{text}]".replace("<", r"\u003c")
 
 
 def write_report(path: Path, page: str) -> None:

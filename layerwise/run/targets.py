@@ -55,11 +55,12 @@ class Selection:
 
     def by_parameter(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors of all blocks by the name of the weight parameter."""
-        return {
-            f"{block}.{name}.weight": tensor
+        found = {
+            f"{block}.{name}": tensor
             for block, part in zip(self.blocks, parts, strict=True)
             for name, tensor in part.items()
         }
+        return {f"{name}.weight": found[name] for name in self.names}
 
 
 def select(

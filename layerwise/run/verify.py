@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import DataError, InvalidProblemError, LayerwiseError
 from layerwise.patterns import Pattern, parse_pattern
-from layerwise.run.journal import read_layers, read_masks
-from layerwise.run.output import Manifest, tensor_hashes
+from layerwise.run.journal import FOLDER, read_layers, read_masks
+from layerwise.run.output import MANIFEST, Manifest, tensor_hashes
 from layerwise.run.storage import Checkpoint
 
 
@@ -57,9 +57,7 @@ def verify(folder: Path) -> list[Check]:
     manifest = Manifest.read(folder)
     checkpoint = Checkpoint.open(folder)
     masks = read_masks(folder)
-    pattern = parse_pattern(
-        manifest.sparsity, "layer" if manifest.group == "layer" else "row"
-    )
+    pattern = _pattern(folder, manifest)
     found = _Findings()
     found.compare("mask", sorted(manifest.pruned), sorted(masks))
     tensors = set(manifest.pruned.values())
@@ -83,6 +81,16 @@ def verify(folder: Path) -> list[Check]:
         _untouched(checkpoint, manifest),
         _opens(checkpoint),
     ]
+
+
+def _pattern(folder: Path, manifest: Manifest) -> Pattern:
+    try:
+        return parse_pattern(
+            manifest.sparsity, "layer" if manifest.group == "layer" else "row"
+        )
+    except InvalidProblemError as error:
+        message = f"{folder / FOLDER / MANIFEST} is damaged: {error}"
+        raise DataError(message) from error
 
 
 class _Findings:

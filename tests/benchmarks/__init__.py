@@ -1,0 +1,1 @@
+"""Measurements behind the tables of the documentation; not collected as tests."""

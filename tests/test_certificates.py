@@ -1,0 +1,151 @@
+"""Certificates: tight where theory says so, silent where nothing is proven."""
+
+import numpy as np
+import pytest
+import torch
+
+import layerwise as lw
+from layerwise.certificates import (
+    ENERGY_FLOOR,
+    l1_bounds,
+    l1_dual,
+    least_squares_minimum,
+    refit_certificate,
+    refit_excess,
+)
+from layerwise.evaluate import objective_rows
+from layerwise.patterns import FixedMask, Unstructured
+from layerwise.solvers.lasso import lasso
+from tests.problems import PROBLEMS, Layer, make_layer
+from tests.reference import Equations
+from tests.tolerances import CLOSED_FORM, LASSO_GAP, LASSO_ITERATIONS, ROUNDING
+
+DRIFTED = ("drifted", "correlated", "condition-1e8", "odd-width", "one-row")
+EVERYTHING = Unstructured(0)
+
+
+@pytest.mark.parametrize("name", DRIFTED)
+def test_refit_bound_is_exact_on_a_full_mask(name: str) -> None:
+    """There the Schur complement is the inverse itself, so a factor would show."""
+    layer = PROBLEMS[name]
+    problem = layer.problem(EVERYTHING)
+    mask = torch.ones(layer.shape, dtype=torch.bool)
+    weight = make_layer(81, *layer.shape).weight
+    equations = Equations(layer)
+    optimum = equations.objective_rows(equations.least_squares(mask))
+    excess = equations.objective_rows(weight.numpy()) - optimum
+    bound = refit_excess(problem, weight, mask).numpy()
+    limit = CLOSED_FORM[torch.float64]
+    np.testing.assert_allclose(bound * optimum, excess, rtol=limit)
+
+
+def test_refit_bound_on_a_diagonal_gram_is_exact_on_any_mask() -> None:
+    layer = make_layer(82, rows=4, width=8)
+    scale = torch.linspace(1, 3, 8, dtype=torch.float64)
+    layer = Layer(layer.weight, 8**0.5 * torch.diag(scale))
+    problem = layer.problem(EVERYTHING)
+    mask = make_layer(83, rows=4, width=8).weight > 0
+    weight = torch.where(mask, make_layer(84, rows=4, width=8).weight, 0)
+    equations = Equations(layer)
+    optimum = equations.objective_rows(equations.least_squares(mask))
+    excess = equations.objective_rows(weight.numpy()) - optimum
+    bound = refit_excess(problem, weight, mask).numpy()
+    unit = np.maximum(optimum, ENERGY_FLOOR * problem.energy.numpy())
+    limit = CLOSED_FORM[torch.float64]
+    np.testing.assert_allclose(bound * unit, excess, rtol=limit)
+
+
+def test_refit_bound_ignores_the_residual_off_the_mask() -> None:
+    problem = PROBLEMS["drifted"].problem(EVERYTHING)
+    nothing = torch.zeros(problem.shape, dtype=torch.bool)
+    assert not refit_excess(problem, 0 * problem.weight, nothing).any()
+    worst = refit_certificate(problem, 0 * problem.weight, ~nothing)
+    every_row = refit_excess(problem, 0 * problem.weight, ~nothing)
+    assert worst.bound == float(every_row.max())
+    assert worst.bound > float(every_row.min())
+    assert worst.kind == "refit"
+    assert worst.relative_to == "damped optimum of the row on its mask"
+
+
+def test_singular_gram_proves_nothing() -> None:
+    layer = PROBLEMS["few-tokens"]
+    problem = layer.problem(EVERYTHING, damping=0.0)
+    mask = torch.ones(layer.shape, dtype=torch.bool)
+    assert torch.isinf(refit_excess(problem, layer.weight, mask)).all()
+    assert not least_squares_minimum(problem).any()  # zero is a lower bound as well
+
+
+def test_certificates_do_not_depend_on_the_scale() -> None:
+    layer = PROBLEMS["drifted"]
+    mask = Unstructured(0.5).mask(layer.weight.abs())
+    weight = torch.where(mask, layer.weight, 0)
+    expected = refit_excess(layer.problem(EVERYTHING), weight, mask)
+    for exponent in (-40, 40):
+        scaled = layer.scaled(2.0**exponent).problem(EVERYTHING)
+        found = refit_excess(scaled, weight, mask)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", DRIFTED)
+def test_least_squares_minimum(name: str) -> None:
+    layer = PROBLEMS[name]
+    equations = Equations(layer)
+    weight = equations.least_squares(torch.ones(layer.shape, dtype=torch.bool))
+    expected = torch.from_numpy(equations.objective_rows(weight))
+    found = least_squares_minimum(layer.problem(EVERYTHING))
+    slack = ROUNDING * layer.energy
+    torch.testing.assert_close(found, expected, rtol=0, atol=slack)
+    assert found.any()
+    same = Layer(layer.weight, layer.inputs)
+    assert not least_squares_minimum(same.problem(EVERYTHING)).any()
+
+
+@pytest.mark.parametrize("name", DRIFTED)
+def test_l1_bounds_meet_at_the_optimum(name: str) -> None:
+    problem = PROBLEMS[name].problem(EVERYTHING)
+    penalty = 0.2 * float(problem.target.abs().max())
+    result = lasso(problem, penalty, tolerance=LASSO_GAP, max_iterations=LASSO_ITERATIONS)
+    primal, dual = l1_bounds(problem, result.weight, penalty)
+    assert bool((dual >= (1 - 2 * LASSO_GAP) * primal).all())
+    assert bool((dual <= primal * (1 + ROUNDING)).all())
+    smooth = objective_rows(problem, result.weight, damped=True)
+    expected = smooth + penalty * result.weight.abs().sum(dim=1)
+    assert torch.equal(primal, expected)
+
+
+def test_l1_dual_by_hand() -> None:
+    """One weight: minimise ``(w - 3)^2 + 2 |w|``, solved by 2 with value 5."""
+    layer = Layer(
+        torch.tensor([[3.0]], dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    )
+    problem = layer.problem(EVERYTHING, damping=0.0)
+    for weight, primal in ((2.0, 5.0), (3.0, 6.0), (0.0, 9.0), (1.0, 6.0)):
+        found = l1_bounds(problem, torch.tensor([[weight]], dtype=torch.float64), 2.0)
+        assert float(found[0]) == pytest.approx(primal)
+        if weight in (2.0, 1.0, 0.0):  # the residual, scaled to at most one, is 1 or less
+            assert float(found[1]) == pytest.approx(5.0)
+    at_least_squares = l1_bounds(problem, layer.weight, 2.0)[1]
+    assert float(at_least_squares) == 0  # no residual, no dual point but zero
+
+
+def test_l1_dual_takes_the_best_feasible_scale() -> None:
+    excess, inner = torch.tensor([4.0]).double(), torch.tensor([1.0]).double()
+    largest = torch.tensor([2.0]).double()
+    for penalty in (0.5, 1.0, 4.0, 100.0):
+        limit = penalty / 4
+        scales = torch.linspace(-limit, limit, 4001).double()
+        values = scales * (2 * (inner + excess) - scales * excess)
+        found = float(l1_dual(excess, inner, largest, penalty))
+        assert found >= float(values.max()) - ROUNDING
+        assert found == pytest.approx(float(values.max()), rel=1e-5)
+
+
+def test_certificate_of_a_solution_survives_the_front_door() -> None:
+    layer = PROBLEMS["drifted"].scaled(2.0**30)
+    mask = Unstructured(0.5).mask(layer.weight.abs())
+    problem = layer.problem(FixedMask(mask))
+    solution = lw.solve(problem, "least-squares")
+    assert solution.certificate is not None
+    recomputed = refit_certificate(problem, solution.weight, mask)
+    # both are rounding errors squared, so only their size can be compared
+    assert max(solution.certificate.bound, recomputed.bound) <= ROUNDING

@@ -1,0 +1,221 @@
+"""The refit: both inner solvers, unequal rows, memory, and the honesty of its status."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import layerwise as lw
+from layerwise.errors import InvalidProblemError, MemoryBudgetError
+from layerwise.evaluate import objective_rows
+from layerwise.patterns import FixedMask, Unstructured
+from layerwise.problem import LayerProblem
+from layerwise.solution import Status
+from layerwise.solvers.fista import Fista
+from layerwise.solvers.least_squares import LeastSquares, masked_cg
+from tests.problems import PROBLEMS, Layer, layers, make_layer
+from tests.reference import Equations
+from tests.tolerances import CLOSED_FORM, EQUIVARIANCE, REFIT_REFERENCE, ROUNDING
+
+
+def uneven_mask(layer: Layer, seed: int = 0) -> Tensor:
+    """Mask whose rows keep different numbers; the first none, the last all."""
+    rows, width = layer.shape
+    generator = torch.Generator().manual_seed(seed)
+    share = torch.linspace(0, 1, rows)[:, None]
+    mask = torch.rand((rows, width), generator=generator) < share
+    mask[0], mask[-1] = False, True
+    return mask
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("method", ["direct", "cg", "auto"])
+def test_against_an_orthogonal_factorization(name: str, method: Any) -> None:
+    layer = PROBLEMS[name].to(torch.float64)
+    mask = uneven_mask(layer)
+    solution = lw.solve(layer.problem(FixedMask(mask)), LeastSquares(method=method))
+    equations = Equations(layer)
+    weight = equations.least_squares(mask)
+    assert solution.status is Status.OPTIMAL
+    best = equations.objective_rows(weight).sum()
+    slack = REFIT_REFERENCE * best + ROUNDING * layer.energy
+    assert equations.objective(solution.weight) == pytest.approx(best, abs=slack, rel=0)
+    if method == "direct":
+        limit = EQUIVARIANCE * np.abs(weight).max()
+        np.testing.assert_allclose(solution.weight.numpy(), weight, rtol=0, atol=limit)
+    assert not solution.weight[~mask].any()
+
+
+def test_rows_without_weights() -> None:
+    layer = PROBLEMS["drifted"]
+    nothing = FixedMask(torch.zeros(layer.shape, dtype=torch.bool))
+    for method in ("direct", "cg", "auto"):
+        solver = LeastSquares(method=method)  # type: ignore[arg-type]
+        solution = lw.solve(layer.problem(nothing), solver)
+        assert not solution.weight.any()
+        assert solution.status is Status.OPTIMAL
+        assert solution.relative_error == pytest.approx(1.0, rel=ROUNDING)
+        mixed = uneven_mask(layer)
+        assert not lw.solve(layer.problem(FixedMask(mixed)), solver).weight[0].any()
+
+
+@pytest.mark.parametrize("method", ["direct", "cg"])
+def test_memory_budget_changes_the_chunks_and_not_the_answer(method: Any) -> None:
+    layer = make_layer(61, rows=12, drift=0.2)
+    problem = layer.problem(FixedMask(uneven_mask(layer)))
+    whole = lw.solve(problem, LeastSquares(method=method))
+    for budget in (8_000, 16_000, 60_000):
+        parts = lw.solve(problem, LeastSquares(method=method, memory_budget=budget))
+        torch.testing.assert_close(parts.weight, whole.weight, rtol=0, atol=EQUIVARIANCE)
+        assert parts.status is Status.OPTIMAL
+
+
+def test_memory_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer(61, rows=12, drift=0.2)
+    problem = layer.problem(FixedMask(uneven_mask(layer)))
+    chunks = []
+    rows_of = LayerProblem.rows
+
+    def record(self: LayerProblem, selection: Tensor) -> LayerProblem:
+        chunks.append(len(selection))
+        return rows_of(self, selection)
+
+    monkeypatch.setattr(LayerProblem, "rows", record)
+    # a row needs its vectors and three 16 x 16 systems, 7680 bytes
+    lw.solve(problem, LeastSquares(method="direct", memory_budget=2 * 7680))
+    assert chunks == [2] * 6
+
+
+def test_memory_budget_too_small_for_one_row() -> None:
+    problem = PROBLEMS["plain"].problem(FixedMask(torch.ones(6, 16, dtype=torch.bool)))
+    with pytest.raises(MemoryBudgetError, match=r"needs 7680 bytes.* budget is 100; raise"):
+        lw.solve(problem, LeastSquares(method="direct", memory_budget=100))
+
+
+def test_only_fixed_masks() -> None:
+    with pytest.raises(InvalidProblemError, match="a mask that is fixed"):
+        lw.solve(PROBLEMS["plain"].problem(Unstructured(0.5)), LeastSquares())
+
+
+def test_iterations_too_few_are_admitted() -> None:
+    layer = PROBLEMS["correlated"]
+    problem = layer.problem(FixedMask(uneven_mask(layer)), damping=1e-6)
+    stopped = lw.solve(problem, LeastSquares(method="cg", max_iterations=1))
+    assert stopped.status is Status.MAX_ITERATIONS
+    assert stopped.certificate is not None
+    assert stopped.certificate.bound > LeastSquares().tolerance
+    assert not stopped.weight[~stopped.mask].any()
+
+
+def test_direct_rescues_rows_that_cg_missed() -> None:
+    # nearly full rows, for which cg is the cheaper choice
+    layer = make_layer(62, rows=2, width=220, tokens=400, correlation=0.9)
+    mask = torch.ones(layer.shape, dtype=torch.bool)
+    mask[:, ::40] = False
+    problem = layer.problem(FixedMask(mask))
+    assert LeastSquares()._methods(problem, mask) == ("cg", "direct")
+    solution = lw.solve(problem, LeastSquares(max_iterations=2))
+    assert solution.status is Status.OPTIMAL
+    alone = lw.solve(problem, LeastSquares(method="cg", max_iterations=2))
+    assert alone.status is Status.MAX_ITERATIONS
+
+
+def test_looser_tolerance_stops_earlier_and_says_so() -> None:
+    layer = PROBLEMS["correlated"]
+    problem = layer.problem(FixedMask(uneven_mask(layer)))
+    mask = problem.pattern.mask(layer.weight)
+    start = lw.solve(problem, "magnitude")
+    loose = LeastSquares(tolerance=math.inf).solve(problem, initial=start)
+    assert torch.equal(loose.weight, torch.where(mask, layer.weight, 0))
+    assert loose.status is Status.OPTIMAL
+    assert loose.certificate is not None
+    assert loose.certificate.bound > LeastSquares().tolerance
+
+
+@pytest.mark.parametrize("condition", [1e8, 1e10, 1e13])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_float32_weights_on_a_gram_that_needs_float64(condition: float, seed: int) -> None:
+    """The gram rounded to float32 is indefinite, and corrections with it diverge."""
+    double = make_layer(seed, rows=8, tokens=64, condition=condition)
+    layer = Layer(double.weight.float(), double.inputs)
+    mask = Unstructured(0.3).mask(layer.weight.abs())
+    problem = layer.problem(FixedMask(mask), damping=0.0)
+    masked = float(objective_rows(problem, torch.where(mask, layer.weight, 0)).sum())
+    for method in ("direct", "cg"):
+        solver = LeastSquares(method=method)  # type: ignore[arg-type]
+        assert lw.solve(problem, solver).objective < masked / 10
+    fista = lw.solve(problem.with_pattern(Unstructured(0.3)), Fista(max_rounds=3))
+    wanda = lw.solve(problem.with_pattern(Unstructured(0.3)), "wanda")
+    assert fista.objective < wanda.objective
+
+
+def test_full_mask_returns_the_dense_weight() -> None:
+    for name in ("plain", "plain-float32", "dead-channel", "few-tokens"):
+        layer = PROBLEMS[name]
+        layer = Layer(layer.weight, layer.inputs)
+        everything = FixedMask(torch.ones(layer.shape, dtype=torch.bool))
+        for damping in (0.01, 1.0):
+            solution = lw.solve(layer.problem(everything, damping), "least-squares")
+            assert torch.equal(solution.weight, layer.weight)
+            assert solution.objective == 0
+
+
+@given(data=st.data())
+def test_closed_form_of_a_joint_removal(data: st.DataObject) -> None:
+    """``delta = -w_P [(G^-1)_PP]^-1 (G^-1)_P`` and its loss, for C = G."""
+    layer = data.draw(layers(drift=False))
+    width = layer.shape[1]
+    count = data.draw(st.integers(0, width - 1), label="removed")
+    order = torch.randperm(
+        width, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    )
+    mask = torch.ones(layer.shape, dtype=torch.bool)
+    mask[:, order[:count]] = False
+    removed = (~mask[0]).nonzero()[:, 0]
+    problem = layer.problem(FixedMask(mask), damping=0.1)
+    solution = lw.solve(problem, "least-squares")
+    inverse = torch.linalg.inv(problem.damped()[0])
+    gone = layer.weight[:, removed]
+    block = torch.linalg.inv(inverse[removed][:, removed])
+    expected = layer.weight - gone @ block @ inverse[removed]
+    limit = CLOSED_FORM[torch.float64] * float(layer.weight.abs().max())
+    torch.testing.assert_close(solution.weight, expected, rtol=0, atol=limit)
+    loss = ((gone @ block) * gone).sum(dim=1)
+    found = objective_rows(problem, solution.weight, damped=True)
+    slack = CLOSED_FORM[torch.float64] * layer.magnitude(layer.weight)
+    torch.testing.assert_close(found, loss, rtol=0, atol=slack)
+
+
+def test_conjugate_gradients_decrease_the_objective() -> None:
+    layer = PROBLEMS["correlated"]
+    mask = uneven_mask(layer)
+    problem = layer.problem(FixedMask(mask))
+    gram, target = problem.damped()
+    sides = torch.where(mask, target, 0)
+    values = []
+    for limit in range(12):
+        solution, used = masked_cg(gram, mask, sides, 0.0, limit)
+        assert used <= limit
+        assert not solution[~mask].any()
+        values.append(objective_rows(problem, solution, damped=True))
+    slack = ROUNDING * problem.energy
+    for before, after in zip(values, values[1:], strict=False):
+        assert bool((after <= before + slack).all())
+    assert bool((values[-1] < values[0])[1:].all())
+
+
+def test_conjugate_gradients_stop_row_by_row() -> None:
+    gram = torch.diag(torch.arange(1.0, 9.0, dtype=torch.float64))
+    gram[0, 1] = gram[1, 0] = 0.5
+    mask = torch.ones(3, 8, dtype=torch.bool)
+    sides = make_layer(63, rows=3, width=8).weight
+    sides[1] = 0
+    solution, iterations = masked_cg(gram, mask, sides, 1e-12, 100)
+    torch.testing.assert_close(solution, sides @ torch.linalg.inv(gram))
+    assert not solution[1].any()
+    assert iterations <= 9
