@@ -133,6 +133,12 @@ def _prune(
         if value is None:
             message = f"missing {name}; see `layerwise prune --help`"
             raise UsageError(message)
+    if recipe.group == "layer" and ":" in str(recipe.sparsity):
+        message = (
+            f"--group layer leaves open where the zeros are, {recipe.sparsity} says it; "
+            f"drop one of them"
+        )
+        raise UsageError(message)
     import torch
 
     from layerwise.patterns import parse_pattern
@@ -372,7 +378,10 @@ def run(arguments: list[str]) -> int:
     debug = DEBUG in arguments  # anywhere, also behind the command
     arguments = [argument for argument in arguments if argument != DEBUG]
     try:
-        return int(app(arguments, standalone_mode=False) or 0)
+        code = int(app(arguments, standalone_mode=False) or 0)
+        if code == EXIT_INTERRUPTED:  # typer has caught the interruption
+            raise KeyboardInterrupt
+        return code
     except LayerwiseError as error:
         return _fail(error, str(error), error.exit_code, debug)
     except (KeyboardInterrupt, typer.Abort) as error:

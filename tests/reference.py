@@ -86,8 +86,8 @@ class Equations:
         error = self.left @ free.T - self.right
         size = cvxpy.sum(cvxpy.abs(free))
         _minimize(cvxpy.sum_squares(error) + penalty * size)
-        value = self.objective_rows(free.value).sum() + penalty * np.abs(free.value).sum()
-        return float(value)
+        weight = np.asarray(free.value, dtype=np.float64)
+        return float(self.objective_rows(weight).sum() + penalty * np.abs(weight).sum())
 
     def enumerated_minimum(self, pattern: Pattern) -> float:
         """Minimum over all masks of the pattern; for at most ten inputs."""
@@ -146,7 +146,7 @@ def _row_supports(pattern: Pattern, width: int) -> list[tuple[int, ...]]:
 def scip_minimum(problem: LayerProblem) -> tuple[float, Tensor]:
     """Minimum of a pattern's damped objective by branch and bound, and its mask."""
     assert not isinstance(problem.pattern, FixedMask)
-    model = problem.to_cvxpy()
+    model: Any = problem.to_cvxpy()
     model.solve(solver=cvxpy.SCIP)
     assert model.status == cvxpy.OPTIMAL
     mask = next(variable for variable in model.variables() if variable.name() == "mask")

@@ -132,8 +132,19 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert not modules & set(HEAVY)
 
 
-@pytest.mark.parametrize("folder", ["solvers", "adapters"])
-def test_folders_cannot_be_imported_under_their_short_name(folder: str) -> None:
-    outcome = python(f"import {folder}")
-    assert outcome.returncode == 1
-    assert f"ImportError: import layerwise.{folder}" in outcome.stderr
+IMPORT_BY_SHORT_NAME = """
+for folder in ("solvers", "adapters"):
+    try:
+        __import__(folder)
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_folders_cannot_be_imported_under_their_short_name() -> None:
+    outcome = python(IMPORT_BY_SHORT_NAME)
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.splitlines() == [
+        "import layerwise.solvers, not the folder it lies in",
+        "import layerwise.adapters, not the folder it lies in",
+    ]

@@ -18,7 +18,7 @@ from layerwise.patterns import FixedMask, Unstructured
 from layerwise.solvers.lasso import lasso
 from tests.problems import PROBLEMS, Layer, make_layer
 from tests.reference import Equations
-from tests.tolerances import CLOSED_FORM, LASSO_GAP, LASSO_ITERATIONS, ROUNDING
+from tests.tolerances import CLOSED_FORM, GRID, LASSO_GAP, LASSO_ITERATIONS, ROUNDING
 
 DRIFTED = ("drifted", "correlated", "condition-1e8", "odd-width", "one-row")
 EVERYTHING = Unstructured(0)
@@ -137,7 +137,7 @@ def test_l1_dual_takes_the_best_feasible_scale() -> None:
         values = scales * (2 * (inner + excess) - scales * excess)
         found = float(l1_dual(excess, inner, largest, penalty))
         assert found >= float(values.max()) - ROUNDING
-        assert found == pytest.approx(float(values.max()), rel=1e-5)
+        assert found == pytest.approx(float(values.max()), rel=GRID)
 
 
 def test_certificate_of_a_solution_survives_the_front_door() -> None:

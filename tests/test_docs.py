@@ -31,7 +31,9 @@ def _documented() -> Iterator[str]:
         yield path
         if inspect.isclass(value):
             for name, member in vars(value).items():
-                ours = isinstance(member, property | classmethod) or inspect.isfunction(member)
+                ours = isinstance(member, property | classmethod) or inspect.isfunction(
+                    member
+                )
                 if ours and not name.startswith("_"):
                     yield f"{path}.{name}"
 

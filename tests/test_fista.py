@@ -14,7 +14,7 @@ from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import Solution, Status
-from layerwise.solvers.fista import Fista, PenaltySearch, fista_paper
+from layerwise.solvers.fista import BRACKET, Fista, PenaltySearch, fista_paper
 from layerwise.solvers.lasso import Quadratic, lasso
 from layerwise.solvers.least_squares import LeastSquares
 from tests.problems import PROBLEMS, make_layer
@@ -34,7 +34,7 @@ def penalty_of(problem: LayerProblem, share: float) -> float:
     return 2 * share * float(problem.damped()[1].abs().max())
 
 
-# -- the convex problem -------------------------------------------------------------------------
+# -- the convex problem ----------------------------------------------------------------
 
 
 def textbook(
@@ -62,11 +62,15 @@ def test_iterates_are_those_of_the_textbook(name: str) -> None:
     lipschitz = quadratic.lipschitz * float(quadratic.scale[0])
     for steps in (1, 2, 3, 10, 30):
         result = lasso(
-            problem, penalty, tolerance=0, max_iterations=steps, metric="gram", restart=False
+            problem,
+            penalty,
+            tolerance=0,
+            max_iterations=steps,
+            metric="gram",
+            restart=False,
         )
         expected, extrapolated = textbook(problem, penalty, lipschitz, steps)
-        close = {"rtol": 0.0, "atol": EQUIVARIANCE}
-        torch.testing.assert_close(result.weight, expected, **close)
+        torch.testing.assert_close(result.weight, expected, rtol=0, atol=EQUIVARIANCE)
         assert torch.equal(result.weight == 0, expected == 0)
         assert result.iterations == steps
         if steps in (3, 10):  # the test can tell the two points apart
@@ -85,7 +89,12 @@ def test_distance_to_the_optimum_falls_as_promised(name: str) -> None:
     start = float((problem.weight - best.weight).square().sum())
     for steps in (1, 4, 16, 64):
         primal = lasso(
-            problem, penalty, tolerance=0, max_iterations=steps, metric="gram", restart=False
+            problem,
+            penalty,
+            tolerance=0,
+            max_iterations=steps,
+            metric="gram",
+            restart=False,
         ).primal
         bound = 2 * lipschitz * start / (steps + 1) ** 2
         assert primal - best.primal * (1 + LASSO_GAP) <= bound
@@ -170,20 +179,19 @@ def test_negative_penalty() -> None:
         lasso(PROBLEMS["plain"].problem(EVERYTHING), -1.0)
 
 
-# -- the search over penalties ------------------------------------------------------------------
+# -- the search over penalties ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", HARD)
 @pytest.mark.parametrize("pattern", PRUNED, ids=str)
 def test_no_worse_than_its_start(name: str, pattern: Pattern) -> None:
     problem = PROBLEMS[name].problem(pattern)
-    for start in ("magnitude", "sparsegpt"):
-        initial = lw.solve(problem, start)
-        before = damped_objective(problem, initial)
-        slack = LeastSquares().tolerance * before
-        for solver in (Fista(max_rounds=2), fista_paper()):
-            found = lw.solve(problem, solver, initial=initial)
-            assert damped_objective(problem, found) <= before + slack
+    initial = lw.solve(problem, "sparsegpt")
+    before = damped_objective(problem, initial)
+    slack = LeastSquares().tolerance * before
+    for solver in (Fista(max_rounds=1), replace(fista_paper(), max_rounds=1)):
+        found = lw.solve(problem, solver, initial=initial)
+        assert damped_objective(problem, found) <= before + slack
 
 
 @pytest.mark.parametrize("pattern", PRUNED, ids=str)
@@ -277,14 +285,17 @@ def test_rounds_of_the_paper_by_hand() -> None:
 
 
 def test_round_chosen_by_saliency() -> None:
-    problem = PROBLEMS["condition-1e8"].problem(Unstructured(0.5))
+    layer = make_layer(74, rows=8, width=32, tokens=100)
+    sizes = torch.linspace(0.2, 5, 32, dtype=torch.float64)
+    layer = replace(layer, inputs=layer.inputs * sizes[:, None])
+    problem = layer.problem(Unstructured(0.5))
     plain = Fista(max_rounds=1, polish=0, refit=False)
     by = {
         "saliency": lw.solve(problem, plain),
         "magnitude": lw.solve(problem, replace(plain, rounding="magnitude")),
     }
     penalty = by["saliency"].history[0]["penalty"]
-    result = lasso(problem, penalty, tolerance=Fista().tolerance, max_iterations=500)
+    result = lasso(problem, penalty, tolerance=plain.tolerance)
     inverse = torch.linalg.inv(problem.damped()[0])
     mask = problem.pattern.mask(result.weight.square() / inverse.diagonal())
     value = objective_rows(problem, torch.where(mask, result.weight, 0), damped=True).sum()
@@ -329,4 +340,4 @@ def test_penalty_search_brackets_and_bisects() -> None:
     downwards.update(too_small=True)
     while not downwards.finished:
         downwards.update(too_small=downwards.penalty < 0.2)
-    assert downwards.penalty == pytest.approx(0.2, rel=0.05)
+    assert downwards.penalty == pytest.approx(0.2, rel=BRACKET - 1)

@@ -1,6 +1,7 @@
 """The refit: both inner solvers, unequal rows, memory, and the honesty of its status."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_rows_without_weights() -> None:
     layer = PROBLEMS["drifted"]
     nothing = FixedMask(torch.zeros(layer.shape, dtype=torch.bool))
     for method in ("direct", "cg", "auto"):
-        solver = LeastSquares(method=method)  # type: ignore[arg-type]
+        solver = LeastSquares(method=method)
         solution = lw.solve(layer.problem(nothing), solver)
         assert not solution.weight.any()
         assert solution.status is Status.OPTIMAL
@@ -147,7 +148,7 @@ def test_float32_weights_on_a_gram_that_needs_float64(condition: float, seed: in
     problem = layer.problem(FixedMask(mask), damping=0.0)
     masked = float(objective_rows(problem, torch.where(mask, layer.weight, 0)).sum())
     for method in ("direct", "cg"):
-        solver = LeastSquares(method=method)  # type: ignore[arg-type]
+        solver = LeastSquares(method=method)
         assert lw.solve(problem, solver).objective < masked / 10
     fista = lw.solve(problem.with_pattern(Unstructured(0.3)), Fista(max_rounds=3))
     wanda = lw.solve(problem.with_pattern(Unstructured(0.3)), "wanda")
@@ -204,7 +205,7 @@ def test_conjugate_gradients_decrease_the_objective() -> None:
         assert not solution[~mask].any()
         values.append(objective_rows(problem, solution, damped=True))
     slack = ROUNDING * problem.energy
-    for before, after in zip(values, values[1:], strict=False):
+    for before, after in pairwise(values):
         assert bool((after <= before + slack).all())
     assert bool((values[-1] < values[0])[1:].all())
 

@@ -67,11 +67,13 @@ def test_chunks_equal_one_batch(data: st.DataObject) -> None:
     assert parts.n_tokens == whole.n_tokens
     assert_near(parts.gram, whole.gram, dtype)
     assert whole.input_mean is not None
+    assert parts.input_mean is not None
     # a mean may cancel, so it is measured by the size of what was averaged
     error = (parts.input_mean - whole.input_mean).abs().max()
     assert float(error) <= MOMENTS[dtype] * float(layer.inputs.abs().max())
     if whole.cross_gram is not None:
         assert drift is not None
+        assert parts.cross_gram is not None
         size = layer.seen.abs().max() * layer.inputs.abs().max()
         error = (parts.cross_gram - whole.cross_gram).abs().max()
         assert float(error) <= MOMENTS[dtype] * float(size)
@@ -110,9 +112,10 @@ def test_float32_squares_beyond_the_range_of_float32(exponent: int) -> None:
     scaled.update(inputs.T * 2.0**exponent)
     factor = 4.0**exponent
     assert torch.equal(scaled.moments().gram, plain.moments().gram * factor)
-    mean = plain.moments().input_mean
+    mean, scaled_mean = plain.moments().input_mean, scaled.moments().input_mean
     assert mean is not None
-    assert torch.equal(scaled.moments().input_mean, mean * 2.0**exponent)
+    assert scaled_mean is not None
+    assert torch.equal(scaled_mean, mean * 2.0**exponent)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -123,9 +126,11 @@ def test_bad_activation_is_named(value: float, dtype: torch.dtype) -> None:
     broken[3, 5] = value
     accumulator = MomentAccumulator(6)
     accumulator.update(tokens[:20])
-    with pytest.raises(InvalidProblemError, match=f"inputs contain {value} at token 23, ch"):
+    with pytest.raises(
+        InvalidProblemError, match=f"inputs contain {value} at token 23, ch"
+    ):
         accumulator.update(broken)
-    with pytest.raises(InvalidProblemError, match="pruned inputs contain .* channel 5"):
+    with pytest.raises(InvalidProblemError, match=r"pruned inputs contain .* channel 5"):
         MomentAccumulator(6).update(tokens[:20], broken)
     assert accumulator.n_tokens == 20  # nothing of the bad chunk was added
     gram = accumulator.moments().gram
@@ -150,7 +155,7 @@ def test_accumulator_refuses_what_it_cannot_mean() -> None:
         one.update(tokens.reshape(4, 8))
     with pytest.raises(InvalidProblemError, match=re.escape("of shape (4, 8)")):
         both.update(tokens, tokens.T)
-    with pytest.raises(InvalidProblemError, match="torch.complex64"):
+    with pytest.raises(InvalidProblemError, match=r"torch\.complex64"):
         one.update(tokens.to(torch.complex64))
     with pytest.raises(InvalidProblemError, match="calibration data are empty"):
         MomentAccumulator(4).moments()
@@ -168,7 +173,7 @@ def test_inputs_are_left_alone_and_gradients_stay_out() -> None:
     assert torch.equal(tokens.detach(), torch.ones(8, 4))
 
 
-# -- moments given by hand ----------------------------------------------------------------------
+# -- moments given by hand -------------------------------------------------------------
 
 
 def identity(**entries: float) -> Tensor:
@@ -255,7 +260,7 @@ def test_factors_are_cached_per_damping() -> None:
     assert not upper.tril(-1).any()
 
 
-# -- means --------------------------------------------------------------------------------------
+# -- means -----------------------------------------------------------------------------
 
 
 def test_centered_moments_are_covariances() -> None:

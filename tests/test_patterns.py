@@ -125,7 +125,9 @@ def test_infinite_scores_are_kept_and_nan_is_refused() -> None:
 
 def test_columns_go_together() -> None:
     values = torch.tensor([[1.0, 9, 2, 2, 0, 8], [1.0, 0, 2, 2, 0, 8]])
-    assert Columns(2).mask(values).tolist() == [[False, True, False, False, False, True]] * 2
+    assert (
+        Columns(2).mask(values).tolist() == [[False, True, False, False, False, True]] * 2
+    )
     units = torch.tensor([0, 0, 1, 1, 2, 2])  # sums 11, 8, 16
     whole = Columns(1, groups=units)
     assert whole.mask(values)[0].tolist() == [False] * 4 + [True] * 2
@@ -205,7 +207,7 @@ def test_impossible_n_of_m(n: int, m: int) -> None:
 def test_other_impossible_arguments() -> None:
     with pytest.raises(InvalidProblemError, match="group must be 'row' or 'layer'"):
         Unstructured(0.5, "column")  # type: ignore[arg-type]
-    with pytest.raises(InvalidProblemError, match="boolean matrix, got torch.float32"):
+    with pytest.raises(InvalidProblemError, match=r"matrix, got torch\.float32"):
         FixedMask(torch.ones(2, 2))
     with pytest.raises(InvalidProblemError, match=r"of shape \(2,\)"):
         FixedMask(torch.ones(2).bool())

@@ -50,7 +50,7 @@ def test_there_is_something_to_compare() -> None:
     assert {"fista", "sparsegpt", "wanda", "magnitude"} <= set(CHOOSERS)
 
 
-# -- refit --------------------------------------------------------------------------------------
+# -- refit -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -120,7 +120,7 @@ def test_refit_certificate_is_true_of_any_weight(data: st.DataObject) -> None:
     assert (value - optimum <= bound * unit + ROUNDING * layer.magnitude(weight)).all()
 
 
-# -- l1 -----------------------------------------------------------------------------------------
+# -- l1 --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DOUBLE)
@@ -230,7 +230,7 @@ def test_identity_gram_is_a_soft_threshold(dtype: torch.dtype) -> None:
         )
 
 
-# -- masks --------------------------------------------------------------------------------------
+# -- masks -----------------------------------------------------------------------------
 
 SMALL: list[tuple[Layer, Pattern]] = [
     (make_layer(31, rows=2, width=8, drift=0.3), Unstructured(0.5)),

@@ -6,7 +6,7 @@ bound is per dtype, float64 and float32 differ by their rounding, not by their r
 
 import torch
 
-# -- objectives, divided by the energy ||W X||^2 -----------------------------------------
+# -- objectives, divided by the energy ||W X||^2 ---------------------------------------
 
 # Two float64 evaluations of one sum of squares: round-off times a few hundred terms.
 # Measured 4e-16.
@@ -30,12 +30,12 @@ SCIP_REFERENCE = 1e-5
 # Tight enough that CLARABEL is a reference for the bounds above.
 CLARABEL_OPTIONS = {"tol_gap_abs": 1e-13, "tol_gap_rel": 1e-13, "tol_feas": 1e-13}
 
-# -- iterative methods: the gap that is asked for ------------------------------------------
+# -- iterative methods: the gap that is asked for --------------------------------------
 
 LASSO_GAP = 1e-9
 LASSO_ITERATIONS = 20_000  # condition 1e8 takes about 3000
 
-# -- linear algebra, relative to the largest entry -----------------------------------------
+# -- linear algebra, relative to the largest entry -------------------------------------
 
 # Closed form against closed form on damped, hence well conditioned, systems.
 CLOSED_FORM = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -51,10 +51,17 @@ L1_STATIONARITY = 1e-4
 # weights are rounded to 24 bits once they are found.
 REFIT_STATIONARITY = {torch.float64: 1e-10, torch.float32: 1e-5}
 
+# Objective of W plus a step of 1e-9: the sum itself rounds to 1e-7 of the step.
+SMALL_STEP = 1e-6
+
+# Largest value of a parabola on a grid of 4001 points, one part in 4000 off at most: the
+# square of that, times the ratio of the curvature to the value.
+GRID = 1e-5
+
 # Power iteration runs 40 steps on a spectrum without a gap; a few percent is promised.
 POWER_ITERATION = 0.05
 
-# -- equivariance ---------------------------------------------------------------------------
+# -- equivariance ----------------------------------------------------------------------
 
 # Same problem in another order: BLAS may add in another order, rounding is amplified by
 # the damped condition number, about 1e4 at most.
@@ -63,13 +70,13 @@ EQUIVARIANCE = 1e-9
 # Share of mask entries on which float32 and float64 may differ: near-ties of scores.
 MASK_DISAGREEMENT = 1e-3
 
-# -- accelerators ---------------------------------------------------------------------------
+# -- accelerators ----------------------------------------------------------------------
 
 # Objective on CUDA against float64 on the CPU, divided by the energy; masks chosen from
 # float32 scores may differ at near-ties, each of which costs next to nothing.
 GPU_OBJECTIVE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
-# -- runs over a model ----------------------------------------------------------------------
+# -- runs over a model -----------------------------------------------------------------
 
 # Relative error in the log against W X - What Xhat in float64: activations of half
 # precision are multiplied in float32, whose rounding averages out over the tokens.

@@ -1,0 +1,540 @@
+"""Command line: one line for every bad input, the right exit code, and nothing left."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import layerwise
+from layerwise.cli import run
+from layerwise.run.journal import read_layers
+from layerwise.run.perplexity import perplexity
+from layerwise.run.storage import Checkpoint
+from layerwise.run.tokens import encode
+from layerwise.solution import Solution
+from layerwise.solvers import SOLVERS, Magnitude
+from tests.models import (
+    POSITIONS,
+    SHARD,
+    edit_shard,
+    save_checkpoint,
+    shard_hashes,
+    tiny_model,
+    tiny_text,
+)
+
+LINEARS = 14
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with models, texts and recipes, good and bad."""
+    folder = tmp_path_factory.mktemp("workshop")
+    save_checkpoint(folder / "llama", tiny_model("llama", dtype=torch.bfloat16))
+    save_checkpoint(folder / "odd", tiny_model("llama", inner=26))
+    save_checkpoint(folder / "gpt2", tiny_model("gpt2"))
+    save_checkpoint(folder / "mute", tiny_model("llama"), tokenizer=False)
+    for name, damage in DAMAGES.items():
+        damage(shutil.copytree(folder / "llama", folder / name))
+    (folder / "text.txt").write_text(tiny_text())
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "short.txt").write_text("a b")
+    (folder / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (folder / "text.jsonl").write_text(json.dumps({"text": tiny_text()}) + "\n")
+    (folder / "bad.jsonl").write_text('{"text": "a"}\n{\n')
+    (folder / "recipe.yaml").write_text("method: wanda\nsparsity: 2:4\nn_sequences: 4\n")
+    (folder / "bad.yaml").write_text("methods: wanda\n")
+    return folder
+
+
+@pytest.fixture
+def in_workshop(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Work in the workshop; afterwards it must hold what it held before."""
+    monkeypatch.chdir(workshop)
+    before = sorted(workshop.rglob("*"))
+    yield workshop
+    for name in ("out", "out.partial", "again"):
+        shutil.rmtree(workshop / name, ignore_errors=True)
+    assert sorted(workshop.rglob("*")) == before
+
+
+def put_nan(folder: Path) -> None:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][2, 3] = torch.nan
+
+    edit_shard(folder / SHARD, edit)
+
+
+def cut_shard(folder: Path) -> None:
+    content = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes(content[: len(content) // 2])
+
+
+def change_config(**values: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    return damage
+
+
+DAMAGES: Mapping[str, Callable[[Path], Any]] = {
+    "nan": put_nan,
+    "cut": cut_shard,
+    "longer": change_config(num_hidden_layers=3),
+    "wider": change_config(intermediate_size=28),
+    "alien": change_config(model_type="alien"),
+    "translator": change_config(model_type="t5"),
+    "quantised": change_config(quantization_config={"bits": 4}),
+    "headless": lambda folder: (folder / "config.json").unlink(),
+    "unspeaking": lambda folder: (folder / "tokenizer.json").write_text("{"),
+}
+
+GOOD: Mapping[str, Any] = {
+    "--method": "wanda",
+    "--sparsity": "0.5",
+    "--calibration": "text.txt",
+    "--n-sequences": "4",
+    "--sequence-length": "12",
+    "--output": "out",
+}
+
+
+def flags(changes: Mapping[str, Any]) -> list[str]:
+    """Flags of a small good run with some of them changed; None drops one."""
+    merged = {**GOOD, **changes}
+    model = merged.pop("MODEL", "llama")
+    pairs = [[name, str(value)] for name, value in merged.items() if value is not None]
+    return [
+        "prune",
+        *([model] if model else []),
+        *(item for pair in pairs for item in pair),
+    ]
+
+
+def one_line(error: str) -> str:
+    assert error.count("\n") == 1, error
+    assert error.startswith("layerwise: "), error
+    assert "Traceback" not in error
+    return error
+
+
+# --- bad input ---------------------------------------------------------------------------
+
+BAD: Mapping[str, tuple[Mapping[str, Any], int, str]] = {
+    "sparsity above one": ({"--sparsity": "1.5"}, 2, "must lie in [0, 1), got 1.5"),
+    "sparsity below zero": ({"--sparsity": "-0.1"}, 2, "must lie in [0, 1), got -0.1"),
+    "sparsity a word": ({"--sparsity": "abc"}, 2, "fraction (0.5) or n:m (2:4), got 'abc'"),
+    "sparsity nan": ({"--sparsity": "nan"}, 2, "got nan"),
+    "pattern impossible": ({"--sparsity": "5:4"}, 2, "0 < n <= m; got 5:4"),
+    "pattern of zero": ({"--sparsity": "0:4"}, 2, "got 0:4"),
+    "pattern unfinished": ({"--sparsity": "2:"}, 2, "got '2:'"),
+    "width": (
+        {"MODEL": "odd", "--sparsity": "2:4"},
+        2,
+        "model.layers.0.mlp.down_proj: pattern 2:4 needs a width divisible by 4",
+    ),
+    "group of a pattern": ({"--sparsity": "2:4", "--group": "layer"}, 2, "--group layer"),
+    "group": ({"--group": "column"}, 2, "group: Input should be 'row' or 'layer'"),
+    "method": ({"--method": "sparsgpt"}, 2, "did you mean sparsegpt"),
+    "method unlike any": ({"--method": "zzz"}, 2, "Known: magnitude, wanda"),
+    "chain": ({"--method": "wanda+lest-squares"}, 2, "did you mean least-squares"),
+    "mask": ({"--method": "least-squares"}, 2, '"wanda+least-squares"'),
+    "option": ({"--set": "blocks=3"}, 2, "wanda has no option 'blocks'"),
+    "option syntax": ({"--set": "block_size"}, 2, "--set takes name=value"),
+    "option without name": ({"--set": "=3"}, 2, "--set takes name=value"),
+    "option value": ({"--set": "x=[1"}, 2, "--set x takes one number or word"),
+    "option list": ({"--set": "x=[1, 2]"}, 2, "options.x"),
+    "mode": ({"--error-correction": "all"}, 2, "'sequential', 'block' or 'full'"),
+    "damping": ({"--damping": "-1"}, 2, "damping must be a number >= 0"),
+    "targets": ({"--targets": "Conv2d"}, 2, "'Conv2d' matches nothing in model.layers.0"),
+    "ignore": ({"--ignore": "q_proj"}, 2, "ignore entry 'q_proj' matches nothing"),
+    "everything ignored": ({"--ignore": "Linear"}, 2, "nothing is left to prune"),
+    "regular expression": ({"--targets": "re:("}, 2, "is no regular expression"),
+    "threads": ({"--threads": "0"}, 2, "--threads must be at least 1, got 0"),
+    "number": ({"--seed": "x"}, 2, "--seed"),
+    "seed": ({"--seed": "-1"}, 2, "seed is -1"),
+    "windows": ({"--n-sequences": "0"}, 2, "at least 1 window is needed"),
+    "length": ({"--sequence-length": "1"}, 2, "at least 2 tokens are needed"),
+    "too long": ({"--sequence-length": "33"}, 2, f"exceeds the {POSITIONS} positions"),
+    "device": ({"--device": "abacus"}, 2, "device 'abacus' cannot be used"),
+    "no model": ({"MODEL": None}, 2, "missing MODEL"),
+    "no sparsity": ({"--sparsity": None}, 2, "missing --sparsity"),
+    "no calibration": ({"--calibration": None}, 2, "missing --calibration"),
+    "no output": ({"--output": None}, 2, "missing --output"),
+    "unknown flag": ({"--metod": "wanda"}, 2, "No such option: --metod"),
+    "no recipe": ({"--recipe": "none.yaml"}, 2, "no recipe file none.yaml"),
+    "bad recipe": ({"--recipe": "bad.yaml"}, 2, "unknown name 'methods'; known: model"),
+    "source": ({"--calibration": "wikitext"}, 2, "did you mean 'wikitext2'"),
+    "field": ({"--calibration": "text.jsonl"}, 2, "needs a field, as in text.jsonl:field"),
+    "no tokenizer": ({"MODEL": "mute"}, 2, "a tokenizer is needed"),
+    "no adapter": ({"MODEL": "gpt2"}, 2, "no adapter for model type 'gpt2'"),
+    "unknown type": ({"MODEL": "alien"}, 2, "model type 'alien' in alien"),
+    "no language model": ({"MODEL": "translator"}, 2, "is not a causal language"),
+    "quantised": ({"MODEL": "quantised"}, 2, "prune the original"),
+    "budget": (
+        {"--method": "wanda+least-squares", "--memory-budget": "10"},
+        5,
+        "model.layers.0.self_attn.q_proj: one row of this refit needs",
+    ),
+    "text missing": ({"--calibration": "none.txt"}, 6, "cannot read none.txt"),
+    "text empty": ({"--calibration": "empty.txt"}, 6, "empty.txt is empty"),
+    "text short": ({"--calibration": "short.txt"}, 6, "a window needs 12"),
+    "text binary": ({"--calibration": "binary.txt"}, 6, "binary.txt is not UTF-8"),
+    "json lines": ({"--calibration": "bad.jsonl:text"}, 6, "bad.jsonl line 2 is not JSON"),
+    "no such field": ({"--calibration": "text.jsonl:body"}, 6, "has no field 'body'"),
+    "model missing": ({"MODEL": "./none"}, 6, "there is no folder ./none"),
+    "model a file": ({"MODEL": "text.txt"}, 6, "text.txt is a file"),
+    "model empty": ({"MODEL": "headless"}, 6, "headless has no config.json"),
+    "weight nan": (
+        {"MODEL": "nan"},
+        6,
+        "'model.layers.1.mlp.up_proj.weight' of nan holds nan at [2, 3]",
+    ),
+    "shard cut": ({"MODEL": "cut"}, 6, f"{SHARD} is not a usable safetensors file"),
+    "layer too many": ({"MODEL": "longer"}, 6, "longer lacks tensors of the model"),
+    "layer wider": ({"MODEL": "wider"}, 6, "its config.json asks for (28, 16)"),
+    "tokenizer": ({"MODEL": "unspeaking"}, 6, "the tokenizer in unspeaking cannot be"),
+    "below a file": ({"--output": "text.txt/out"}, 6, "text.txt is not writable"),
+}
+
+
+@pytest.mark.parametrize(("changes", "code", "expected"), BAD.values(), ids=list(BAD))
+def test_bad_input(
+    in_workshop: Path,
+    changes: Mapping[str, Any],
+    code: int,
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    threads = torch.get_num_threads()
+    before = sorted(in_workshop.iterdir())
+    assert run(flags(changes)) == code
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines(keepends=True)
+    if code == 5:  # found while solving, after the progress began
+        assert lines[0] == f"pruning {LINEARS} layers\n"
+        lines = lines[1:]
+    assert expected in one_line("".join(lines))
+    assert captured.out == ""
+    assert sorted(in_workshop.iterdir()) == before
+    assert torch.get_num_threads() == threads
+
+
+def test_output_that_cannot_be_written(
+    in_workshop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert run(flags({"--output": "deep/out"})) == 6
+    assert "is not writable; choose another" in one_line(capsys.readouterr().err)
+    assert not (in_workshop / "deep").exists()
+
+
+def test_output_that_exists(in_workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (in_workshop / "out").mkdir()
+    (in_workshop / "out" / "thesis.txt").write_text("precious")
+    assert run(flags({})) == 2
+    assert "replace it with --force" in one_line(capsys.readouterr().err)
+    assert (in_workshop / "out" / "thesis.txt").read_text() == "precious"
+
+
+def test_numerical_failure(
+    in_workshop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = Magnitude.solve
+
+    def fail(self: Magnitude, *arguments: Any, **options: Any) -> Solution:
+        solution = original(self, *arguments, **options)
+        solution.weight.fill_(torch.nan)
+        return solution
+
+    monkeypatch.setattr(Magnitude, "solve", fail)
+    assert run(flags({"--method": "magnitude"})) == 4
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "model.layers.0.self_attn.q_proj: magnitude failed numerically" in error
+    assert not (in_workshop / "out.partial").exists()
+
+
+def test_interruption_keeps_what_is_finished(
+    in_workshop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, calls = Magnitude.solve, [0]
+
+    def interrupt(self: Magnitude, *arguments: Any, **options: Any) -> Solution:
+        calls[0] += 1
+        if calls[0] == LINEARS - 1:
+            raise KeyboardInterrupt
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Magnitude, "solve", interrupt)
+    assert run(flags({"--method": "magnitude"})) == 130
+    assert capsys.readouterr().err.endswith(
+        "layerwise: interrupted; finished blocks are kept\n"
+    )
+    assert (in_workshop / "out.partial").is_dir()
+    assert run(flags({"--method": "magnitude"})) == 0
+    assert run(flags({"--method": "magnitude", "--output": "again"})) == 0
+    assert shard_hashes(in_workshop / "out") == shard_hashes(in_workshop / "again")
+
+
+def test_unfinished_run_with_other_flags(
+    in_workshop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from layerwise.run.journal import Journal
+
+    Journal(in_workshop / "out", {"seed": 7})
+    assert run(flags({})) == 2
+    error = one_line(capsys.readouterr().err)
+    assert "is an unfinished run with another" in error
+    assert "--no-resume" in error
+    assert run([*flags({}), "--no-resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["prun"], 2, "No such command 'prun'"),
+        (["evaluate", "llama"], 2, "Missing option '--dataset'"),
+        (["evaluate"], 2, "Missing argument 'model'"),
+        (["evaluate", "mute", "--dataset", "text.txt"], 6, "mute has no tokenizer"),
+        (["evaluate", "nan", "--dataset", "text.txt"], 6, "holds nan at [2, 3]"),
+        (["evaluate", "llama", "--dataset", "none.txt"], 6, "cannot read none.txt"),
+        (["evaluate", "llama", "--dataset", "short.txt"], 6, "one window needs 32"),
+        (["evaluate", "llama", "--dataset", "x"], 2, "unknown text source 'x'"),
+        (
+            ["evaluate", "llama", "--dataset", "text.txt", "--sequence-length", "33"],
+            2,
+            "exceeds the 32 positions",
+        ),
+        (
+            ["evaluate", "llama", "--dataset", "text.txt", "--device", "abacus"],
+            2,
+            "device 'abacus' cannot be used",
+        ),
+        (["verify", "llama"], 6, "it is no output of layerwise"),
+        (["verify", "none"], 6, "it is no output of layerwise"),
+        (["report", "llama"], 6, "it is no output of layerwise"),
+        (["demo", "--output", "text.txt"], 6, "cannot create text.txt"),
+        (["solvers", "more"], 2, "unexpected extra argument"),
+    ],
+)
+def test_bad_input_of_other_commands(
+    in_workshop: Path,
+    arguments: list[str],
+    code: int,
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(arguments) == code
+    captured = capsys.readouterr()
+    assert expected in one_line(captured.err)
+    assert captured.out == ""
+
+
+# --- good runs ---------------------------------------------------------------------------
+
+
+def test_prune_verify_report_evaluate(
+    in_workshop: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = torch.get_num_threads()
+    assert run(flags({"--method": "wanda+least-squares", "--threads": threads})) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert lines[0] == f"pruning {LINEARS} layers"
+    for index, record in enumerate(read_layers(Path("out")), start=1):
+        rows, width = record.shape
+        expected = (
+            rf"\[{index}/{LINEARS}\]  {re.escape(record.name)}  {rows}x{width}  "
+            rf"sparsity 0\.5000  relative error {record.relative_error:.4f}  feasible  "
+            rf"refit <= \d\.\de-\d\d  damping 0\.01  rank {record.rank}/{width}  "
+            rf"\d+\.\d\d s"
+        )
+        assert re.fullmatch(expected, lines[index]), lines[index]
+    assert lines[LINEARS + 1].startswith(
+        f"{LINEARS} layers, sparsity 0.5000, mean relative"
+    )
+    assert len(lines) == LINEARS + 2
+    assert run(["verify", "out"]) == 0
+    assert capsys.readouterr().out.count("ok  ") == 7
+
+    page = Path("out/layerwise/report.html")
+    written = page.read_text()
+    assert "wanda+least-squares" in written.replace("<wbr>", "")
+    page.unlink()
+    assert run(["report", "out"]) == 0
+    assert capsys.readouterr().out == f"wrote {page}\n"
+    assert page.read_text() == written
+    assert run(["report", "out", "--output", "out/other.html"]) == 0
+    assert Path("out/other.html").read_text() == written
+    capsys.readouterr()
+
+    arguments = ["evaluate", "out", "--dataset", "text.txt", "--sequence-length", "16"]
+    assert run(arguments) == 0
+    checkpoint = Checkpoint.open("out")
+    tokens = encode(Path("text.txt").read_text(), checkpoint.load_tokenizer())
+    expected_value = perplexity(checkpoint.load_model(), tokens, sequence_length=16)
+    assert capsys.readouterr().out == (
+        f"perplexity {expected_value:.4f}  (text.txt, {len(tokens) // 16} windows of 16 "
+        f"tokens)\n"
+    )
+
+
+def test_recipe_repeats_the_run(in_workshop: Path) -> None:
+    arguments = flags(
+        {
+            "--method": "wanda+least-squares",
+            "--sparsity": "2:4",
+            "--error-correction": "full",
+            "--seed": "3",
+            "--damping": "0.02",
+            "--set": "tolerance=1e-4",
+            "--targets": "re:.*_proj",
+            "--ignore": "re:.*k_proj",
+            "--calibration": "text.jsonl:text",
+        }
+    )
+    assert run(arguments) == 0
+    recipe = yaml.safe_load(Path("out/recipe.yaml").read_text())
+    assert recipe["options"] == {"least-squares.tolerance": 1e-4}
+    assert run(["prune", "--recipe", "out/recipe.yaml", "--output", "again"]) == 0
+    assert shard_hashes(Path("out")) == shard_hashes(Path("again"))
+    assert Path("out/recipe.yaml").read_bytes() == Path("again/recipe.yaml").read_bytes()
+
+
+def test_flags_win_over_the_recipe(in_workshop: Path) -> None:
+    changes = {"--recipe": "recipe.yaml", "--sparsity": None, "--n-sequences": None}
+    assert run(flags({**changes, "--method": "magnitude"})) == 0
+    recipe = yaml.safe_load(Path("out/recipe.yaml").read_text())
+    assert (recipe["method"], recipe["sparsity"]) == ("magnitude", "2:4")
+    assert recipe["n_sequences"] == 4
+    assert {record.pattern for record in read_layers(Path("out"))} == {"2:4"}
+
+
+def test_group_reaches_the_pattern(in_workshop: Path) -> None:
+    assert run(flags({"--group": "layer", "--method": "magnitude"})) == 0
+    weight = load_file(Path("out") / SHARD)["model.layers.0.mlp.up_proj.weight"]
+    zeros = (weight == 0).sum(dim=1)
+    assert int(zeros.sum()) == weight.numel() // 2
+    assert len(set(zeros.tolist())) > 1
+    assert run(["verify", "out"]) == 0
+
+
+def test_targets_may_repeat(in_workshop: Path) -> None:
+    more = ["--targets", "re:.*q_proj", "--targets", "re:.*up_proj", "--ignore", "lm_head"]
+    assert run([*flags({}), *more]) == 0
+    names = {record.name.rpartition(".")[2] for record in read_layers(Path("out"))}
+    assert names == {"q_proj", "up_proj"}
+
+
+def test_force_replaces(in_workshop: Path) -> None:
+    assert run(flags({})) == 0
+    assert run([*flags({"--sparsity": "2:4"}), "--force"]) == 0
+    assert {record.pattern for record in read_layers(Path("out"))} == {"2:4"}
+
+
+def test_report_is_optional(
+    in_workshop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(flags({})) == 0
+    assert "report.html was not written" in capsys.readouterr().err
+    assert run(["verify", "out"]) == 0
+
+
+# --- what needs no model -----------------------------------------------------------------
+
+
+def test_solvers_are_all_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["solvers"]) == 0
+    first = [line.split()[:1] for line in capsys.readouterr().out.splitlines()]
+    assert SOLVERS
+    assert all([name] in first for name in SOLVERS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"layerwise {layerwise.__version__}\n"
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["prune", "--help"]) == 0
+    printed = capsys.readouterr().out
+    for flag in ("--error-correction", "--set", "--memory-budget", "--no-resume"):
+        assert flag in printed
+
+
+def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    commands = ("prune", "evaluate", "verify", "report", "solvers", "demo")
+    assert all(any(line.split()[:1] == [name] for line in lines) for name in commands)
+
+
+@pytest.mark.parametrize("front", [True, False])
+def test_debug_shows_the_traceback(front: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["verify", "none"]
+    assert run(["--debug", *arguments] if front else [*arguments, "--debug"]) == 6
+    error = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in error
+    assert error.splitlines()[-1].startswith("layerwise: none holds no layerwise/manifest")
+
+
+# --- real processes ----------------------------------------------------------------------
+
+
+def process(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    root = str(Path(layerwise.__file__).parents[1])
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_process_that_fails(workshop: Path) -> None:
+    ended = process("-m", "layerwise", "verify", "llama", folder=workshop)
+    assert ended.returncode == 6
+    assert ended.stdout == ""
+    assert one_line(ended.stderr).endswith("it is no output of layerwise\n")
+
+
+KILLED = """
+import os, signal, sys
+from layerwise.cli import run
+from layerwise.run.journal import Journal
+
+def die(journal, index, block, write=Journal.write_block):
+    write(journal, index, block)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Journal.write_block = die
+run(sys.argv[1:])
+"""
+
+
+def test_process_that_is_killed_can_be_resumed(in_workshop: Path) -> None:
+    arguments = flags({"--method": "sparsegpt", "--threads": "1"})
+    ended = process("-c", KILLED, *arguments, folder=in_workshop)
+    assert ended.returncode == -signal.SIGKILL
+    assert not Path("out").exists()
+    assert len(list(Path("out.partial/layerwise/blocks").iterdir())) == 1
+    assert run(arguments) == 0
+    assert run(flags({"--method": "sparsegpt", "--output": "again"})) == 0
+    assert shard_hashes(Path("out")) == shard_hashes(Path("again"))

@@ -1,0 +1,181 @@
+"""Demonstration: the packaged models are there, small, trained, and worth pruning."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from layerwise import demo
+from layerwise.adapters import ADAPTERS
+from layerwise.cli import run
+from layerwise.errors import DataError, UsageError
+from layerwise.patterns import Unstructured
+from layerwise.run import demo as run_demo
+from layerwise.run.demo import MAIN_METHODS, all_methods, compare, demo_models
+from layerwise.run.perplexity import perplexity
+from layerwise.run.settings import choose_solver
+from layerwise.run.storage import Checkpoint
+from layerwise.run.tokens import encode
+from layerwise.solvers import SOLVERS
+
+LIMIT = 4 * 10**6  # bytes of a packaged model
+LENGTH = 256  # the context that they were trained with
+WINDOWS = 12
+TRAINED = 50  # perplexity; a model that knows nothing has that of its 1024 tokens
+HARM = 1.2  # perplexity of half the weights over that of all
+
+
+@cache
+def evaluation_tokens() -> Tensor:
+    tokenizer = Checkpoint.open(demo.model_path("llama")).load_tokenizer()
+    assert tokenizer is not None
+    text = demo.evaluation_text()
+    return encode(text[: len(text) // 4], tokenizer)[: WINDOWS * LENGTH]
+
+
+def perplexity_of(model: Any) -> float:
+    return perplexity(model, evaluation_tokens(), sequence_length=LENGTH)
+
+
+@pytest.mark.parametrize("name", demo.MODELS)
+def test_packaged_model_is_small_and_opens(name: str) -> None:
+    folder = demo.model_path(name)
+    assert folder.is_dir(), f"{folder} is missing: python -m layerwise.demo.train {name}"
+    assert sum(path.stat().st_size for path in folder.rglob("*")) < LIMIT
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.config["model_type"] == name
+    tokenizer = checkpoint.load_tokenizer()
+    assert tokenizer is not None
+    model = checkpoint.load_model()
+    assert model.dtype == torch.bfloat16
+    assert len(tokenizer) <= model.get_input_embeddings().num_embeddings
+    suffixes = {".json", ".safetensors"}  # what the package installs
+    assert {path.suffix for path in folder.iterdir()} == suffixes
+
+
+@pytest.mark.parametrize("name", demo.MODELS)
+def test_packaged_models_share_a_lossless_tokenizer(name: str) -> None:
+    tokenizer = Checkpoint.open(demo.model_path(name)).load_tokenizer()
+    assert tokenizer is not None
+    text = demo.evaluation_text()[:5000]
+    tokens = encode(text, tokenizer)
+    assert tokenizer.decode(tokens) == text
+    assert torch.equal(tokens[:LENGTH], evaluation_tokens()[:LENGTH])
+
+
+@pytest.mark.parametrize("name", demo.MODELS)
+def test_packaged_model_is_trained_and_pruning_hurts(name: str) -> None:
+    model = Checkpoint.open(demo.model_path(name)).load_model()
+    dense = perplexity_of(model)
+    assert dense < TRAINED
+    with torch.no_grad():
+        for layer, module in model.named_modules():
+            if isinstance(module, nn.Linear) and "lm_head" not in layer:
+                mask = Unstructured(0.5).mask(module.weight.abs())
+                module.weight.mul_(mask)
+    assert perplexity_of(model) > HARM * dense
+
+
+def test_unknown_packaged_model() -> None:
+    with pytest.raises(UsageError, match="choose from opt, llama, mamba"):
+        demo.model_path("bert")
+
+
+# --- texts -------------------------------------------------------------------------------
+
+
+def test_held_out_modules_are_not_trained_on() -> None:
+    assert demo.CALIBRATION
+    assert demo.EVALUATION
+    assert not set(demo.CALIBRATION) & set(demo.EVALUATION)
+    assert len(set(demo.CALIBRATION)) == len(demo.CALIBRATION)
+    assert len(set(demo.EVALUATION)) == len(demo.EVALUATION)
+    calibration = demo.calibration_text()
+    paragraphs = [p for p in demo.evaluation_text().split("\n\n") if len(p) > 400]
+    assert len(paragraphs) > 50
+    assert not any(paragraph in calibration for paragraph in paragraphs)
+
+
+def test_texts_are_large_enough() -> None:
+    assert len(demo.calibration_text()) > 2 * 10**6
+    assert len(demo.evaluation_text()) > 2 * 10**5
+    assert len(evaluation_tokens()) == WINDOWS * LENGTH
+
+
+def test_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = {"stdlib": str(tmp_path)}
+    monkeypatch.setattr("layerwise.demo.sysconfig.get_paths", lambda: paths)
+    with pytest.raises(DataError, match=rf"{demo.EVALUATION[0]} cannot be read"):
+        demo.evaluation_text()
+
+
+# --- comparison --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _reduced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer windows, and a text that is encoded in no time."""
+    text = demo.calibration_text()[: 2 * 10**5]
+    monkeypatch.setattr(run_demo, "calibration_text", lambda: text)
+    monkeypatch.setattr(run_demo, "N_SEQUENCES", 4)
+    monkeypatch.setattr(run_demo, "EVALUATION_TOKENS", WINDOWS * LENGTH)
+
+
+@pytest.mark.usefixtures("_reduced")
+def test_comparison() -> None:
+    told: list[Any] = []
+    methods = ("magnitude", "wanda")
+    found = compare(("llama",), methods, on_result=lambda *pair: told.append(pair))
+    assert found.skipped == ()
+    dense = found.dense_perplexity["llama"]
+    assert [result for result, _ in told] == list(found.results)
+    assert {value for _, value in told} == {dense}
+    keys = [(r.model, r.pattern, r.method) for r in found.results]
+    assert keys == [("llama", p, m) for p in ("0.5", "2:4") for m in methods]
+    for magnitude, wanda in zip(found.results[::2], found.results[1::2], strict=True):
+        assert wanda.mean_relative_error < magnitude.mean_relative_error
+        assert dense < wanda.perplexity < magnitude.perplexity
+        assert len(wanda.records) == len(magnitude.records) == 4 * 7
+
+
+def test_architecture_without_adapter_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = {name: place for name, place in ADAPTERS.items() if name != "llama"}
+    monkeypatch.setattr(run_demo, "ADAPTERS", others)
+    found = compare(("llama",), MAIN_METHODS)
+    assert found.skipped == ("llama",)
+    assert found.results == ()
+
+
+def test_methods_are_all_solvers_and_possible() -> None:
+    methods = all_methods()
+    assert set(MAIN_METHODS) <= set(methods)
+    assert len(set(methods)) == len(methods)
+    for name in SOLVERS:
+        assert name in methods or f"wanda+{name}" in methods
+    for method in methods:
+        choose_solver(method, Unstructured(0.5), 0.01, None, None)
+
+
+def test_models_of_the_command() -> None:
+    assert demo_models(False) == ("llama",)
+    assert demo_models(True) == demo.MODELS
+
+
+@pytest.mark.usefixtures("_reduced")
+def test_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_demo, "MAIN_METHODS", ("magnitude", "wanda+least-squares"))
+    assert run(["demo", "--output", str(tmp_path / "new" / "folder")]) == 0
+    printed = capsys.readouterr().out
+    assert "llama: dense perplexity" in printed
+    rows = [line.replace("│", " ").split()[:2] for line in printed.splitlines()]
+    for pattern in ("0.5", "2:4"):
+        for method in ("magnitude", "wanda+least-squares"):
+            assert [pattern, method] in rows
+    page = (tmp_path / "new" / "folder" / "report.html").read_text()
+    assert "Pruning methods compared" in page
+    assert "layerwise demo" in page
