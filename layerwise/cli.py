@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 import layerwise
 from layerwise.errors import DataError, LayerwiseError, UsageError, VerificationError
@@ -239,15 +238,9 @@ def report(
 def solvers() -> None:
     """List the methods: what each requires and handles."""
     from layerwise.run.catalogue import catalogue
+    from layerwise.run.tables import print_solvers
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("name", "patterns", "needs", "guarantee", "what it does"):
-        table.add_column(heading, no_wrap=heading == "name")
-    for entry in catalogue():
-        table.add_row(
-            entry.name, entry.patterns, entry.needs, entry.guarantee, entry.summary
-        )
-    _console().print(table)
+    print_solvers(catalogue())
 
 
 @app.command()
@@ -262,6 +255,7 @@ def demo(
     """Prune a packaged trained model by several methods and compare them."""
     from layerwise.run.demo import MAIN_METHODS, all_methods, compare, demo_models
     from layerwise.run.report import comparison_page, write_report
+    from layerwise.run.tables import print_comparison
 
     models = demo_models(everything)
     methods = all_methods() if everything else MAIN_METHODS
@@ -282,49 +276,13 @@ def demo(
     comparison = compare(models, methods, on_result=progress)
     for name in comparison.skipped:
         typer.echo(f"  {name}: no adapter for this architecture, not pruned")
-    _print_comparison(comparison)
+    print_comparison(comparison)
     command = "layerwise demo --all" if everything else "layerwise demo"
     path = output / "report.html"
     write_report(
         path, comparison_page(comparison.results, comparison.dense_perplexity, command)
     )
     typer.echo(f"wrote {path}")
-
-
-def _print_comparison(comparison: Any) -> None:
-    console = _console()
-    for model, dense in comparison.dense_perplexity.items():
-        table = Table(title=f"{model}: dense perplexity {dense:.3f}", title_justify="left")
-        for heading in (
-            "pattern",
-            "method",
-            "perplexity",
-            "mean relative error",
-            "seconds",
-        ):
-            numeric = heading not in ("pattern", "method")
-            table.add_column(heading, justify="right" if numeric else "left")
-        previous = None
-        for result in comparison.results:
-            if result.model != model:
-                continue
-            if previous not in (None, result.pattern):
-                table.add_section()
-            previous = result.pattern
-            table.add_row(
-                result.pattern,
-                result.method,
-                f"{result.perplexity:.3f}",
-                f"{result.mean_relative_error:.4f}",
-                f"{result.seconds:.1f}",
-            )
-        console.print(table)
-
-
-def _console() -> Console:
-    """Console for tables; as wide as they need where nobody folds lines."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
 
 
 @contextmanager

@@ -199,7 +199,8 @@ def _conjugate_gradients(gram: Tensor, mask: Tensor, max_iterations: int) -> Cor
         scale = residuals.norm(dim=1, keepdim=True)
         unit = residuals / torch.where(scale > 0, scale, 1)  # float32 keeps small rows
         change, _ = masked_cg(gram, mask, unit.to(gram.dtype), target, max_iterations)
-        return change.to(residuals.dtype) * scale
+        rescaled: Tensor = change.to(residuals.dtype) * scale
+        return rescaled
 
     return correct
 

@@ -161,8 +161,12 @@ def random_tokens(sequences: int, length: int, seed: int = 0) -> Tensor:
 def blocks_of(model: Any) -> Sequence[nn.Module]:
     """Decoder blocks, found without the adapter."""
     base = model.model
-    found: Sequence[nn.Module] = getattr(base, "decoder", base).layers
-    return found
+    return list(getattr(base, "decoder", base).layers)
+
+
+def weight_of(model: nn.Module, linear: str) -> Tensor:
+    """Weight of a linear by the name of the module."""
+    return model.get_parameter(f"{linear}.weight").detach()
 
 
 @contextmanager
@@ -184,7 +188,7 @@ def recorded_inputs(
             handle.remove()
 
 
-def edit_shard(path: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
+def edit_shard(path: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
     """Change the tensors of a safetensors file by hand."""
     tensors = load_file(path)
     edit(tensors)

@@ -23,7 +23,8 @@ from layerwise.run.perplexity import perplexity
 from layerwise.run.storage import Checkpoint
 from layerwise.run.tokens import encode
 from layerwise.solution import Solution
-from layerwise.solvers import SOLVERS, Magnitude
+from layerwise.solvers import SOLVERS
+from layerwise.solvers.magnitude import Magnitude
 from tests.models import (
     POSITIONS,
     SHARD,

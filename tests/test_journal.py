@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from layerwise.errors import DataError, SolveError, UsageError
+from layerwise.run import pipeline
 from layerwise.run import prune as prune_module
 from layerwise.run.journal import Journal, read_layers, read_masks
 from layerwise.run.pipeline import ERROR_CORRECTIONS, PrunedBlock
@@ -115,7 +116,7 @@ def test_finished_blocks_are_not_solved_again(
 ) -> None:
     interrupted(source, tmp_path / "out", error_correction=mode)
     solved: list[str] = []
-    original = prune_module.prune_block
+    original = pipeline.prune_block
 
     def counting(task: Any, inputs: Any, on_layer: Any) -> PrunedBlock:
         solved.append(inputs.name)

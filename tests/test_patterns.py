@@ -70,6 +70,7 @@ def test_n_of_m_keeps_the_largest_of_each_group() -> None:
     }
     for pattern, kept in expected.items():
         assert pattern.mask(values)[0].int().tolist() == kept
+        assert pattern.accepts(pattern.mask(values))
     assert NM(1, 4).sparsity == 0.75
     assert not NM(2, 4).accepts(torch.tensor([[1, 1, 1, 0, 1, 0, 0, 0]]).bool())
     # four of eight, but not two of each four

@@ -16,7 +16,15 @@ from layerwise.run import pipeline
 from layerwise.run.pipeline import ERROR_CORRECTIONS
 from layerwise.run.prune import BATCH, PruneReport, prune_model
 from layerwise.solve import solve
-from tests.models import INNER, WIDTH, blocks_of, random_tokens, recorded_inputs, tiny_model
+from tests.models import (
+    INNER,
+    WIDTH,
+    blocks_of,
+    random_tokens,
+    recorded_inputs,
+    tiny_model,
+    weight_of,
+)
 from tests.tolerances import MOMENTS, RECORDED_ERROR
 
 LENGTH = 12
@@ -128,17 +136,17 @@ def test_moments_are_those_of_the_mode(mode: str, monkeypatch: pytest.MonkeyPatc
         assert problem.moments.n_tokens == N_TOKENS
         assert close(problem.gram, seen @ seen.T / N_TOKENS, rounding), name
         assert close(problem.cross_gram, inputs @ seen.T / N_TOKENS, rounding), name
-        outputs = run.dense.get_submodule(name).weight.detach() @ inputs
+        outputs = weight_of(run.dense, name) @ inputs
         energy = outputs.square().sum(dim=1) / N_TOKENS
         assert close(problem.energy, energy, rounding), name
-        assert torch.equal(problem.weight, run.dense.get_submodule(name).weight)
+        assert torch.equal(problem.weight, weight_of(run.dense, name))
 
 
 def test_the_four_modes_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above would not notice modes that are all the same."""
     last = "model.layers.2.mlp.down_proj"
     runs = [prune(monkeypatch, mode) for mode in ERROR_CORRECTIONS]
-    weights = [run.report.model.get_submodule(last).weight for run in runs]
+    weights = [weight_of(run.report.model, last) for run in runs]
     for i, weight in enumerate(weights):
         assert not any(torch.equal(weight, other) for other in weights[:i])
 
@@ -180,11 +188,11 @@ def test_recorded_error_is_that_of_the_stored_weights(
     rounding_matters = False
     for record in run.report.records:
         dense, pruned = models_of(run, mode, record.name)
-        stored = run.report.model.get_submodule(record.name).weight
+        stored = weight_of(run.report.model, record.name)
         assert stored.dtype == torch.bfloat16
-        weight = run.dense.get_submodule(record.name).weight
-        outputs = weight.detach().double() @ inputs_of(dense, record.name)
-        error = outputs - stored.detach().double() @ inputs_of(pruned, record.name)
+        weight = weight_of(run.dense, record.name)
+        outputs = weight.double() @ inputs_of(dense, record.name)
+        error = outputs - stored.double() @ inputs_of(pruned, record.name)
         expected = float(error.norm() / outputs.norm())
         assert record.relative_error == pytest.approx(expected, rel=RECORDED_ERROR)
         unrounded = solve(run.problems[record.name], "sparsegpt").relative_error
@@ -196,7 +204,7 @@ def test_record_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     run = prune(monkeypatch, "block", method="wanda+least-squares", damping=0.03)
     for record in run.report.records:
         problem = run.problems[record.name]
-        weight = run.report.model.get_submodule(record.name).weight
+        weight = weight_of(run.report.model, record.name)
         assert record.shape == tuple(weight.shape)
         assert record.method == "wanda+least-squares"
         assert record.sparsity == float((weight == 0).double().mean())

@@ -11,7 +11,11 @@ import yaml
 from layerwise.errors import DataError, InvalidProblemError, UsageError
 from layerwise.run.recipe import Recipe, configure, options_of, with_memory_budget
 from layerwise.solve import chain, solver_name
-from layerwise.solvers import SOLVERS, Fista, LeastSquares, Magnitude, SparseGPT
+from layerwise.solvers import SOLVERS
+from layerwise.solvers.fista import Fista
+from layerwise.solvers.least_squares import LeastSquares
+from layerwise.solvers.magnitude import Magnitude
+from layerwise.solvers.sparsegpt import SparseGPT
 
 
 def write(tmp_path: Path, text: str) -> Path:

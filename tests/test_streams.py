@@ -68,7 +68,7 @@ def test_blocks_one_by_one_give_the_model(family: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_calls_are_captured_before_any_weight_of_a_block_matters(family: str) -> None:
     model, other = tiny_model(family), tiny_model(family)
-    for parameter in blocks_of(other).parameters():
+    for parameter in nn.ModuleList(blocks_of(other)).parameters():
         nn.init.constant_(parameter, 0.5)
     batches = uneven_batches()
     stream = capture(other, blocks_of(other), batches)
@@ -169,7 +169,7 @@ def test_a_forward_method_of_the_instance_is_kept() -> None:
         def forward(*args: Any, original: Any = original, **kwargs: Any) -> Any:
             return original(*args, **kwargs)
 
-        block.forward = forward  # type: ignore[method-assign]
+        block.forward = forward
         wrapped.append(forward)
     stream = capture(model, blocks_of(model), batches)
     assert [vars(block).get("forward") for block in blocks_of(model)] == wrapped
@@ -203,7 +203,7 @@ def test_visited_inputs_are_those_of_the_model(family: str, stop: bool) -> None:
 def test_the_rest_of_the_block_is_skipped_on_request() -> None:
     model = tiny_model("llama")
     late: list[Any] = []
-    blocks_of(model)[0].mlp.register_forward_pre_hook(  # type: ignore[union-attr]
+    blocks_of(model)[0].get_submodule("mlp").register_forward_pre_hook(
         lambda _, args: late.append(args)
     )
     _, outputs = visit(model, ["self_attn.q_proj", "self_attn.o_proj"], stop=True)

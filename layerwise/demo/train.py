@@ -39,9 +39,9 @@ REPORT_EVERY: Final = 50  # steps
 SPECIAL_TOKENS: Final = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 CONFIGS: Final = {
     "opt": OPTConfig(
-        hidden_size=128,
-        word_embed_proj_dim=128,
-        ffn_dim=512,
+        hidden_size=96,
+        word_embed_proj_dim=96,
+        ffn_dim=384,
         num_hidden_layers=4,
         num_attention_heads=4,
         max_position_embeddings=CONTEXT,
