@@ -185,19 +185,22 @@ def evaluate(
     """Token perplexity over non-overlapping windows, the protocol of the pruning papers."""
     from layerwise.run.calibration import evaluation_text
     from layerwise.run.perplexity import perplexity
-    from layerwise.run.settings import choose_device, choose_sequence_length
+    from layerwise.run.settings import (
+        choose_device,
+        choose_sequence_length,
+        embedding_rows,
+    )
     from layerwise.run.storage import Checkpoint
     from layerwise.run.tokens import encode
 
     checkpoint = Checkpoint.open(model)
-    network = checkpoint.load_model().to(choose_device(device))
+    network = checkpoint.load_model(choose_device(device))
     length = choose_sequence_length(network, sequence_length)
     tokenizer = checkpoint.load_tokenizer()
     if tokenizer is None:
         message = f"{model} has no tokenizer, which a text needs"
         raise DataError(message)
-    rows = network.get_input_embeddings().num_embeddings
-    tokens = encode(evaluation_text(dataset), tokenizer, rows)
+    tokens = encode(evaluation_text(dataset), tokenizer, embedding_rows(network))
     value = perplexity(network, tokens, sequence_length=length)
     windows = len(tokens) // length
     typer.echo(f"perplexity {value:.4f}  ({dataset}, {windows} windows of {length} tokens)")

@@ -8,7 +8,7 @@ objective and the relative error of a :class:`Solution` come from
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -99,14 +99,11 @@ class Solver(Protocol):
     if it only finds weights for a mask that is already fixed.
     """
 
+    requires: ClassVar[frozenset[str]]
+
     @property
     def name(self) -> str:
         """Name in tables and logs."""
-        ...
-
-    @property
-    def requires(self) -> frozenset[str]:
-        """Statistics that the algorithm reads."""
         ...
 
     def can_solve(self, problem: "LayerProblem") -> bool:

@@ -8,7 +8,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -169,6 +169,10 @@ def weight_of(model: nn.Module, linear: str) -> Tensor:
     return model.get_parameter(f"{linear}.weight").detach()
 
 
+def _keep_input(calls: list[Any], module: nn.Module, args: tuple[Any, ...]) -> None:
+    calls.append(args[0])
+
+
 @contextmanager
 def recorded_inputs(
     module: nn.Module, names: Sequence[str]
@@ -177,7 +181,7 @@ def recorded_inputs(
     seen: dict[str, list[Any]] = {name: [] for name in names}
     handles = [
         module.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, calls=seen[name]: calls.append(args[0])
+            partial(_keep_input, seen[name])
         )
         for name in names
     ]

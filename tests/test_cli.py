@@ -385,7 +385,9 @@ def test_prune_verify_report_evaluate(
     arguments = ["evaluate", "out", "--dataset", "text.txt", "--sequence-length", "16"]
     assert run(arguments) == 0
     checkpoint = Checkpoint.open("out")
-    tokens = encode(Path("text.txt").read_text(), checkpoint.load_tokenizer())
+    tokenizer = checkpoint.load_tokenizer()
+    assert tokenizer is not None
+    tokens = encode(Path("text.txt").read_text(), tokenizer)
     expected_value = perplexity(checkpoint.load_model(), tokens, sequence_length=16)
     assert capsys.readouterr().out == (
         f"perplexity {expected_value:.4f}  (text.txt, {len(tokens) // 16} windows of 16 "

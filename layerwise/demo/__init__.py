@@ -2,9 +2,9 @@
 
 The models let every command and every test run in seconds without a download. Each is
 a folder in the format of ``transformers``, and they share one tokenizer. Their language
-is Python: the text is the source of the standard library, which every machine has. The
+is Python: the text is the source of the standard library, which is always at hand. The
 modules are named one by one, so that the held-out text is the same everywhere and no
-model ever saw it; only the version of Python makes a difference.
+model ever saw it; only the version of Python makes a difference (they learned 3.11).
 """
 
 import sysconfig

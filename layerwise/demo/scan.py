@@ -39,7 +39,9 @@ class Scan(torch.autograd.Function):
         return (C[:, None] @ states)[:, 0]
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+    def backward(  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
+        context: Any, *gradients: Tensor
+    ) -> tuple[Tensor, ...]:
         x, dt, A, B, C, decay, states = context.saved_tensors
         (dy,) = gradients
         dstates = C[:, :, None] * dy[:, None]

@@ -1,6 +1,20 @@
 """Train the packaged models from scratch: ``python -m layerwise.demo.train llama``.
 
-TABLE
+The packaged models came out of this script with seed 0; the perplexity is that of the
+held-out text, without and with the smallest weights of every row set to zero:
+
+======  ==========  =====  =======  =====  ==========  ==========
+model   parameters  steps  minutes  dense  50 % zeros  70 % zeros
+======  ==========  =====  =======  =====  ==========  ==========
+opt        570 624   3500       23  25.12       31.23       64.86
+llama    1 000 576   4000       38  19.17       24.86       68.90
+mamba      597 632   1200       50  26.94       36.95      107.06
+======  ==========  =====  =======  =====  ==========  ==========
+
+They are small and trained for long on purpose: a larger model, or one that has seen
+less text, hardly notices the loss of half its weights, and tells no two methods apart.
+The minutes are those of one busy processor core or two; rounding, and with it the last
+digits, depends on the number of threads.
 """
 
 import argparse
@@ -30,13 +44,17 @@ BATCH: Final = 8  # windows of CONTEXT tokens per step
 VOCABULARY: Final = 1024
 END: Final = "<|endoftext|>"  # the one special token: start, end and padding
 
-STEPS: Final = {"opt": 4000, "llama": 4000, "mamba": 2000}
+STEPS: Final = {"opt": 3500, "llama": 4000, "mamba": 1200}
 LEARNING_RATE: Final = 3e-3
 WARM_UP: Final = 100  # steps
 WEIGHT_DECAY: Final = 0.1
 REPORT_EVERY: Final = 50  # steps
 
-SPECIAL_TOKENS: Final = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+SPECIAL_TOKENS: Final[dict[str, Any]] = {
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
 CONFIGS: Final = {
     "opt": OPTConfig(
         hidden_size=96,

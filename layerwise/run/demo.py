@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from layerwise.patterns import parse_pattern
 from layerwise.run.perplexity import perplexity
 from layerwise.run.prune import prune_model
 from layerwise.run.report import MethodResult
+from layerwise.run.settings import embedding_rows
 from layerwise.run.storage import Checkpoint
 from layerwise.run.tokens import encode
 from layerwise.solvers import SOLVERS
@@ -77,8 +79,9 @@ def compare(
             skipped.append(name)
             continue
         tokenizer = checkpoint.load_tokenizer()
+        assert tokenizer is not None  # every packaged model has one
         model = checkpoint.load_model()
-        rows = model.get_input_embeddings().num_embeddings
+        rows = embedding_rows(model)
         calibration = encode(calibration_text(), tokenizer, rows)
         tokens = encode(evaluation_text(), tokenizer, rows)[:EVALUATION_TOKENS]
         dense[name] = _perplexity(model, tokens)
@@ -117,7 +120,7 @@ def _prune_once(
     )
 
 
-def _perplexity(model: object, tokens: Tensor) -> float:
+def _perplexity(model: Any, tokens: Tensor) -> float:
     return perplexity(model, tokens, sequence_length=256)
 
 

@@ -38,6 +38,7 @@ from layerwise.run.settings import (
     choose_pattern,
     choose_sequence_length,
     choose_solver,
+    embedding_rows,
 )
 from layerwise.run.storage import Checkpoint
 from layerwise.run.streams import capture
@@ -201,7 +202,7 @@ def prune_model(
         n_sequences=n_sequences,
         sequence_length=choose_sequence_length(model, sequence_length),
         seed=seed,
-        vocab_size=model.get_input_embeddings().num_embeddings,
+        vocab_size=embedding_rows(model),
     )
     task = Task(adapter, solver, chosen, damping, error_correction, choose_device(device))
     recipe = _recipe(task, calibration, tokens, selection, seed, source)
@@ -304,10 +305,8 @@ def _open(model_or_path: nn.Module | str | Path) -> tuple[Checkpoint | None, Any
 
 def _own_tokenizer(source: Checkpoint | None, calibration: Any) -> Any:
     """Tokenizer of the checkpoint; token ids do without, should it be damaged."""
-    listed = isinstance(calibration, list | tuple) and len(calibration) > 0
-    ids = isinstance(calibration, Tensor) or (
-        listed and not isinstance(calibration[0], str)
-    )
+    first = next(iter(calibration), "") if isinstance(calibration, list | tuple) else ""
+    ids = isinstance(calibration, Tensor) or not isinstance(first, str)
     return None if source is None or ids else source.load_tokenizer()
 
 

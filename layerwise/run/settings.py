@@ -101,6 +101,11 @@ def choose_sequence_length(model: nn.Module, asked: int | None) -> int:
     return asked
 
 
+def embedding_rows(model: Any) -> int:
+    """Number of token ids that the model knows."""
+    return int(model.get_input_embeddings().num_embeddings)
+
+
 def choose_device(device: str | torch.device) -> torch.device:
     """Device by name; ``auto`` is a GPU if there is one. A device must be there."""
     if device == "auto":

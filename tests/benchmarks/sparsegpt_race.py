@@ -77,7 +77,9 @@ def run_ours(problem: LayerProblem) -> tuple[Tensor, float]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="Race of our SparseGPT against the published one."
+    )
     parser.add_argument("peer", type=Path, help="clone of IST-DASLab/sparsegpt")
     parser.add_argument("--runs", type=int, default=7)
     arguments = parser.parse_args()
