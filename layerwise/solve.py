@@ -129,11 +129,10 @@ class Chain:
     ) -> Solution:
         """Run every step; the status and certificate are those of the last one."""
         current = initial
-        damping = problem.damping
         for index, step in enumerate(self.steps):
-            posed = problem.with_damping(damping)
+            posed = problem
             if index and current is not None and "mask" in _requires(step):
-                posed = posed.with_pattern(FixedMask(current.mask))
+                posed = problem.with_pattern(FixedMask(current.mask))
             current = solve(
                 posed, step, initial=current, on_iteration=on_iteration, throw=False
             )

@@ -32,8 +32,8 @@ def get_solver(name: str) -> Solver:
     """Solver with its defaults; an unknown name is answered with close ones."""
     if name not in SOLVERS:
         close = difflib.get_close_matches(name, SOLVERS, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(close)}" if close else "it is none of them"
-        message = f"unknown method {name!r}: {hint}? Known: {', '.join(SOLVERS)}"
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        message = f"unknown method {name!r}: {hint}Known: {', '.join(SOLVERS)}"
         raise UsageError(message)
     return SOLVERS[name]()
 

@@ -325,6 +325,7 @@ def test_unfinished_run_with_other_flags(
         ),
         (["verify", "llama"], 6, "it is no output of layerwise"),
         (["verify", "none"], 6, "it is no output of layerwise"),
+        (["verify", "two\nlines"], 6, "two lines holds no layerwise/manifest.json"),
         (["report", "llama"], 6, "it is no output of layerwise"),
         (["demo", "--output", "text.txt"], 6, "cannot create text.txt"),
         (["solvers", "more"], 2, "unexpected extra argument"),

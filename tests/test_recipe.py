@@ -185,6 +185,7 @@ def test_defaults_have_no_options(name: str) -> None:
         SparseGPT(block_size=32),
         Fista(ratio=0.25, metric="diagonal", refit=False),
         chain("wanda", LeastSquares(tolerance=1e-4)),
+        chain("fista", LeastSquares(tolerance=1e-4)),  # fista has a tolerance as well
         chain(Fista(max_rounds=2), LeastSquares(method="cg")),
     ],
     ids=solver_name,

@@ -91,6 +91,13 @@ def test_an_entry_to_ignore_may_lie_outside_the_blocks() -> None:
     assert selection(["Linear"], ["model.embed_tokens", "LlamaRMSNorm"]).names == NAMES
 
 
+def test_the_default_to_ignore_need_not_exist() -> None:
+    model = tiny_model("llama")
+    del model.lm_head
+    adapter, pattern = get_adapter("llama"), Unstructured(0.5)
+    assert Selection(model, adapter, ["Linear"], ["lm_head"], pattern).names == NAMES
+
+
 def test_only_the_chosen_are_checked_against_the_pattern() -> None:
     pattern = NM(INNER // 2, INNER)  # fits the inner width alone
     with pytest.raises(InvalidProblemError, match=r"^model\.layers\.0\.self_attn\.q_proj:"):
