@@ -54,6 +54,7 @@ class Moments:
     input_mean: Tensor | None = None
     pruned_input_mean: Tensor | None = None
     n_tokens: int = 0
+    _scaled: dict[float, "Moments"] = field(default_factory=dict, init=False, repr=False)
     _factors: dict[tuple[float, torch.dtype, bool], Factor] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -121,19 +122,25 @@ class Moments:
         return self._factors[key]
 
     def scaled(self, factor: float) -> "Moments":
-        """Moments of inputs multiplied by ``sqrt(factor)``; exact for powers of two."""
+        """Moments of inputs multiplied by ``sqrt(factor)``; exact for powers of two.
+
+        Cached, so that all matrices with these inputs share their factorizations.
+        """
+        if factor in self._scaled:
+            return self._scaled[factor]
 
         def times(value: Tensor | None, by: float) -> Tensor | None:
             return None if value is None else value * by
 
         root = factor**0.5
-        return Moments(
+        self._scaled[factor] = Moments(
             self.gram * factor,
             times(self.cross_gram, factor),
             times(self.input_mean, root),
             times(self.pruned_input_mean, root),
             self.n_tokens,
         )
+        return self._scaled[factor]
 
     def centered(self) -> "Moments":
         """Moments about the means: ``G - muhat muhat^T`` and ``C - mu muhat^T``.

@@ -296,3 +296,12 @@ def test_centering_needs_the_means() -> None:
         Moments(identity()).centered()
     with pytest.raises(InvalidProblemError, match="needs input means"):
         Moments(identity(), identity(), torch.zeros(4)).centered()
+
+
+def test_scaled_moments_are_shared() -> None:
+    moments = Moments(torch.eye(4, dtype=torch.float64))
+    assert moments.scaled(4.0) is moments.scaled(4.0)
+    assert moments.scaled(4.0) is not moments.scaled(16.0)
+    assert moments.scaled(4.0).factor(0.01, torch.float64) is moments.scaled(4.0).factor(
+        0.01, torch.float64
+    )
