@@ -5,7 +5,7 @@ effort    steps
 ========  ===========================================================================
 fast      ALPS, refitted exactly
 balanced  the mask of ALPS refined by swaps with exact refits
-thorough  the same with more candidates, and a tabu search beyond the local minimum
+thorough  the same, and a tabu search beyond the local minimum
 ========  ===========================================================================
 
 Every step starts at the mask of the one before and never raises the damped objective, so
@@ -40,8 +40,8 @@ from layerwise.solvers.swaps import Swaps
 Effort = Literal["fast", "balanced", "thorough"]
 EFFORTS: tuple[str, ...] = get_args(Effort)
 
-TABU_STEPS = 300
-CANDIDATES = 32  # of the thorough search, and for n:m, where few of them share a group
+TABU_STEPS = 400
+NM_CANDIDATES = 32  # few of them share a group
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ class Best:
 
     def _swaps(self, problem: LayerProblem) -> Swaps:
         thorough = self.effort == "thorough"
-        many = thorough or isinstance(problem.pattern, NM)
+        many = isinstance(problem.pattern, NM) and not thorough
         return Swaps(
-            candidates=CANDIDATES if many else Swaps.candidates,
+            candidates=NM_CANDIDATES if many else Swaps.candidates,
             tabu=TABU_STEPS if thorough else 0,
             memory_budget=self.memory_budget,
         )

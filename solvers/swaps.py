@@ -34,7 +34,8 @@ from layerwise.solvers.supports import Entries, Supports
 from layerwise.solvers.wanda import Wanda
 
 SPARE_SLOTS = 8  # entries that a row can win from others, with one budget for the layer
-HOLD = (3, 5, 8, 4, 11, 6)  # steps that a moved entry is held, in turn
+HOLD_ENTERED = (3, 5, 8, 4, 11, 6)  # steps that an entry that came is held, in turn
+HOLD_LEFT = (2, 1, 3)  # steps that an entry that went is held
 NOISE = 1e-12  # of a row's energy: changes below it are rounding
 
 
@@ -192,7 +193,10 @@ class _Search:
             moving = torch.isfinite(lowest).nonzero()[:, 0]
             before = supports.mask.clone()
             self._take(rows, entries, moving, flat)
-            held[before != supports.mask] = step + 1 + HOLD[step % len(HOLD)]
+            held[supports.mask & ~before] = (
+                step + 1 + HOLD_ENTERED[step % len(HOLD_ENTERED)]
+            )
+            held[before & ~supports.mask] = step + 1 + HOLD_LEFT[step % len(HOLD_LEFT)]
             current[moving] += lowest[moving]
             better = current < best - self._least
             best = torch.where(better, current, best)
