@@ -40,7 +40,7 @@ from layerwise.solvers.swaps import Swaps
 Effort = Literal["fast", "balanced", "thorough"]
 EFFORTS: tuple[str, ...] = get_args(Effort)
 
-TABU_STEPS = 400
+TABU_STEPS = 1000
 NM_CANDIDATES = 32  # few of them share a group
 
 

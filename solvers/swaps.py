@@ -36,6 +36,7 @@ from layerwise.solvers.wanda import Wanda
 SPARE_SLOTS = 8  # entries that a row can win from others, with one budget for the layer
 HOLD_ENTERED = (3, 5, 8, 4, 11, 6)  # steps that an entry that came is held, in turn
 HOLD_LEFT = (2, 1, 3)  # steps that an entry that went is held
+TABU_PATIENCE = 250  # steps without a better mask after which a row gives up
 NOISE = 1e-12  # of a row's energy: changes below it are rounding
 
 
@@ -177,30 +178,34 @@ class _Search:
         )
 
     def _wander(self) -> None:
-        """Tabu search; the supports end at the best mask that was met."""
+        """Tabu search; the supports end at the best mask that each row met."""
         supports, rows = self.supports, self.all
-        held = torch.zeros_like(supports.mask, dtype=torch.long)  # until which step
+        free_at = torch.zeros_like(supports.mask, dtype=torch.long)  # step, by entry
         current, best = self._objective.clone(), self._objective.clone()
-        best_mask = supports.mask.clone()
+        best_mask, record_at = supports.mask.clone(), torch.zeros_like(rows)
         for step in range(self._options.tabu):
+            rows = rows[step - record_at[rows] < TABU_PATIENCE]
+            if len(rows) == 0:
+                break
             entries, change = self._changes(rows)
-            padded = torch.nn.functional.pad(held, (0, 1)) > step
-            tabu = padded.gather(1, supports.index)[:, None, :]
-            tabu = tabu | padded.gather(1, entries.index)[:, :, None]
-            record = current[:, None, None] + change < (best - self._least)[:, None, None]
-            change = change.masked_fill(tabu & ~record, torch.inf)
+            held = torch.nn.functional.pad(free_at[rows], (0, 1)) > step
+            tabu = held.gather(1, supports.index[rows])[:, None, :]
+            tabu = tabu | held.gather(1, entries.index)[:, :, None]
+            goal = best[rows] - self._least[rows] - current[rows]
+            change = change.masked_fill(tabu & (change >= goal[:, None, None]), torch.inf)
             lowest, flat = change.flatten(1).min(dim=1)
             moving = torch.isfinite(lowest).nonzero()[:, 0]
-            before = supports.mask.clone()
+            moved, before = rows[moving], supports.mask[rows[moving]]
             self._take(rows, entries, moving, flat)
-            held[supports.mask & ~before] = (
-                step + 1 + HOLD_ENTERED[step % len(HOLD_ENTERED)]
-            )
-            held[before & ~supports.mask] = step + 1 + HOLD_LEFT[step % len(HOLD_LEFT)]
-            current[moving] += lowest[moving]
-            better = current < best - self._least
-            best = torch.where(better, current, best)
-            best_mask[better] = supports.mask[better]
+            after = supports.mask[moved]
+            times = free_at[moved]
+            times[after & ~before] = step + 1 + HOLD_ENTERED[step % len(HOLD_ENTERED)]
+            times[before & ~after] = step + 1 + HOLD_LEFT[step % len(HOLD_LEFT)]
+            free_at[moved] = times
+            current[moved] += lowest[moving]
+            record = moved[current[moved] < best[moved] - self._least[moved]]
+            best[record], record_at[record] = current[record], step
+            best_mask[record] = supports.mask[record]
         self._objective = best
         self._restart(best_mask)
         self._report(0)
