@@ -277,8 +277,6 @@ def demo(
         )
 
     comparison = compare(models, methods, on_result=progress)
-    for name in comparison.skipped:
-        typer.echo(f"  {name}: no adapter for this architecture, not pruned")
     print_comparison(comparison)
     command = "layerwise demo --all" if everything else "layerwise demo"
     path = output / "report.html"

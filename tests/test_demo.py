@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from layerwise import demo
-from layerwise.adapters import ADAPTERS
 from layerwise.cli import run
 from layerwise.errors import DataError, UsageError
 from layerwise.patterns import Unstructured
@@ -129,7 +128,6 @@ def test_comparison() -> None:
     told: list[Any] = []
     methods = ("magnitude", "wanda")
     found = compare(("llama",), methods, on_result=lambda *pair: told.append(pair))
-    assert found.skipped == ()
     dense = found.dense_perplexity["llama"]
     assert [result for result, _ in told] == list(found.results)
     assert {value for _, value in told} == {dense}
@@ -141,12 +139,14 @@ def test_comparison() -> None:
         assert len(wanda.records) == len(magnitude.records) == 4 * 7
 
 
-def test_architecture_without_adapter_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = {name: place for name, place in ADAPTERS.items() if name != "llama"}
-    monkeypatch.setattr(run_demo, "ADAPTERS", others)
-    found = compare(("llama",), MAIN_METHODS)
-    assert found.skipped == ("llama",)
-    assert found.results == ()
+@pytest.mark.usefixtures("_reduced")
+def test_every_matrix_of_the_packaged_mamba_is_pruned() -> None:
+    found = compare(("mamba",), ("magnitude",), ("2:4",))
+    (result,) = found.results
+    names = [record.name.rpartition(".")[2] for record in result.records]
+    assert names == 4 * ["in_proj", "x_proj", "dt_proj", "out_proj"]
+    assert {record.sparsity for record in result.records} == {0.5}
+    assert result.perplexity > HARM * found.dense_perplexity["mamba"]
 
 
 def test_methods_are_all_solvers_and_possible() -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from layerwise.adapters import ADAPTERS
 from layerwise.demo import MODELS, calibration_text, evaluation_text, model_path
 from layerwise.patterns import parse_pattern
 from layerwise.run.perplexity import perplexity
@@ -33,13 +32,10 @@ class Comparison:
         One per model, pattern and method.
     dense_perplexity
         Of every model before pruning.
-    skipped
-        Packaged models that no adapter serves, by name.
     """
 
     results: tuple[MethodResult, ...]
     dense_perplexity: dict[str, float]
-    skipped: tuple[str, ...]
 
 
 def all_methods() -> tuple[str, ...]:
@@ -72,12 +68,8 @@ def compare(
     """
     results: list[MethodResult] = []
     dense: dict[str, float] = {}
-    skipped = []
     for name in models:
         checkpoint = Checkpoint.open(model_path(name))
-        if checkpoint.config["model_type"] not in ADAPTERS:
-            skipped.append(name)
-            continue
         tokenizer = checkpoint.load_tokenizer()
         assert tokenizer is not None  # every packaged model has one
         model = checkpoint.load_model()
@@ -90,7 +82,7 @@ def compare(
                 result = _prune_once(checkpoint, name, method, pattern, calibration, tokens)
                 results.append(result)
                 on_result(result, dense[name])
-    return Comparison(tuple(results), dense, tuple(skipped))
+    return Comparison(tuple(results), dense)
 
 
 def _prune_once(

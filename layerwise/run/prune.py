@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from layerwise.adapters import get_adapter
 from layerwise.patterns import NM, Pattern
+from layerwise.run.architecture import adapter_of, note_on
 from layerwise.run.calibration import Calibration, token_windows
 from layerwise.run.journal import Journal, check_output
 from layerwise.run.output import fingerprint, write_output
@@ -49,7 +49,10 @@ BATCH = 8  # sequences per forward pass
 
 
 class Callback(Protocol):
-    """Told about a run as it happens; every method is optional in effect."""
+    """Told about a run as it happens; every method is optional in effect.
+
+    One that has a method ``on_note(text)`` is told what a reader of the log should know.
+    """
 
     def on_start(self, n_layers: int) -> None:
         """Everything was checked; `n_layers` matrices will be pruned."""
@@ -72,7 +75,7 @@ class PruneReport:
     records
         Figures of every pruned matrix, in order.
     masks
-        Mask of every pruned weight, by parameter name, True = kept.
+        Mask of every pruned weight, by parameter name and in its shape, True = kept.
     output_dir
         Where it was saved, or None.
     seconds
@@ -151,6 +154,7 @@ def prune_model(
         :mod:`layerwise.run.pipeline`.
     targets, ignore
         Class names, exact module names or ``re:...``; an entry must match something.
+        ``"Linear"`` is every linear layer, a ``Conv1D`` of transformers included.
     seed
         Of the calibration windows; the global generators are not touched.
     damping
@@ -193,8 +197,7 @@ def prune_model(
         check_output(output, force=force)
         check_storable(chosen)
     source, model = _open(model_or_path)
-    config = getattr(model, "config", None)
-    adapter = get_adapter(str(getattr(config, "model_type", type(model).__name__)))
+    adapter = adapter_of(model)
     selection = Selection(model, adapter, as_entries(targets), as_entries(ignore), chosen)
     tokens = token_windows(
         calibration,
@@ -212,6 +215,8 @@ def prune_model(
         journal = Journal(output, identity, force=force, resume=resume)
     listeners = tuple(callbacks)
     for listener in listeners:
+        if adapter.found and (on_note := getattr(listener, "on_note", None)) is not None:
+            on_note(note_on(model, adapter, selection))
         listener.on_start(len(selection.names))
     try:
         with evaluation_mode(model):
@@ -256,7 +261,7 @@ def _run(
     done: list[PrunedBlock] = []
     for index, (name, block) in enumerate(selection.blocks.items()):
         inputs = BlockInputs(
-            name, block, selection.targets_of(name), stream.calls[index], dense, pruned
+            name, block, selection.stages_of(name), stream.calls[index], dense, pruned
         )
         home = next(block.parameters()).device
         block.to(task.device)
@@ -284,9 +289,8 @@ def _run(
 
 
 def _restore(task: Task, block: nn.Module, result: PrunedBlock, on_layer: Any) -> None:
-    with torch.no_grad():
-        for name, weight in result.weights.items():
-            task.adapter.linear(block, name).weight.copy_(weight)
+    for name, weight in result.weights.items():
+        task.adapter.weight(block, name).copy_(weight)
     for record in result.records:
         on_layer(record)
 
