@@ -22,7 +22,6 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-import layerwise
 from layerwise.demo import MODELS, calibration_text, evaluation_text, model_path
 from layerwise.moments import MomentAccumulator, Moments
 from layerwise.patterns import Pattern
@@ -30,6 +29,7 @@ from layerwise.problem import LayerProblem
 from layerwise.run.atomic import atomic_write
 from layerwise.run.calibration import token_windows
 from layerwise.run.perplexity import evaluation_mode
+from layerwise.run.sources import code_identity
 from layerwise.run.storage import Checkpoint
 from layerwise.run.tokens import encode
 
@@ -45,9 +45,8 @@ LAYERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             for name in ("self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2")
         ),
         "llama": tuple(
-            f"model.layers.2.{name}"
-            for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")
-            + ("mlp.down_proj",)
+            f"model.layers.2.{name}_proj"
+            for name in ("self_attn.q", "self_attn.o", "mlp.up", "mlp.down")
         ),
         "mamba": tuple(
             f"backbone.layers.{block}.mixer.{name}"
@@ -108,9 +107,9 @@ def captured_layers(folder: Path, n_sequences: int = N_SEQUENCES) -> list[Captur
 
 def _of_model(folder: Path, model: str, n_sequences: int) -> Iterator[CapturedLayer]:
     path = folder / f"captured-{model}-{n_sequences}.safetensors"
-    identity = _identity(model, n_sequences)
-    if not _fits(path, identity):
-        atomic_write(path, save(_capture(model, n_sequences), {"identity": identity}))
+    wanted = identity(model, n_sequences)
+    if not _fits(path, wanted):
+        atomic_write(path, save(_capture(model, n_sequences), {"identity": wanted}))
     with safe_open(path, framework="pt") as file:
         for layer in LAYERS[model]:
             yield CapturedLayer(
@@ -121,13 +120,13 @@ def _of_model(folder: Path, model: str, n_sequences: int) -> Iterator[CapturedLa
             )
 
 
-def _identity(model: str, n_sequences: int) -> str:
+def identity(model: str, n_sequences: int) -> str:
     """Everything that decides what is captured, as one hash."""
     parts = {
         "model": Checkpoint.open(model_path(model)).sha256(),
         "layers": LAYERS[model],
         "windows": (n_sequences, HELD_OUT_SEQUENCES, LENGTH),
-        "versions": (layerwise.__version__, torch.__version__),
+        **code_identity(None, ["layerwise.moments", "layerwise.run.calibration"]),
         "texts": [
             hashlib.sha256(text.encode()).hexdigest()
             for text in (calibration_text(), evaluation_text())
@@ -136,12 +135,12 @@ def _identity(model: str, n_sequences: int) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _fits(path: Path, identity: str) -> bool:
+def _fits(path: Path, wanted: str) -> bool:
     if not path.is_file():
         return False
     with safe_open(path, framework="pt") as file:
         metadata: dict[str, str] = file.metadata() or {}
-    return metadata.get("identity") == identity
+    return metadata.get("identity") == wanted
 
 
 def _capture(name: str, n_sequences: int) -> dict[str, Tensor]:
