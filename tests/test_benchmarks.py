@@ -154,18 +154,20 @@ def test_held_out_goes_on_and_names_the_best_damping(
     errors = held_out.errors
 
     def recorded(layers: Any, method: str, pattern: str, damping: float) -> dict[str, Any]:
-        if len(done) == 3:
+        if len(done) == limit:
             raise KeyboardInterrupt
         done.append((method, damping))
         return errors(layers, method, pattern, damping)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(held_out, "errors", recorded)
-        with pytest.raises(KeyboardInterrupt):
-            held_out.complete(ResultStore(path), tmp_path, methods)
-    assert len(ResultStore(path)) == 3
+    limit = 3
+    monkeypatch.setattr(held_out, "errors", recorded)
+    with pytest.raises(KeyboardInterrupt):
+        held_out.complete(ResultStore(path), tmp_path, methods)
+    assert len(ResultStore(path)) == limit
+    limit = -1
     held_out.complete(ResultStore(path), tmp_path, methods)
     store = ResultStore(path)
+    assert len(done) == len(store)  # nothing was computed twice
     cases = len(held_out.PATTERNS) * len(held_out.SEQUENCES)
     # wanda does not depend on damping and least-squares refuses: two dampings each
     assert len(store) == cases * (2 + len(held_out.DAMPINGS) + 2)

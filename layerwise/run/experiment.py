@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from layerwise.adapters import ADAPTERS
@@ -97,8 +98,8 @@ class PackagedModel:
     def fingerprint(self, method: str) -> str:
         """Hash of all that decides a result and is not in the :class:`Experiment`.
 
-        Weights, tokenizer, texts, settings, versions, the code of the run and that of the
-        method with its hyper-parameters.
+        Weights, tokenizer, texts, settings, versions, threads, the code of the run and
+        that of the method with its hyper-parameters.
         """
         modules = ["layerwise.run.prune", "layerwise.run.perplexity"]
         if self.is_served:
@@ -108,6 +109,7 @@ class PackagedModel:
             **self._data,
             **code_identity(None if method == DENSE else method, modules),
             "settings": [N_SEQUENCES, LENGTH, EVALUATION_TOKENS],
+            "threads": torch.get_num_threads(),  # sums are rounded in another order
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 

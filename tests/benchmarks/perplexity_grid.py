@@ -217,6 +217,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="worker processes")
     parser.add_argument("--table", action="store_true", help="only print what is there")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # as in the workers: fingerprints name it
     arguments.output.mkdir(parents=True, exist_ok=True)
     store = ResultStore(arguments.output / "grid.jsonl")
     methods = all_methods()
