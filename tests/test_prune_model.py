@@ -23,9 +23,10 @@ from layerwise.errors import (
 )
 from layerwise.patterns import NM, Columns, Pattern, Unstructured
 from layerwise.problem import LayerProblem
+from layerwise.run import prune
 from layerwise.run.journal import read_layers, read_masks
 from layerwise.run.perplexity import perplexity
-from layerwise.run.pipeline import ERROR_CORRECTIONS
+from layerwise.run.pipeline import ERROR_CORRECTIONS, advance
 from layerwise.run.prune import PruneReport, prune_model
 from layerwise.run.recipe import Recipe
 from layerwise.run.storage import Checkpoint
@@ -150,6 +151,25 @@ def test_sparsity_zero_changes_nothing() -> None:
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert all(bool(mask.all()) for mask in report.masks.values())
     assert report.mean_relative_error == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "passes"), [("none", 2), ("sequential", 2), ("block", 2), ("full", 4)]
+)
+def test_blocks_are_advanced_no_further_than_needed(
+    monkeypatch: pytest.MonkeyPatch, mode: str, passes: int
+) -> None:
+    """Of three blocks the last one has no successor."""
+    calls: list[str] = []
+
+    def counted(task: Any, inputs: Any, hidden: Any) -> Any:
+        calls.append(inputs.name)
+        return advance(task, inputs, hidden)
+
+    monkeypatch.setattr(prune, "advance", counted)
+    in_memory(tiny_model("llama", layers=3), error_correction=mode)
+    assert len(calls) == passes
+    assert "model.layers.2" not in calls
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -265,8 +265,9 @@ def _run(
         )
         home = next(block.parameters()).device
         block.to(task.device)
+        last = index == len(selection.blocks) - 1  # nothing reads what comes behind it
         next_dense = dense
-        if task.error_correction != "sequential":
+        if task.error_correction != "sequential" and not last:
             next_dense = advance(task, inputs, dense)
         result = journal.read_block(index) if journal else None
         if result is None:
@@ -277,13 +278,14 @@ def _run(
         else:
             _restore(task, block, result, on_layer)
         done.append(result)
-        if task.error_correction == "sequential":
-            pruned = next_dense = advance(task, inputs, pruned)
-        elif task.error_correction == "full":
-            pruned = advance(task, inputs, pruned)
-        else:
-            pruned = next_dense
-        dense = next_dense
+        if not last:
+            if task.error_correction == "sequential":
+                pruned = next_dense = advance(task, inputs, pruned)
+            elif task.error_correction == "full":
+                pruned = advance(task, inputs, pruned)
+            else:
+                pruned = next_dense
+            dense = next_dense
         block.to(home)
     return done
 
