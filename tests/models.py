@@ -156,7 +156,6 @@ def mixture_of_experts() -> Any:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=4,
         moe_intermediate_size=8,
         num_experts=4,
         num_experts_per_tok=2,
