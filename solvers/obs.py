@@ -29,6 +29,7 @@ from layerwise.solution import OnIteration, Solution, Status
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.supports import Supports
 
+CACHE = 8 << 20  # bytes
 COMPACT_EVERY = 8  # times on the way to an empty row
 
 
@@ -63,7 +64,10 @@ class OBS:
         if isinstance(problem.pattern, FixedMask):
             return refit.solve(problem, initial=initial)
         problem = problem.with_damping(problem.factor(torch.float64).damping)
-        chunk = Supports.chunk(problem, problem.shape[1], self.memory_budget)
+        budget, width = self.memory_budget, problem.shape[1]
+        if problem.weight.device.type == "cpu":  # inverses that stay in the cache
+            budget = min(budget, max(CACHE, Supports.row_bytes(width)))
+        chunk = Supports.chunk(width, budget)
         every = torch.arange(len(problem.weight), device=problem.weight.device)
         paths = [_path(problem, rows) for rows in torch.split(every, chunk)]
         order = torch.cat([path.order for path in paths])

@@ -28,7 +28,8 @@ from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.wanda import Wanda
 
 GAIN = 1e-9  # smallest improvement worth a swap, relative to the energy of the row
-PAIRS = 4  # arrays of (in, in) that a row needs
+PAIRS = 3  # arrays of (in, group) that a row needs
+CACHE = 4 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -66,25 +67,25 @@ class SparseSwaps:
         problem, _ = problem.factorized()
         mask = (initial or Wanda().solve(problem)).mask.clone()
         fixed = problem.with_pattern(FixedMask(mask))
-        chunk = max(1, self.memory_budget // (PAIRS * 8 * problem.shape[1] ** 2))
+        width = problem.shape[1]
+        group = problem.pattern.m if isinstance(problem.pattern, NM) else width
+        budget = self.memory_budget
+        if mask.device.type == "cpu":  # pairs that stay in the cache
+            budget = min(budget, CACHE)
+        chunk = max(1, budget // (PAIRS * 8 * width * group))
         swaps = 0
         every = torch.arange(len(mask), device=mask.device)
         movable = not isinstance(problem.pattern, FixedMask)
         for rows in torch.split(every, chunk) if movable else ():
-            swaps += self._refine(fixed.rows(rows), problem, mask, rows)
+            swaps += self._refine(fixed.rows(rows), mask, rows, group)
         weight = torch.where(mask, problem.weight.to(problem.dtype), 0)
         stats = {"damping": problem.damping, "swaps": float(swaps)}
         return evaluate(problem, weight, mask, Status.FEASIBLE, stats=stats)
 
-    def _refine(
-        self, part: LayerProblem, problem: LayerProblem, mask: Tensor, rows: Tensor
-    ) -> int:
+    def _refine(self, part: LayerProblem, mask: Tensor, rows: Tensor, group: int) -> int:
         """Swap in some rows of the mask, in place, until none improves."""
-        group = None
-        if isinstance(problem.pattern, NM):
-            group = torch.arange(problem.shape[1], device=rows.device) // problem.pattern.m
-        gram = problem.gram.clone()
-        gram.diagonal().add_(problem.ridge)
+        gram = part.gram.clone()
+        gram.diagonal().add_(part.ridge)
         swaps = 0
         for _ in range(self.rounds):
             best, pruned, restored = _best_pairs(part, gram, mask[rows], group)
@@ -102,7 +103,7 @@ def _best_pairs(
     problem: LayerProblem,
     gram: Tensor,  # (in, in), damped
     mask: Tensor,  # (rows, in)
-    group: Tensor | None,  # (in,)
+    size: int,  # of the groups in which entries are exchanged
 ) -> tuple[Tensor, Tensor, Tensor]:  # (rows,) each
     """Change by the best swap of every row, the entry it prunes, the one it restores."""
     weight = problem.weight.double()
@@ -110,9 +111,12 @@ def _best_pairs(
     own = weight.square() * gram.diagonal()
     drop = (own + 2 * weight * gradient).masked_fill(~mask, torch.inf)
     add = (own - 2 * weight * gradient).masked_fill(mask, torch.inf)
-    change = drop[:, :, None] + add[:, None, :]
-    change -= 2 * weight[:, :, None] * gram * weight[:, None, :]
-    if group is not None:
-        change.masked_fill_(group[:, None] != group, torch.inf)
+    rows = len(weight)
+    blocks = gram.unfold(0, size, size).unfold(1, size, size)  # (groups, groups, m, m)
+    blocks = blocks.diagonal().permute(2, 0, 1)  # (groups, m, m)
+    parts = [entry.view(rows, -1, size) for entry in (drop, add, weight)]
+    change = parts[0][..., :, None] + parts[1][..., None, :]
+    change -= 2 * parts[2][..., :, None] * blocks * parts[2][..., None, :]
     best, flat = change.flatten(1).min(dim=1)
-    return best, flat // len(gram), flat % len(gram)
+    first = flat // size**2 * size  # of the group
+    return best, first + flat % size**2 // size, first + flat % size

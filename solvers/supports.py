@@ -116,9 +116,14 @@ class Supports:
         return inverse.expand(len(free), -1, -1).contiguous()
 
     @staticmethod
-    def chunk(problem: LayerProblem, slots: int, memory_budget: int) -> int:
+    def row_bytes(slots: int) -> int:
+        """Memory that one row needs."""
+        return COPIES * 8 * slots**2
+
+    @staticmethod
+    def chunk(slots: int, memory_budget: int) -> int:
         """Rows that fit a memory budget."""
-        per_row = COPIES * 8 * slots**2
+        per_row = Supports.row_bytes(slots)
         if per_row > memory_budget:
             message = (
                 f"the inverse of one row and its updates need {per_row} bytes, the "
@@ -248,7 +253,9 @@ class Supports:
     def remove(self, rows: Tensor, slot: Tensor) -> None:
         """Remove one entry of each of some rows: the step of optimal brain surgeon."""
         at = torch.arange(len(rows), device=rows.device)
-        inverse, weight = self.inverse[rows], self.weight[rows]
+        every = len(rows) == len(self.inverse)  # then the inverses change in place
+        inverse = self.inverse if every else self.inverse[rows]
+        weight = self.weight[rows]
         pivot_row = inverse[at, slot]
         scaled = pivot_row / pivot_row[at, slot][:, None]
         weight = weight - weight[at, slot][:, None] * scaled
@@ -256,7 +263,9 @@ class Supports:
         inverse[at, slot], inverse[at, :, slot], weight[at, slot] = 0, 0, 0
         self.mask[rows, self.index[rows, slot]] = False
         self.index[rows, slot] = self.width
-        self.inverse[rows], self.weight[rows] = inverse, weight
+        self.weight[rows] = weight
+        if not every:
+            self.inverse[rows] = inverse
 
     def compact(self) -> None:
         """Drop slots that are free in every row."""

@@ -88,7 +88,7 @@ class Swaps:
         problem = problem.with_damping(problem.factor(torch.float64).damping)
         mask = (initial or Wanda().solve(problem)).mask.clone()
         most = int(mask.sum(dim=1).amax()) + SPARE_SLOTS
-        chunk = Supports.chunk(problem, most, self.memory_budget)
+        chunk = Supports.chunk(most, self.memory_budget)
         weight = torch.zeros_like(mask, dtype=torch.float64)
         history: list[Mapping[str, float]] = []
         every = torch.arange(len(mask), device=mask.device)

@@ -103,7 +103,6 @@ def test_older_code_is_computed_again(
     assert len(store) == 1
 
 
-
 # --- held-out errors ---------------------------------------------------------------------
 
 

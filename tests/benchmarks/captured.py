@@ -41,11 +41,11 @@ HELD_OUT_SEQUENCES = 64
 LAYERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "opt": tuple(
-            f"model.decoder.layers.2.{name}"
+            f"model.decoder.layers.1.{name}"
             for name in ("self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2")
         ),
         "llama": tuple(
-            f"model.layers.2.{name}_proj"
+            f"model.layers.1.{name}_proj"
             for name in ("self_attn.q", "self_attn.o", "mlp.up", "mlp.down")
         ),
         "mamba": tuple(
