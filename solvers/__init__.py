@@ -15,6 +15,13 @@ from layerwise.solvers.best import Best
 from layerwise.solvers.fista import Fista, fista_paper
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.magnitude import Magnitude
+from layerwise.solvers.multi_weight import (
+    MultiWeight,
+    multi_weight_mm,
+    multi_weight_ms,
+    multi_weight_sm,
+    multi_weight_ss,
+)
 from layerwise.solvers.obs import OBS
 from layerwise.solvers.sparse_swaps import SparseSwaps
 from layerwise.solvers.sparsegpt import SparseGPT
@@ -26,6 +33,11 @@ SOLVERS: Mapping[str, Callable[[], Solver]] = MappingProxyType(
         "magnitude": Magnitude,
         "wanda": Wanda,
         "sparsegpt": SparseGPT,
+        "multi-weight": MultiWeight,
+        "multi-weight-ss": multi_weight_ss,
+        "multi-weight-sm": multi_weight_sm,
+        "multi-weight-ms": multi_weight_ms,
+        "multi-weight-mm": multi_weight_mm,
         "fista": Fista,
         "fista-paper": fista_paper,
         "least-squares": LeastSquares,

@@ -136,7 +136,7 @@ class LeastSquares:
                     break
                 if correct is None:
                     correct = (
-                        _direct(gram, kept)
+                        solve_on_supports(gram, kept)
                         if method == "direct"
                         else _conjugate_gradients(gram, kept, self.max_iterations)
                     )
@@ -163,8 +163,14 @@ class LeastSquares:
         return int(chunk)
 
 
-def _direct(gram: Tensor, mask: Tensor) -> Correction:
-    """Batched Cholesky of the gathered systems; shorter rows are padded with identity."""
+def solve_on_supports(
+    gram: Tensor,  # (in, in)
+    mask: Tensor,  # (rows, in)
+) -> Correction:
+    """Solver of ``d_S G_SS = r_S`` for all rows, each with its own support S.
+
+    Batched Cholesky of the gathered systems; shorter rows are padded with identity.
+    """
     width = len(gram)
     counts = mask.sum(dim=1)
     size = int(counts.amax())

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from layerwise.errors import InvalidProblemError
 from layerwise.evaluate import evaluate
+from layerwise.linalg import Factor
 from layerwise.patterns import NM, FixedMask, Unstructured, keep_largest
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Status
@@ -84,10 +85,7 @@ class SparseGPT:
         """Weights and mask alone, not graded."""
         factor = problem.moments.factor(problem.damping, problem.dtype, reverse=True)
         upper = factor.lower.flip(0, 1).to(problem.dtype)
-        start = problem.weight.to(problem.dtype)
-        if problem.shift is not None:
-            step = factor.solve_rows(problem.shift.flip(1)).flip(1)
-            start = start + step.to(problem.dtype)
+        start = least_squares_weight(problem, factor)
         return self._sweep(problem, upper, start.T.contiguous())
 
     def _sweep(
@@ -123,6 +121,15 @@ class SparseGPT:
                 carry[right:end].addmm_(upper[panel, right:end].T, error[panel])
             carry[end:].addmm_(upper[begin:end, end:].T, error[begin:end])
         return result.T.contiguous(), mask.T.contiguous()
+
+
+def least_squares_weight(problem: LayerProblem, factor: Factor) -> Tensor:  # (out, in)
+    """W_ls, the damped minimiser without any constraint, by a reversed factor."""
+    start = problem.weight.to(problem.dtype)
+    if problem.shift is None:
+        return start
+    step = factor.solve_rows(problem.shift.flip(1)).flip(1)
+    return start + step.to(problem.dtype)
 
 
 def _sweep_columns(

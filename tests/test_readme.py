@@ -97,8 +97,10 @@ def test_solver_tables_are_complete(page: str) -> None:
 
 def page_of(solver: str) -> str:
     """Page of a solver; presets of one class share the page of the class."""
-    own = f"docs/solvers/{solver}.md"
-    return own if own in PAGES else f"docs/solvers/{solver.partition('-')[0]}.md"
+    page = f"docs/solvers/{solver}.md"
+    if page in PAGES or "-" not in solver:
+        return page
+    return page_of(solver.rpartition("-")[0])
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

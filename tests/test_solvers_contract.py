@@ -61,13 +61,14 @@ repeated_case = pytest.mark.parametrize(("solver", "problem", "pattern"), REPEAT
 every_solver = pytest.mark.parametrize("solver", SOLVERS)
 
 # Weights of a row depend on that row alone; the others search a penalty for the layer.
-ROW_BY_ROW = ("magnitude", "wanda", "sparsegpt", "least-squares")
+MULTI_WEIGHT = tuple(name for name in SOLVERS if name.startswith("multi-weight"))
+ROW_BY_ROW = ("magnitude", "wanda", "sparsegpt", *MULTI_WEIGHT, "least-squares")
 # The order of the inputs is no part of the method; SparseGPT sweeps from left to right.
-ANY_COLUMN_ORDER = ("magnitude", "wanda", "fista", "least-squares")
+ANY_COLUMN_ORDER = ("magnitude", "wanda", "multi-weight-sm", "fista", "least-squares")
+ACTIVATION_AWARE = ("wanda", "sparsegpt", *MULTI_WEIGHT, "fista")
 # While rho is below the smallest eigenvalue, removed entries return in turn, and the steps
 # may end in such a cycle.
 CYCLING = ("alps",)
-ACTIVATION_AWARE = ("wanda", "sparsegpt", "fista")
 
 
 @cache
