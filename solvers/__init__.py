@@ -10,9 +10,13 @@ from types import MappingProxyType
 
 from layerwise.errors import UsageError
 from layerwise.solution import Solver
+from layerwise.solvers.dsnot import DSnoT
 from layerwise.solvers.fista import Fista, fista_paper
+from layerwise.solvers.frank_wolfe import FrankWolfe
+from layerwise.solvers.gblm import GBLM
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.magnitude import Magnitude
+from layerwise.solvers.ria import RIA
 from layerwise.solvers.sparsegpt import SparseGPT
 from layerwise.solvers.wanda import Wanda
 
@@ -20,6 +24,10 @@ SOLVERS: Mapping[str, Callable[[], Solver]] = MappingProxyType(
     {
         "magnitude": Magnitude,
         "wanda": Wanda,
+        "ria": RIA,
+        "gblm": GBLM,
+        "dsnot": DSnoT,
+        "frank-wolfe": FrankWolfe,
         "sparsegpt": SparseGPT,
         "fista": Fista,
         "fista-paper": fista_paper,
