@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from layerwise.adapters import get_adapter
 from layerwise.patterns import NM, Pattern
 from layerwise.run.calibration import Calibration, token_windows
+from layerwise.run.gradients import gradient_norms, required_gradient
 from layerwise.run.journal import Journal, check_output
 from layerwise.run.output import fingerprint, write_output
 from layerwise.run.perplexity import evaluation_mode
@@ -248,6 +249,7 @@ def _run(
         for listener in listeners:
             listener.on_layer(record)
 
+    gradients = _gradients(model, selection, task, tokens)
     stream = capture(
         model, list(selection.blocks.values()), torch.split(tokens.tokens, BATCH)
     )
@@ -256,7 +258,13 @@ def _run(
     done: list[PrunedBlock] = []
     for index, (name, block) in enumerate(selection.blocks.items()):
         inputs = BlockInputs(
-            name, block, selection.targets_of(name), stream.calls[index], dense, pruned
+            name,
+            block,
+            selection.targets_of(name),
+            stream.calls[index],
+            dense,
+            pruned,
+            gradients.pop(name, {}),
         )
         home = next(block.parameters()).device
         block.to(task.device)
@@ -281,6 +289,29 @@ def _run(
         dense = next_dense
         block.to(home)
     return done
+
+
+def _gradients(
+    model: nn.Module, selection: Selection, task: Task, tokens: Calibration
+) -> dict[str, dict[str, Tensor]]:
+    """Gradient norms of the targets of every block, where the method asks for them.
+
+    They are those of the dense model, so a resumed run computes the same again.
+    """
+    statistic = required_gradient(task.solver)
+    if statistic is None:
+        return {}
+    names = {block: sorted(selection.targets_of(block)) for block in selection.blocks}
+    linears = {
+        f"{block}.{name}": task.adapter.linear(selection.blocks[block], name)
+        for block, targets in names.items()
+        for name in targets
+    }
+    norms = gradient_norms(model, linears, tokens.tokens, statistic)
+    return {
+        block: {name: norms.pop(f"{block}.{name}") for name in targets}
+        for block, targets in names.items()
+    }
 
 
 def _restore(task: Task, block: nn.Module, result: PrunedBlock, on_layer: Any) -> None:
