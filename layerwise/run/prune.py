@@ -40,6 +40,7 @@ from layerwise.run.settings import (
     choose_sequence_length,
     choose_solver,
     embedding_rows,
+    with_published_start,
 )
 from layerwise.run.storage import Checkpoint
 from layerwise.run.streams import capture
@@ -195,7 +196,9 @@ def prune_model(
         check_storable(chosen)
     source, model = _open(model_or_path)
     config = getattr(model, "config", None)
-    adapter = get_adapter(str(getattr(config, "model_type", type(model).__name__)))
+    model_type = str(getattr(config, "model_type", type(model).__name__))
+    adapter = get_adapter(model_type)
+    solver = with_published_start(solver, model_type, chosen)
     selection = Selection(model, adapter, as_entries(targets), as_entries(ignore), chosen)
     tokens = token_windows(
         calibration,
