@@ -1,7 +1,8 @@
 """The adapters, one architecture family per file.
 
 ``ADAPTERS`` maps ``config.model_type`` to a declaration, as ``"module:NAME"``, so that
-listing the families imports none of them.
+listing the families imports none of them. Other decoders are served by
+:func:`layerwise.adapters.auto.discover`, which runs the model and writes the declaration.
 """
 
 import difflib
@@ -9,10 +10,10 @@ from collections.abc import Mapping
 from importlib import import_module
 from types import MappingProxyType
 
-from layerwise.adapters.base import Adapter, Stage
+from layerwise.adapters.base import Adapter, OutputSlice, Stage
 from layerwise.errors import UnsupportedModelError
 
-__all__ = ["ADAPTERS", "Adapter", "Stage", "get_adapter"]
+__all__ = ["ADAPTERS", "Adapter", "OutputSlice", "Stage", "get_adapter"]
 
 ADAPTERS: Mapping[str, str] = MappingProxyType(
     {
@@ -21,12 +22,15 @@ ADAPTERS: Mapping[str, str] = MappingProxyType(
         "mistral": "layerwise.adapters.llama:LLAMA",
         "qwen2": "layerwise.adapters.llama:LLAMA",
         "qwen3": "layerwise.adapters.llama:LLAMA",
+        "mamba": "layerwise.adapters.mamba:MAMBA",
+        "falcon_mamba": "layerwise.adapters.mamba:FALCON_MAMBA",
+        "mamba2": "layerwise.adapters.mamba:MAMBA2",
     }
 )
 
 
 def get_adapter(model_type: str) -> Adapter:
-    """Adapter of a model type; an unknown one is answered with the known ones."""
+    """Declared adapter of a model type; an unknown one is answered with the known ones."""
     if model_type not in ADAPTERS:
         close = difflib.get_close_matches(model_type, ADAPTERS, n=2)
         hint = f" (close: {', '.join(close)})" if close else ""

@@ -7,23 +7,55 @@ of methods, and how a block is called is taken from the model itself (see
 :mod:`layerwise.run.streams`).
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
-from torch import nn
+from torch import Tensor, nn
 
+from layerwise.adapters.linear import is_linear, matrix
 from layerwise.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
+class OutputSlice:
+    """Inputs that are the first channels of the output of another module of the block.
+
+    For a linear whose weight is used without calling the layer, so that a hook on it never
+    fires. As many channels are taken as the linear has inputs.
+
+    Parameters
+    ----------
+    module
+        Name of the other module, relative to the block.
+    """
+
+    module: str
+
+
+@dataclass(frozen=True)
 class Stage:
-    """Linear layers that share their inputs, by name relative to the block."""
+    """Linear layers that share their inputs.
+
+    Parameters
+    ----------
+    linears
+        Names relative to the block.
+    source
+        Where the inputs are seen; None: where the first linear is called.
+    """
 
     linears: tuple[str, ...]
+    source: OutputSlice | None = None
+
+    def only(self, names: Collection[str]) -> "Stage":
+        """Return the stage without the linears that are not in `names`."""
+        kept = tuple(name for name in self.linears if name in names)
+        return replace(self, linears=kept)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Declaration of an architecture family.
+    """Declaration of an architecture family, or of one model.
 
     Parameters
     ----------
@@ -33,14 +65,24 @@ class Adapter:
         Dotted name of the ``ModuleList`` of decoder blocks.
     stages
         Stages of a block in the order of the data flow.
+    by_block
+        Stages of blocks that have others, by the full name of the block.
+    unserved
+        Weights inside the blocks that cannot be pruned, by full name, and why. A run
+        is refused unless the user leaves them out on purpose.
+    found
+        Whether this was written by running a model, see :mod:`layerwise.adapters.auto`.
     """
 
     name: str
     blocks: str
     stages: tuple[Stage, ...]
+    by_block: Mapping[str, tuple[Stage, ...]] = field(default_factory=dict)
+    unserved: Mapping[str, str] = field(default_factory=dict)
+    found: bool = False
 
     def blocks_of(self, model: nn.Module) -> dict[str, nn.Module]:
-        """Decoder blocks by full name, in order; every declared linear is checked.
+        """Decoder blocks by full name, in order; every declared name is checked.
 
         Raises
         ------
@@ -59,25 +101,52 @@ class Adapter:
             raise UnsupportedModelError(message)
         found = {f"{self.blocks}.{index}": block for index, block in enumerate(blocks)}
         for block_name, block in found.items():
-            for linear in self.linear_names():
-                self.linear(block, linear, block_name)
+            for stage in self.stages_of(block_name):
+                for linear in stage.linears:
+                    self.linear(block, linear, block_name)
+                if stage.source is not None:
+                    self._check_source(block, stage.source, block_name)
         return found
 
-    def linear_names(self) -> tuple[str, ...]:
-        """Names of all prunable linears of a block, relative to it."""
-        return tuple(name for stage in self.stages for name in stage.linears)
+    def stages_of(self, block_name: str) -> tuple[Stage, ...]:
+        """Stages of a block by its full name."""
+        return self.by_block.get(block_name, self.stages)
 
-    def linear(self, block: nn.Module, name: str, block_name: str = "block") -> nn.Linear:
-        """One linear of a block."""
-        try:
-            module = block.get_submodule(name)
-        except AttributeError:
-            module = None
-        if not isinstance(module, nn.Linear):
-            kind = "nothing" if module is None else type(module).__name__
+    def linear_names(self, block_name: str) -> tuple[str, ...]:
+        """Names of all prunable linears of a block, relative to it."""
+        return tuple(n for stage in self.stages_of(block_name) for n in stage.linears)
+
+    def linear(self, block: nn.Module, name: str, block_name: str = "block") -> nn.Module:
+        """One linear layer of a block."""
+        module = _submodule(block, name)
+        if module is None or not is_linear(module):
             message = (
                 f"the {self.name} adapter expects a Linear at {block_name}.{name}, found "
-                f"{kind}"
+                f"{_kind(module)}"
             )
             raise UnsupportedModelError(message)
         return module
+
+    def weight(self, block: nn.Module, name: str) -> Tensor:
+        """Weight of a linear, shape (out, in); writing to it writes to the layer."""
+        return matrix(self.linear(block, name))
+
+    def _check_source(self, block: nn.Module, source: OutputSlice, block_name: str) -> None:
+        if _submodule(block, source.module) is None:
+            message = (
+                f"the {self.name} adapter expects a module at "
+                f"{block_name}.{source.module}, found nothing: this version of "
+                f"transformers computes it otherwise"
+            )
+            raise UnsupportedModelError(message)
+
+
+def _submodule(block: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return block.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _kind(module: nn.Module | None) -> str:
+    return "nothing" if module is None else type(module).__name__

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from layerwise.errors import InvalidProblemError
+
+SMALL_GROUP = 8  # up to this size all pairs are compared, which is faster than sorting
 
 
 class Pattern(ABC):
@@ -255,15 +258,42 @@ def keep_largest(
     removed: int,
 ) -> Tensor:  # (groups, size) bool
     """Mask without the `removed` smallest scores of each row; ties by index, exactly."""
-    if bool(torch.isnan(scores).any()):
+    if bool(torch.isnan(scores.sum())) and bool(torch.isnan(scores).any()):
         message = "scores contain NaN; a mask cannot be chosen from them"
         raise InvalidProblemError(message)
     if removed == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(removed, dim=1, keepdim=True).values
-    smaller, tied = scores < threshold, scores == threshold
-    missing = removed - smaller.sum(dim=1, keepdim=True)
-    return ~(smaller | (tied & (tied.cumsum(dim=1) <= missing)))
+    if scores.shape[1] <= SMALL_GROUP:
+        return _ranks(scores) >= removed
+    threshold = _kth_smallest(scores, removed)
+    larger = scores > threshold
+    surplus = removed - (~larger).sum(dim=1, keepdim=True)
+    if not bool(surplus.any()):
+        return larger
+    tied = scores == threshold
+    extra = tied.sum(dim=1, keepdim=True) + surplus  # of the tied entries, removed first
+    return larger | (tied & (tied.cumsum(dim=1) > extra))
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Number of entries of each row that are removed before each entry."""
+    columns = [scores[:, index].contiguous() for index in range(scores.shape[1])]
+    ranks = [torch.zeros_like(column, dtype=torch.uint8) for column in columns]
+    for later, entry in enumerate(columns):
+        for earlier in range(later):
+            first = columns[earlier] <= entry
+            ranks[later] += first
+            ranks[earlier] += ~first
+    return torch.stack(ranks, dim=1)
+
+
+def _kth_smallest(scores: Tensor, k: int) -> Tensor:
+    """The k-th smallest of every row, shape (groups, 1)."""
+    if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
+        # three times as fast as kthvalue
+        found = np.partition(scores.detach().numpy(), k - 1, axis=1)[:, k - 1 : k]
+        return torch.from_numpy(found)
+    return scores.kthvalue(k, dim=1, keepdim=True).values
 
 
 def parse_pattern(text: str, group: Literal["row", "layer"] = "row") -> Pattern:

@@ -10,14 +10,19 @@ from types import MappingProxyType
 
 from layerwise.errors import UsageError
 from layerwise.solution import Solver
+from layerwise.solvers.admm import ADMM, ALPS
+from layerwise.solvers.best import Best
 from layerwise.solvers.dsnot import DSnoT
 from layerwise.solvers.fista import Fista, fista_paper
 from layerwise.solvers.frank_wolfe import FrankWolfe
 from layerwise.solvers.gblm import GBLM
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.magnitude import Magnitude
+from layerwise.solvers.obs import OBS
 from layerwise.solvers.ria import RIA
+from layerwise.solvers.sparse_swaps import SparseSwaps
 from layerwise.solvers.sparsegpt import SparseGPT
+from layerwise.solvers.swaps import Swaps
 from layerwise.solvers.wanda import Wanda
 
 SOLVERS: Mapping[str, Callable[[], Solver]] = MappingProxyType(
@@ -32,6 +37,12 @@ SOLVERS: Mapping[str, Callable[[], Solver]] = MappingProxyType(
         "fista": Fista,
         "fista-paper": fista_paper,
         "least-squares": LeastSquares,
+        "admm": ADMM,
+        "alps": ALPS,
+        "obs": OBS,
+        "swaps": Swaps,
+        "sparse-swaps": SparseSwaps,
+        "best": Best,
     }
 )
 

@@ -19,13 +19,22 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    FalconMambaConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
     MistralConfig,
     OPTConfig,
+    PhiConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCABULARY = 288
@@ -33,6 +42,8 @@ POSITIONS = 32
 WINDOW = 4  # of sliding attention: shorter than every sequence of the tests
 WIDTH = 16
 INNER = 24  # divisible by 4 and 8
+RANK = 4  # of the time steps of Mamba
+STATES = 4  # of a channel of Mamba
 SHARD = "model.safetensors"
 
 
@@ -52,28 +63,52 @@ def _qwen2(common: Mapping[str, Any], inner: int) -> Any:
     )
 
 
+def _grouped(config: Any, **more: Any) -> Callable[[Mapping[str, Any], int], Any]:
+    """Two heads of keys and values for four of queries."""
+    return lambda common, inner: config(
+        **common, intermediate_size=inner, num_key_value_heads=2, **more
+    )
+
+
+def _gpt2(common: Mapping[str, Any], inner: int) -> Any:
+    """Weights of linear layers are stored as (in, out)."""
+    names = {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    }
+    own = {names.get(name, name): value for name, value in common.items()}
+    return GPT2Config(**own, n_inner=inner)
+
+
+def _mamba(config: Any, **more: Any) -> Callable[[Mapping[str, Any], int], Any]:
+    """State space models know no heads and no positions."""
+    absent = {"num_attention_heads", "max_position_embeddings"}
+    return lambda common, inner: config(
+        **{name: value for name, value in common.items() if name not in absent},
+        state_size=STATES,
+        **more,
+    )
+
+
 FAMILIES: Mapping[str, Callable[[Mapping[str, Any], int], Any]] = MappingProxyType(
     {
         "opt": _opt,
-        "llama": lambda common, inner: LlamaConfig(
-            **common, intermediate_size=inner, num_key_value_heads=2
-        ),
-        "mistral": lambda common, inner: MistralConfig(
-            **common, intermediate_size=inner, num_key_value_heads=2, sliding_window=WINDOW
-        ),
+        "llama": _grouped(LlamaConfig),
+        "mistral": _grouped(MistralConfig, sliding_window=WINDOW),
         "qwen2": _qwen2,
-        "qwen3": lambda common, inner: Qwen3Config(
-            **common, intermediate_size=inner, num_key_value_heads=2, head_dim=4
-        ),
-        "gpt2": lambda common, inner: GPT2Config(  # no adapter serves it
-            vocab_size=VOCABULARY,
-            n_embd=WIDTH,
-            n_layer=2,
-            n_head=4,
-            n_positions=POSITIONS,
-            bos_token_id=0,
-            eos_token_id=0,
-        ),
+        "qwen3": _grouped(Qwen3Config, head_dim=4),
+        "mamba": _mamba(MambaConfig, time_step_rank=RANK),
+        "falcon_mamba": _mamba(FalconMambaConfig, time_step_rank=RANK),
+        "mamba2": _mamba(Mamba2Config, num_heads=4, head_dim=8, n_groups=2, chunk_size=8),
+        # these have no declared adapter
+        "gpt2": _gpt2,
+        "gpt_neox": lambda common, inner: GPTNeoXConfig(**common, intermediate_size=inner),
+        "gemma": _grouped(GemmaConfig, head_dim=4),
+        "gemma2": _grouped(Gemma2Config, head_dim=4, sliding_window=WINDOW),
+        "gemma3_text": _grouped(Gemma3TextConfig, head_dim=4, sliding_window=WINDOW),
+        "phi": _grouped(PhiConfig),
     }
 )
 """Configuration of every family by ``model_type``."""
@@ -111,6 +146,28 @@ def tiny_model(
             else:
                 parameter.add_(noise, alpha=0.1)
     return model.to(dtype).eval()
+
+
+def mixture_of_experts() -> Any:
+    """Qwen3 with experts in fused parameters, which nothing prunes yet."""
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        moe_intermediate_size=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=POSITIONS,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
 
 
 def tiny_text(words: int = 3000, seed: int = 0) -> str:
@@ -158,10 +215,26 @@ def random_tokens(sequences: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(VOCABULARY, (sequences, length), generator=generator)
 
 
-def blocks_of(model: Any) -> Sequence[nn.Module]:
+BLOCKS = (
+    "model.decoder.layers",
+    "model.layers",
+    "backbone.layers",
+    "transformer.h",
+    "gpt_neox.layers",
+)
+
+
+def blocks_name(model: nn.Module) -> str:
+    """Full name of the list of decoder blocks, found without the adapter."""
+    names = dict(model.named_modules())
+    return next(name for name in BLOCKS if name in names)
+
+
+def blocks_of(model: nn.Module) -> list[Any]:
     """Decoder blocks, found without the adapter."""
-    base = model.model
-    return list(getattr(base, "decoder", base).layers)
+    blocks = model.get_submodule(blocks_name(model))
+    assert isinstance(blocks, nn.ModuleList)
+    return list(blocks)
 
 
 def weight_of(model: nn.Module, linear: str) -> Tensor:

@@ -5,38 +5,56 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from layerwise.adapters import ADAPTERS, Adapter, Stage, get_adapter
+from layerwise.adapters import ADAPTERS, Adapter, OutputSlice, Stage, get_adapter
+from layerwise.adapters.linear import is_linear, matrix
 from layerwise.errors import UnsupportedModelError
+from layerwise.run.architecture import adapter_of
 from tests.models import FAMILIES, blocks_of, random_tokens, recorded_inputs, tiny_model
 
-SUPPORTED = sorted(ADAPTERS)
+SUPPORTED = sorted(FAMILIES)
+DECLARED = sorted(ADAPTERS)
 
 
-def test_every_family_has_a_tiny_model() -> None:
-    assert SUPPORTED
-    assert set(SUPPORTED) <= set(FAMILIES)
+def test_every_declared_family_has_a_tiny_model() -> None:
+    assert DECLARED
+    assert set(DECLARED) < set(SUPPORTED)
+
+
+def described(family: str, layers: int = 2) -> tuple[Any, Adapter, dict[str, nn.Module]]:
+    """A model, its adapter, and its blocks by name."""
+    model = tiny_model(family, layers=layers)
+    adapter = adapter_of(model)
+    return model, adapter, adapter.blocks_of(model)
+
+
+def called(adapter: Adapter, block: str) -> list[Stage]:
+    """Stages whose inputs are seen where their linears are called."""
+    return [stage for stage in adapter.stages_of(block) if stage.source is None]
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_linears_of_a_stage_read_the_same_tensor(family: str) -> None:
-    model, adapter = tiny_model(family), get_adapter(family)
-    names = adapter.linear_names()
-    with torch.no_grad():
-        for block in blocks_of(model):
-            with recorded_inputs(block, names) as seen:
-                model(random_tokens(2, 9))
-            for stage in adapter.stages:
-                inputs = [seen[name] for name in stage.linears]
-                assert all(len(calls) == 1 for calls in inputs)
-                assert all(calls[0] is inputs[0][0] for calls in inputs)
+    model, adapter, blocks = described(family)
+    for block_name, block in blocks.items():
+        stages = called(adapter, block_name)
+        names = [name for stage in stages for name in stage.linears]
+        assert names
+        with torch.no_grad(), recorded_inputs(block, names) as seen:
+            model(random_tokens(2, 9))
+        for stage in stages:
+            inputs = [seen[name] for name in stage.linears]
+            assert all(len(calls) == 1 for calls in inputs)
+            assert all(calls[0] is inputs[0][0] for calls in inputs)
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_different_stages_read_different_tensors(family: str) -> None:
-    model, adapter = tiny_model(family), get_adapter(family)
-    first = [stage.linears[0] for stage in adapter.stages]
-    with torch.no_grad(), recorded_inputs(blocks_of(model)[0], first) as seen:
+    model, adapter, blocks = described(family)
+    block_name, block = next(iter(blocks.items()))
+    first = [stage.linears[0] for stage in called(adapter, block_name)]
+    with torch.no_grad(), recorded_inputs(block, first) as seen:
         model(random_tokens(2, 9))
     tensors = [calls[0] for calls in seen.values()]
     for i, one in enumerate(tensors):
@@ -45,33 +63,34 @@ def test_different_stages_read_different_tensors(family: str) -> None:
 
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_stages_cover_every_linear_of_a_block_once(family: str) -> None:
-    model, adapter = tiny_model(family), get_adapter(family)
-    for block in adapter.blocks_of(model).values():
-        linears = [n for n, m in block.named_modules() if isinstance(m, nn.Linear)]
-        assert sorted(adapter.linear_names()) == sorted(linears)
+    _, adapter, blocks = described(family)
+    for block_name, block in blocks.items():
+        kinds = (nn.Linear, Conv1D)
+        linears = [n for n, m in block.named_modules() if isinstance(m, kinds)]
+        assert sorted(adapter.linear_names(block_name)) == sorted(linears)
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_stages_are_in_the_order_of_the_data_flow(family: str) -> None:
-    model, adapter = tiny_model(family), get_adapter(family)
+    """What a stage reads does not depend on its own or a later stage."""
+    model, adapter, blocks = described(family)
+    block_name, block = next(iter(blocks.items()))
     calls: list[str] = []
-    block = blocks_of(model)[0]
-    for name in adapter.linear_names():
-        block.get_submodule(name).register_forward_hook(
-            lambda *_, name=name: calls.append(name)
-        )
+    stages = called(adapter, block_name)
+    for stage in stages:
+        for name in stage.linears:
+            block.get_submodule(name).register_forward_hook(
+                lambda *_, name=name: calls.append(name)
+            )
     with torch.no_grad():
         model(random_tokens(1, 9))
-    stage_of = {n: i for i, stage in enumerate(adapter.stages) for n in stage.linears}
-    assert len(calls) == len(stage_of)
-    order = [stage_of[name] for name in calls]
-    assert order == sorted(order)
+    firsts = [min(calls.index(name) for name in stage.linears) for stage in stages]
+    assert firsts == sorted(firsts)
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_blocks_are_all_blocks_in_order(family: str) -> None:
-    model = tiny_model(family, layers=3)
-    found = get_adapter(family).blocks_of(model)
+    model, _, found = described(family, layers=3)
     assert [id(block) for block in found.values()] == [id(b) for b in blocks_of(model)]
     assert all(model.get_submodule(name) is block for name, block in found.items())
 
@@ -131,5 +150,37 @@ def test_structure_that_is_not_as_declared(damage: Any, expected: str) -> None:
 
 
 def test_linear_names_follow_the_stages() -> None:
-    adapter = Adapter("x", "layers", (Stage(("a", "b")), Stage(("c",))))
-    assert adapter.linear_names() == ("a", "b", "c")
+    stages = (Stage(("a", "b")), Stage(("c",)))
+    adapter = Adapter("x", "layers", stages, by_block={"layers.1": stages[1:]})
+    assert adapter.linear_names("layers.0") == ("a", "b", "c")
+    assert adapter.linear_names("layers.1") == ("c",)
+
+
+def test_a_part_of_a_stage_keeps_order_and_source() -> None:
+    stage = Stage(("a", "b", "c"), source=OutputSlice("d"))
+    assert stage.only({"c", "a"}) == Stage(("a", "c"), source=OutputSlice("d"))
+
+
+def test_a_source_that_is_not_there() -> None:
+    """Versions of transformers that compute it by a function have no such module."""
+    model = tiny_model("falcon_mamba")
+    del model.backbone.layers[1].mixer.dt_layernorm
+    with pytest.raises(UnsupportedModelError) as caught:
+        get_adapter("falcon_mamba").blocks_of(model)
+    assert "backbone.layers.1.mixer.dt_layernorm, found nothing" in str(caught.value)
+
+
+def test_matrix_of_a_transposed_layer_is_a_view() -> None:
+    layer = Conv1D(3, 2)  # (out, in)
+    weight = matrix(layer)
+    assert weight.shape == (3, 2)
+    weight[2, 0] = 7
+    assert layer.weight.tolist()[0][2] == 7
+
+
+def test_a_weight_that_is_computed_is_no_linear() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 3))
+    assert not is_linear(layer)
+    assert is_linear(nn.Linear(2, 3))
+    assert is_linear(Conv1D(3, 2))
+    assert not is_linear(nn.Conv1d(2, 2, 1))

@@ -29,6 +29,7 @@ from tests.models import (
     POSITIONS,
     SHARD,
     edit_shard,
+    mixture_of_experts,
     save_checkpoint,
     shard_hashes,
     tiny_model,
@@ -44,7 +45,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workshop")
     save_checkpoint(folder / "llama", tiny_model("llama", dtype=torch.bfloat16))
     save_checkpoint(folder / "odd", tiny_model("llama", inner=26))
-    save_checkpoint(folder / "gpt2", tiny_model("gpt2"))
+    save_checkpoint(folder / "mixture", mixture_of_experts())
     save_checkpoint(folder / "mute", tiny_model("llama"), tokenizer=False)
     for name, damage in DAMAGES.items():
         damage(shutil.copytree(folder / "llama", folder / name))
@@ -180,7 +181,7 @@ BAD: Mapping[str, tuple[Mapping[str, Any], int, str]] = {
     "source": ({"--calibration": "wikitext"}, 2, "did you mean 'wikitext2'"),
     "field": ({"--calibration": "text.jsonl"}, 2, "needs a field, as in text.jsonl:field"),
     "no tokenizer": ({"MODEL": "mute"}, 2, "a tokenizer is needed"),
-    "no adapter": ({"MODEL": "gpt2"}, 2, "no adapter for model type 'gpt2'"),
+    "experts": ({"MODEL": "mixture"}, 2, "model.layers.0.mlp.experts.gate_up_proj (a par"),
     "unknown type": ({"MODEL": "alien"}, 2, "model type 'alien' in alien"),
     "no language model": ({"MODEL": "translator"}, 2, "is not a causal language"),
     "quantised": ({"MODEL": "quantised"}, 2, "prune the original"),

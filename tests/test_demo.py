@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from layerwise import demo
-from layerwise.adapters import ADAPTERS
 from layerwise.cli import run
 from layerwise.errors import DataError, UsageError
 from layerwise.patterns import Unstructured
 from layerwise.run import demo as run_demo
+from layerwise.run import experiment
 from layerwise.run.demo import MAIN_METHODS, all_methods, compare, demo_models
+from layerwise.run.experiment import Experiment, PackagedModel
 from layerwise.run.perplexity import perplexity
+from layerwise.run.results import ResultStore
 from layerwise.run.settings import choose_solver, embedding_rows
 from layerwise.run.storage import Checkpoint
 from layerwise.run.tokens import encode
@@ -119,9 +121,9 @@ def test_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def _reduced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer windows, and a text that is encoded in no time."""
     text = demo.calibration_text()[: 2 * 10**5]
-    monkeypatch.setattr(run_demo, "calibration_text", lambda: text)
-    monkeypatch.setattr(run_demo, "N_SEQUENCES", 4)
-    monkeypatch.setattr(run_demo, "EVALUATION_TOKENS", WINDOWS * LENGTH)
+    monkeypatch.setattr(experiment, "calibration_text", lambda: text)
+    monkeypatch.setattr(experiment, "N_SEQUENCES", 4)
+    monkeypatch.setattr(experiment, "EVALUATION_TOKENS", WINDOWS * LENGTH)
 
 
 @pytest.mark.usefixtures("_reduced")
@@ -129,7 +131,6 @@ def test_comparison() -> None:
     told: list[Any] = []
     methods = ("magnitude", "wanda")
     found = compare(("llama",), methods, on_result=lambda *pair: told.append(pair))
-    assert found.skipped == ()
     dense = found.dense_perplexity["llama"]
     assert [result for result, _ in told] == list(found.results)
     assert {value for _, value in told} == {dense}
@@ -141,12 +142,76 @@ def test_comparison() -> None:
         assert len(wanda.records) == len(magnitude.records) == 4 * 7
 
 
-def test_architecture_without_adapter_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = {name: place for name, place in ADAPTERS.items() if name != "llama"}
-    monkeypatch.setattr(run_demo, "ADAPTERS", others)
-    found = compare(("llama",), MAIN_METHODS)
-    assert found.skipped == ("llama",)
-    assert found.results == ()
+@pytest.mark.usefixtures("_reduced")
+def test_every_matrix_of_the_packaged_mamba_is_pruned() -> None:
+    found = compare(("mamba",), ("magnitude",), ("2:4",))
+    (result,) = found.results
+    names = [record.name.rpartition(".")[2] for record in result.records]
+    assert names == 4 * ["in_proj", "x_proj", "dt_proj", "out_proj"]
+    assert {record.sparsity for record in result.records} == {0.5}
+    assert result.perplexity > HARM * found.dense_perplexity["mamba"]
+
+
+@pytest.mark.usefixtures("_reduced")
+def test_interrupted_comparison_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.jsonl"
+    methods = ("magnitude", "wanda")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(("llama",), methods, ("0.5",), stop, ResultStore(path))
+    assert len(ResultStore(path)) == 2  # the dense model and the first method
+    done: list[str] = []
+    answer = PackagedModel.answer
+
+    def recorded(self: PackagedModel, asked: Experiment) -> dict[str, Any]:
+        done.append(asked.method)
+        return answer(self, asked)
+
+    monkeypatch.setattr(PackagedModel, "answer", recorded)
+    found = compare(("llama",), methods, ("0.5",), store=ResultStore(path))
+    assert done == ["wanda"]
+    again = compare(("llama",), methods, ("0.5",), store=ResultStore(path))
+    assert done == ["wanda"]
+    assert again == found
+    assert [result.method for result in found.results] == list(methods)
+    fresh = compare(("llama",), methods, ("0.5",))
+    assert done == ["wanda", "dense", *methods]
+    for one, other in zip(found.results, fresh.results, strict=True):
+        assert one.perplexity == other.perplexity
+        assert len(one.records) == len(other.records) == 4 * 7
+
+
+@pytest.mark.usefixtures("_reduced")
+def test_refused_pattern_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = ("magnitude", "least-squares")  # which needs a mask
+    monkeypatch.setattr(run_demo, "MAIN_METHODS", methods)
+    assert run(["demo", "--output", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for pattern in ("0.5", "2:4"):
+        told = f"  llama {pattern} least-squares: not done, least-squares finds weights"
+        assert any(line.startswith(told) for line in lines)
+
+
+def test_fingerprint_names_what_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = PackagedModel("llama").fingerprint("wanda")
+    assert PackagedModel("llama").fingerprint("wanda") == before
+    assert PackagedModel("llama").fingerprint("magnitude") != before
+    assert PackagedModel("llama").fingerprint("dense") != before
+    assert PackagedModel("opt").fingerprint("wanda") != before
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "N_SEQUENCES", 4)
+        assert PackagedModel("llama").fingerprint("wanda") != before
+    for text in ("calibration_text", "evaluation_text"):
+        with monkeypatch.context() as patch:
+            patch.setattr(experiment, text, lambda: "another text")
+            assert PackagedModel("llama").fingerprint("wanda") != before
 
 
 def test_methods_are_all_solvers_and_possible() -> None:
@@ -179,3 +244,18 @@ def test_command(
     page = (tmp_path / "new" / "folder" / "report.html").read_text()
     assert "Pruning methods compared" in page
     assert "layerwise demo" in page
+    assert not (tmp_path / "new" / "folder" / "results.jsonl").exists()
+
+
+@pytest.mark.usefixtures("_reduced")
+def test_repeated_command_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_demo, "all_methods", lambda: ("magnitude", "wanda"))
+    monkeypatch.setattr(run_demo, "MODELS", ("llama",))
+    assert run(["demo", "--all", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "continuing" not in printed
+    monkeypatch.setattr(PackagedModel, "answer", None)  # nothing is computed again
+    assert run(["demo", "--all", "--output", str(tmp_path)]) == 0
+    assert f"continuing {tmp_path / 'results.jsonl'}" in capsys.readouterr().out

@@ -176,7 +176,9 @@ def test_layers_are_pruned_in_the_order_of_the_data_flow(
     run = prune(monkeypatch, mode, family=family, method="magnitude")
     adapter = get_adapter(family)
     blocks = adapter.blocks_of(run.dense)
-    expected = [f"{block}.{name}" for block in blocks for name in adapter.linear_names()]
+    expected = [
+        f"{block}.{name}" for block in blocks for name in adapter.linear_names(block)
+    ]
     assert [record.name for record in run.report.records] == expected
 
 

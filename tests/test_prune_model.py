@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from layerwise.errors import (
     DataError,
@@ -22,9 +23,10 @@ from layerwise.errors import (
 )
 from layerwise.patterns import NM, Columns, Pattern, Unstructured
 from layerwise.problem import LayerProblem
+from layerwise.run import prune
 from layerwise.run.journal import read_layers, read_masks
 from layerwise.run.perplexity import perplexity
-from layerwise.run.pipeline import ERROR_CORRECTIONS
+from layerwise.run.pipeline import ERROR_CORRECTIONS, advance
 from layerwise.run.prune import PruneReport, prune_model
 from layerwise.run.recipe import Recipe
 from layerwise.run.settings import with_published_start
@@ -81,8 +83,9 @@ def in_memory(model: Any = None, method: Any = "wanda", **options: Any) -> Prune
 
 def linear_names(model: nn.Module) -> list[str]:
     named = model.named_modules()
-    linears = [name for name, module in named if isinstance(module, nn.Linear)]
-    return [name for name in linears if name != "lm_head"]
+    kinds = (nn.Linear, Conv1D)
+    linears = [name for name, module in named if isinstance(module, kinds)]
+    return [name for name in linears if name not in ("lm_head", "embed_out")]
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -98,7 +101,7 @@ def perplexity_of(model: Any) -> float:
 # --- the model and its masks -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_model_object_is_pruned_in_place(family: str) -> None:
     model = tiny_model(family)
     before = {name: p.clone() for name, p in model.state_dict().items()}
@@ -114,7 +117,8 @@ def test_model_object_is_pruned_in_place(family: str) -> None:
             continue
         mask = report.masks[name]
         assert torch.equal(tensor, torch.where(mask, before[name], 0))
-        assert bool(((~mask).sum(dim=1) == mask.shape[1] // 2).all())
+        rows = mask.T if family == "gpt2" else mask  # it stores (in, out)
+        assert bool(((~rows).sum(dim=1) == rows.shape[1] // 2).all())
 
 
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "wanda+least-squares"])
@@ -149,6 +153,25 @@ def test_sparsity_zero_changes_nothing() -> None:
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert all(bool(mask.all()) for mask in report.masks.values())
     assert report.mean_relative_error == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "passes"), [("none", 2), ("sequential", 2), ("block", 2), ("full", 4)]
+)
+def test_blocks_are_advanced_no_further_than_needed(
+    monkeypatch: pytest.MonkeyPatch, mode: str, passes: int
+) -> None:
+    """Of three blocks the last one has no successor."""
+    calls: list[str] = []
+
+    def counted(task: Any, inputs: Any, hidden: Any) -> Any:
+        calls.append(inputs.name)
+        return advance(task, inputs, hidden)
+
+    monkeypatch.setattr(prune, "advance", counted)
+    in_memory(tiny_model("llama", layers=3), error_correction=mode)
+    assert len(calls) == passes
+    assert "model.layers.2" not in calls
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -209,9 +232,9 @@ def test_published_warm_start_is_of_the_named_method_alone() -> None:
         return next(iter(masks.values()))
 
     half = Unstructured(0.5)
-    assert with_published_start(Fista(), "opt", half) == Fista()
+    assert with_published_start(Fista(), tiny_model("opt"), half) == Fista()
     own = Fista(name="my own", warm_start=None)
-    assert with_published_start(own, "opt", half) == own
+    assert with_published_start(own, tiny_model("opt"), half) == own
     in_chain = first_mask("fista-paper+least-squares")
     assert torch.equal(in_chain, first_mask("fista-paper", warm_start="sparsegpt"))
     assert not torch.equal(in_chain, first_mask("fista-paper", warm_start="wanda"))
@@ -509,10 +532,9 @@ def test_refused_before_anything_is_touched(
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
-@pytest.mark.parametrize("model", [nn.Linear(4, 4), tiny_model("gpt2")], ids=type)
-def test_model_without_adapter_is_refused(model: nn.Module) -> None:
-    with pytest.raises(UnsupportedModelError, match="supported: opt, llama"):
-        in_memory(model)
+def test_what_is_no_language_model_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="Linear is no language model"):
+        in_memory(nn.Linear(4, 4))
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5, "layer"), "4:8"], ids=str)

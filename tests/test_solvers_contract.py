@@ -70,9 +70,12 @@ ANY_COLUMN_ORDER = (
     *("magnitude", "wanda", "ria", "gblm", "dsnot", "frank-wolfe"),
     *("fista", "least-squares"),
 )
+# While rho is below the smallest eigenvalue, removed entries return in turn, and the steps
+# may end in such a cycle.
+CYCLING = ("alps",)
 ACTIVATION_AWARE = ("wanda", "ria", "gblm", "dsnot", "sparsegpt", "fista")
 # Their scores compare more than sizes and norms: sums of the weights, means of the inputs.
-NOT_MAGNITUDE_AT_IDENTITY = ("ria", "dsnot")
+OTHER_SCORES = ("ria", "dsnot")
 
 
 @cache
@@ -128,7 +131,7 @@ def test_cases_cover_registry_and_problems() -> None:
         assert {case.values[1] for case in cases} == set(PROBLEMS)
     assert {case.values[2] for case in CASES} == set(PATTERNS)
     names = {*ROW_BY_ROW, *ANY_COLUMN_ORDER, *ACTIVATION_AWARE}
-    names |= {*NOT_MAGNITUDE_AT_IDENTITY}
+    names |= {*OTHER_SCORES}
     assert names <= set(SOLVERS)
 
 
@@ -319,10 +322,11 @@ def test_scaling_inputs_by_a_power_of_two_keeps_every_bit(
         assert found.objective == expected.objective * 4.0**exponent
         assert found.relative_error == expected.relative_error
         for entry, other in zip(expected.history, found.history, strict=True):
-            assert other.keys() == entry.keys()
-            for name, value in entry.items():
-                scale = 4.0**exponent if name in SCALED_FIGURES else 1
-                assert other[name] == value * scale
+            scaled_figures = {
+                name: value * 4.0**exponent if name in SCALED_FIGURES else value
+                for name, value in entry.items()
+            }
+            assert other == scaled_figures
 
 
 @every_solver
@@ -650,7 +654,7 @@ def test_every_answer_is_feasible(solver: str, data: st.DataObject) -> None:
 
 @given(data=st.data())
 @pytest.mark.parametrize(
-    "solver", [name for name in SOLVERS if name not in NOT_MAGNITUDE_AT_IDENTITY]
+    "solver", [name for name in SOLVERS if name not in (*CYCLING, *OTHER_SCORES)]
 )
 def test_identity_gram_is_magnitude_pruning(solver: str, data: st.DataObject) -> None:
     weight = data.draw(layers()).weight

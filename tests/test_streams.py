@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from layerwise.adapters import ADAPTERS
-from layerwise.run.streams import Stream, capture, visit_inputs
+from layerwise.adapters import OutputSlice, Stage
+from layerwise.errors import UnsupportedModelError
+from layerwise.run.streams import Call, Stream, Tap, capture, visit_inputs
 from tests.models import (
+    FAMILIES,
     VOCABULARY,
     WIDTH,
     WINDOW,
@@ -20,7 +22,15 @@ from tests.models import (
 )
 
 CPU = torch.device("cpu")
-SUPPORTED = sorted(ADAPTERS)
+SUPPORTED = sorted(FAMILIES)
+FINAL_NORMS = (
+    "model.decoder.final_layer_norm",
+    "model.norm",
+    "model.final_layernorm",
+    "backbone.norm_f",
+    "transformer.ln_f",
+    "gpt_neox.final_layer_norm",
+)
 LENGTH = 3 * WINDOW
 
 
@@ -35,9 +45,9 @@ def uneven_batches() -> list[Tensor]:
 
 def final_states(model: Any, batches: Sequence[Tensor]) -> list[Tensor]:
     """Hidden states behind the last block, before the final norm."""
-    base = model.model
-    norm = "decoder.final_layer_norm" if hasattr(base, "decoder") else "norm"
-    with torch.no_grad(), recorded_inputs(base, [norm]) as seen:
+    names = dict(model.named_modules())
+    norm = next(name for name in FINAL_NORMS if name in names)
+    with torch.no_grad(), recorded_inputs(model, [norm]) as seen:
         for batch in batches:
             model(batch, use_cache=False)
     return seen[norm]
@@ -180,9 +190,9 @@ def visit(model: Any, names: Sequence[str], *, stop: bool) -> tuple[Any, list[An
     batches = uneven_batches()
     stream = capture(model, blocks_of(model), batches)
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
-    visits = {name: seen[name].append for name in names}
+    taps = [Tap(Stage((name,)), seen[name].append) for name in names]
     outputs = visit_inputs(
-        blocks_of(model)[0], visits, stream.calls[0], stream.hidden, CPU, stop=stop
+        blocks_of(model)[0], taps, stream.calls[0], stream.hidden, CPU, stop=stop
     )
     return seen, list(outputs)
 
@@ -222,9 +232,49 @@ def test_hooks_are_removed_after_an_error() -> None:
     def fail(_: Tensor) -> None:
         raise Broken
 
-    states = visit_inputs(
-        block, {"mlp.up_proj": fail}, stream.calls[0], stream.hidden, CPU, stop=True
-    )
+    taps = [Tap(Stage(("mlp.up_proj",)), fail)]
+    states = visit_inputs(block, taps, stream.calls[0], stream.hidden, CPU, stop=True)
     with pytest.raises(Broken):
         list(states)
     assert not block.get_submodule("mlp.up_proj")._forward_pre_hooks
+
+
+class Twice(nn.Module):
+    """Calls one linear twice and another one never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.never = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.last = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        inner = self.twice(self.twice(hidden)) @ self.never.weight.T
+        states: Tensor = self.last(inner)
+        return states
+
+
+@pytest.mark.parametrize("stop", [True, False])
+@pytest.mark.parametrize("count", ["twice", "never"])
+def test_linear_that_is_not_called_once_is_named(count: str, stop: bool) -> None:
+    taps = [Tap(Stage((name,)), lambda _: None) for name in (count, "last")]
+    calls = [Call((), {})]
+    hidden = [torch.ones(1, 3, WIDTH)]
+    states = visit_inputs(Twice(), taps, calls, hidden, CPU, "layers.7", stop=stop)
+    with pytest.raises(UnsupportedModelError) as caught:
+        list(states)
+    expected = f"layers.7.{count} is called {count} in a forward pass of its block"
+    assert str(caught.value).startswith(expected)
+    assert "add it to ignore" in str(caught.value)
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_slice_of_an_output_is_as_wide_as_the_linear(stop: bool) -> None:
+    block = nn.ModuleDict({"wide": nn.Linear(WIDTH, 3 * WIDTH)})
+    block["narrow"] = nn.Linear(WIDTH, 2)  # used without being called
+    block.forward = lambda hidden: block["wide"](hidden)
+    seen: list[Tensor] = []
+    taps = [Tap(Stage(("narrow",), source=OutputSlice("wide")), seen.append)]
+    hidden = [torch.arange(2.0 * WIDTH).reshape(1, 2, WIDTH)]
+    list(visit_inputs(block, taps, [Call((), {})], hidden, CPU, stop=stop))
+    assert torch.equal(seen[0], block["wide"](hidden[0])[..., :WIDTH])
+    assert not block["wide"]._forward_hooks

@@ -1,13 +1,18 @@
 """Targets: which linears are pruned, and an answer for every entry that matches none."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
-from layerwise.adapters import get_adapter
-from layerwise.errors import InvalidProblemError, UsageError
+from layerwise.adapters import Stage, get_adapter
+from layerwise.errors import InvalidProblemError, UnsupportedModelError, UsageError
 from layerwise.patterns import NM, Unstructured
+from layerwise.run.architecture import adapter_of
 from layerwise.run.targets import Selection
-from tests.models import INNER, tiny_model
+from tests.models import INNER, WIDTH, blocks_of, tiny_model
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -106,11 +111,67 @@ def test_only_the_chosen_are_checked_against_the_pattern() -> None:
     assert chosen.names == [name for name in NAMES if "down_proj" in name]
 
 
-def test_targets_of_a_block_are_relative_to_it() -> None:
-    chosen = selection(["re:.*layers.1.*v_proj", "re:.*down_proj"], [])
-    assert chosen.targets_of("model.layers.0") == {"mlp.down_proj"}
-    assert chosen.targets_of("model.layers.1") == {"self_attn.v_proj", "mlp.down_proj"}
-    assert chosen.targets_of("model.layers.11") == set()
+def test_stages_of_a_block_hold_the_chosen_alone() -> None:
+    chosen = selection(["re:.*layers.1.*[kv]_proj", "re:.*down_proj"], [])
+    down = Stage(("mlp.down_proj",))
+    assert chosen.stages_of("model.layers.0") == (down,)
+    keys_and_values = Stage(("self_attn.k_proj", "self_attn.v_proj"))
+    assert chosen.stages_of("model.layers.1") == (keys_and_values, down)
+    assert chosen.stages_of("model.layers.11") == ()
+
+
+@pytest.mark.parametrize("entry", ["Linear", "Conv1D", r"re:.*c_(attn|proj|fc)"])
+def test_layers_that_are_stored_transposed_are_linear(entry: str) -> None:
+    model = tiny_model("gpt2")
+    adapter, pattern = adapter_of(model), NM(2, 4)
+    chosen = Selection(model, adapter, [entry], ["lm_head"], pattern)
+    assert len(chosen.names) == 8
+    assert chosen.transposed == set(chosen.names)
+    with pytest.raises(UsageError, match="nothing is left to prune"):
+        Selection(model, adapter, ["Linear"], [entry], pattern)
+
+
+def test_share_of_the_parameters() -> None:
+    model = tiny_model("llama")
+    chosen = selection(["re:.*up_proj"], [])
+    total = sum(p.numel() for block in blocks_of(model) for p in block.parameters())
+    assert chosen.share(model) == 2 * INNER * WIDTH / total
+
+
+def share_between_blocks(model: Any) -> None:
+    first, last = blocks_of(model)
+    last.mlp.up_proj.weight = first.mlp.up_proj.weight
+
+
+def share_inside_a_block(model: Any) -> None:
+    blocks_of(model)[0].mlp.up_proj.weight = blocks_of(model)[0].mlp.gate_proj.weight
+
+
+def share_the_block(model: Any) -> None:
+    model.model.layers[1] = model.model.layers[0]
+
+
+def share_with_a_view(model: Any) -> None:
+    first, last = blocks_of(model)
+    last.mlp.up_proj.weight = nn.Parameter(first.mlp.up_proj.weight.detach())
+
+
+@pytest.mark.parametrize(
+    "share",
+    [share_between_blocks, share_inside_a_block, share_the_block, share_with_a_view],
+)
+def test_shared_weights_are_refused_unless_ignored(share: Callable[[Any], None]) -> None:
+    model = tiny_model("llama")
+    share(model)
+    adapter, pattern = get_adapter("llama"), Unstructured(0.5)
+    with pytest.raises(UnsupportedModelError) as caught:
+        Selection(model, adapter, ["Linear"], [], pattern)
+    message = str(caught.value)
+    assert "are one tensor" in message
+    assert message.startswith("model.layers.0.")
+    if share is not share_the_block:
+        ignore = ["re:.*(up|gate)_proj"]
+        assert Selection(model, adapter, ["Linear"], ignore, pattern).names
 
 
 def test_tensors_by_parameter_are_in_the_order_of_the_names() -> None:

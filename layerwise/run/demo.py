@@ -4,23 +4,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from layerwise.adapters import ADAPTERS
-from layerwise.demo import MODELS, calibration_text, evaluation_text, model_path
-from layerwise.patterns import parse_pattern
-from layerwise.run.perplexity import perplexity
-from layerwise.run.prune import prune_model
+from layerwise.demo import MODELS
+from layerwise.run.experiment import DENSE, Experiment, PackagedModel
+from layerwise.run.records import LayerRecord
 from layerwise.run.report import MethodResult
-from layerwise.run.settings import embedding_rows
-from layerwise.run.storage import Checkpoint
-from layerwise.run.tokens import encode
+from layerwise.run.results import ResultStore
 from layerwise.solvers import SOLVERS
 
 MAIN_METHODS = ("magnitude", "wanda", "sparsegpt", "wanda+least-squares", "fista")
 PATTERNS = ("0.5", "2:4")
-N_SEQUENCES = 64
-EVALUATION_TOKENS = 32768  # of the held-out text
+RESULTS = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An experiment that a method refused, and why."""
+
+    experiment: Experiment
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,13 @@ class Comparison:
         One per model, pattern and method.
     dense_perplexity
         Of every model before pruning.
-    skipped
-        Packaged models that no adapter serves, by name.
+    refused
+        What methods cannot do, such as a pattern that they do not handle.
     """
 
     results: tuple[MethodResult, ...]
     dense_perplexity: dict[str, float]
-    skipped: tuple[str, ...]
+    refused: tuple[Refusal, ...]
 
 
 def all_methods() -> tuple[str, ...]:
@@ -56,6 +57,7 @@ def compare(
     methods: Sequence[str],
     patterns: Sequence[str] = PATTERNS,
     on_result: Callable[[MethodResult, float], None] = lambda result, dense: None,
+    store: ResultStore | None = None,
 ) -> Comparison:
     """Prune packaged models by every method and measure error and perplexity.
 
@@ -69,59 +71,50 @@ def compare(
         Patterns as on the command line.
     on_result
         Called with every result and the dense perplexity of its model.
+    store
+        Where results are kept as they come; those that it holds are not computed again.
     """
+    store = ResultStore() if store is None else store
     results: list[MethodResult] = []
     dense: dict[str, float] = {}
-    skipped = []
+    refused = []
     for name in models:
-        checkpoint = Checkpoint.open(model_path(name))
-        if checkpoint.config["model_type"] not in ADAPTERS:
-            skipped.append(name)
-            continue
-        tokenizer = checkpoint.load_tokenizer()
-        assert tokenizer is not None  # every packaged model has one
-        model = checkpoint.load_model()
-        rows = embedding_rows(model)
-        calibration = encode(calibration_text(), tokenizer, rows)
-        tokens = encode(evaluation_text(), tokenizer, rows)[:EVALUATION_TOKENS]
-        dense[name] = _perplexity(model, tokens)
+        packaged = PackagedModel(name)
+        dense[name] = _answer(store, packaged, Experiment(name, DENSE))["perplexity"]
         for pattern in patterns:
             for method in methods:
-                result = _prune_once(checkpoint, name, method, pattern, calibration, tokens)
-                results.append(result)
-                on_result(result, dense[name])
-    return Comparison(tuple(results), dense, tuple(skipped))
+                experiment = Experiment(name, method, pattern)
+                answer = _answer(store, packaged, experiment)
+                if "refused" in answer:
+                    refused.append(Refusal(experiment, answer["refused"]))
+                    continue
+                results.append(_result(experiment, answer))
+                on_result(results[-1], dense[name])
+    return Comparison(tuple(results), dense, tuple(refused))
 
 
-def _prune_once(
-    checkpoint: Checkpoint,
-    name: str,
-    method: str,
-    pattern: str,
-    calibration: Tensor,
-    tokens: Tensor,
-) -> MethodResult:
-    report = prune_model(
-        checkpoint.load_model(),
-        method,
-        pattern=parse_pattern(pattern),
-        calibration=calibration,
-        n_sequences=N_SEQUENCES,
-        sequence_length=256,
-    )
+def _answer(
+    store: ResultStore, packaged: PackagedModel, experiment: Experiment
+) -> dict[str, Any]:
+    """Answer from the store, or a new one that is kept there."""
+    task, fingerprint = experiment.to_dict(), packaged.fingerprint(experiment.method)
+    answer = store.find(task, fingerprint)
+    if answer is None:
+        answer = packaged.answer(experiment)
+        store.add(task, fingerprint, answer)
+    return answer
+
+
+def _result(experiment: Experiment, answer: dict[str, Any]) -> MethodResult:
     return MethodResult(
-        model=name,
-        method=method,
-        pattern=pattern,
-        perplexity=_perplexity(report.model, tokens),
-        mean_relative_error=report.mean_relative_error,
-        seconds=report.seconds,
-        records=report.records,
+        model=experiment.model,
+        method=experiment.method,
+        pattern=experiment.pattern,
+        perplexity=answer["perplexity"],
+        mean_relative_error=answer["mean_relative_error"],
+        seconds=answer["seconds"],
+        records=tuple(LayerRecord.from_dict(record) for record in answer["records"]),
     )
-
-
-def _perplexity(model: Any, tokens: Tensor) -> float:
-    return perplexity(model, tokens, sequence_length=256)
 
 
 def demo_models(everything: bool) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from layerwise.adapters.linear import is_transposed
 from layerwise.errors import SolveError, UsageError
 from layerwise.run.perplexity import evaluation_mode
 from layerwise.solve import Chain
@@ -70,7 +71,7 @@ def _steps(solver: Any) -> Iterator[Any]:
 
 def gradient_norms(
     model: nn.Module,
-    linears: Mapping[str, nn.Linear],
+    linears: Mapping[str, nn.Module],
     tokens: Tensor,  # (sequences, length)
     statistic: GradientStatistic,
 ) -> dict[str, Tensor]:
@@ -93,7 +94,7 @@ def gradient_norms(
     Returns
     -------
     dict of str to Tensor
-        For every name a float32 matrix of the shape of the weight, on the CPU.
+        For every name a float32 matrix (out, in), on the CPU.
 
     Raises
     ------
@@ -108,7 +109,7 @@ def gradient_norms(
             "loss gradients need sequences of at least 2 tokens: raise sequence_length"
         )
         raise UsageError(message)
-    weights = {name: linear.weight for name, linear in linears.items()}
+    weights = {name: linear.get_parameter("weight") for name, linear in linears.items()}
     sums = {name: torch.zeros(weight.shape) for name, weight in weights.items()}
     half = any(weight.dtype == torch.float16 for weight in weights.values())
     scale = FLOAT16_LOSS_SCALE if half else 1.0
@@ -136,9 +137,13 @@ def gradient_norms(
     squared = statistic.norm == "l2"
     paper = statistic.scaling == "paper"
     divisor = count if not paper else length if squared else length**0.5
-    return {
+    norms = {
         name: (total / divisor).sqrt() if squared else total / divisor
         for name, total in sums.items()
+    }
+    return {
+        name: norm.T.contiguous() if is_transposed(linears[name]) else norm
+        for name, norm in norms.items()
     }
 
 

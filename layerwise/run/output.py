@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
+from layerwise.adapters.linear import is_transposed
 from layerwise.errors import DataError
 from layerwise.run.atomic import atomic_write
 from layerwise.run.calibration import Calibration
@@ -38,6 +39,7 @@ class Manifest(BaseModel):
     sparsity: str
     group: str
     pruned: dict[str, str]  # parameter name -> tensor name in the checkpoint
+    transposed: list[str] = []  # pruned parameters that are stored as (in, out)
     untouched: dict[str, str]  # tensor name -> sha256 of its bytes in the source
     source: dict[str, str]  # file name -> sha256
     calibration: str
@@ -121,6 +123,7 @@ def write_output(
         sparsity=str(recipe.sparsity),
         group=recipe.group,
         pruned=pruned,
+        transposed=[name for name in weights if _is_transposed(model, name)],
         untouched=tensor_hashes(source, set(source.weight_map) - set(pruned.values())),
         source=source.sha256(),
         calibration=tokens.source,
@@ -129,6 +132,10 @@ def write_output(
     )
     text = json.dumps(manifest.model_dump(), indent=1, sort_keys=True)
     atomic_write(folder / FOLDER / MANIFEST, text.encode())
+
+
+def _is_transposed(model: nn.Module, parameter: str) -> bool:
+    return is_transposed(model.get_submodule(parameter.removesuffix(".weight")))
 
 
 def tensor_hashes(checkpoint: Checkpoint, names: set[str]) -> dict[str, str]:

@@ -30,7 +30,7 @@ from layerwise.moments import MomentAccumulator
 from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.records import LayerRecord
-from layerwise.run.streams import Call, visit_inputs
+from layerwise.run.streams import Call, Tap, visit_inputs
 from layerwise.solution import Solution
 from layerwise.solve import solve, solver_name
 
@@ -70,7 +70,7 @@ class BlockInputs:
 
     name: str
     block: nn.Module
-    targets: frozenset[str]  # linears to prune, relative to the block
+    stages: tuple[Stage, ...]  # linears to prune, in the order of the data flow
     calls: Sequence[Call]
     dense: Sequence[Tensor]  # hidden states of the dense model, per batch
     pruned: Sequence[Tensor]  # of the pruned model; the same object where there is one
@@ -94,18 +94,13 @@ def prune_block(
         Called after every matrix.
     """
     result = PrunedBlock()
-    stages = [
-        Stage(tuple(name for name in stage.linears if name in inputs.targets))
-        for stage in task.adapter.stages
-    ]
-    stages = [stage for stage in stages if stage.linears]
     if not task.staged:
-        accumulators = _collect_at_once(task, inputs, stages)
-        for stage, accumulator in zip(stages, accumulators, strict=True):
+        accumulators = _collect_at_once(task, inputs)
+        for stage, accumulator in zip(inputs.stages, accumulators, strict=True):
             _solve_stage(task, inputs, stage, accumulator, result, on_layer)
         return result
     dense = copy.deepcopy(inputs.block)
-    for index, stage in enumerate(stages):
+    for index, stage in enumerate(inputs.stages):
         same = index == 0 and inputs.pruned is inputs.dense
         accumulator = _collect_pair(task, inputs, dense, stage, same=same)
         _solve_stage(task, inputs, stage, accumulator, result, on_layer)
@@ -121,26 +116,26 @@ def advance(task: Task, inputs: BlockInputs, hidden: Sequence[Tensor]) -> list[T
         ]
 
 
-def _collect_at_once(
-    task: Task, inputs: BlockInputs, stages: Sequence[Stage]
-) -> list[MomentAccumulator]:
+def _collect_at_once(task: Task, inputs: BlockInputs) -> list[MomentAccumulator]:
     """Moments of all stages from one pass through the dense block."""
-    accumulators = [_accumulator(task, inputs, stage) for stage in stages]
-    visits = {
-        stage.linears[0]: _named_update(f"{inputs.name}.{stage.linears[0]}", accumulator)
-        for stage, accumulator in zip(stages, accumulators, strict=True)
-    }
+    accumulators = [_accumulator(task, inputs, stage) for stage in inputs.stages]
+    taps = [
+        Tap(stage, _named_update(inputs, stage, accumulator))
+        for stage, accumulator in zip(inputs.stages, accumulators, strict=True)
+    ]
     for _ in visit_inputs(
-        inputs.block, visits, inputs.calls, inputs.pruned, task.device, stop=True
+        inputs.block, taps, inputs.calls, inputs.pruned, task.device, inputs.name, stop=True
     ):
         pass
     return accumulators
 
 
-def _named_update(layer: str, accumulator: MomentAccumulator) -> Callable[[Tensor], None]:
-    def update(inputs: Tensor) -> None:
-        with _naming(layer):
-            accumulator.update(inputs)
+def _named_update(
+    inputs: BlockInputs, stage: Stage, accumulator: MomentAccumulator
+) -> Callable[..., None]:
+    def update(*batches: Tensor) -> None:
+        with _naming(f"{inputs.name}.{stage.linears[0]}"):
+            accumulator.update(*batches)
 
     return update
 
@@ -150,33 +145,38 @@ def _collect_pair(
 ) -> MomentAccumulator:
     """Moments of one stage from the dense and the partly pruned block, side by side."""
     accumulator = _accumulator(task, inputs, stage)
-    name = stage.linears[0]
-    with _naming(f"{inputs.name}.{name}"):
-        seen = _inputs_of(task, inputs, dense, name, inputs.dense)
-        if same:
-            for batch in seen:
-                accumulator.update(batch)
-        else:
-            seen_pruned = _inputs_of(task, inputs, inputs.block, name, inputs.pruned)
-            for batch, pruned_batch in zip(seen, seen_pruned, strict=True):
-                accumulator.update(batch, pruned_batch)
+    update = _named_update(inputs, stage, accumulator)
+    seen = _inputs_of(task, inputs, dense, stage, inputs.dense)
+    if same:
+        for batch in seen:
+            update(batch)
+    else:
+        seen_pruned = _inputs_of(task, inputs, inputs.block, stage, inputs.pruned)
+        for batch, pruned_batch in zip(seen, seen_pruned, strict=True):
+            update(batch, pruned_batch)
     return accumulator
 
 
 def _inputs_of(
-    task: Task, inputs: BlockInputs, block: nn.Module, name: str, hidden: Sequence[Tensor]
+    task: Task,
+    inputs: BlockInputs,
+    block: nn.Module,
+    stage: Stage,
+    hidden: Sequence[Tensor],
 ) -> Iterator[Tensor]:
-    """Inputs of one linear of a block, batch by batch."""
+    """Inputs of one stage of a block, batch by batch."""
     seen: list[Tensor] = []
-    visits = {name: seen.append}
-    for _ in visit_inputs(block, visits, inputs.calls, hidden, task.device, stop=True):
+    taps = [Tap(stage, seen.append)]
+    for _ in visit_inputs(
+        block, taps, inputs.calls, hidden, task.device, inputs.name, stop=True
+    ):
         yield seen.pop()
 
 
 def _accumulator(task: Task, inputs: BlockInputs, stage: Stage) -> MomentAccumulator:
-    linears = [task.adapter.linear(inputs.block, name) for name in stage.linears]
-    weights = [linear.weight for linear in linears] if task.staged else []
-    return MomentAccumulator(linears[0].in_features, weights, task.device)
+    weights = [task.adapter.weight(inputs.block, name) for name in stage.linears]
+    width = weights[0].shape[1]
+    return MomentAccumulator(width, weights if task.staged else [], task.device)
 
 
 def _solve_stage(
@@ -192,14 +192,14 @@ def _solve_stage(
         moments = accumulator.moments()
     for index, name in enumerate(stage.linears):
         full_name = f"{inputs.name}.{name}"
-        linear = task.adapter.linear(inputs.block, name)
+        weight = task.adapter.weight(inputs.block, name)
         gradient_norm = inputs.gradients.get(name)
         if gradient_norm is not None:
-            gradient_norm = gradient_norm.to(linear.weight.device)
+            gradient_norm = gradient_norm.to(weight.device)
         start = time.perf_counter()
         with _naming(full_name):
             problem = LayerProblem.from_moments(
-                linear.weight,
+                weight.contiguous(),  # solvers see one layout, however it is stored
                 moments,
                 pattern=task.pattern,
                 damping=task.damping,
@@ -207,11 +207,10 @@ def _solve_stage(
                 gradient_norm=gradient_norm,
             )
             solution = solve(problem, task.solver)
-            stored = solution.weight.to(linear.weight.dtype)
+            stored = solution.weight.to(weight.dtype)
             seconds = time.perf_counter() - start
             record = _record(task, full_name, problem, solution, stored, seconds)
-        with torch.no_grad():
-            linear.weight.copy_(stored)  # last: the problem reads the dense weight
+        weight.copy_(stored)  # last: the problem reads the dense weight
         result.weights[name], result.masks[name] = stored.cpu(), solution.mask.cpu()
         result.records.append(record)
         on_layer(record)

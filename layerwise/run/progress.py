@@ -41,6 +41,10 @@ class PlainProgress:
         self._start = time.perf_counter()
         self._done, self._total = 0, 0
 
+    def on_note(self, text: str) -> None:
+        """Write a remark."""
+        self._write(text)
+
     def on_start(self, n_layers: int) -> None:
         """Announce the number of layers."""
         self._total = n_layers
@@ -75,6 +79,10 @@ class RichProgress:
             console=console,
         )
         self._task = self._progress.add_task("", total=None)
+
+    def on_note(self, text: str) -> None:
+        """Print a remark above the bar."""
+        self._console.print(text, markup=False, highlight=False)
 
     def on_start(self, n_layers: int) -> None:
         """Show the bar."""

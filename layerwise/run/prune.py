@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from layerwise.adapters import get_adapter
 from layerwise.patterns import NM, Pattern
+from layerwise.run.architecture import adapter_of, note_on
 from layerwise.run.calibration import Calibration, token_windows
 from layerwise.run.gradients import gradient_norms, required_gradient
 from layerwise.run.journal import Journal, check_output
@@ -51,7 +51,10 @@ BATCH = 8  # sequences per forward pass
 
 
 class Callback(Protocol):
-    """Told about a run as it happens; every method is optional in effect."""
+    """Told about a run as it happens; every method is optional in effect.
+
+    One that has a method ``on_note(text)`` is told what a reader of the log should know.
+    """
 
     def on_start(self, n_layers: int) -> None:
         """Everything was checked; `n_layers` matrices will be pruned."""
@@ -74,7 +77,7 @@ class PruneReport:
     records
         Figures of every pruned matrix, in order.
     masks
-        Mask of every pruned weight, by parameter name, True = kept.
+        Mask of every pruned weight, by parameter name and in its shape, True = kept.
     output_dir
         Where it was saved, or None.
     seconds
@@ -153,6 +156,7 @@ def prune_model(
         :mod:`layerwise.run.pipeline`.
     targets, ignore
         Class names, exact module names or ``re:...``; an entry must match something.
+        ``"Linear"`` is every linear layer, a ``Conv1D`` of transformers included.
     seed
         Of the calibration windows; the global generators are not touched.
     damping
@@ -195,10 +199,8 @@ def prune_model(
         check_output(output, force=force)
         check_storable(chosen)
     source, model = _open(model_or_path)
-    config = getattr(model, "config", None)
-    model_type = str(getattr(config, "model_type", type(model).__name__))
-    adapter = get_adapter(model_type)
-    solver = with_published_start(solver, model_type, chosen)
+    adapter = adapter_of(model)
+    solver = with_published_start(solver, model, chosen)
     selection = Selection(model, adapter, as_entries(targets), as_entries(ignore), chosen)
     tokens = token_windows(
         calibration,
@@ -216,6 +218,8 @@ def prune_model(
         journal = Journal(output, identity, force=force, resume=resume)
     listeners = tuple(callbacks)
     for listener in listeners:
+        if adapter.found and (on_note := getattr(listener, "on_note", None)) is not None:
+            on_note(note_on(model, adapter, selection))
         listener.on_start(len(selection.names))
     try:
         with evaluation_mode(model):
@@ -263,7 +267,7 @@ def _run(
         inputs = BlockInputs(
             name,
             block,
-            selection.targets_of(name),
+            selection.stages_of(name),
             stream.calls[index],
             dense,
             pruned,
@@ -271,8 +275,9 @@ def _run(
         )
         home = next(block.parameters()).device
         block.to(task.device)
+        last = index == len(selection.blocks) - 1  # nothing reads what comes behind it
         next_dense = dense
-        if task.error_correction != "sequential":
+        if task.error_correction != "sequential" and not last:
             next_dense = advance(task, inputs, dense)
         result = journal.read_block(index) if journal else None
         if result is None:
@@ -283,13 +288,14 @@ def _run(
         else:
             _restore(task, block, result, on_layer)
         done.append(result)
-        if task.error_correction == "sequential":
-            pruned = next_dense = advance(task, inputs, pruned)
-        elif task.error_correction == "full":
-            pruned = advance(task, inputs, pruned)
-        else:
-            pruned = next_dense
-        dense = next_dense
+        if not last:
+            if task.error_correction == "sequential":
+                pruned = next_dense = advance(task, inputs, pruned)
+            elif task.error_correction == "full":
+                pruned = advance(task, inputs, pruned)
+            else:
+                pruned = next_dense
+            dense = next_dense
         block.to(home)
     return done
 
@@ -304,7 +310,10 @@ def _gradients(
     statistic = required_gradient(task.solver)
     if statistic is None:
         return {}
-    names = {block: sorted(selection.targets_of(block)) for block in selection.blocks}
+    names = {
+        block: [name for stage in selection.stages_of(block) for name in stage.linears]
+        for block in selection.blocks
+    }
     linears = {
         f"{block}.{name}": task.adapter.linear(selection.blocks[block], name)
         for block, targets in names.items()
@@ -318,9 +327,8 @@ def _gradients(
 
 
 def _restore(task: Task, block: nn.Module, result: PrunedBlock, on_layer: Any) -> None:
-    with torch.no_grad():
-        for name, weight in result.weights.items():
-            task.adapter.linear(block, name).weight.copy_(weight)
+    for name, weight in result.weights.items():
+        task.adapter.weight(block, name).copy_(weight)
     for record in result.records:
         on_layer(record)
 

@@ -68,11 +68,12 @@ def choose_solver(
     return solver
 
 
-def with_published_start(solver: Any, model_type: str, pattern: Pattern) -> Any:
+def with_published_start(solver: Any, model: nn.Module, pattern: Pattern) -> Any:
     """Give ``fista-paper`` the warm start of the paper, unless one was chosen.
 
     SparseGPT prunes no columns, so there the start is Wanda's for every model.
     """
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
     start = PUBLISHED_STARTS.get(model_type, "wanda")
     if isinstance(pattern, Columns):
         start = "wanda"

@@ -2,17 +2,22 @@
 
 The model itself decides what a block is called with (masks, rotary embeddings, position
 ids): its forward pass is run once with every block replaced by a recorder, so no weight
-of a block is used and every keyword is kept, per block. A block may return a tensor or a
-tuple; the hidden states come first in both.
+of a block is used and every keyword is kept, per block. A block may return a tensor, a
+tuple or a list; the hidden states come first in all of them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from layerwise.adapters import Stage
+from layerwise.adapters.linear import matrix
+from layerwise.errors import UnsupportedModelError
 
 Visit = Callable[[Tensor], None]
 
@@ -33,7 +38,7 @@ class Call:
         output = block(
             hidden.to(device), *_move(self.args, device), **_move(self.kwargs, device)
         )
-        states: Tensor = output[0] if isinstance(output, tuple) else output
+        states: Tensor = output[0] if isinstance(output, tuple | list) else output
         return states.to(hidden.device)
 
 
@@ -91,7 +96,8 @@ def _other_outputs(
 
     def probe(*args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
-        seen.append((None,) * (len(output) - 1) if isinstance(output, tuple) else None)
+        several = isinstance(output, tuple | list)
+        seen.append((None,) * (len(output) - 1) if several else None)
         raise _Captured
 
     with _replaced_forward(block, probe):
@@ -120,13 +126,43 @@ def _replaced_forward(block: nn.Module, forward: Callable[..., Any]) -> Iterator
             block.forward = wrapped
 
 
+@dataclass(frozen=True)
+class Tap:
+    """Where the inputs of a stage are seen, and what is done with them."""
+
+    stage: Stage
+    visit: Visit  # of the inputs of one batch, shape (..., in)
+
+    @property
+    def name(self) -> str:
+        """Name of the first linear, relative to the block."""
+        return self.stage.linears[0]
+
+    def attach(self, block: nn.Module, visit: Visit) -> RemovableHandle:
+        """Hook the block; `visit` may end the forward pass by an exception."""
+        linear, source = block.get_submodule(self.name), self.stage.source
+        if source is None:
+
+            def before(_: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+                visit(args[0] if args else next(iter(kwargs.values())))
+
+            return linear.register_forward_pre_hook(before, with_kwargs=True)
+        width = matrix(linear).shape[1]
+
+        def behind(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            visit(output[..., :width])
+
+        return block.get_submodule(source.module).register_forward_hook(behind)
+
+
 @torch.no_grad()
 def visit_inputs(
     block: nn.Module,
-    linears: Mapping[str, Visit],
+    taps: Sequence[Tap],
     calls: Sequence[Call],
     hidden: Sequence[Tensor],
     device: torch.device,
+    block_name: str = "block",
     *,
     stop: bool,
 ) -> Iterator[Tensor | None]:
@@ -136,45 +172,56 @@ def visit_inputs(
     ----------
     block
         The block, on `device`.
-    linears
-        For each linear (name relative to the block) a function of its inputs.
+    taps
+        What to look at.
     calls, hidden
         How to call the block, and its input, per batch.
     device
         Where to compute.
+    block_name
+        Full name of the block, for messages.
     stop
-        Whether to stop a batch when all linears have been seen, which saves the rest of
+        Whether to stop a batch when all inputs have been seen, which saves the rest of
         the block; otherwise the block's output is yielded.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If a linear is not called, or called again, in a forward pass of the block: its
+        inputs would be missing or incomplete.
     """
     pending: set[str] = set()
 
-    def hook(name: str, visit: Visit) -> Callable[..., None]:
-        def look(
-            module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-        ) -> None:
-            visit(args[0] if args else kwargs["input"])
-            pending.discard(name)
+    def once(tap: Tap) -> Visit:
+        def look(inputs: Tensor) -> None:
+            if tap.name not in pending:
+                raise UnsupportedModelError(_not_once(block_name, tap.name, "twice"))
+            tap.visit(inputs)
+            pending.discard(tap.name)
             if stop and not pending:
                 raise _Captured
 
         return look
 
-    handles = [
-        block.get_submodule(name).register_forward_pre_hook(
-            hook(name, visit), with_kwargs=True
-        )
-        for name, visit in linears.items()
-    ]
-    try:
+    with ExitStack() as stack:
+        for tap in taps:
+            stack.callback(tap.attach(block, once(tap)).remove)
         for call, states in zip(calls, hidden, strict=True):
-            pending.update(linears)
-            try:
-                yield call.run(block, states, device)
-            except _Captured:
-                yield None
-    finally:
-        for handle in handles:
-            handle.remove()
+            pending.update(tap.name for tap in taps)
+            output: Tensor | None = None
+            with suppress(_Captured):
+                output = call.run(block, states, device)
+            if pending:
+                name = next(tap.name for tap in taps if tap.name in pending)
+                raise UnsupportedModelError(_not_once(block_name, name, "never"))
+            yield output
+
+
+def _not_once(block_name: str, name: str, count: str) -> str:
+    return (
+        f"{block_name}.{name} is called {count} in a forward pass of its block, so its "
+        f"inputs are not known; add it to ignore"
+    )
 
 
 def _move(value: Any, device: torch.device) -> Any:

@@ -1,20 +1,21 @@
 """Which linears to prune: ``targets`` minus ``ignore``, over the blocks of a model.
 
-An entry is a class name (``Linear``), an exact module name, or ``re:`` and a regular
-expression that must match from the start of the module name. An entry that matches
-nothing is an error that lists what is there, because a run that silently prunes nothing
-is the most expensive kind.
+Entries are those of :mod:`layerwise.run.entries`. One that matches nothing is an error
+that lists what is there, because a run that silently prunes nothing is the most expensive
+kind.
 """
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from layerwise.adapters import Adapter
+from layerwise.adapters import Adapter, Stage
+from layerwise.adapters.linear import is_transposed, matrix
 from layerwise.errors import InvalidProblemError, UsageError
 from layerwise.patterns import Pattern
+from layerwise.run.entries import matches
+from layerwise.run.unprunable import refuse_shared, refuse_unserved
 
 DEFAULT_IGNORE = ("lm_head",)  # need not exist
 
@@ -32,39 +33,61 @@ class Selection:
     ) -> None:
         self.targets, self.ignore = targets, ignore
         self.blocks = adapter.blocks_of(model)
+        self._adapter = adapter
         candidates = {
             f"{block}.{name}": adapter.linear(module, name)
             for block, module in self.blocks.items()
-            for name in adapter.linear_names()
+            for name in adapter.linear_names(block)
         }
-        self.names = select(model, candidates, targets, ignore)
+        modules = dict(model.named_modules())
+        unserved = {  # a linear itself, or the module that holds a parameter
+            name: modules.get(name) or modules[name.rpartition(".")[0]]
+            for name in adapter.unserved
+        }
+        refuse_unserved(model, adapter, unserved, targets, ignore)
+        self.names = select({**modules, **unserved}, candidates, targets, ignore)
+        refuse_shared(model, self.names)
+        self.transposed = {name for name in self.names if is_transposed(candidates[name])}
         for name in self.names:
-            linear = candidates[name]
+            rows, columns = matrix(candidates[name]).shape
             try:
-                pattern.check((linear.out_features, linear.in_features))
+                pattern.check((rows, columns))
             except InvalidProblemError as error:
                 message = f"{name}: {error}"
                 raise InvalidProblemError(message) from None
 
-    def targets_of(self, block: str) -> frozenset[str]:
-        """Names of the targets of a block, relative to it."""
+    def stages_of(self, block: str) -> tuple[Stage, ...]:
+        """Stages of a block with the chosen linears alone."""
         prefix = f"{block}."
-        return frozenset(
+        chosen = {
             name.removeprefix(prefix) for name in self.names if name.startswith(prefix)
-        )
+        }
+        stages = [stage.only(chosen) for stage in self._adapter.stages_of(block)]
+        return tuple(stage for stage in stages if stage.linears)
 
     def by_parameter(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors of all blocks by the name of the weight parameter."""
+        """Matrices (out, in) of all blocks, by weight parameter and in its orientation."""
         found = {
             f"{block}.{name}": tensor
             for block, part in zip(self.blocks, parts, strict=True)
             for name, tensor in part.items()
         }
-        return {f"{name}.weight": found[name] for name in self.names}
+        return {
+            f"{name}.weight": found[name].T.contiguous()
+            if name in self.transposed
+            else found[name]
+            for name in self.names
+        }
+
+    def share(self, model: nn.Module) -> float:
+        """Fraction of the parameters of the blocks that the chosen linears hold."""
+        blocks = [p for block in self.blocks.values() for p in block.parameters()]
+        chosen = [model.get_parameter(f"{name}.weight") for name in self.names]
+        return sum(p.numel() for p in chosen) / sum(p.numel() for p in blocks)
 
 
 def select(
-    model: nn.Module,
+    modules: Mapping[str, nn.Module],
     candidates: Mapping[str, nn.Module],
     targets: Sequence[str],
     ignore: Sequence[str],
@@ -73,8 +96,8 @@ def select(
 
     Parameters
     ----------
-    model
-        The model, whose other modules an `ignore` entry may name.
+    modules
+        Everything that an `ignore` entry may name.
     candidates
         Prunable linears by full name.
     targets, ignore
@@ -86,19 +109,18 @@ def select(
         If an entry matches nothing, or nothing is left.
     """
     for entry in targets:
-        if not any(_matches(entry, name, module) for name, module in candidates.items()):
+        if not any(matches(entry, name, module) for name, module in candidates.items()):
             raise UsageError(_no_match("targets", entry, candidates))
-    everything = dict(model.named_modules())
     for entry in ignore:
         if entry not in DEFAULT_IGNORE and not any(
-            _matches(entry, name, module) for name, module in everything.items()
+            matches(entry, name, module) for name, module in modules.items()
         ):
             raise UsageError(_no_match("ignore", entry, candidates))
     chosen = [
         name
         for name, module in candidates.items()
-        if any(_matches(entry, name, module) for entry in targets)
-        and not any(_matches(entry, name, module) for entry in ignore)
+        if any(matches(entry, name, module) for entry in targets)
+        and not any(matches(entry, name, module) for entry in ignore)
     ]
     if not chosen:
         message = (
@@ -107,16 +129,6 @@ def select(
         )
         raise UsageError(message)
     return chosen
-
-
-def _matches(entry: str, name: str, module: nn.Module) -> bool:
-    if entry.startswith("re:"):
-        try:
-            return re.match(entry[3:], name) is not None
-        except re.error as error:
-            message = f"{entry!r} is no regular expression: {error}"
-            raise UsageError(message) from None
-    return entry == name or entry == type(module).__name__
 
 
 def _no_match(argument: str, entry: str, candidates: Mapping[str, nn.Module]) -> str:

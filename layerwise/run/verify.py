@@ -66,7 +66,10 @@ def verify(folder: Path) -> list[Check]:
     weights = dict(checkpoint.tensors(tensors.difference(lost)))
     for name, tensor_name in manifest.pruned.items():
         if name in masks and tensor_name in weights:
-            found.inspect(tensor_name, weights[tensor_name], masks[name], pattern)
+            weight, mask = weights[tensor_name], masks[name]
+            if name in manifest.transposed:  # patterns live in (out, in)
+                weight, mask = weight.transpose(0, -1), mask.transpose(0, -1)
+            found.inspect(tensor_name, weight, mask, pattern)
     recorded = [f"{record.name}.weight" for record in read_layers(folder)]
     found.compare("layer log", sorted(manifest.pruned), sorted(recorded))
     return [

@@ -1,0 +1,180 @@
+"""The adapter of any other decoder, found by running the model once on a few tokens.
+
+The decoder blocks are the longest list of modules that hold linear layers and run one
+after the other. Inside a block, linears that receive the very same tensor form a stage,
+and stages are ordered by their first call. Blocks may differ: each has its own stages.
+
+What cannot be pruned is named, never skipped: linears that are not called exactly once,
+and matrices that belong to no linear layer, such as the fused experts of a mixture.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.adapters.base import Adapter, Stage
+from layerwise.adapters.linear import is_linear
+from layerwise.errors import UnsupportedModelError
+
+
+@dataclass
+class _Trace:
+    """What happened in one forward pass, in the order of time."""
+
+    blocks: list[str] = field(default_factory=list)  # full names
+    calls: list[tuple[str, Tensor, int]] = field(default_factory=list)
+    # per call of a linear: its full name, its input, the version of the input; the
+    # tensors stay alive, so that no two of them have the same identity
+
+
+def discover(model: nn.Module, tokens: Tensor) -> Adapter:
+    """Declaration of a model, written from one forward pass.
+
+    Parameters
+    ----------
+    model
+        A decoder in evaluation mode.
+    tokens
+        Token ids, shape (sequences, length).
+
+    Raises
+    ------
+    UnsupportedModelError
+        If there is no single list of decoder blocks, or it cannot be run.
+    """
+    lists = _lists_of_blocks(model)
+    trace = _run(model, lists, tokens)
+    name = _decoder(model, lists, trace)
+    by_block: dict[str, tuple[Stage, ...]] = {}
+    unserved: dict[str, str] = {}
+    for index, block in enumerate(lists[name]):
+        block_name = f"{name}.{index}"
+        calls = [call for call in trace.calls if call[0].startswith(f"{block_name}.")]
+        counts = Counter(linear for linear, _, _ in calls)
+        linears = {f"{block_name}.{n}": m for n, m in _linears(block)}
+        for linear in linears:
+            if counts[linear] != 1:
+                unserved[linear] = f"called {counts[linear]} times in a forward pass"
+        by_block[block_name] = _stages(block_name, calls, unserved)
+        unserved |= _large_parameters(block_name, block, linears)
+    return Adapter(type(model).__name__, name, (), by_block, unserved, found=True)
+
+
+def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, inner in module.named_modules():
+        if is_linear(inner):
+            yield name, inner
+
+
+def _lists_of_blocks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Module lists with linears inside; lists inside their members do not count."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        nested = any(name.startswith(f"{other}.") for other in found)
+        if isinstance(module, nn.ModuleList) and not nested and any(_linears(module)):
+            found[name] = module
+    return found
+
+
+@torch.no_grad()
+def _run(model: nn.Module, lists: Mapping[str, nn.ModuleList], tokens: Tensor) -> _Trace:
+    trace = _Trace()
+    with ExitStack() as stack:
+        for name, blocks in lists.items():
+            for index, block in enumerate(blocks):
+                _watch_block(stack, trace, f"{name}.{index}", block)
+        try:
+            model(input_ids=tokens, use_cache=False)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            message = (
+                f"this {type(model).__name__} cannot be run on token ids alone "
+                f"({type(error).__name__}: {reason}); it needs an adapter of its own"
+            )
+            raise UnsupportedModelError(message) from error
+    return trace
+
+
+def _watch_block(stack: ExitStack, trace: _Trace, name: str, block: nn.Module) -> None:
+    def enter(*_: Any) -> None:
+        trace.blocks.append(name)
+
+    def call(linear: str) -> Any:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            trace.calls.append((linear, inputs, inputs._version))
+
+        return note
+
+    stack.callback(block.register_forward_pre_hook(enter).remove)
+    for linear, module in _linears(block):
+        hook = call(f"{name}.{linear}")
+        stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+
+def _decoder(model: nn.Module, lists: Mapping[str, nn.ModuleList], trace: _Trace) -> str:
+    """Name of the longest list of blocks that ran."""
+    ran = {
+        name: [block for block in trace.blocks if block.startswith(f"{name}.")]
+        for name in lists
+    }
+    sizes = {name: len(lists[name]) for name, blocks in ran.items() if blocks}
+    longest = [name for name, size in sizes.items() if size == max(sizes.values())]
+    if len(longest) != 1:
+        kinds = ", ".join(sorted({type(m).__name__ for _, m in model.named_children()}))
+        found = ", ".join(f"{name} ({size} blocks)" for name, size in sizes.items())
+        message = (
+            f"this {type(model).__name__} has no single list of decoder blocks with "
+            f"linear layers; found: {found or f'none in {kinds or type(model).__name__}'}"
+        )
+        raise UnsupportedModelError(message)
+    name = longest[0]
+    if ran[name] != [f"{name}.{index}" for index in range(sizes[name])]:
+        message = (
+            f"the blocks of {name} do not run once each and in order, but "
+            f"{_shortened(ran[name])}; this model needs an adapter of its own"
+        )
+        raise UnsupportedModelError(message)
+    return name
+
+
+def _shortened(names: Sequence[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def _stages(
+    block_name: str,
+    calls: Sequence[tuple[str, Tensor, int]],
+    unserved: Mapping[str, str],
+) -> tuple[Stage, ...]:
+    """Linears grouped by their input tensor, in the order of first calls."""
+    groups: dict[tuple[int, int], list[str]] = {}
+    for linear, inputs, version in calls:
+        if linear not in unserved:
+            name = linear.removeprefix(f"{block_name}.")
+            groups.setdefault((id(inputs), version), []).append(name)
+    return tuple(Stage(tuple(names)) for names in groups.values())
+
+
+def _large_parameters(
+    block_name: str, block: nn.Module, linears: Mapping[str, nn.Module]
+) -> dict[str, str]:
+    """Matrices of no linear layer that are as large as the smallest linear of the block.
+
+    Routers, state matrices and depthwise filters are smaller and stay dense, as norms do.
+    """
+    own = {f"{name}.weight": module for name, module in linears.items()}
+    sizes = [module.get_parameter("weight").numel() for module in linears.values()]
+    smallest = min(sizes, default=1)
+    return {
+        name: f"a parameter of shape {tuple(parameter.shape)} of no linear layer"
+        for short, parameter in block.named_parameters()
+        if (name := f"{block_name}.{short}") not in own
+        and parameter.dim() > 1
+        and parameter.numel() >= smallest
+    }

@@ -1,0 +1,261 @@
+r"""ADMM: weights and mask in turn, with one factorization.
+
+In scaled variables ``Z = W D``, ``D = diag(G)^(1/2)``, the damped gram has a unit
+diagonal, ``Gs = D^-1 G D^-1``. Splitting the weights from their sparse copy gives
+
+    W <- (Ts + rho Z - V) (Gs + rho I)^-1,   Z <- (W + V / rho) on its mask,
+    V <- V + rho (W - Z),
+
+with Ts the scaled target and V the multiplier. Two published variants:
+
+- ``admm`` [1]_: 20 steps with rho = 1 and damping 0.1; the mask is refreshed in the first
+  15, at a sparsity that grows as ``s - s (1 - t / 15)^3``.
+- ``alps`` [2]_: rho grows with the number of support entries that still change, and a few
+  conjugate gradient steps finish on the final support.
+
+References
+----------
+.. [1] V. Boza, "Fast and Effective Weight Update for Pruned Large Language Models",
+   TMLR 2024, arXiv:2401.02938, algorithms 1 and 2.
+.. [2] X. Meng, K. Behdin, H. Wang, R. Mazumder, "ALPS: Improved Optimization for Highly
+   Sparse One-Shot Pruning for Large Language Models", NeurIPS 2024, arXiv:2406.07831,
+   algorithms 1 and 2.
+
+Notes
+-----
+Deviations: (1) any gram and cross-gram; (2) the mask of ``alps`` is that of the sparse
+copy, where the published program takes it from W at the end; (3) ``alps`` finishes with
+the exact refit where the published program stops after ten steps (`finish="cg"`).
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from layerwise.evaluate import evaluate
+from layerwise.patterns import FixedMask, Pattern, Unstructured
+from layerwise.problem import LayerProblem
+from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solvers.least_squares import LeastSquares, masked_cg
+
+RHO_EVERY = 3  # steps between two changes of rho
+BUSY, LIVELY, SETTLED = 0.1, 0.005, 3e-4  # shares of the support that changed
+PATIENT_STEPS = 30
+LARGEST_RHO = 1e6
+FINISH_ITERATIONS, FINISH_TOLERANCE = 10, 1e-4
+
+
+class Scaled:
+    """The damped problem in variables in which its gram has a unit diagonal."""
+
+    def __init__(self, problem: LayerProblem) -> None:
+        gram, _ = problem.damped()
+        self._root = gram.diagonal().sqrt()
+        self.gram = gram / self._root / self._root[:, None]
+        self._weight = problem.weight.to(problem.dtype)
+        self.dense = self._weight * self._root
+        shift = problem.shift
+        self._shift = None if shift is None else shift.to(problem.dtype) / self._root
+        values, self._vectors = torch.linalg.eigh(self.gram.double())
+        self._values = values.clamp(min=0)
+
+    def inverse(self, rho: float) -> Tensor:
+        """``(Gs + rho I)^-1``, in the precision of the problem."""
+        inverse: Tensor = (self._vectors / (self._values + rho)) @ self._vectors.T
+        return inverse.to(self.gram.dtype)
+
+    def weights_step(self, pull: Tensor, inverse: Tensor) -> Tensor:
+        """``(Ts + pull + rho dense) inverse``, written around the dense weight.
+
+        `pull` is ``rho (Z - dense) - V``; where it is zero and both models see the same
+        inputs, the result is the dense weight to the bit.
+        """
+        if self._shift is not None:
+            pull = pull + self._shift
+        return torch.addmm(self.dense, pull, inverse)
+
+    def residual(self, scaled: Tensor) -> Tensor:
+        """``Ts - scaled Gs``."""
+        result = (self.dense - scaled) @ self.gram
+        return result if self._shift is None else result + self._shift
+
+    def unscaled(self, scaled: Tensor, mask: Tensor) -> Tensor:
+        """Weights in the original variables, zero off the mask."""
+        weight = self._weight + (scaled - self.dense) / self._root
+        return torch.where(mask, weight, 0)
+
+
+@dataclass(frozen=True)
+class ADMM:
+    """A fixed number of steps with a mask that becomes sparser on the way.
+
+    Cost: one eigendecomposition O(in^3) and a product O(2 out in^2) a step.
+
+    Parameters
+    ----------
+    damping
+        Relative ridge of this method, in place of the problem's own.
+    rho
+        Weight of the splitting, in units of the scaled diagonal.
+    iterations
+        Steps in all.
+    mask_iterations
+        Steps that refresh the mask.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"gram"})
+    guarantee: ClassVar[str] = "none"
+    name: str = "admm"
+    damping: float = 0.1
+    rho: float = 1.0
+    iterations: int = 20
+    mask_iterations: int = 15
+
+    def can_solve(self, problem: LayerProblem) -> bool:
+        """Every pattern; a mask that is fixed only has its weights updated."""
+        return True
+
+    def solve(
+        self,
+        problem: LayerProblem,
+        *,
+        initial: Solution | None = None,
+        on_iteration: OnIteration | None = None,
+    ) -> Solution:
+        """Alternate from the dense weight."""
+        own = problem.with_damping(self.damping)
+        damping = own.factor().damping
+        scaled = Scaled(own.with_damping(damping))
+        inverse = scaled.inverse(self.rho)
+        mask = problem.pattern.mask(scaled.dense.abs())
+        center = scaled.dense
+        for step in range(1, self.iterations + 1):
+            if step <= self.mask_iterations:
+                pattern = _gradual(problem.pattern, step / self.mask_iterations)
+                mask = pattern.mask(center.abs())
+            # copy - V / rho is the center on the mask, and minus the center off it
+            pull = torch.where(mask, center, -center).sub_(scaled.dense).mul_(self.rho)
+            weight = scaled.weights_step(pull, inverse)
+            center = torch.where(mask, weight, weight + center)
+        sparse = scaled.unscaled(center, mask)
+        return evaluate(
+            problem,
+            sparse,
+            mask,
+            Status.FEASIBLE,
+            iterations=self.iterations,
+            stats={"damping": damping},
+        )
+
+
+@dataclass(frozen=True)
+class ALPS:
+    """Steps whose rho follows the support, then a refit on the support they settle on.
+
+    Cost: one eigendecomposition O(in^3), a product O(2 out in^2) a step, an inverse
+    O(2 in^3) every third step, and the refit.
+
+    Parameters
+    ----------
+    rho
+        First weight of the splitting.
+    iterations
+        Most steps.
+    finish
+        ``"exact"`` refits to a certificate; ``"cg"`` takes the published ten steps.
+    memory_budget
+        Bytes for the row systems of the refit.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"gram"})
+    name: str = "alps"
+    rho: float = 0.1
+    iterations: int = 300
+    finish: Literal["exact", "cg"] = "exact"
+    memory_budget: int = LeastSquares.memory_budget
+
+    @property
+    def guarantee(self) -> str:
+        """What is certified."""
+        return "certified refit" if self.finish == "exact" else "none"
+
+    def can_solve(self, problem: LayerProblem) -> bool:
+        """Every pattern."""
+        return True
+
+    def solve(
+        self,
+        problem: LayerProblem,
+        *,
+        initial: Solution | None = None,
+        on_iteration: OnIteration | None = None,
+    ) -> Solution:
+        """Alternate until the support stays, then refit."""
+        problem, _ = problem.factorized()
+        scaled = Scaled(problem)
+        mask, copy, steps = self._alternate(problem.pattern, scaled)
+        stats = {"damping": problem.damping}
+        if self.finish == "exact":
+            weight = scaled.unscaled(copy, mask)
+            start = evaluate(problem, weight, mask, Status.FEASIBLE)
+            posed = problem.with_pattern(FixedMask(mask))
+            refit = LeastSquares(memory_budget=self.memory_budget)
+            found = refit.solve(posed, initial=start)
+            fixed = isinstance(problem.pattern, FixedMask)
+            status = found.status if fixed else Status.FEASIBLE
+            return replace(found, status=status, iterations=steps)
+        sides = torch.where(mask, scaled.residual(copy), 0)
+        change, _ = masked_cg(scaled.gram, mask, sides, FINISH_TOLERANCE, FINISH_ITERATIONS)
+        weight = scaled.unscaled(copy + change, mask)
+        return evaluate(
+            problem, weight, mask, Status.FEASIBLE, iterations=steps, stats=stats
+        )
+
+    def find(self, problem: LayerProblem) -> Tensor:
+        """Mask that the steps settle on, without the refit."""
+        problem, _ = problem.factorized()
+        return self._alternate(problem.pattern, Scaled(problem))[0]
+
+    def _alternate(self, pattern: Pattern, scaled: Scaled) -> tuple[Tensor, Tensor, int]:
+        """Mask, sparse copy and number of steps."""
+        rho, grown = self.rho, False
+        inverse = scaled.inverse(rho)
+        first = pattern.mask(scaled.dense.abs())
+        copy = torch.where(first, scaled.dense, 0)
+        dual = torch.zeros_like(copy)
+        mask, last, step = first, first, 0
+        for step in range(1, self.iterations + 1):
+            pull = torch.sub(copy, scaled.dense).mul_(rho).sub_(dual)
+            center = scaled.weights_step(pull, inverse).add_(dual, alpha=1 / rho)
+            mask = pattern.mask(center.abs())
+            copy = center * mask
+            dual = (center - copy).mul_(rho)
+            if step % RHO_EVERY:
+                continue
+            changed = int((mask & ~last).sum())
+            share, last = changed / max(int(mask.sum()), 1), mask
+            if changed == 0 and grown:
+                break
+            if step >= PATIENT_STEPS and share < SETTLED:
+                break
+            if share > BUSY:
+                rho, grown = min(rho * 1.3, LARGEST_RHO), True
+            elif share > LIVELY:
+                rho, grown = min(rho * 1.2, LARGEST_RHO), True
+            elif changed and grown:
+                rho = min(rho * 1.1, LARGEST_RHO)
+            else:  # frozen before rho ever grew: it started too large
+                rho /= 5
+                copy, last = torch.where(first, scaled.dense, 0), first
+                dual = torch.zeros_like(copy)
+            inverse = scaled.inverse(rho)
+        return mask, copy, step
+
+
+def _gradual(pattern: Pattern, progress: float) -> Pattern:
+    """Pattern at an earlier time: sparsity ``s - s (1 - t)^3``."""
+    if isinstance(pattern, Unstructured):
+        return replace(pattern, sparsity=pattern.sparsity * (1 - (1 - progress) ** 3))
+    return pattern

@@ -1,0 +1,105 @@
+r"""The recommended composition: mask by ALPS, exact swaps, certified refit.
+
+========  ===========================================================================
+effort    steps
+========  ===========================================================================
+fast      ALPS, refitted exactly
+balanced  the mask of ALPS refined by swaps with exact refits
+thorough  the same, and a tabu search beyond the local minimum
+========  ===========================================================================
+
+Every step starts at the mask of the one before and never raises the damped objective, so
+the answer is at most that of ``alps``, and of ``swaps`` started there. A mask that is
+fixed is only refitted, and columns are left at the choice of ALPS.
+
+References
+----------
+.. [1] X. Meng, K. Behdin, H. Wang, R. Mazumder, "ALPS: Improved Optimization for Highly
+   Sparse One-Shot Pruning for Large Language Models", NeurIPS 2024, arXiv:2406.07831 (the
+   mask to start from; :mod:`layerwise.solvers.swaps` names the sources of the search).
+
+Notes
+-----
+Chosen by measurement on layers of the packaged models; see ``docs/choosing.md``.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+
+from layerwise.errors import UsageError
+from layerwise.evaluate import evaluate
+from layerwise.patterns import NM, Unstructured
+from layerwise.problem import LayerProblem
+from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solvers.admm import ALPS
+from layerwise.solvers.least_squares import LeastSquares
+from layerwise.solvers.swaps import Swaps
+
+Effort = Literal["fast", "balanced", "thorough"]
+EFFORTS: tuple[str, ...] = get_args(Effort)
+
+TABU_STEPS = 1000
+NM_CANDIDATES = 32  # few of them share a group
+
+
+@dataclass(frozen=True)
+class Best:
+    """ALPS, swaps, exact refit, as far as the effort allows.
+
+    Cost: that of ``alps``, and some rounds O(out kept^2 candidates) of ``swaps``;
+    memory O(kept^2) a row.
+
+    Parameters
+    ----------
+    effort
+        ``"fast"``, ``"balanced"`` or ``"thorough"``.
+    memory_budget
+        Bytes for the rows that are worked on together.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"gram"})
+    guarantee: ClassVar[str] = "certified refit, never worse than its parts"
+    name: str = "best"
+    effort: Effort = "balanced"
+    memory_budget: int = LeastSquares.memory_budget
+
+    def __post_init__(self) -> None:
+        if self.effort not in EFFORTS:
+            message = f"effort is one of {', '.join(EFFORTS)}, got {self.effort!r}"
+            raise UsageError(message)
+
+    def can_solve(self, problem: LayerProblem) -> bool:
+        """Every pattern."""
+        return True
+
+    def solve(
+        self,
+        problem: LayerProblem,
+        *,
+        initial: Solution | None = None,
+        on_iteration: OnIteration | None = None,
+    ) -> Solution:
+        """Choose a mask, refine it, refit it."""
+        alps = ALPS(memory_budget=self.memory_budget)
+        movable = isinstance(problem.pattern, Unstructured | NM)
+        if self.effort == "fast" or not movable:
+            return alps.solve(problem)
+        mask = alps.find(problem)
+        start = evaluate(
+            problem,
+            torch.where(mask, problem.weight.to(problem.dtype), 0),
+            mask,
+            Status.FEASIBLE,
+        )
+        return self._swaps(problem).solve(problem, initial=start, on_iteration=on_iteration)
+
+    def _swaps(self, problem: LayerProblem) -> Swaps:
+        thorough = self.effort == "thorough"
+        many = isinstance(problem.pattern, NM) and not thorough
+        return Swaps(
+            candidates=NM_CANDIDATES if many else Swaps.candidates,
+            tabu=TABU_STEPS if thorough else 0,
+            memory_budget=self.memory_budget,
+        )

@@ -1,0 +1,154 @@
+r"""Greedy optimal brain surgeon: one weight at a time, the rest refitted exactly.
+
+With ``A = (G_SS)^-1`` the inverse of the damped gram on the support of a row and v the
+weights that are optimal there, removing j costs ``v_j^2 / A_jj``
+(:mod:`layerwise.solvers.supports`). The cheapest entry goes, weights and inverse follow,
+and so on. Rows are independent: each has a path of removals, and the pattern decides how
+far along its path a row goes. With one budget for the layer, the next removal is always
+taken from the row in which it is cheapest.
+
+References
+----------
+.. [1] B. Hassibi, D. Stork, "Second Order Derivatives for Network Pruning: Optimal Brain
+   Surgeon", NIPS 1992, equation 5.
+.. [2] E. Frantar, S. P. Singh, D. Alistarh, "Optimal Brain Compression", NeurIPS 2022,
+   arXiv:2208.11580, algorithms 1 and 2 (paths of rows, global selection).
+"""
+
+import heapq
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from layerwise.evaluate import evaluate
+from layerwise.patterns import NM, FixedMask, Unstructured
+from layerwise.problem import LayerProblem
+from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solvers.least_squares import LeastSquares
+from layerwise.solvers.supports import Supports
+
+COMPACT_EVERY = 8  # times on the way to an empty row
+
+
+@dataclass(frozen=True)
+class OBS:
+    """Greedy removal with exact refits. Cost O(out removed in^2), memory O(in^2) a row.
+
+    Parameters
+    ----------
+    memory_budget
+        Bytes for the rows that are worked on together.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"gram"})
+    guarantee: ClassVar[str] = "certified refit"
+    name: str = "obs"
+    memory_budget: int = LeastSquares.memory_budget
+
+    def can_solve(self, problem: LayerProblem) -> bool:
+        """Unstructured and n:m; a mask that is fixed is only refitted."""
+        return isinstance(problem.pattern, Unstructured | NM | FixedMask)
+
+    def solve(
+        self,
+        problem: LayerProblem,
+        *,
+        initial: Solution | None = None,
+        on_iteration: OnIteration | None = None,
+    ) -> Solution:
+        """Follow the path of every row, then refit to a certificate."""
+        refit = LeastSquares(memory_budget=self.memory_budget)
+        if isinstance(problem.pattern, FixedMask):
+            return refit.solve(problem, initial=initial)
+        problem = problem.with_damping(problem.factor(torch.float64).damping)
+        chunk = Supports.chunk(problem, problem.shape[1], self.memory_budget)
+        every = torch.arange(len(problem.weight), device=problem.weight.device)
+        paths = [_path(problem, rows) for rows in torch.split(every, chunk)]
+        order = torch.cat([path.order for path in paths])
+        costs = torch.cat([path.costs for path in paths])
+        mask = _walk(problem, order, costs)
+        weight = torch.where(mask, problem.weight.to(problem.dtype), 0)
+        start = evaluate(problem, weight, mask, Status.FEASIBLE)
+        found = refit.solve(problem.with_pattern(FixedMask(mask)), initial=start)
+        return replace(found, status=Status.FEASIBLE)
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """Removals of some rows in their order.
+
+    Parameters
+    ----------
+    order
+        Column removed at each step, shape (rows, steps).
+    costs
+        What the removal added to the objective, shape (rows, steps).
+    """
+
+    order: Tensor
+    costs: Tensor
+
+
+def _path(problem: LayerProblem, rows: Tensor) -> Path:
+    """Greedy removals of some rows, as many as the pattern can ask for."""
+    pattern, width = problem.pattern, problem.shape[1]
+    full = torch.ones(len(rows), width, dtype=torch.bool, device=rows.device)
+    supports = Supports(problem, rows, full)
+    every = torch.arange(len(rows), device=rows.device)
+    order, costs = [], []
+    for step in range(_most_removed(problem)):
+        price = supports.removal_costs(every)
+        if isinstance(pattern, NM):
+            kept = supports.mask.view(len(rows), -1, pattern.m).sum(dim=2)
+            closed = (kept == pattern.n).repeat_interleave(pattern.m, dim=1)
+            closed = torch.nn.functional.pad(closed, (0, 1))
+            price = price.masked_fill(closed.gather(1, supports.index), torch.inf)
+        cost, slot = price.min(dim=1)
+        order.append(supports.index[every, slot])
+        costs.append(cost)
+        supports.remove(every, slot)
+        if (step + 1) % max(width // COMPACT_EVERY, 1) == 0:
+            supports.compact()
+    if not order:
+        nothing = torch.zeros(len(rows), 0, dtype=torch.long, device=rows.device)
+        return Path(nothing, nothing.double())
+    return Path(torch.stack(order, dim=1), torch.stack(costs, dim=1))
+
+
+def _most_removed(problem: LayerProblem) -> int:
+    """Steps of the longest path that may be needed."""
+    pattern, width = problem.pattern, problem.shape[1]
+    if isinstance(pattern, NM):
+        return width // pattern.m * (pattern.m - pattern.n)
+    assert isinstance(pattern, Unstructured)
+    if pattern.group == "row":
+        return pattern.removed(width)
+    return min(width, pattern.removed(width * len(problem.weight)))
+
+
+def _walk(problem: LayerProblem, order: Tensor, costs: Tensor) -> Tensor:
+    """Mask after every row went as far as the pattern says."""
+    pattern, (rows, width) = problem.pattern, problem.shape
+    counts = torch.full((rows, 1), order.shape[1], device=order.device)
+    if isinstance(pattern, Unstructured) and pattern.group == "layer":
+        taken = _cheapest(costs.tolist(), pattern.removed(rows * width))
+        counts = torch.tensor(taken, device=order.device)[:, None]
+    removed = torch.arange(order.shape[1], device=order.device) < counts
+    mask = torch.ones(rows, width + 1, dtype=torch.bool, device=order.device)
+    mask.scatter_(1, torch.where(removed, order, width), False)
+    return mask[:, :width].contiguous()
+
+
+def _cheapest(costs: list[list[float]], total: int) -> list[int]:
+    """How many steps each row takes if the cheapest next step is taken `total` times."""
+    counts = [0] * len(costs)
+    queue = [(path[0], row) for row, path in enumerate(costs) if path]
+    heapq.heapify(queue)
+    for _ in range(total):
+        _, row = heapq.heappop(queue)
+        counts[row] += 1
+        if counts[row] < len(costs[row]):
+            heapq.heappush(queue, (costs[row][counts[row]], row))
+    return counts

@@ -1,0 +1,118 @@
+r"""SparseSwaps: exchange entries of the mask while the weights stay at their dense values.
+
+With ``E = W - What`` (the removed weights) and ``g = E G + S`` (see
+:mod:`layerwise.problem`), pruning the kept u and restoring the removed q changes the
+objective of a row by exactly
+
+.. math:: 2 w_u g_u - 2 w_q g_q + w_u^2 G_{uu} + w_q^2 G_{qq} - 2 w_u w_q G_{uq}.
+
+All pairs are compared, and every row takes its best one while that lowers the objective.
+
+References
+----------
+.. [1] M. Zimmer et al., "SparseSwaps: Tractable LLM Pruning Mask Refinement at Scale",
+   arXiv:2512.10922.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from layerwise.evaluate import evaluate, residual
+from layerwise.patterns import NM, FixedMask, Unstructured
+from layerwise.problem import LayerProblem
+from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solvers.least_squares import LeastSquares
+from layerwise.solvers.wanda import Wanda
+
+GAIN = 1e-9  # smallest improvement worth a swap, relative to the energy of the row
+PAIRS = 4  # arrays of (in, in) that a row needs
+
+
+@dataclass(frozen=True)
+class SparseSwaps:
+    """Local search on the mask, weights unchanged; counts never change.
+
+    Cost: O(in^2) per row and round; memory O(in^2) a row.
+
+    Parameters
+    ----------
+    rounds
+        Most swaps per row.
+    memory_budget
+        Bytes for the rows that are worked on together.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"gram"})
+    guarantee: ClassVar[str] = "never worse than its start"
+    name: str = "sparse-swaps"
+    rounds: int = 100
+    memory_budget: int = LeastSquares.memory_budget
+
+    def can_solve(self, problem: LayerProblem) -> bool:
+        """Unstructured and n:m; a mask that is fixed is left alone."""
+        return isinstance(problem.pattern, Unstructured | NM | FixedMask)
+
+    def solve(
+        self,
+        problem: LayerProblem,
+        *,
+        initial: Solution | None = None,
+        on_iteration: OnIteration | None = None,
+    ) -> Solution:
+        """Refine the mask of `initial`, by default Wanda's."""
+        problem, _ = problem.factorized()
+        mask = (initial or Wanda().solve(problem)).mask.clone()
+        fixed = problem.with_pattern(FixedMask(mask))
+        chunk = max(1, self.memory_budget // (PAIRS * 8 * problem.shape[1] ** 2))
+        swaps = 0
+        every = torch.arange(len(mask), device=mask.device)
+        movable = not isinstance(problem.pattern, FixedMask)
+        for rows in torch.split(every, chunk) if movable else ():
+            swaps += self._refine(fixed.rows(rows), problem, mask, rows)
+        weight = torch.where(mask, problem.weight.to(problem.dtype), 0)
+        stats = {"damping": problem.damping, "swaps": float(swaps)}
+        return evaluate(problem, weight, mask, Status.FEASIBLE, stats=stats)
+
+    def _refine(
+        self, part: LayerProblem, problem: LayerProblem, mask: Tensor, rows: Tensor
+    ) -> int:
+        """Swap in some rows of the mask, in place, until none improves."""
+        group = None
+        if isinstance(problem.pattern, NM):
+            group = torch.arange(problem.shape[1], device=rows.device) // problem.pattern.m
+        gram = problem.gram.clone()
+        gram.diagonal().add_(problem.ridge)
+        swaps = 0
+        for _ in range(self.rounds):
+            best, pruned, restored = _best_pairs(part, gram, mask[rows], group)
+            moving = best < -GAIN * part.energy
+            if not bool(moving.any()):
+                break
+            mask[rows[moving], pruned[moving]] = False
+            mask[rows[moving], restored[moving]] = True
+            swaps += int(moving.sum())
+            rows, part = rows[moving], part.rows(moving.nonzero()[:, 0])
+        return swaps
+
+
+def _best_pairs(
+    problem: LayerProblem,
+    gram: Tensor,  # (in, in), damped
+    mask: Tensor,  # (rows, in)
+    group: Tensor | None,  # (in,)
+) -> tuple[Tensor, Tensor, Tensor]:  # (rows,) each
+    """Change by the best swap of every row, the entry it prunes, the one it restores."""
+    weight = problem.weight.double()
+    gradient = residual(problem, torch.where(mask, weight, 0))
+    own = weight.square() * gram.diagonal()
+    drop = (own + 2 * weight * gradient).masked_fill(~mask, torch.inf)
+    add = (own - 2 * weight * gradient).masked_fill(mask, torch.inf)
+    change = drop[:, :, None] + add[:, None, :]
+    change -= 2 * weight[:, :, None] * gram * weight[:, None, :]
+    if group is not None:
+        change.masked_fill_(group[:, None] != group, torch.inf)
+    best, flat = change.flatten(1).min(dim=1)
+    return best, flat // len(gram), flat % len(gram)

@@ -1,0 +1,263 @@
+r"""Swaps: exchange a kept entry for a removed one while that lowers the objective.
+
+Weights are refitted exactly with every swap, so the change of the objective that decides
+is exact (:mod:`layerwise.solvers.supports`). Per row and round, the removed entries with
+the largest ``r_q^2 [G^-1]_qq``, a bound on what adding them can gain, are compared with
+all kept ones, and the best pair is taken if it lowers the objective. Rows that find none
+are finished.
+
+Two extensions go beyond a local minimum. With one budget for the layer, a row in which a
+removal costs less than an addition gains elsewhere gives an entry to that row. And
+`tabu` steps [2]_ take the best swap even where it raises the objective, hold the entries
+that moved for some steps, and return the best mask on the way.
+
+References
+----------
+.. [1] M. Zimmer et al., "SparseSwaps: Tractable LLM Pruning Mask Refinement at Scale",
+   arXiv:2512.10922 (swaps without refits; here :mod:`layerwise.solvers.sparse_swaps`).
+.. [2] F. Glover, "Tabu Search - Part I", ORSA Journal on Computing 1989.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from layerwise.evaluate import evaluate
+from layerwise.patterns import NM, FixedMask, Pattern, Unstructured
+from layerwise.problem import LayerProblem
+from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solvers.least_squares import LeastSquares
+from layerwise.solvers.supports import Entries, Supports
+from layerwise.solvers.wanda import Wanda
+
+SPARE_SLOTS = 8  # entries that a row can win from others, with one budget for the layer
+HOLD_ENTERED = (3, 5, 8, 4, 11, 6)  # steps that an entry that came is held, in turn
+HOLD_LEFT = (2, 1, 3)  # steps that an entry that went is held
+TABU_PATIENCE = 250  # steps without a better mask after which a row gives up
+NOISE = 1e-12  # of a row's energy: changes below it are rounding
+
+
+@dataclass(frozen=True)
+class Swaps:
+    """Local search on the mask with exact refits; counts never change.
+
+    Cost: O(out kept^2 candidates) a round over the rows that still move; memory
+    O(kept^2) a row.
+
+    Parameters
+    ----------
+    rounds
+        Most swaps per row, and most exchanges of budget between rows.
+    candidates
+        Removed entries of a row that survive the screening.
+    tolerance
+        Smallest improvement worth a swap, relative to the mean objective of a row.
+    tabu
+        Steps of the search beyond the local minimum.
+    memory_budget
+        Bytes for the rows that are worked on together.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"gram"})
+    guarantee: ClassVar[str] = "certified refit, never worse than its start"
+    name: str = "swaps"
+    rounds: int = 100
+    candidates: int = 16
+    tolerance: float = 1e-5
+    tabu: int = 0
+    memory_budget: int = LeastSquares.memory_budget
+
+    def can_solve(self, problem: LayerProblem) -> bool:
+        """Unstructured and n:m; a mask that is fixed is only refitted."""
+        return isinstance(problem.pattern, Unstructured | NM | FixedMask)
+
+    def solve(
+        self,
+        problem: LayerProblem,
+        *,
+        initial: Solution | None = None,
+        on_iteration: OnIteration | None = None,
+    ) -> Solution:
+        """Refine the mask of `initial`, by default Wanda's."""
+        refit = LeastSquares(memory_budget=self.memory_budget)
+        if isinstance(problem.pattern, FixedMask):
+            return refit.solve(problem, initial=initial)
+        problem = problem.with_damping(problem.factor(torch.float64).damping)
+        mask = (initial or Wanda().solve(problem)).mask.clone()
+        most = int(mask.sum(dim=1).amax()) + SPARE_SLOTS
+        chunk = Supports.chunk(problem, most, self.memory_budget)
+        weight = torch.zeros_like(mask, dtype=torch.float64)
+        history: list[Mapping[str, float]] = []
+        every = torch.arange(len(mask), device=mask.device)
+        for rows in torch.split(every, chunk):
+            search = _Search(self, problem, rows, mask[rows], history, on_iteration)
+            search.run()
+            mask[rows] = search.supports.mask
+            weight[rows] = search.supports.dense(search.all)
+        found = evaluate(problem, weight.to(problem.dtype), mask, Status.FEASIBLE)
+        found = refit.solve(problem.with_pattern(FixedMask(mask)), initial=found)
+        swaps = sum(entry["swaps"] for entry in history)
+        return replace(
+            found,
+            status=Status.FEASIBLE,
+            iterations=len(history),
+            history=tuple(history),
+            stats={**found.stats, "swaps": swaps},
+        )
+
+
+class _Search:
+    """Search over some rows of the layer."""
+
+    def __init__(
+        self,
+        options: Swaps,
+        problem: LayerProblem,
+        rows: Tensor,
+        mask: Tensor,
+        history: list[Mapping[str, float]],
+        on_iteration: OnIteration | None,
+    ) -> None:
+        self._options, self._problem, self._rows = options, problem, rows
+        self._history, self._on_iteration = history, on_iteration
+        self._shared = isinstance(problem.pattern, Unstructured) and (
+            problem.pattern.group == "layer"
+        )
+        self._bound = problem.factor(torch.float64).inverse_diagonal()
+        self.all = torch.arange(len(rows), device=rows.device)
+        self._restart(mask)
+        self._objective = self.supports.objective()
+        least = options.tolerance * self._objective.mean()
+        self._least = torch.maximum(least, NOISE * problem.energy[rows])
+
+    def _restart(self, mask: Tensor) -> None:
+        spare = SPARE_SLOTS if self._shared else 0
+        self.supports = Supports(self._problem, self._rows, mask, spare)
+
+    def run(self) -> None:
+        """Descend; leave the minimum if asked to; move budget between rows."""
+        self._descend(self.all)
+        if self._options.tabu:
+            self._wander()
+        if self._shared:
+            self._share_budget()
+
+    def _descend(self, rows: Tensor) -> None:
+        """Take improving swaps until no row finds one."""
+        for _ in range(self._options.rounds):
+            entries, change = self._changes(rows)
+            best, flat = change.flatten(1).min(dim=1)
+            moving = (best < -self._least[rows]).nonzero()[:, 0]
+            if len(moving) == 0:
+                return
+            self._take(rows, entries, moving, flat)
+            self._objective[rows[moving]] += best[moving]
+            self._report(len(moving))
+            rows = rows[moving]
+
+    def _changes(self, rows: Tensor) -> tuple[Entries, Tensor]:
+        """Candidates, and the change by every swap that the pattern allows."""
+        supports = self.supports
+        entries = supports.entries(rows, self._bound, self._options.candidates)
+        change = supports.exchanges(rows, entries)
+        pattern: Pattern = self._problem.pattern
+        if isinstance(pattern, NM):
+            groups = supports.index[rows][:, None, :] // pattern.m
+            other = groups != (entries.index // pattern.m)[:, :, None]
+            change = change.masked_fill(other, torch.inf)
+        return entries, change
+
+    def _take(self, rows: Tensor, entries: Entries, moving: Tensor, flat: Tensor) -> None:
+        """Carry out the chosen swap of some rows."""
+        slots = self.supports.index.shape[1]
+        self.supports.exchange(
+            rows[moving], entries.of(moving), flat[moving] // slots, flat[moving] % slots
+        )
+
+    def _wander(self) -> None:
+        """Tabu search; the supports end at the best mask that each row met."""
+        supports, rows = self.supports, self.all
+        free_at = torch.zeros_like(supports.mask, dtype=torch.long)  # step, by entry
+        current, best = self._objective.clone(), self._objective.clone()
+        best_mask, record_at = supports.mask.clone(), torch.zeros_like(rows)
+        for step in range(self._options.tabu):
+            rows = rows[step - record_at[rows] < TABU_PATIENCE]
+            if len(rows) == 0:
+                break
+            entries, change = self._changes(rows)
+            held = torch.nn.functional.pad(free_at[rows], (0, 1)) > step
+            tabu = held.gather(1, supports.index[rows])[:, None, :]
+            tabu = tabu | held.gather(1, entries.index)[:, :, None]
+            goal = best[rows] - self._least[rows] - current[rows]
+            change = change.masked_fill(tabu & (change >= goal[:, None, None]), torch.inf)
+            lowest, flat = change.flatten(1).min(dim=1)
+            moving = torch.isfinite(lowest).nonzero()[:, 0]
+            moved, before = rows[moving], supports.mask[rows[moving]]
+            self._take(rows, entries, moving, flat)
+            after = supports.mask[moved]
+            times = free_at[moved]
+            times[after & ~before] = step + 1 + HOLD_ENTERED[step % len(HOLD_ENTERED)]
+            times[before & ~after] = step + 1 + HOLD_LEFT[step % len(HOLD_LEFT)]
+            free_at[moved] = times
+            current[moved] += lowest[moving]
+            record = moved[current[moved] < best[moved] - self._least[moved]]
+            best[record], record_at[record] = current[record], step
+            best_mask[record] = supports.mask[record]
+        self._objective = best
+        self._restart(best_mask)
+        self._report(0)
+
+    def _share_budget(self) -> None:
+        """Move entries from rows that hardly need them to rows that do, while it pays."""
+        costs, slots = self.supports.removal_costs(self.all).min(dim=1)
+        gains = self._largest_gains(self.all)
+        for _ in range(self._options.rounds):
+            givers, takers = _match(costs, gains, self._least)
+            if len(givers) == 0:
+                return
+            entries = self.supports.entries(takers, self._bound, self._options.candidates)
+            gained, chosen = entries.gains.max(dim=1)
+            self.supports.add(takers, entries, chosen)
+            self.supports.remove(givers, slots[givers])
+            self._objective[takers] -= gained
+            self._objective[givers] += costs[givers]
+            self._report(len(givers))
+            touched = torch.cat([givers, takers])
+            self._descend(touched)
+            costs[touched], slots[touched] = self.supports.removal_costs(touched).min(dim=1)
+            gains[touched] = self._largest_gains(touched)
+
+    def _largest_gains(self, rows: Tensor) -> Tensor:
+        """What the best addition to each row gains; nothing where no slot is free."""
+        entries = self.supports.entries(rows, self._bound, self._options.candidates)
+        full = (self.supports.index[rows] < self.supports.width).all(dim=1)
+        return entries.gains.amax(dim=1).masked_fill(full, 0)
+
+    def _report(self, swaps: int) -> None:
+        entry = {"objective": float(self._objective.sum()), "swaps": float(swaps)}
+        self._history.append(entry)
+        if self._on_iteration is not None:
+            self._on_iteration(entry)
+
+
+def _match(costs: Tensor, gains: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of rows, the cheapest removal with the largest gain, as long as it pays."""
+    by_cost, by_gain = costs.argsort().tolist(), (-gains).argsort().tolist()
+    cost, gain, margin = costs.tolist(), gains.tolist(), least.tolist()
+    givers: list[int] = []
+    takers: list[int] = []
+    used: set[int] = set()
+    cheapest = iter(by_cost)
+    for taker in by_gain:
+        if taker in used:
+            continue
+        giver = next((row for row in cheapest if row not in used and row != taker), None)
+        if giver is None or gain[taker] - cost[giver] <= margin[taker]:
+            break
+        givers.append(giver)
+        takers.append(taker)
+        used.update((giver, taker))
+    return costs.new_tensor(givers).long(), costs.new_tensor(takers).long()

@@ -1,0 +1,214 @@
+"""Twelve layer problems of the packaged models, with held-out moments of the same layers.
+
+Four matrices each from the middle of OPT and LLaMA, and in and out projections of two
+Mamba blocks. Both models of a problem are the dense one (X = Xhat). The moments behind
+the problems come from the calibration text, the held-out moments from the evaluation
+text, which no model was trained on: weights can be judged on tokens that their solver
+never saw. ``python -m tests.benchmarks.captured FOLDER`` fills the cache.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from layerwise.demo import MODELS, calibration_text, evaluation_text, model_path
+from layerwise.moments import MomentAccumulator, Moments
+from layerwise.patterns import Pattern
+from layerwise.problem import LayerProblem
+from layerwise.run.atomic import atomic_write
+from layerwise.run.calibration import token_windows
+from layerwise.run.perplexity import evaluation_mode
+from layerwise.run.sources import code_identity
+from layerwise.run.storage import Checkpoint
+from layerwise.run.tokens import encode
+
+BATCH = 8
+LENGTH = 256  # tokens per window
+N_SEQUENCES = 64  # calibration windows, as in the demonstration
+HELD_OUT_SEQUENCES = 64
+
+LAYERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "opt": tuple(
+            f"model.decoder.layers.2.{name}"
+            for name in ("self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2")
+        ),
+        "llama": tuple(
+            f"model.layers.2.{name}_proj"
+            for name in ("self_attn.q", "self_attn.o", "mlp.up", "mlp.down")
+        ),
+        "mamba": tuple(
+            f"backbone.layers.{block}.mixer.{name}"
+            for block in (1, 2)
+            for name in ("in_proj", "out_proj")
+        ),
+    }
+)
+
+
+@dataclass(frozen=True, eq=False)
+class CapturedLayer:
+    """A layer of a packaged model.
+
+    Parameters
+    ----------
+    name
+        Model and module, as in ``llama/model.layers.2.mlp.up_proj``.
+    weight
+        Dense weight, shape (out, in), float32.
+    moments
+        Of the inputs on calibration text.
+    held_out_moments
+        Of the inputs on text that no model was trained on.
+    """
+
+    name: str
+    weight: Tensor
+    moments: Moments
+    held_out_moments: Moments
+
+    def problem(self, pattern: Pattern, damping: float = 0.01) -> LayerProblem:
+        """Layer problem on the calibration tokens."""
+        return LayerProblem.from_moments(
+            self.weight, self.moments, pattern=pattern, damping=damping
+        )
+
+    def held_out(self, pattern: Pattern, damping: float = 0.01) -> LayerProblem:
+        """The same problem on the held-out tokens: what weights are judged on."""
+        return LayerProblem.from_moments(
+            self.weight, self.held_out_moments, pattern=pattern, damping=damping
+        )
+
+
+def captured_layers(folder: Path, n_sequences: int = N_SEQUENCES) -> list[CapturedLayer]:
+    """Twelve layers, from the cache in a folder if it fits, else captured and cached.
+
+    Parameters
+    ----------
+    folder
+        Where one file per model and number of windows is kept.
+    n_sequences
+        Calibration windows of 256 tokens; a smaller number takes the first of them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    return [layer for model in MODELS for layer in _of_model(folder, model, n_sequences)]
+
+
+def _of_model(folder: Path, model: str, n_sequences: int) -> Iterator[CapturedLayer]:
+    path = folder / f"captured-{model}-{n_sequences}.safetensors"
+    wanted = identity(model, n_sequences)
+    if not _fits(path, wanted):
+        atomic_write(path, save(_capture(model, n_sequences), {"identity": wanted}))
+    with safe_open(path, framework="pt") as file:
+        for layer in LAYERS[model]:
+            yield CapturedLayer(
+                f"{model}/{layer}",
+                file.get_tensor(f"{layer}.weight"),
+                _read_moments(file, f"{layer}.calibration"),
+                _read_moments(file, f"{layer}.held_out"),
+            )
+
+
+def identity(model: str, n_sequences: int) -> str:
+    """Everything that decides what is captured, as one hash."""
+    parts = {
+        "model": Checkpoint.open(model_path(model)).sha256(),
+        "layers": LAYERS[model],
+        "windows": (n_sequences, HELD_OUT_SEQUENCES, LENGTH),
+        **code_identity(None, ["layerwise.moments", "layerwise.run.calibration"]),
+        "texts": [
+            hashlib.sha256(text.encode()).hexdigest()
+            for text in (calibration_text(), evaluation_text())
+        ],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _fits(path: Path, wanted: str) -> bool:
+    if not path.is_file():
+        return False
+    with safe_open(path, framework="pt") as file:
+        metadata: dict[str, str] = file.metadata() or {}
+    return metadata.get("identity") == wanted
+
+
+def _capture(name: str, n_sequences: int) -> dict[str, Tensor]:
+    checkpoint = Checkpoint.open(model_path(name))
+    model: Any = checkpoint.load_model()
+    tokenizer = checkpoint.load_tokenizer()
+    assert tokenizer is not None
+    calibration = token_windows(
+        [calibration_text()], tokenizer, n_sequences=n_sequences, sequence_length=LENGTH
+    )
+    held_out = encode(evaluation_text(), tokenizer)[: HELD_OUT_SEQUENCES * LENGTH]
+    tensors = {}
+    for layer in LAYERS[name]:
+        weight = model.get_submodule(layer).weight
+        tensors[f"{layer}.weight"] = weight.detach().float()
+    for kind, windows in (
+        ("calibration", calibration.tokens),
+        ("held_out", held_out.reshape(-1, LENGTH)),
+    ):
+        for layer, moments in _moments(model, LAYERS[name], windows).items():
+            assert moments.input_mean is not None
+            tensors[f"{layer}.{kind}.gram"] = moments.gram
+            tensors[f"{layer}.{kind}.mean"] = moments.input_mean
+            tensors[f"{layer}.{kind}.n_tokens"] = torch.tensor(moments.n_tokens)
+    return tensors
+
+
+def _moments(model: Any, layers: tuple[str, ...], windows: Tensor) -> dict[str, Moments]:
+    """Moments of the inputs of some layers over token windows, shape (windows, length)."""
+    sums = {
+        name: MomentAccumulator(model.get_submodule(name).weight.shape[1])
+        for name in layers
+    }
+    with ExitStack() as stack:
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(torch.no_grad())
+        for name, accumulator in sums.items():
+
+            def look(
+                module: object, args: Any, accumulator: MomentAccumulator = accumulator
+            ) -> None:
+                accumulator.update(args[0])
+
+            module = model.get_submodule(name)
+            handle = module.register_forward_pre_hook(look)
+            stack.callback(handle.remove)
+        for batch in torch.split(windows, BATCH):
+            model(input_ids=batch, use_cache=False)
+    return {name: accumulator.moments() for name, accumulator in sums.items()}
+
+
+def _read_moments(file: Any, prefix: str) -> Moments:
+    return Moments(
+        file.get_tensor(f"{prefix}.gram"),
+        input_mean=file.get_tensor(f"{prefix}.mean"),
+        n_tokens=int(file.get_tensor(f"{prefix}.n_tokens")),
+    )
+
+
+def main() -> None:
+    """Capture, and print what there is."""
+    torch.set_num_threads(1)
+    lines = [
+        f"{layer.name:45} {tuple(layer.weight.shape)} rank {layer.moments.rank}"
+        for layer in captured_layers(Path(sys.argv[1]))
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Mamba: the inputs of every linear, though one of them is never called."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from layerwise.errors import InvalidProblemError
+from layerwise.patterns import NM
+from layerwise.problem import LayerProblem
+from layerwise.run import pipeline
+from layerwise.run.pipeline import ERROR_CORRECTIONS
+from layerwise.run.prune import BATCH, prune_model
+from layerwise.solve import solve
+from tests.models import RANK, random_tokens, tiny_model, weight_of
+from tests.tolerances import MOMENTS
+
+LENGTH = 10
+TOKENS = random_tokens(BATCH + 2, LENGTH)
+ROUNDING = MOMENTS[torch.float64]
+LINEARS = {
+    "mamba": ["in_proj", "x_proj", "dt_proj", "out_proj"],
+    "falcon_mamba": ["in_proj", "x_proj", "dt_proj", "out_proj"],
+    "mamba2": ["in_proj", "out_proj"],
+}
+WITH_TIME_STEPS = ["mamba", "falcon_mamba"]
+
+
+def time_step_inputs(model: Any, index: int) -> Tensor:
+    """Inputs of ``dt_proj`` by the formula of the mixer, shape (rank, tokens)."""
+    mixer = model.backbone.layers[index].mixer
+    seen: list[Tensor] = []
+    handle = mixer.x_proj.register_forward_hook(lambda *call: seen.append(call[2]))
+    with torch.no_grad():
+        for batch in torch.split(TOKENS, BATCH):
+            model(batch, use_cache=False)
+    handle.remove()
+    steps = torch.cat([output[..., :RANK].reshape(-1, RANK) for output in seen])
+    if model.config.model_type == "falcon_mamba":
+        mean_square = steps.float().square().mean(dim=1, keepdim=True)
+        root = torch.rsqrt(mean_square + model.config.mixer_rms_eps)
+        steps = (steps.float() * root).to(steps.dtype)
+    return steps.double().T
+
+
+def prune(
+    monkeypatch: pytest.MonkeyPatch, model: Any, mode: Any, **options: Any
+) -> dict[str, LayerProblem]:
+    """Prune in place; the problems that were posed, by layer."""
+    posed: list[LayerProblem] = []
+
+    def recording(problem: LayerProblem, solver: Any) -> Any:
+        posed.append(replace(problem, weight=problem.weight.clone()))
+        return solve(problem, solver)
+
+    monkeypatch.setattr(pipeline, "solve", recording)
+    report = prune_model(
+        model,
+        options.pop("method", "sparsegpt"),
+        options.pop("sparsity", 0.5),
+        calibration=TOKENS,
+        n_sequences=len(TOKENS),
+        sequence_length=LENGTH,
+        error_correction=mode,
+        **options,
+    )
+    names = [record.name for record in report.records]
+    return dict(zip(names, posed, strict=True))
+
+
+def stage_by_stage(dense: Any, pruned: Any, mode: str, index: int) -> tuple[Any, Any]:
+    """Models that X and Xhat of ``dt_proj`` of a block come from."""
+    if mode == "none":
+        return dense, dense
+    behind = copy.deepcopy(dense)
+    if mode != "block":
+        for earlier in range(index):
+            source = pruned.backbone.layers[earlier].state_dict()
+            behind.backbone.layers[earlier].load_state_dict(source)
+    if mode == "sequential":
+        return behind, behind
+    for name in ("in_proj", "x_proj"):
+        source = pruned.backbone.layers[index].mixer.get_submodule(name).state_dict()
+        behind.backbone.layers[index].mixer.get_submodule(name).load_state_dict(source)
+    return dense, behind
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return float((found - expected).abs().max()) <= ROUNDING * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("mode", ERROR_CORRECTIONS)
+@pytest.mark.parametrize("family", WITH_TIME_STEPS)
+def test_moments_of_the_time_steps(
+    family: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(family, layers=2, dtype=torch.float64)
+    dense = copy.deepcopy(model)
+    problems = prune(monkeypatch, model, mode)
+    for index in range(2):
+        problem = problems[f"backbone.layers.{index}.mixer.dt_proj"]
+        one, other = stage_by_stage(dense, model, mode, index)
+        inputs, seen = time_step_inputs(one, index), time_step_inputs(other, index)
+        n = TOKENS.numel()
+        assert problem.moments.n_tokens == n
+        assert close(problem.gram, seen @ seen.T / n)
+        assert close(problem.cross_gram, inputs @ seen.T / n)
+        outputs = weight_of(dense, f"backbone.layers.{index}.mixer.dt_proj") @ inputs
+        assert close(problem.energy, outputs.square().sum(dim=1) / n)
+
+
+@pytest.mark.parametrize("mode", ERROR_CORRECTIONS)
+@pytest.mark.parametrize("family", LINEARS)
+def test_dense_and_pruned_agree_where_nothing_is_removed(
+    family: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No drift appears from hooks, copies of blocks or the order of stages."""
+    model = tiny_model(family, dtype=torch.float64)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    problems = prune(monkeypatch, model, mode, method="wanda", sparsity=0.0)
+    names = [name.rpartition(".")[2] for name in problems]
+    assert names == 2 * LINEARS[family]
+    for name, problem in problems.items():
+        assert torch.equal(problem.cross_gram, problem.gram), name
+        assert not bool(problem.drift.any()), name
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_the_four_modes_pose_different_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    last = "backbone.layers.1.mixer.dt_proj"
+    grams = [
+        prune(monkeypatch, tiny_model("mamba"), mode)[last].gram
+        for mode in ERROR_CORRECTIONS
+    ]
+    for i, gram in enumerate(grams):
+        assert not any(torch.equal(gram, other) for other in grams[:i])
+
+
+def test_rank_that_is_no_multiple_of_m_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The width of ``dt_proj`` is the rank of the time steps, often an odd number."""
+    model = tiny_model("mamba")
+    options: Any = {"method": "wanda", "sparsity": None, "pattern": NM(4, 8)}
+    with pytest.raises(InvalidProblemError) as caught:
+        prune(monkeypatch, model, "block", **options)
+    message = str(caught.value)
+    assert message.startswith("backbone.layers.0.mixer.dt_proj: pattern 4:8 needs a width")
+    assert "ignore this layer" in message
+    problems = prune(monkeypatch, model, "block", ignore="re:.*dt_proj", **options)
+    assert len(problems) == 2 * 3
