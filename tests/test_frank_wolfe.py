@@ -194,6 +194,12 @@ def test_roundings_on_the_way_count() -> None:
     assert float(often.sum()) < float(once.sum())
 
 
+def test_equal_entries_are_rounded_by_wandas_score() -> None:
+    problem = LAYER.problem(NM(2, 4))
+    relaxed = RelaxedMask(problem, torch.full(LAYER.shape, 0.5), NOTHING)
+    assert torch.equal(relaxed.rounded(), lw.solve(problem, "wanda").mask)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_fixed_share_stays_kept(pattern: Pattern) -> None:
     problem = LAYER.problem(pattern)
