@@ -55,6 +55,10 @@ class LayerProblem:
         Row sums of ``(W X)^2 / tokens``, shape (out,), float64.
     damping
         Ridge relative to mean(diag(gram)).
+    gradient_norm
+        Size of the gradient of the model's loss with respect to every weight, shape
+        (out, in), for methods that ask for it. Gradients are linear in the inputs, so it
+        belongs to inputs of this scale: twice the inputs, twice the norm.
     """
 
     weight: Tensor
@@ -62,6 +66,7 @@ class LayerProblem:
     pattern: Pattern
     energy: Tensor
     damping: float = 0.01
+    gradient_norm: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_weight(self.weight, self.moments)
@@ -78,6 +83,8 @@ class LayerProblem:
         if not bool((self.energy >= 0).all() & torch.isfinite(self.energy).all()):
             message = "energy holds a negative or non-finite value"
             raise InvalidProblemError(message)
+        if self.gradient_norm is not None:
+            _check_gradient_norm(self.gradient_norm, self.weight)
 
     @classmethod
     def from_inputs(
@@ -88,6 +95,7 @@ class LayerProblem:
         *,
         pattern: Pattern,
         damping: float = 0.01,
+        gradient_norm: Tensor | None = None,
     ) -> "LayerProblem":
         """Problem from explicit inputs, as in the formula: one column per token.
 
@@ -99,7 +107,7 @@ class LayerProblem:
             Inputs of the dense model, shape (in, tokens).
         pruned_inputs
             Inputs of the pruned model, same shape; None if they are the same.
-        pattern, damping
+        pattern, damping, gradient_norm
             See :class:`LayerProblem`.
         """
         if weight.dim() != 2 or inputs.dim() != 2 or inputs.shape[0] != weight.shape[1]:
@@ -126,6 +134,7 @@ class LayerProblem:
             pattern=pattern,
             damping=damping,
             drift=accumulator.drift(0),
+            gradient_norm=gradient_norm,
         )
 
     @classmethod
@@ -138,12 +147,13 @@ class LayerProblem:
         energy: Tensor | None = None,
         drift: Tensor | None = None,
         damping: float = 0.01,
+        gradient_norm: Tensor | None = None,
     ) -> "LayerProblem":
         """Problem from moments, and the energy if dense and pruned inputs differ.
 
         Parameters
         ----------
-        weight, moments, pattern, damping
+        weight, moments, pattern, damping, gradient_norm
             See :class:`LayerProblem`.
         energy
             Row sums of ``(W X)^2 / tokens``, shape (out,).
@@ -165,7 +175,11 @@ class LayerProblem:
                 change = moments.cross_gram - moments.gram
                 energy += drift + 2 * ((dense @ change) * dense).sum(dim=1)
             energy = energy.clamp(min=0)
-        return cls(weight.detach(), moments, pattern, energy.double(), damping)
+        if isinstance(gradient_norm, Tensor):
+            gradient_norm = gradient_norm.detach()
+        return cls(
+            weight.detach(), moments, pattern, energy.double(), damping, gradient_norm
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -248,7 +262,12 @@ class LayerProblem:
         assert moments.input_mean is not None
         energy = self.energy - (self.weight.double() @ moments.input_mean).square()
         return CenteredProblem(
-            self.weight, moments, self.pattern, energy.clamp(min=0), self.damping
+            self.weight,
+            moments,
+            self.pattern,
+            energy.clamp(min=0),
+            self.damping,
+            self.gradient_norm,
         )
 
     def rows(self, selection: slice | Tensor) -> "LayerProblem":
@@ -257,19 +276,21 @@ class LayerProblem:
         Only for a :class:`FixedMask`; rows are independent once the mask is fixed.
         """
         assert isinstance(self.pattern, FixedMask)
-        kept = self.pattern.kept[selection]
+        kept, gradient_norm = self.pattern.kept[selection], self.gradient_norm
         return replace(
             self,
             weight=self.weight[selection],
             pattern=FixedMask(kept),
             energy=self.energy[selection],
+            gradient_norm=None if gradient_norm is None else gradient_norm[selection],
         )
 
     def normalized(self) -> tuple["LayerProblem", int]:
         """Problem scaled by ``2^-k`` so that mean(diag(gram)) is near one, and k.
 
         The scaling is exact and leaves every solution unchanged, so grams of any
-        magnitude are solved alike; objectives are to be multiplied by ``2^k``.
+        magnitude are solved alike; objectives are to be multiplied by ``2^k``. Means and
+        `gradient_norm` are linear in the inputs and scale by the root.
         """
         exponent = math.frexp(self.moments.mean_diagonal)[1]
         exponent -= exponent % 2  # an even power keeps the means exact as well
@@ -277,7 +298,16 @@ class LayerProblem:
             return self, 0
         scale = 2.0**-exponent
         moments = self.moments.scaled(scale)
-        return replace(self, moments=moments, energy=self.energy * scale), exponent
+        gradient_norm = self.gradient_norm
+        if gradient_norm is not None:
+            gradient_norm = gradient_norm.double() * 2.0 ** (-exponent // 2)
+        scaled = replace(
+            self,
+            moments=moments,
+            energy=self.energy * scale,
+            gradient_norm=gradient_norm,
+        )
+        return scaled, exponent
 
     def to_cvxpy(self) -> "cvxpy.Problem":
         """Return the damped problem as a CVXPY model; see `layerwise.cvxpy_model`."""
@@ -305,4 +335,24 @@ def _check_weight(weight: Any, moments: Moments) -> None:
         row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
         value = float(weight[row, column])
         message = f"weight contains {value} at row {row}, column {column}"
+        raise InvalidProblemError(message)
+
+
+def _check_gradient_norm(gradient_norm: Any, weight: Tensor) -> None:
+    shape = tuple(weight.shape)
+    if not isinstance(gradient_norm, Tensor) or tuple(gradient_norm.shape) != shape:
+        found = getattr(gradient_norm, "shape", None)
+        shown = type(gradient_norm).__name__ if found is None else tuple(found)
+        message = f"gradient_norm is {shown}, expected a tensor of shape {shape}"
+        raise InvalidProblemError(message)
+    if gradient_norm.device != weight.device:
+        message = f"gradient_norm is on {gradient_norm.device}, weight on {weight.device}"
+        raise InvalidProblemError(message)
+    wrong = ~(torch.isfinite(gradient_norm) & (gradient_norm >= 0))
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        message = (
+            f"gradient_norm holds {float(gradient_norm[row, column])} at row {row}, "
+            f"column {column}; a norm is finite and not negative"
+        )
         raise InvalidProblemError(message)

@@ -12,7 +12,10 @@ from layerwise.errors import UsageError
 from layerwise.solution import Solver
 from layerwise.solvers.admm import ADMM, ALPS
 from layerwise.solvers.best import Best
+from layerwise.solvers.dsnot import DSnoT
 from layerwise.solvers.fista import Fista, fista_paper
+from layerwise.solvers.frank_wolfe import FrankWolfe
+from layerwise.solvers.gblm import GBLM
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.magnitude import Magnitude
 from layerwise.solvers.multi_weight import (
@@ -23,6 +26,7 @@ from layerwise.solvers.multi_weight import (
     multi_weight_ss,
 )
 from layerwise.solvers.obs import OBS
+from layerwise.solvers.ria import RIA
 from layerwise.solvers.sparse_swaps import SparseSwaps
 from layerwise.solvers.sparsegpt import SparseGPT
 from layerwise.solvers.swaps import Swaps
@@ -32,6 +36,10 @@ SOLVERS: Mapping[str, Callable[[], Solver]] = MappingProxyType(
     {
         "magnitude": Magnitude,
         "wanda": Wanda,
+        "ria": RIA,
+        "gblm": GBLM,
+        "dsnot": DSnoT,
+        "frank-wolfe": FrankWolfe,
         "sparsegpt": SparseGPT,
         "multi-weight": MultiWeight,
         "multi-weight-ss": multi_weight_ss,

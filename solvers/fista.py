@@ -19,11 +19,16 @@ better, and with restarts; (2) the mask is chosen by saliency; (3) rounds are co
 after a few conjugate gradient steps on their mask, and the best mask is refitted; (4) a
 penalty starts at the solution of the one before. In both, the search starts at the
 penalty that a diagonal gram would need instead of at 1e-5.
+
+The published warm start is SparseGPT's answer for OPT and Wanda's for LLaMA. A layer
+problem does not know its model, so ``fista-paper`` leaves `warm_start` open: it is Wanda
+here, and :func:`layerwise.prune_model` fills in the one that belongs to the model.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
@@ -32,13 +37,18 @@ from torch import Tensor
 from layerwise.evaluate import evaluate, objective_rows
 from layerwise.patterns import NM, FixedMask, Pattern
 from layerwise.problem import LayerProblem
-from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solution import OnIteration, Solution, Solver, Status
 from layerwise.solvers.lasso import LassoResult, Metric, Quadratic, lasso
 from layerwise.solvers.least_squares import LeastSquares, masked_cg
+from layerwise.solvers.magnitude import Magnitude
+from layerwise.solvers.sparsegpt import SparseGPT
 from layerwise.solvers.wanda import Wanda
 
 __all__ = ["Fista", "LassoResult", "fista_paper", "lasso"]
 
+WARM_STARTS: Mapping[str, Callable[[], Solver]] = MappingProxyType(
+    {"wanda": Wanda, "sparsegpt": SparseGPT, "magnitude": Magnitude}
+)
 RATIO, RATIO_NM = 0.5, 0.8  # shares of the rounding error that gave the best masks
 PENALTY_FACTOR = 2.0  # of the search, until it has a bracket
 BRACKET = 1.05  # ratio of upper to lower penalty at which the search ends
@@ -79,6 +89,10 @@ class Fista:
     from_best
         Whether a round starts at the best rounded weights so far, as published, instead
         of at the solution of the previous penalty.
+    warm_start
+        Solver whose answer the search starts from if there is no step before: one of
+        ``"wanda"``, ``"sparsegpt"`` and ``"magnitude"``. None is Wanda, unless a run puts
+        the start that the paper took for its model in its place (``fista-paper`` only).
     memory_budget
         Bytes for the row systems of the refit.
     """
@@ -96,6 +110,7 @@ class Fista:
     polish: int = 8
     refit: bool = True
     from_best: bool = False
+    warm_start: Literal["wanda", "sparsegpt", "magnitude"] | None = "wanda"
     memory_budget: int = LeastSquares.memory_budget
 
     @property
@@ -114,8 +129,11 @@ class Fista:
         return weight.abs() * quadratic.saliency
 
     def can_solve(self, problem: LayerProblem) -> bool:
-        """Every pattern; a mask that is fixed is only refitted."""
-        return True
+        """What the warm start can; a mask that is fixed is only refitted."""
+        return self._start().can_solve(problem)
+
+    def _start(self) -> Solver:
+        return WARM_STARTS[self.warm_start or "wanda"]()
 
     def solve(
         self,
@@ -124,10 +142,10 @@ class Fista:
         initial: Solution | None = None,
         on_iteration: OnIteration | None = None,
     ) -> Solution:
-        """Search the penalty from `initial`, by default from Wanda's mask."""
+        """Search the penalty from `initial`, by default from the warm start."""
         damping = problem.factorized()[1].damping
         problem = problem.with_damping(damping)
-        begin = initial or Wanda().solve(problem)
+        begin = initial or self._start().solve(problem)
         mask = problem.pattern.mask(begin.weight.abs() + begin.mask)
         quadratic = Quadratic(problem, self.metric)
         best = self._round_off(quadratic, begin.weight, mask)
@@ -227,6 +245,7 @@ def fista_paper() -> Fista:
         polish=0,
         refit=False,
         from_best=True,
+        warm_start=None,
     )
 
 

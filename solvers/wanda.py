@@ -50,3 +50,14 @@ def wanda_scores(problem: LayerProblem) -> Tensor:
     """``|W_ij| sqrt(G_jj)``, shape (out, in)."""
     norms = problem.gram.diagonal().sqrt().to(problem.dtype)
     return problem.weight.to(problem.dtype).abs() * norms
+
+
+def wanda_mask(problem: LayerProblem, initial: Solution | None = None) -> Tensor:
+    """Feasible mask with the entries that `initial` keeps, and Wanda's where it may choose.
+
+    That is the mask of `initial` if it satisfies the pattern; Wanda's if there is none.
+    """
+    scores = wanda_scores(problem)
+    if initial is not None:
+        scores = scores.masked_fill(initial.mask, torch.inf)
+    return problem.pattern.mask(scores)

@@ -47,9 +47,21 @@ class Layer:
         terms = (self.weight.double().abs() + weight.double().abs()) @ size
         return float(terms.square().sum())
 
+    @property
+    def gradient_norm(self) -> Tensor:
+        """Gradient of ``sum |W X| / tokens``: like that of any loss linear in X."""
+        inputs = self.inputs.double()
+        signs = torch.sign(self.weight.double() @ inputs)
+        return (signs @ inputs.T / inputs.shape[1]).abs()
+
     def problem(self, pattern: Pattern, damping: float = 0.01) -> LayerProblem:
         return LayerProblem.from_inputs(
-            self.weight, self.inputs, self.pruned_inputs, pattern=pattern, damping=damping
+            self.weight,
+            self.inputs,
+            self.pruned_inputs,
+            pattern=pattern,
+            damping=damping,
+            gradient_norm=self.gradient_norm,
         )
 
     def explicit_rows(self, weight: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 import layerwise as lw
 from layerwise.errors import InvalidProblemError
 from layerwise.evaluate import objective_rows
-from layerwise.patterns import NM, FixedMask, Pattern, Unstructured
+from layerwise.patterns import NM, Columns, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import Solution, Status
 from layerwise.solvers.fista import BRACKET, Fista, PenaltySearch, fista_paper
@@ -254,6 +254,36 @@ def test_setting_of_the_paper() -> None:
     assert all(entry["iterations"] == 20 for entry in solution.history)
     assert solution.certificate is None
     assert solution.status is Status.FEASIBLE
+
+
+@pytest.mark.parametrize("start", ["wanda", "sparsegpt", "magnitude"])
+def test_warm_start_is_the_answer_of_its_solver(start: Any) -> None:
+    problem = PROBLEMS["correlated"].problem(Unstructured(0.7))
+    chosen = replace(fista_paper(), warm_start=start)
+    by_name, by_hand = (
+        lw.solve(problem, method) for method in (chosen, lw.chain(start, fista_paper()))
+    )
+    assert torch.equal(by_name.weight, by_hand.weight)
+    assert damped_objective(problem, by_name) <= damped_objective(
+        problem, lw.solve(problem, start)
+    )
+    ignored = lw.solve(problem, lw.chain("sparsegpt", chosen))
+    assert torch.equal(ignored.weight, lw.solve(problem, "sparsegpt+fista-paper").weight)
+
+
+def test_open_warm_start_is_wanda_and_handles_what_wanda_does() -> None:
+    problem = PROBLEMS["correlated"].problem(Unstructured(0.7))
+    assert fista_paper().warm_start is None
+    assert Fista().warm_start == "wanda"
+    weights = [
+        lw.solve(problem, replace(fista_paper(), warm_start=start)).weight
+        for start in (None, "wanda", "sparsegpt")
+    ]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    columns = problem.with_pattern(Columns(8))
+    assert fista_paper().can_solve(columns)
+    assert not replace(fista_paper(), warm_start="sparsegpt").can_solve(columns)
 
 
 def test_rounds_of_the_paper_by_hand() -> None:

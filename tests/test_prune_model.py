@@ -29,8 +29,10 @@ from layerwise.run.perplexity import perplexity
 from layerwise.run.pipeline import ERROR_CORRECTIONS, advance
 from layerwise.run.prune import PruneReport, prune_model
 from layerwise.run.recipe import Recipe
+from layerwise.run.settings import with_published_start
 from layerwise.run.storage import Checkpoint
 from layerwise.solve import solve
+from layerwise.solvers.fista import Fista
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.magnitude import Magnitude
 from tests.models import (
@@ -194,6 +196,59 @@ def test_training_mode_is_given_back(training: bool, fails: bool) -> None:
     assert seen
     assert not any(seen)
     assert [module.training for module in model.modules()] == modes
+
+
+ORDER = {
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+
+
+@pytest.mark.parametrize(("family", "start"), [("opt", "sparsegpt"), ("llama", "wanda")])
+def test_published_warm_start_and_order(family: str, start: str, tmp_path: Path) -> None:
+    """SparseGPT for OPT and Wanda for LLaMA, unless the user says otherwise."""
+    other = "wanda" if start == "sparsegpt" else "sparsegpt"
+    source = save_checkpoint(tmp_path / "source", tiny_model(family))
+    out = tmp_path / "out"
+    report = by_path(source, out, "fista-paper")
+    chosen, unlike = (
+        in_memory(tiny_model(family), "fista-paper", options={"warm_start": name})
+        for name in (start, other)
+    )
+    assert all(torch.equal(chosen.masks[n], mask) for n, mask in report.masks.items())
+    assert any(not torch.equal(unlike.masks[n], m) for n, m in report.masks.items())
+    linears = [record.name.rpartition(".")[2] for record in report.records]
+    assert linears == 2 * ORDER[family]
+    recipe = Recipe.read(out / "recipe.yaml")
+    assert recipe.options == {"warm_start": start}
+    assert recipe.error_correction == "block"
+    again = in_memory(tiny_model(family), recipe.method, options=dict(recipe.options))
+    assert all(torch.equal(again.masks[n], mask) for n, mask in report.masks.items())
+
+
+def test_published_warm_start_is_of_the_named_method_alone() -> None:
+    def first_mask(method: str, **options: Any) -> Tensor:
+        masks = in_memory(tiny_model("opt"), method, options=options).masks
+        return next(iter(masks.values()))
+
+    half = Unstructured(0.5)
+    assert with_published_start(Fista(), tiny_model("opt"), half) == Fista()
+    own = Fista(name="my own", warm_start=None)
+    assert with_published_start(own, tiny_model("opt"), half) == own
+    in_chain = first_mask("fista-paper+least-squares")
+    assert torch.equal(in_chain, first_mask("fista-paper", warm_start="sparsegpt"))
+    assert not torch.equal(in_chain, first_mask("fista-paper", warm_start="wanda"))
+
+
+def test_columns_of_opt_start_from_wanda() -> None:
+    report = in_memory(
+        tiny_model("opt"),
+        "fista-paper",
+        sparsity=None,
+        pattern=Columns(8),
+        ignore=["re:.*fc2"],
+    )
+    assert all(bool((mask.sum(dim=1) == 8).all()) for mask in report.masks.values())
 
 
 # --- the folder --------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The demonstration: packaged trained models, pruned by several methods, compared."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from layerwise.demo import MODELS
@@ -44,12 +44,18 @@ class Comparison:
 
 
 def all_methods() -> tuple[str, ...]:
-    """Every solver; those that only refit follow Wanda's mask."""
-    names = [
-        f"wanda+{name}" if "mask" in make().requires else name
-        for name, make in SOLVERS.items()
+    """Every solver once; those that only refit follow Wanda's mask."""
+    names = {_without_name(make()): name for name, make in reversed(SOLVERS.items())}
+    methods = [
+        f"wanda+{name}" if "mask" in SOLVERS[name]().requires else name
+        for name in reversed(names.values())
     ]
-    return tuple(dict.fromkeys([*MAIN_METHODS, *names]))
+    return tuple(dict.fromkeys([*MAIN_METHODS, *methods]))
+
+
+def _without_name(solver: Any) -> Any:
+    """Solver by its options alone, so that two names of the same one are equal."""
+    return replace(solver, name="")
 
 
 def compare(

@@ -16,7 +16,7 @@ With ``none`` and ``block`` the blocks are independent of each other, and
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -74,6 +74,7 @@ class BlockInputs:
     calls: Sequence[Call]
     dense: Sequence[Tensor]  # hidden states of the dense model, per batch
     pruned: Sequence[Tensor]  # of the pruned model; the same object where there is one
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)  # norms, by linear
 
 
 def prune_block(
@@ -192,6 +193,9 @@ def _solve_stage(
     for index, name in enumerate(stage.linears):
         full_name = f"{inputs.name}.{name}"
         weight = task.adapter.weight(inputs.block, name)
+        gradient_norm = inputs.gradients.get(name)
+        if gradient_norm is not None:
+            gradient_norm = gradient_norm.to(weight.device)
         start = time.perf_counter()
         with _naming(full_name):
             problem = LayerProblem.from_moments(
@@ -200,6 +204,7 @@ def _solve_stage(
                 pattern=task.pattern,
                 damping=task.damping,
                 drift=accumulator.drift(index) if task.staged else None,
+                gradient_norm=gradient_norm,
             )
             solution = solve(problem, task.solver)
             stored = solution.weight.to(weight.dtype)

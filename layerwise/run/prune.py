@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from layerwise.patterns import NM, Pattern
 from layerwise.run.architecture import adapter_of, note_on
 from layerwise.run.calibration import Calibration, token_windows
+from layerwise.run.gradients import gradient_norms, required_gradient
 from layerwise.run.journal import Journal, check_output
 from layerwise.run.output import fingerprint, write_output
 from layerwise.run.perplexity import evaluation_mode
@@ -39,6 +40,7 @@ from layerwise.run.settings import (
     choose_sequence_length,
     choose_solver,
     embedding_rows,
+    with_published_start,
 )
 from layerwise.run.storage import Checkpoint
 from layerwise.run.streams import capture
@@ -198,6 +200,7 @@ def prune_model(
         check_storable(chosen)
     source, model = _open(model_or_path)
     adapter = adapter_of(model)
+    solver = with_published_start(solver, model, chosen)
     selection = Selection(model, adapter, as_entries(targets), as_entries(ignore), chosen)
     tokens = token_windows(
         calibration,
@@ -253,6 +256,7 @@ def _run(
         for listener in listeners:
             listener.on_layer(record)
 
+    gradients = _gradients(model, selection, task, tokens)
     stream = capture(
         model, list(selection.blocks.values()), torch.split(tokens.tokens, BATCH)
     )
@@ -261,7 +265,13 @@ def _run(
     done: list[PrunedBlock] = []
     for index, (name, block) in enumerate(selection.blocks.items()):
         inputs = BlockInputs(
-            name, block, selection.stages_of(name), stream.calls[index], dense, pruned
+            name,
+            block,
+            selection.stages_of(name),
+            stream.calls[index],
+            dense,
+            pruned,
+            gradients.pop(name, {}),
         )
         home = next(block.parameters()).device
         block.to(task.device)
@@ -288,6 +298,32 @@ def _run(
             dense = next_dense
         block.to(home)
     return done
+
+
+def _gradients(
+    model: nn.Module, selection: Selection, task: Task, tokens: Calibration
+) -> dict[str, dict[str, Tensor]]:
+    """Gradient norms of the targets of every block, where the method asks for them.
+
+    They are those of the dense model, so a resumed run computes the same again.
+    """
+    statistic = required_gradient(task.solver)
+    if statistic is None:
+        return {}
+    names = {
+        block: [name for stage in selection.stages_of(block) for name in stage.linears]
+        for block in selection.blocks
+    }
+    linears = {
+        f"{block}.{name}": task.adapter.linear(selection.blocks[block], name)
+        for block, targets in names.items()
+        for name in targets
+    }
+    norms = gradient_norms(model, linears, tokens.tokens, statistic)
+    return {
+        block: {name: norms.pop(f"{block}.{name}") for name in targets}
+        for block, targets in names.items()
+    }
 
 
 def _restore(task: Task, block: nn.Module, result: PrunedBlock, on_layer: Any) -> None:

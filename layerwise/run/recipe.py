@@ -126,6 +126,15 @@ def with_memory_budget(solver: Any, budget: int) -> Any:
     return _apply(solver, "", "memory_budget", budget)[0]
 
 
+def with_warm_start(solver: Any, method: str, start: str) -> Any:
+    """Name the warm start of every step of a method that leaves it open."""
+    if isinstance(solver, Chain):
+        steps = tuple(with_warm_start(step, method, start) for step in solver.steps)
+        return dataclasses.replace(solver, steps=steps)
+    is_open = solver_name(solver) == method and getattr(solver, "warm_start", "") is None
+    return _apply(solver, "", "warm_start", start)[0] if is_open else solver
+
+
 def _apply(solver: Any, step: str, field: str, value: OptionValue) -> tuple[Any, int]:
     if isinstance(solver, Chain):
         results = [_apply(part, step, field, value) for part in solver.steps]

@@ -8,13 +8,15 @@ from torch import nn
 
 from layerwise.errors import UsageError
 from layerwise.moments import Moments
-from layerwise.patterns import NM, Pattern, Unstructured, parse_pattern
+from layerwise.patterns import NM, Columns, Pattern, Unstructured, parse_pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.pipeline import ERROR_CORRECTIONS
-from layerwise.run.recipe import OptionValue, configure, with_memory_budget
+from layerwise.run.recipe import OptionValue, configure, with_memory_budget, with_warm_start
 from layerwise.solve import refuse_unless_solvable
 
 ROUNDING = 1e-9  # of a sparsity such as 1 - 2 / 5
+# FISTAPruner starts from SparseGPT on OPT and from Wanda on every LLaMA
+PUBLISHED_STARTS = {"opt": "sparsegpt"}
 LONGEST_DEFAULT = 2048  # of sequence_length; contexts of 131072 tokens fit nowhere
 
 
@@ -64,6 +66,18 @@ def choose_solver(
             LayerProblem.from_moments(weight, moments, pattern=pattern, damping=damping),
         )
     return solver
+
+
+def with_published_start(solver: Any, model: nn.Module, pattern: Pattern) -> Any:
+    """Give ``fista-paper`` the warm start of the paper, unless one was chosen.
+
+    SparseGPT prunes no columns, so there the start is Wanda's for every model.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    start = PUBLISHED_STARTS.get(model_type, "wanda")
+    if isinstance(pattern, Columns):
+        start = "wanda"
+    return with_warm_start(solver, "fista-paper", start)
 
 
 def check_error_correction(value: str) -> None:

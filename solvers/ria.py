@@ -1,0 +1,76 @@
+"""RIA: relative importance of a weight times a power of its input norm.
+
+References
+----------
+.. [1] Y. Zhang, H. Bai, H. Lin, J. Zhao, L. Hou, C. V. Cannistraci, "Plug-and-Play: An
+   Efficient Post-training Pruning Method for Large Language Models", ICLR 2024,
+   section 3 (relative importance and activations).
+
+Notes
+-----
+Deviations: (1) the channel permutation that the paper adds for n:m is left out: it
+renumbers the channels of the model around a layer, which a problem of one layer cannot;
+(2) ties go by index.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import InvalidProblemError
+from layerwise.evaluate import evaluate
+from layerwise.problem import LayerProblem
+from layerwise.solution import OnIteration, Solution, Status
+
+
+@dataclass(frozen=True)
+class RIA:
+    r"""Mask from ``(|W_ij| / column sum + |W_ij| / row sum) ||Xhat_j||^power``.
+
+    Weights are unchanged. A weight is compared with its own column and its own row, so a
+    channel whose weights are small throughout is not removed as a whole. Cost O(out in).
+
+    Parameters
+    ----------
+    power
+        Exponent of the input norm, at least 0; the paper takes 0.5.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"gram"})
+    guarantee: ClassVar[str] = "none"
+    name: str = "ria"
+    power: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.power) and self.power >= 0):
+            message = f"power must be a number >= 0, got {self.power}"
+            raise InvalidProblemError(message)
+
+    def can_solve(self, problem: LayerProblem) -> bool:
+        """Every pattern is chosen from scores."""
+        return True
+
+    def solve(
+        self,
+        problem: LayerProblem,
+        *,
+        initial: Solution | None = None,
+        on_iteration: OnIteration | None = None,
+    ) -> Solution:
+        """Keep the largest scores."""
+        mask = problem.pattern.mask(ria_scores(problem, self.power))
+        weight = torch.where(mask, problem.weight.to(problem.dtype), 0)
+        return evaluate(problem, weight, mask, Status.FEASIBLE)
+
+
+def ria_scores(problem: LayerProblem, power: float) -> Tensor:
+    """Relative importance times ``G_jj^(power / 2)``, shape (out, in)."""
+    size = problem.weight.to(problem.dtype).abs()
+    smallest = torch.finfo(size.dtype).tiny  # a row or column of zeros scores zero
+    relative = size / size.sum(dim=0).clamp(min=smallest)
+    relative += size / size.sum(dim=1, keepdim=True).clamp(min=smallest)
+    norms = problem.gram.diagonal().sqrt().to(problem.dtype)
+    return relative * norms**power
