@@ -45,10 +45,10 @@ class Comparison:
 
 def all_methods() -> tuple[str, ...]:
     """Every solver once; those that only refit follow Wanda's mask."""
-    names = {_without_name(make()): name for name, make in reversed(SOLVERS.items())}
+    names = {_without_name(make()): name for name, make in reversed([*SOLVERS.items()])}
     methods = [
         f"wanda+{name}" if "mask" in SOLVERS[name]().requires else name
-        for name in reversed(names.values())
+        for name in reversed([*names.values()])
     ]
     return tuple(dict.fromkeys([*MAIN_METHODS, *methods]))
 
