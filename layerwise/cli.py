@@ -80,6 +80,9 @@ def prune(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Hyper-parameter name=value.")
     ] = None,
+    effort: Annotated[
+        str | None, typer.Option(help="fast, balanced or thorough, for best.")
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="YAML file with these arguments; flags win.")
     ] = None,
@@ -105,7 +108,7 @@ def prune(
         "ignore": ignore or None,
         "seed": seed,
         "damping": damping,
-        "options": _assignments(set_ or []) or None,
+        "options": _options(set_ or [], effort) or None,
     }
     flags = {name: value for name, value in given.items() if value is not None}
     base = Recipe.read(recipe).model_dump(exclude_unset=True) if recipe else {}
@@ -327,6 +330,11 @@ def _write_run_report(folder: Path) -> None:
         write_report(folder / "layerwise" / "report.html", run_page(folder))
     except UsageError as error:
         typer.echo(f"report.html was not written: {error}", err=True)
+
+
+def _options(set_: list[str], effort: str | None) -> dict[str, Any]:
+    """Hyper-parameters of the method; `--effort` is one of them with a flag of its own."""
+    return _assignments(set_) | ({"effort": effort} if effort else {})
 
 
 def _assignments(items: list[str]) -> dict[str, Any]:

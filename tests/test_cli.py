@@ -154,6 +154,12 @@ BAD: Mapping[str, tuple[Mapping[str, Any], int, str]] = {
     "chain": ({"--method": "wanda+lest-squares"}, 2, "did you mean least-squares"),
     "mask": ({"--method": "least-squares"}, 2, '"wanda+least-squares"'),
     "option": ({"--set": "blocks=3"}, 2, "wanda has no option 'blocks'"),
+    "effort": ({"--effort": "fast"}, 2, "wanda has no option 'effort'"),
+    "effort value": (
+        {"--method": "best", "--effort": "much"},
+        2,
+        "option effort of best: Input should be 'fast', 'balanced' or 'thorough'",
+    ),
     "option syntax": ({"--set": "block_size"}, 2, "--set takes name=value"),
     "option without name": ({"--set": "=3"}, 2, "--set takes name=value"),
     "option value": ({"--set": "x=[1"}, 2, "--set x takes one number or word"),
@@ -417,6 +423,12 @@ def test_recipe_repeats_the_run(in_workshop: Path) -> None:
     assert run(["prune", "--recipe", "out/recipe.yaml", "--output", "again"]) == 0
     assert shard_hashes(Path("out")) == shard_hashes(Path("again"))
     assert Path("out/recipe.yaml").read_bytes() == Path("again/recipe.yaml").read_bytes()
+
+
+def test_effort_is_an_option_of_the_method(in_workshop: Path) -> None:
+    assert run(flags({"--method": "best", "--effort": "fast"})) == 0
+    recipe = yaml.safe_load(Path("out/recipe.yaml").read_text())
+    assert recipe["options"] == {"effort": "fast"}
 
 
 def test_flags_win_over_the_recipe(in_workshop: Path) -> None:
