@@ -63,7 +63,7 @@ class OBS:
         if isinstance(problem.pattern, FixedMask):
             return refit.solve(problem, initial=initial)
         problem = problem.with_damping(problem.factor(torch.float64).damping)
-        chunk = Supports.chunk(problem, problem.shape[1], self.memory_budget)
+        chunk = Supports.chunk(problem.shape[1], self.memory_budget)
         every = torch.arange(len(problem.weight), device=problem.weight.device)
         paths = [_path(problem, rows) for rows in torch.split(every, chunk)]
         order = torch.cat([path.order for path in paths])

@@ -20,12 +20,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from layerwise.errors import MemoryBudgetError
 from layerwise.evaluate import evaluate, residual
 from layerwise.patterns import NM, FixedMask, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Status
 from layerwise.solvers.least_squares import LeastSquares
-from layerwise.solvers.wanda import Wanda
+from layerwise.solvers.options import check_at_least
+from layerwise.solvers.wanda import starting_mask
 
 GAIN = 1e-9  # smallest improvement worth a swap, relative to the energy of the row
 PAIRS = 4  # arrays of (in, in) that a row needs
@@ -51,6 +53,9 @@ class SparseSwaps:
     rounds: int = 100
     memory_budget: int = LeastSquares.memory_budget
 
+    def __post_init__(self) -> None:
+        check_at_least(self, rounds=0)
+
     def can_solve(self, problem: LayerProblem) -> bool:
         """Unstructured and n:m; a mask that is fixed is left alone."""
         return isinstance(problem.pattern, Unstructured | NM | FixedMask)
@@ -64,17 +69,28 @@ class SparseSwaps:
     ) -> Solution:
         """Refine the mask of `initial`, by default Wanda's."""
         problem, _ = problem.factorized()
-        mask = (initial or Wanda().solve(problem)).mask.clone()
+        mask = starting_mask(problem, initial)
         fixed = problem.with_pattern(FixedMask(mask))
-        chunk = max(1, self.memory_budget // (PAIRS * 8 * problem.shape[1] ** 2))
         swaps = 0
         every = torch.arange(len(mask), device=mask.device)
         movable = not isinstance(problem.pattern, FixedMask)
-        for rows in torch.split(every, chunk) if movable else ():
+        parts = torch.split(every, self._chunk(problem)) if movable else ()
+        for rows in parts:
             swaps += self._refine(fixed.rows(rows), problem, mask, rows)
         weight = torch.where(mask, problem.weight.to(problem.dtype), 0)
         stats = {"damping": problem.damping, "swaps": float(swaps)}
         return evaluate(problem, weight, mask, Status.FEASIBLE, stats=stats)
+
+    def _chunk(self, problem: LayerProblem) -> int:
+        """Rows that fit the memory budget."""
+        per_row = PAIRS * 8 * problem.shape[1] ** 2
+        if per_row > self.memory_budget:
+            message = (
+                f"the pairs of one row need {per_row} bytes, the memory budget is "
+                f"{self.memory_budget}; raise it or use another method"
+            )
+            raise MemoryBudgetError(message)
+        return int(self.memory_budget // per_row)
 
     def _refine(
         self, part: LayerProblem, problem: LayerProblem, mask: Tensor, rows: Tensor
@@ -87,7 +103,7 @@ class SparseSwaps:
         gram.diagonal().add_(problem.ridge)
         swaps = 0
         for _ in range(self.rounds):
-            best, pruned, restored = _best_pairs(part, gram, mask[rows], group)
+            best, pruned, restored = best_pairs(part, gram, mask[rows], group)
             moving = best < -GAIN * part.energy
             if not bool(moving.any()):
                 break
@@ -98,7 +114,7 @@ class SparseSwaps:
         return swaps
 
 
-def _best_pairs(
+def best_pairs(
     problem: LayerProblem,
     gram: Tensor,  # (in, in), damped
     mask: Tensor,  # (rows, in)

@@ -26,6 +26,7 @@ from layerwise.errors import MemoryBudgetError
 from layerwise.problem import LayerProblem
 
 COPIES = 4  # of the inverses that an update holds at the same time
+ARRAYS = 6  # of (candidates, slots) that a comparison of exchanges holds
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,9 +117,9 @@ class Supports:
         return inverse.expand(len(free), -1, -1).contiguous()
 
     @staticmethod
-    def chunk(problem: LayerProblem, slots: int, memory_budget: int) -> int:
-        """Rows that fit a memory budget."""
-        per_row = COPIES * 8 * slots**2
+    def chunk(slots: int, memory_budget: int, candidates: int = 0) -> int:
+        """Rows that fit a memory budget, with the arrays of their exchanges."""
+        per_row = 8 * slots * (COPIES * slots + ARRAYS * candidates)
         if per_row > memory_budget:
             message = (
                 f"the inverse of one row and its updates need {per_row} bytes, the "
@@ -175,7 +176,8 @@ class Supports:
         promise = promise.masked_fill(self.mask[rows], -1)
         index = promise.topk(min(count, self.width), dim=1).indices
         columns = self.gram[index[:, :, None], self.index[rows][:, None, :]]
-        every = len(rows) == len(self.inverse)  # then no copy of the inverses is needed
+        # all rows in their order: then no copy of the inverses is needed
+        every = len(rows) == len(self.inverse) and bool((rows.diff() > 0).all())
         effect = columns @ (self.inverse if every else self.inverse[rows])
         schur = self.gram.diagonal()[index] - (effect * columns).sum(dim=2)
         kept = self.mask[rows].gather(1, index)
@@ -183,7 +185,10 @@ class Supports:
         return Entries(index, effect, schur, residual.gather(1, index))
 
     def exchanges(self, rows: Tensor, entries: Entries) -> Tensor:
-        """Change of the objective by every exchange, (rows, candidates, slots)."""
+        """Change of the objective by every exchange, (rows, candidates, slots).
+
+        Infinite where a slot is free or a candidate is kept already.
+        """
         schur = entries.schur[:, :, None]
         weight = self.weight[rows][:, None, :] - entries.effect * (
             entries.rest[:, :, None] / schur
@@ -191,7 +196,8 @@ class Supports:
         diagonal = self._diagonal(rows)[:, None, :]
         grown = diagonal + entries.effect.square() / schur
         change = weight.square() / grown - entries.gains[:, :, None]
-        return torch.where(diagonal > 0, change, torch.inf)
+        possible = (diagonal > 0) & torch.isfinite(schur)
+        return torch.where(possible, change, torch.inf)
 
     def exchange(
         self, rows: Tensor, entries: Entries, chosen: Tensor, slot: Tensor

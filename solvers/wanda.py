@@ -50,3 +50,15 @@ def wanda_scores(problem: LayerProblem) -> Tensor:
     """``|W_ij| sqrt(G_jj)``, shape (out, in)."""
     norms = problem.gram.diagonal().sqrt().to(problem.dtype)
     return problem.weight.to(problem.dtype).abs() * norms
+
+
+def starting_mask(
+    problem: LayerProblem, initial: Solution | None
+) -> Tensor:  # (out, in) bool
+    """Mask of `initial`, rounded to the pattern where it breaks it; else Wanda's.
+
+    Rounding prefers entries that were kept, and among them the larger weights.
+    """
+    if initial is None:
+        return problem.pattern.mask(wanda_scores(problem)).clone()
+    return problem.pattern.mask(initial.weight.abs() + initial.mask).clone()
