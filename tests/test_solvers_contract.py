@@ -60,14 +60,24 @@ every_case = pytest.mark.parametrize(("solver", "problem", "pattern"), CASES)
 repeated_case = pytest.mark.parametrize(("solver", "problem", "pattern"), REPEATED)
 every_solver = pytest.mark.parametrize("solver", SOLVERS)
 
-# Weights of a row depend on that row alone; the others search a penalty for the layer.
-ROW_BY_ROW = ("magnitude", "wanda", "sparsegpt", "least-squares")
+# Weights of a row depend on that row alone; the others search a penalty for the layer
+# (fista), follow its support (alps, best), or stop at a share of its objective (swaps).
+ROW_BY_ROW = (
+    *("magnitude", "wanda", "sparsegpt", "least-squares"),
+    *("admm", "obs", "sparse-swaps"),
+)
 # The order of the inputs is no part of the method; SparseGPT sweeps from left to right.
-ANY_COLUMN_ORDER = ("magnitude", "wanda", "fista", "least-squares")
+ANY_COLUMN_ORDER = (
+    *("magnitude", "wanda", "fista", "least-squares"),
+    *("admm", "alps", "obs", "swaps", "sparse-swaps", "best"),
+)
 # While rho is below the smallest eigenvalue, removed entries return in turn, and the steps
 # may end in such a cycle.
 CYCLING = ("alps",)
-ACTIVATION_AWARE = ("wanda", "sparsegpt", "fista")
+ACTIVATION_AWARE = (
+    *("wanda", "sparsegpt", "fista"),
+    *("alps", "obs", "swaps", "sparse-swaps", "best"),
+)
 
 
 @cache
@@ -202,6 +212,22 @@ def test_same_bits_again_and_inputs_untouched(
     for old, new in zip(before, tensors, strict=True):
         assert torch.equal(bits(old), bits(new))
     assert torch.equal(random_state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("problem", ["drifted", "half-precision"])
+@pytest.mark.parametrize("pattern", ["row-0.5", "layer-0.7", "2:4", "columns", "fixed"])
+def test_new_tensors_are_made_where_the_layer_is(
+    solver: str, problem: str, pattern: str
+) -> None:
+    """A tensor made without a device would land on another one here, as on CUDA."""
+    question = posed(problem, pattern)
+    if not get_solver(solver).can_solve(question):
+        question = question.with_pattern(PATTERNS["fixed"](PROBLEMS[problem]))
+    expected = lw.solve(question, solver)
+    with torch.device("meta"):
+        found = lw.solve(question, solver)
+    assert torch.equal(found.weight, expected.weight)
 
 
 @repeated_case
