@@ -247,7 +247,9 @@ class Columns(Pattern):
 def _count_labels(labels: Tensor, name: str) -> int:
     """Count distinct labels, which must be consecutive integers from 0."""
     found = torch.unique(labels)
-    if not torch.equal(found, torch.arange(len(found), dtype=found.dtype)):
+    if not torch.equal(
+        found, torch.arange(len(found), dtype=found.dtype, device=found.device)
+    ):
         message = f"{name} must be consecutive integers from 0, got {found.tolist()[:8]}"
         raise InvalidProblemError(message)
     return len(found)

@@ -29,16 +29,21 @@ the exact refit where the published program stops after ten steps (`finish="cg"`
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from layerwise.errors import UsageError
 from layerwise.evaluate import evaluate
+from layerwise.linalg import damped
 from layerwise.patterns import FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Status
 from layerwise.solvers.least_squares import LeastSquares, masked_cg
+from layerwise.solvers.options import check_at_least, check_positive
+
+Finish = Literal["exact", "cg"]
 
 RHO_EVERY = 3  # steps between two changes of rho
 BUSY, LIVELY, SETTLED = 0.1, 0.005, 3e-4  # shares of the support that changed
@@ -51,13 +56,14 @@ class Scaled:
     """The damped problem in variables in which its gram has a unit diagonal."""
 
     def __init__(self, problem: LayerProblem) -> None:
-        gram, _ = problem.damped()
+        mean, dtype = problem.moments.mean_diagonal, problem.dtype
+        gram = damped(problem.gram, mean, problem.damping, dtype)
         self._root = gram.diagonal().sqrt()
         self.gram = gram / self._root / self._root[:, None]
-        self._weight = problem.weight.to(problem.dtype)
+        self._weight = problem.weight.to(dtype)
         self.dense = self._weight * self._root
         shift = problem.shift
-        self._shift = None if shift is None else shift.to(problem.dtype) / self._root
+        self._shift = None if shift is None else shift.to(dtype) / self._root
         values, self._vectors = torch.linalg.eigh(self.gram.double())
         self._values = values.clamp(min=0)
 
@@ -102,7 +108,7 @@ class ADMM:
     iterations
         Steps in all.
     mask_iterations
-        Steps that refresh the mask.
+        Steps that refresh the mask, at most `iterations`.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
@@ -112,6 +118,10 @@ class ADMM:
     rho: float = 1.0
     iterations: int = 20
     mask_iterations: int = 15
+
+    def __post_init__(self) -> None:
+        check_at_least(self, damping=0, iterations=0, mask_iterations=0)
+        check_positive(self, "rho")
 
     def can_solve(self, problem: LayerProblem) -> bool:
         """Every pattern; a mask that is fixed only has its weights updated."""
@@ -131,9 +141,10 @@ class ADMM:
         inverse = scaled.inverse(self.rho)
         mask = problem.pattern.mask(scaled.dense.abs())
         center = scaled.dense
+        refreshes = min(self.mask_iterations, self.iterations)
         for step in range(1, self.iterations + 1):
-            if step <= self.mask_iterations:
-                pattern = _gradual(problem.pattern, step / self.mask_iterations)
+            if step <= refreshes:
+                pattern = _gradual(problem.pattern, step / refreshes)
                 mask = pattern.mask(center.abs())
             # copy - V / rho is the center on the mask, and minus the center off it
             pull = torch.where(mask, center, -center).sub_(scaled.dense).mul_(self.rho)
@@ -173,8 +184,15 @@ class ALPS:
     name: str = "alps"
     rho: float = 0.1
     iterations: int = 300
-    finish: Literal["exact", "cg"] = "exact"
+    finish: Finish = "exact"
     memory_budget: int = LeastSquares.memory_budget
+
+    def __post_init__(self) -> None:
+        check_at_least(self, iterations=0)
+        check_positive(self, "rho")
+        if self.finish not in get_args(Finish):
+            message = f"finish is one of {', '.join(get_args(Finish))}, got {self.finish!r}"
+            raise UsageError(message)
 
     @property
     def guarantee(self) -> str:
@@ -182,7 +200,7 @@ class ALPS:
         return "certified refit" if self.finish == "exact" else "none"
 
     def can_solve(self, problem: LayerProblem) -> bool:
-        """Every pattern."""
+        """Every pattern; a mask that is fixed only has its weights found."""
         return True
 
     def solve(
@@ -193,6 +211,10 @@ class ALPS:
         on_iteration: OnIteration | None = None,
     ) -> Solution:
         """Alternate until the support stays, then refit."""
+        refit = LeastSquares(memory_budget=self.memory_budget)
+        fixed = isinstance(problem.pattern, FixedMask)
+        if fixed and self.finish == "exact":
+            return refit.solve(problem)
         problem, _ = problem.factorized()
         scaled = Scaled(problem)
         mask, copy, steps = self._alternate(problem.pattern, scaled)
@@ -201,11 +223,8 @@ class ALPS:
             weight = scaled.unscaled(copy, mask)
             start = evaluate(problem, weight, mask, Status.FEASIBLE)
             posed = problem.with_pattern(FixedMask(mask))
-            refit = LeastSquares(memory_budget=self.memory_budget)
             found = refit.solve(posed, initial=start)
-            fixed = isinstance(problem.pattern, FixedMask)
-            status = found.status if fixed else Status.FEASIBLE
-            return replace(found, status=status, iterations=steps)
+            return replace(found, status=Status.FEASIBLE, iterations=steps)
         sides = torch.where(mask, scaled.residual(copy), 0)
         change, _ = masked_cg(scaled.gram, mask, sides, FINISH_TOLERANCE, FINISH_ITERATIONS)
         weight = scaled.unscaled(copy + change, mask)
@@ -232,7 +251,7 @@ class ALPS:
             mask = pattern.mask(center.abs())
             copy = center * mask
             dual = (center - copy).mul_(rho)
-            if step % RHO_EVERY:
+            if step % RHO_EVERY or step == self.iterations:
                 continue
             changed = int((mask & ~last).sum())
             share, last = changed / max(int(mask.sum()), 1), mask

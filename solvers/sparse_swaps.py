@@ -20,16 +20,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from layerwise.errors import MemoryBudgetError
 from layerwise.evaluate import evaluate, residual
 from layerwise.patterns import NM, FixedMask, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Status
 from layerwise.solvers.least_squares import LeastSquares
-from layerwise.solvers.wanda import Wanda
+from layerwise.solvers.options import check_at_least
+from layerwise.solvers.wanda import wanda_mask
 
-GAIN = 1e-9  # smallest improvement worth a swap, relative to the energy of the row
-PAIRS = 3  # arrays of (in, group) that a row needs
 CACHE = 4 << 20  # bytes
+GAIN = 1e-9  # smallest improvement worth a swap, relative to the energy of the row
+PAIRS = 4  # arrays of (in, group) that a row needs
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class SparseSwaps:
     rounds: int = 100
     memory_budget: int = LeastSquares.memory_budget
 
+    def __post_init__(self) -> None:
+        check_at_least(self, rounds=0)
+
     def can_solve(self, problem: LayerProblem) -> bool:
         """Unstructured and n:m; a mask that is fixed is left alone."""
         return isinstance(problem.pattern, Unstructured | NM | FixedMask)
@@ -65,22 +70,32 @@ class SparseSwaps:
     ) -> Solution:
         """Refine the mask of `initial`, by default Wanda's."""
         problem, _ = problem.factorized()
-        mask = (initial or Wanda().solve(problem)).mask.clone()
+        mask = wanda_mask(problem, initial)
         fixed = problem.with_pattern(FixedMask(mask))
-        width = problem.shape[1]
-        group = problem.pattern.m if isinstance(problem.pattern, NM) else width
-        budget = self.memory_budget
-        if mask.device.type == "cpu":  # pairs that stay in the cache
-            budget = min(budget, CACHE)
-        chunk = max(1, budget // (PAIRS * 8 * width * group))
         swaps = 0
         every = torch.arange(len(mask), device=mask.device)
         movable = not isinstance(problem.pattern, FixedMask)
-        for rows in torch.split(every, chunk) if movable else ():
+        group = problem.pattern.m if isinstance(problem.pattern, NM) else problem.shape[1]
+        parts = torch.split(every, self._chunk(problem, group)) if movable else ()
+        for rows in parts:
             swaps += self._refine(fixed.rows(rows), mask, rows, group)
         weight = torch.where(mask, problem.weight.to(problem.dtype), 0)
         stats = {"damping": problem.damping, "swaps": float(swaps)}
         return evaluate(problem, weight, mask, Status.FEASIBLE, stats=stats)
+
+    def _chunk(self, problem: LayerProblem, group: int) -> int:
+        """Rows that fit the memory budget."""
+        per_row = PAIRS * 8 * problem.shape[1] * group
+        if per_row > self.memory_budget:
+            message = (
+                f"the pairs of one row need {per_row} bytes, the memory budget is "
+                f"{self.memory_budget}; raise it or use another method"
+            )
+            raise MemoryBudgetError(message)
+        budget = self.memory_budget
+        if problem.weight.device.type == "cpu":  # pairs that stay in the cache
+            budget = min(budget, max(CACHE, per_row))
+        return int(budget // per_row)
 
     def _refine(self, part: LayerProblem, mask: Tensor, rows: Tensor, group: int) -> int:
         """Swap in some rows of the mask, in place, until none improves."""
@@ -88,7 +103,7 @@ class SparseSwaps:
         gram.diagonal().add_(part.ridge)
         swaps = 0
         for _ in range(self.rounds):
-            best, pruned, restored = _best_pairs(part, gram, mask[rows], group)
+            best, pruned, restored = best_pairs(part, gram, mask[rows], group)
             moving = best < -GAIN * part.energy
             if not bool(moving.any()):
                 break
@@ -99,7 +114,7 @@ class SparseSwaps:
         return swaps
 
 
-def _best_pairs(
+def best_pairs(
     problem: LayerProblem,
     gram: Tensor,  # (in, in), damped
     mask: Tensor,  # (rows, in)
@@ -111,12 +126,11 @@ def _best_pairs(
     own = weight.square() * gram.diagonal()
     drop = (own + 2 * weight * gradient).masked_fill(~mask, torch.inf)
     add = (own - 2 * weight * gradient).masked_fill(mask, torch.inf)
-    rows = len(weight)
     blocks = gram.unfold(0, size, size).unfold(1, size, size)  # (groups, groups, m, m)
     blocks = blocks.diagonal().permute(2, 0, 1)  # (groups, m, m)
-    parts = [entry.view(rows, -1, size) for entry in (drop, add, weight)]
-    change = parts[0][..., :, None] + parts[1][..., None, :]
-    change -= 2 * parts[2][..., :, None] * blocks * parts[2][..., None, :]
+    drop, add, weight = (part.view(len(mask), -1, size) for part in (drop, add, weight))
+    change = drop[..., :, None] + add[..., None, :]
+    change -= 2 * weight[..., :, None] * blocks * weight[..., None, :]
     best, flat = change.flatten(1).min(dim=1)
     first = flat // size**2 * size  # of the group
     return best, first + flat % size**2 // size, first + flat % size

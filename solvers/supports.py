@@ -26,6 +26,7 @@ from layerwise.errors import MemoryBudgetError
 from layerwise.problem import LayerProblem
 
 COPIES = 4  # of the inverses that an update holds at the same time
+ARRAYS = 6  # of (candidates, slots) that a comparison of exchanges holds
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,14 +117,14 @@ class Supports:
         return inverse.expand(len(free), -1, -1).contiguous()
 
     @staticmethod
-    def row_bytes(slots: int) -> int:
-        """Memory that one row needs."""
-        return COPIES * 8 * slots**2
+    def row_bytes(slots: int, candidates: int = 0) -> int:
+        """Memory of one row, with the arrays of its exchanges."""
+        return 8 * slots * (COPIES * slots + ARRAYS * candidates)
 
     @staticmethod
-    def chunk(slots: int, memory_budget: int) -> int:
+    def chunk(slots: int, memory_budget: int, candidates: int = 0) -> int:
         """Rows that fit a memory budget."""
-        per_row = Supports.row_bytes(slots)
+        per_row = Supports.row_bytes(slots, candidates)
         if per_row > memory_budget:
             message = (
                 f"the inverse of one row and its updates need {per_row} bytes, the "
@@ -154,6 +155,10 @@ class Supports:
         result = change @ self.gram[: self.width, : self.width]
         return result if self._shift is None else result + self._shift[rows]
 
+    def _every(self, rows: Tensor) -> bool:
+        """Whether these are all rows in order, so that no inverse must be copied."""
+        return len(rows) == len(self.inverse) and bool((rows.diff() > 0).all())
+
     def _diagonal(self, rows: Tensor) -> Tensor:
         return self.inverse.diagonal(dim1=1, dim2=2)[rows]
 
@@ -180,15 +185,17 @@ class Supports:
         promise = promise.masked_fill(self.mask[rows], -1)
         index = promise.topk(min(count, self.width), dim=1).indices
         columns = self.gram[index[:, :, None], self.index[rows][:, None, :]]
-        every = len(rows) == len(self.inverse)  # then no copy of the inverses is needed
-        effect = columns @ (self.inverse if every else self.inverse[rows])
+        effect = columns @ (self.inverse if self._every(rows) else self.inverse[rows])
         schur = self.gram.diagonal()[index] - (effect * columns).sum(dim=2)
         kept = self.mask[rows].gather(1, index)
         schur = schur.masked_fill(kept | (schur <= 0), torch.inf)
         return Entries(index, effect, schur, residual.gather(1, index))
 
     def exchanges(self, rows: Tensor, entries: Entries) -> Tensor:
-        """Change of the objective by every exchange, (rows, candidates, slots)."""
+        """Change of the objective by every exchange, (rows, candidates, slots).
+
+        Infinite where a slot is free or a candidate is kept already.
+        """
         schur = entries.schur[:, :, None]
         weight = self.weight[rows][:, None, :] - entries.effect * (
             entries.rest[:, :, None] / schur
@@ -196,7 +203,8 @@ class Supports:
         diagonal = self._diagonal(rows)[:, None, :]
         grown = diagonal + entries.effect.square() / schur
         change = weight.square() / grown - entries.gains[:, :, None]
-        return torch.where(diagonal > 0, change, torch.inf)
+        possible = (diagonal > 0) & torch.isfinite(schur)
+        return torch.where(possible, change, torch.inf)
 
     def exchange(
         self, rows: Tensor, entries: Entries, chosen: Tensor, slot: Tensor
@@ -253,7 +261,7 @@ class Supports:
     def remove(self, rows: Tensor, slot: Tensor) -> None:
         """Remove one entry of each of some rows: the step of optimal brain surgeon."""
         at = torch.arange(len(rows), device=rows.device)
-        every = len(rows) == len(self.inverse)  # then the inverses change in place
+        every = self._every(rows)
         inverse = self.inverse if every else self.inverse[rows]
         weight = self.weight[rows]
         pivot_row = inverse[at, slot]

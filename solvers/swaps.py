@@ -6,10 +6,10 @@ the largest ``r_q^2 [G^-1]_qq``, a bound on what adding them can gain, are compa
 all kept ones, and the best pair is taken if it lowers the objective. Rows that find none
 are finished.
 
-Two extensions go beyond a local minimum. With one budget for the layer, a row in which a
-removal costs less than an addition gains elsewhere gives an entry to that row. And
-`tabu` steps [2]_ take the best swap even where it raises the objective, hold the entries
-that moved for some steps, and return the best mask on the way.
+Two extensions go beyond a local minimum of the rows. With one budget for the layer, a row
+in which a removal costs less than an addition gains elsewhere gives an entry to that row.
+And `tabu` steps [2]_ take the best swap even where it raises the objective, forbid the
+entries that moved to move back for some steps, and return the best mask on the way.
 
 References
 ----------
@@ -18,6 +18,7 @@ References
 .. [2] F. Glover, "Tabu Search - Part I", ORSA Journal on Computing 1989.
 """
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -30,13 +31,14 @@ from layerwise.patterns import NM, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Status
 from layerwise.solvers.least_squares import LeastSquares
+from layerwise.solvers.options import check_at_least
 from layerwise.solvers.supports import Entries, Supports
-from layerwise.solvers.wanda import Wanda
+from layerwise.solvers.wanda import wanda_mask
 
-SPARE_SLOTS = 8  # entries that a row can win from others, with one budget for the layer
+SPARE_SLOTS = 8  # entries that a row can win beyond the longest, with one budget for all
 HOLD_ENTERED = (3, 5, 8, 4, 11, 6)  # steps that an entry that came is held, in turn
 HOLD_LEFT = (2, 1, 3)  # steps that an entry that went is held
-TABU_PATIENCE = 250  # steps without a better mask after which a row gives up
+PATIENCE = 250  # tabu steps without a better mask after which a row gives up
 NOISE = 1e-12  # of a row's energy: changes below it are rounding
 
 
@@ -50,15 +52,16 @@ class Swaps:
     Parameters
     ----------
     rounds
-        Most swaps per row, and most exchanges of budget between rows.
+        Most swaps of a row in a descent, and most rounds of trade between rows.
     candidates
         Removed entries of a row that survive the screening.
     tolerance
-        Smallest improvement worth a swap, relative to the mean objective of a row.
+        Smallest improvement worth a swap, relative to the mean objective of the rows that
+        are worked on together.
     tabu
         Steps of the search beyond the local minimum.
     memory_budget
-        Bytes for the rows that are worked on together.
+        Bytes for the rows that are worked on together; only these trade entries.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
@@ -69,6 +72,9 @@ class Swaps:
     tolerance: float = 1e-5
     tabu: int = 0
     memory_budget: int = LeastSquares.memory_budget
+
+    def __post_init__(self) -> None:
+        check_at_least(self, rounds=0, candidates=1, tolerance=0, tabu=0)
 
     def can_solve(self, problem: LayerProblem) -> bool:
         """Unstructured and n:m; a mask that is fixed is only refitted."""
@@ -86,9 +92,9 @@ class Swaps:
         if isinstance(problem.pattern, FixedMask):
             return refit.solve(problem, initial=initial)
         problem = problem.with_damping(problem.factor(torch.float64).damping)
-        mask = (initial or Wanda().solve(problem)).mask.clone()
-        most = int(mask.sum(dim=1).amax()) + SPARE_SLOTS
-        chunk = Supports.chunk(most, self.memory_budget)
+        mask = wanda_mask(problem, initial)
+        slots = min(int(mask.sum(dim=1).amax()) + _spare(problem.pattern), problem.shape[1])
+        chunk = Supports.chunk(slots, self.memory_budget, self.candidates)
         weight = torch.zeros_like(mask, dtype=torch.float64)
         history: list[Mapping[str, float]] = []
         every = torch.arange(len(mask), device=mask.device)
@@ -109,8 +115,14 @@ class Swaps:
         )
 
 
+def _spare(pattern: Pattern) -> int:
+    """Free slots, where rows can win entries from others."""
+    shared = isinstance(pattern, Unstructured) and pattern.group == "layer"
+    return SPARE_SLOTS if shared else 0
+
+
 class _Search:
-    """Search over some rows of the layer."""
+    """Search over some rows of the layer; `supports` are where it stands."""
 
     def __init__(
         self,
@@ -123,27 +135,22 @@ class _Search:
     ) -> None:
         self._options, self._problem, self._rows = options, problem, rows
         self._history, self._on_iteration = history, on_iteration
-        self._shared = isinstance(problem.pattern, Unstructured) and (
-            problem.pattern.group == "layer"
-        )
+        self._spare = _spare(problem.pattern)
         self._bound = problem.factor(torch.float64).inverse_diagonal()
         self.all = torch.arange(len(rows), device=rows.device)
-        self._restart(mask)
+        self.supports = Supports(problem, rows, mask, self._spare)
         self._objective = self.supports.objective()
         least = options.tolerance * self._objective.mean()
         self._least = torch.maximum(least, NOISE * problem.energy[rows])
 
-    def _restart(self, mask: Tensor) -> None:
-        spare = SPARE_SLOTS if self._shared else 0
-        self.supports = Supports(self._problem, self._rows, mask, spare)
-
     def run(self) -> None:
-        """Descend; leave the minimum if asked to; move budget between rows."""
+        """Descend; then, if asked to, leave the minimum and descend again."""
         self._descend(self.all)
+        self._trade()
         if self._options.tabu:
-            self._wander()
-        if self._shared:
-            self._share_budget()
+            self._tabu_search()
+            self._descend(self.all)
+            self._trade()
 
     def _descend(self, rows: Tensor) -> None:
         """Take improving swaps until no row finds one."""
@@ -177,28 +184,31 @@ class _Search:
             rows[moving], entries.of(moving), flat[moving] // slots, flat[moving] % slots
         )
 
-    def _wander(self) -> None:
-        """Tabu search; the supports end at the best mask that each row met."""
+    def _tabu_search(self) -> None:
+        """Take the best swap of every row, uphill too; end at the best masks on the way.
+
+        An entry that moved is tabu: it stays where it is until a step that is noted for
+        it, unless moving it gives a record, an objective below all that its row had.
+        """
         supports, rows = self.supports, self.all
-        free_at = torch.zeros_like(supports.mask, dtype=torch.long)  # step, by entry
+        free_at = torch.zeros_like(supports.mask, dtype=torch.long)  # step, (rows, in)
         current, best = self._objective.clone(), self._objective.clone()
         best_mask, record_at = supports.mask.clone(), torch.zeros_like(rows)
         for step in range(self._options.tabu):
-            rows = rows[step - record_at[rows] < TABU_PATIENCE]
+            rows = rows[step - record_at[rows] < PATIENCE]
             if len(rows) == 0:
                 break
             entries, change = self._changes(rows)
-            held = torch.nn.functional.pad(free_at[rows], (0, 1)) > step
-            tabu = held.gather(1, supports.index[rows])[:, None, :]
-            tabu = tabu | held.gather(1, entries.index)[:, :, None]
-            goal = best[rows] - self._least[rows] - current[rows]
-            change = change.masked_fill(tabu & (change >= goal[:, None, None]), torch.inf)
+            tabu = torch.nn.functional.pad(free_at[rows] > step, (0, 1))
+            leaving = tabu.gather(1, supports.index[rows])[:, None, :]
+            entering = tabu.gather(1, entries.index)[:, :, None]
+            goal = (best[rows] - self._least[rows] - current[rows])[:, None, None]
+            change = change.masked_fill((leaving | entering) & (change >= goal), torch.inf)
             lowest, flat = change.flatten(1).min(dim=1)
             moving = torch.isfinite(lowest).nonzero()[:, 0]
             moved, before = rows[moving], supports.mask[rows[moving]]
             self._take(rows, entries, moving, flat)
-            after = supports.mask[moved]
-            times = free_at[moved]
+            after, times = supports.mask[moved], free_at[moved]
             times[after & ~before] = step + 1 + HOLD_ENTERED[step % len(HOLD_ENTERED)]
             times[before & ~after] = step + 1 + HOLD_LEFT[step % len(HOLD_LEFT)]
             free_at[moved] = times
@@ -206,16 +216,18 @@ class _Search:
             record = moved[current[moved] < best[moved] - self._least[moved]]
             best[record], record_at[record] = current[record], step
             best_mask[record] = supports.mask[record]
-        self._objective = best
-        self._restart(best_mask)
+        self.supports = Supports(self._problem, self._rows, best_mask, self._spare)
+        self._objective = self.supports.objective()
         self._report(0)
 
-    def _share_budget(self) -> None:
+    def _trade(self) -> None:
         """Move entries from rows that hardly need them to rows that do, while it pays."""
+        if not self._spare:
+            return
         costs, slots = self.supports.removal_costs(self.all).min(dim=1)
         gains = self._largest_gains(self.all)
         for _ in range(self._options.rounds):
-            givers, takers = _match(costs, gains, self._least)
+            givers, takers = match(costs, gains, self._least)
             if len(givers) == 0:
                 return
             entries = self.supports.entries(takers, self._bound, self._options.candidates)
@@ -243,21 +255,31 @@ class _Search:
             self._on_iteration(entry)
 
 
-def _match(costs: Tensor, gains: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs of rows, the cheapest removal with the largest gain, as long as it pays."""
-    by_cost, by_gain = costs.argsort().tolist(), (-gains).argsort().tolist()
+def match(
+    costs: Tensor,  # (rows,) of the cheapest removal
+    gains: Tensor,  # (rows,) of the best addition
+    least: Tensor,  # (rows,) that a trade must be worth
+) -> tuple[Tensor, Tensor]:  # givers and takers, (pairs,) each
+    """Pair the largest gains with the cheapest removals of other rows, while it pays.
+
+    A row takes part in one pair at most, because a trade changes what it offers.
+    """
     cost, gain, margin = costs.tolist(), gains.tolist(), least.tolist()
+    cheapest = deque(costs.argsort().tolist())
     givers: list[int] = []
     takers: list[int] = []
     used: set[int] = set()
-    cheapest = iter(by_cost)
-    for taker in by_gain:
+    for taker in (-gains).argsort().tolist():
         if taker in used:
             continue
+        while cheapest and cheapest[0] in used:
+            cheapest.popleft()
+        if not cheapest or gain[taker] <= cost[cheapest[0]]:
+            break  # no row that follows gains more
         giver = next((row for row in cheapest if row not in used and row != taker), None)
-        if giver is None or gain[taker] - cost[giver] <= margin[taker]:
-            break
-        givers.append(giver)
-        takers.append(taker)
-        used.update((giver, taker))
-    return costs.new_tensor(givers).long(), costs.new_tensor(takers).long()
+        if giver is not None and gain[taker] - cost[giver] > margin[taker]:
+            givers.append(giver)
+            takers.append(taker)
+            used.update((giver, taker))
+    pairs = torch.tensor([givers, takers], dtype=torch.long, device=costs.device)
+    return pairs[0], pairs[1]

@@ -106,6 +106,53 @@ def test_keep_largest_against_a_stable_sort(
     assert torch.equal(keep_largest(values, removed), expected)
 
 
+def by_plain_sort(values: torch.Tensor, removed: int) -> torch.Tensor:
+    """Mask from sorting pairs of a score and its index."""
+    kept = torch.ones(values.shape, dtype=torch.bool)
+    for row, entries in enumerate(values.tolist()):
+        order = sorted(range(len(entries)), key=lambda index: (entries[index], index))
+        kept[row, order[:removed]] = False
+    return kept
+
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 8, 9, 40])
+@pytest.mark.parametrize("kind", ["distinct", "ties", "infinities", "zeros", "sliced"])
+def test_every_way_to_keep_the_largest(dtype: torch.dtype, size: int, kind: str) -> None:
+    """Pairs are compared up to a size of 8, from 9 on rows are partitioned."""
+    values = scores(size, 12, size).to(dtype)
+    if kind == "ties":
+        values = (values * 3).floor()
+    elif kind == "infinities":
+        values[values < 0.3], values[values > 0.8] = -torch.inf, torch.inf
+    elif kind == "zeros":
+        values = torch.where(values < 0.5, -0.0, 0.0).to(dtype)
+    elif kind == "sliced":  # neighbours are not neighbours in memory
+        values = scores(size, size, 24).to(dtype).T[::2]
+    before = values.clone()
+    for removed in range(size + 1):
+        mask = keep_largest(values, removed)
+        assert torch.equal(mask, by_plain_sort(values, removed))
+        assert mask.shape == values.shape
+    assert torch.equal(values, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1, 2, 8, 9, 40])
+@pytest.mark.parametrize("removed", [0, 1])
+def test_nan_is_refused_by_every_way(dtype: torch.dtype, size: int, removed: int) -> None:
+    values = scores(size, 3, size).to(dtype)
+    values[1, size // 2] = torch.nan
+    with pytest.raises(InvalidProblemError, match="scores contain NaN"):
+        keep_largest(values, removed)
+    opposite = torch.full((3, size), torch.inf, dtype=dtype)
+    opposite[1] = -torch.inf  # their sum is NaN, though none of them is
+    assert torch.equal(keep_largest(opposite, removed), by_plain_sort(opposite, removed))
+
+
 @given(percent=st.integers(0, 99), size=st.integers(1, 500))
 @example(percent=29, size=100)  # floor(0.29 * 100) is 28 in floating point
 def test_masks_are_accepted_and_neighbours_are_not(percent: int, size: int) -> None:

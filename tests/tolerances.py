@@ -61,6 +61,12 @@ GRID = 1e-5
 # Power iteration runs 40 steps on a spectrum without a gap; a few percent is promised.
 POWER_ITERATION = 0.05
 
+# -- local search ----------------------------------------------------------------------
+
+# What the best single swap may still gain after a search without tolerance: changes below
+# 1e-12 of the energy are rounding to the search, the rest is that of two refits.
+LOCAL_MINIMUM = 1e-11
+
 # -- equivariance ----------------------------------------------------------------------
 
 # Same problem in another order: BLAS may add in another order, rounding is amplified by

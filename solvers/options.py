@@ -1,0 +1,29 @@
+"""Checks of hyper-parameters, in one line each."""
+
+from layerwise.errors import UsageError
+
+
+def check_at_least(solver: object, **least: float) -> None:
+    """Raise :class:`UsageError` unless every named option is at least its bound.
+
+    Parameters
+    ----------
+    solver
+        Object whose attributes are the options.
+    **least
+        Smallest value of each option; NaN is below every bound.
+    """
+    for name, bound in least.items():
+        value = getattr(solver, name)
+        if not value >= bound:
+            message = f"{name} must be at least {bound}, got {value}"
+            raise UsageError(message)
+
+
+def check_positive(solver: object, *names: str) -> None:
+    """Raise :class:`UsageError` unless every named option is a number above zero."""
+    for name in names:
+        value = getattr(solver, name)
+        if not 0 < value < float("inf"):
+            message = f"{name} must be a number above 0, got {value}"
+            raise UsageError(message)
