@@ -73,9 +73,10 @@ def test_enumeration_agrees_with_scip(spectrum: str, pattern: Pattern) -> None:
 
 
 def test_methods_are_those_of_the_registry() -> None:
-    for name, make in SOLVERS.items():
-        assert (name in methods()) == ("mask" not in make().requires)
+    for name in SOLVERS.keys() - {"least-squares", "multi-weight-mm"}:
+        assert name in methods()
     assert "wanda+least-squares" in methods()
+    assert "obs+least-squares" not in methods()  # which refits by itself
 
 
 def test_tables_are_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,8 +58,8 @@ def test_best_pair_is_that_of_explicit_objectives(
     mask = pattern.mask(make_layer(96, *layer.shape).weight)
     problem = layer.problem(FixedMask(mask), damping)
     gram = problem.gram + problem.ridge * torch.eye(layer.shape[1], dtype=torch.float64)
-    group = torch.arange(layer.shape[1]) // pattern.m if isinstance(pattern, NM) else None
-    best, pruned, restored = best_pairs(problem, gram, mask, group)
+    size = pattern.m if isinstance(pattern, NM) else layer.shape[1]
+    best, pruned, restored = best_pairs(problem, gram, mask, size)
     change = all_swaps(layer, pattern, mask, damping)
     slack = CLOSED_FORM[torch.float64] * layer.energy
     torch.testing.assert_close(best, change.flatten(1).amin(dim=1), rtol=0, atol=slack)

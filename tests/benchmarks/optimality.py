@@ -30,6 +30,7 @@ from layerwise.evaluate import objective_rows
 from layerwise.moments import Moments
 from layerwise.patterns import NM, Pattern, Unstructured
 from layerwise.problem import LayerProblem
+from layerwise.run.demo import all_methods
 from layerwise.solve import resolve
 from layerwise.solvers import SOLVERS
 from tests.reference import scip_minimum
@@ -88,7 +89,8 @@ def problems(
     """Layers of a family, the same ones for every pattern."""
     for seed in range(count):
         generator = Generator().manual_seed(seed)
-        moments = Moments(SPECTRA[spectrum](generator, width))
+        gram, mean = SPECTRA[spectrum](generator, width), torch.zeros(width)
+        moments = Moments(gram, input_mean=mean)
         weight = _normal(generator, rows, width)
         yield LayerProblem.from_moments(weight, moments, pattern=pattern, damping=DAMPING)
 
@@ -134,14 +136,23 @@ def enumerated_optimum(problem: LayerProblem) -> tuple[Tensor, Tensor]:  # (out,
 
 
 def methods() -> list[str]:
-    """Every solver that chooses masks, alone and refitted, as registered now."""
-    choosers = [name for name, make in SOLVERS.items() if make().requires <= {"gram"}]
-    return [method for name in choosers for method in (name, f"{name}+least-squares")]
+    """Every solver that chooses masks, and refitted if it does not refit by itself."""
+    found = []
+    for method in all_methods():
+        if "+" not in method:
+            refits = "certified refit" in getattr(SOLVERS[method](), "guarantee", "")
+            found += [method] if refits else [method, f"{method}+least-squares"]
+    return found
 
 
 def ratios(method: str, posed: Sequence[LayerProblem], optima: Sequence[float]) -> Tensor:
-    """Damped objective over its optimum for every problem; empty if not applicable."""
-    if not resolve(method).can_solve(posed[0]):
+    """Damped objective over its optimum for every problem; empty if not applicable.
+
+    Drawn layers belong to no model, so there are no gradients of a loss.
+    """
+    steps = [SOLVERS[name]() for name in method.split("+")]
+    reads_gradients = any("gradient" in step.requires for step in steps)
+    if reads_gradients or not resolve(method).can_solve(posed[0]):
         return torch.empty(0, dtype=torch.float64)
     values = [
         float(objective_rows(problem, lw.solve(problem, method).weight, damped=True).sum())
