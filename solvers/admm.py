@@ -95,7 +95,7 @@ class Scaled:
 
 @dataclass(frozen=True)
 class ADMM:
-    """A fixed number of steps with a mask that becomes sparser on the way.
+    """ADMM: a fixed number of steps with a mask that becomes sparser on the way.
 
     Cost: one eigendecomposition O(in^3) and a product O(2 out in^2) a step.
 
@@ -163,7 +163,7 @@ class ADMM:
 
 @dataclass(frozen=True)
 class ALPS:
-    """Steps whose rho follows the support, then a refit on the support they settle on.
+    """ALPS: ADMM whose rho follows the support, then a refit where it settles.
 
     Cost: one eigendecomposition O(in^3), a product O(2 out in^2) a step, an inverse
     O(2 in^3) every third step, and the refit.

@@ -36,7 +36,6 @@ scores are those before any update; (3) any gram and cross-gram, by starting fro
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import combinations
 from math import comb
 from typing import ClassVar, Literal
@@ -167,16 +166,24 @@ class MultiWeight:
         return refit.solve(problem, initial=closed_form)
 
 
-multi_weight_ss = partial(
-    MultiWeight, name="multi-weight-ss", mask="single", update="single"
-)
-multi_weight_sm = partial(
-    MultiWeight, name="multi-weight-sm", mask="single", update="joint"
-)
-multi_weight_ms = partial(
-    MultiWeight, name="multi-weight-ms", mask="multi", update="single"
-)
-multi_weight_mm = partial(MultiWeight, name="multi-weight-mm", mask="multi", update="joint")
+def multi_weight_ss() -> MultiWeight:
+    """Mask from scores of single weights, which a sweep then removes one by one."""
+    return MultiWeight(name="multi-weight-ss", mask="single", update="single")
+
+
+def multi_weight_sm() -> MultiWeight:
+    """Mask from scores of single weights, all of which are removed at once."""
+    return MultiWeight(name="multi-weight-sm", mask="single", update="joint")
+
+
+def multi_weight_ms() -> MultiWeight:
+    """Mask from exact losses of several removals, which a sweep makes one by one."""
+    return MultiWeight(name="multi-weight-ms", mask="multi", update="single")
+
+
+def multi_weight_mm() -> MultiWeight:
+    """Mask from exact losses of several removals, all of which are made at once."""
+    return MultiWeight(name="multi-weight-mm", mask="multi", update="joint")
 
 
 def _choose_groups(

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import layerwise
 from layerwise.cli import run
+from layerwise.run.catalogue import catalogue
 from layerwise.run.journal import read_layers
 from layerwise.run.perplexity import perplexity
 from layerwise.run.storage import Checkpoint
@@ -472,6 +473,12 @@ def test_report_is_optional(
 
 
 # --- what needs no model -----------------------------------------------------------------
+
+
+def test_every_solver_has_a_summary_of_its_own() -> None:
+    summaries = [entry.summary for entry in catalogue()]
+    assert len(set(summaries)) == len(SOLVERS)
+    assert all(summary.endswith(".") for summary in summaries)
 
 
 def test_solvers_are_all_listed(capsys: pytest.CaptureFixture[str]) -> None:

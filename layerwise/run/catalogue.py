@@ -46,11 +46,19 @@ def _entry(name: str, make: Callable[[], Solver]) -> Entry:
             LayerProblem.from_moments(torch.ones(1, 4), moments, pattern=pattern)
         )
     ]
-    documented = make if inspect.isfunction(make) else inspect.getmodule(make)
     return Entry(
         name=name,
         patterns="any" if len(handled) == len(PATTERNS) else ", ".join(handled),
         needs=", ".join(sorted(solver.requires)) or "nothing",
         guarantee=getattr(solver, "guarantee", "none"),
-        summary=(inspect.getdoc(documented) or "").split("\n")[0],
+        summary=_summary(make),
     )
+
+
+def _summary(make: Callable[[], Solver]) -> str:
+    """First line about a preset or a class; about the file if it holds but one class."""
+    documented: object = make
+    classes = [other for other in SOLVERS.values() if inspect.isclass(other)]
+    if sum(other.__module__ == make.__module__ for other in classes) == 1:
+        documented = make if inspect.isfunction(make) else inspect.getmodule(make)
+    return (inspect.getdoc(documented) or "").split("\n")[0]
