@@ -127,7 +127,7 @@ def table(races: Sequence[Race]) -> list[str]:
         chosen = [run for run in races if pattern in (run.pattern, "all")]
         error = _mean([run.error / run.peer_error for run in chosen])
         seconds = _mean([run.seconds / run.peer_seconds for run in chosen])
-        lines.append(f"| {pattern} | {error:.3f} | {seconds:.2f} |")
+        lines.append(f"| {pattern} | {error:.4f} | {seconds:.2f} |")
     return lines
 
 
