@@ -29,7 +29,7 @@ from layerwise.solution import OnIteration, Solution, Status
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.supports import Supports
 
-CACHE = 64 << 20  # bytes
+CACHE = 32 << 20  # bytes
 COMPACT_EVERY = 8  # times on the way to an empty row
 
 

@@ -14,6 +14,7 @@ References
    arXiv:2512.10922.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,7 +30,7 @@ from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.options import check_at_least
 from layerwise.solvers.wanda import wanda_mask
 
-CACHE = 4 << 20  # bytes
+CACHE = 32 << 20  # bytes
 GAIN = 1e-9  # smallest improvement worth a swap, relative to the energy of the row
 PAIRS = 4  # arrays of (in, group) that a row needs
 
@@ -99,38 +100,61 @@ class SparseSwaps:
 
     def _refine(self, part: LayerProblem, mask: Tensor, rows: Tensor, group: int) -> int:
         """Swap in some rows of the mask, in place, until none improves."""
-        gram = part.gram.clone()
-        gram.diagonal().add_(part.ridge)
+        pairs = Pairs(part, group)
         swaps = 0
         for _ in range(self.rounds):
-            best, pruned, restored = best_pairs(part, gram, mask[rows], group)
-            moving = best < -GAIN * part.energy
+            best, pruned, restored = pairs.best(mask[rows])
+            moving = best < -GAIN * pairs.problem.energy
             if not bool(moving.any()):
                 break
-            mask[rows[moving], pruned[moving]] = False
-            mask[rows[moving], restored[moving]] = True
-            swaps += int(moving.sum())
-            rows, part = rows[moving], part.rows(moving.nonzero()[:, 0])
+            if not bool(moving.all()):
+                rows, pairs = rows[moving], pairs.of(moving.nonzero()[:, 0])
+            mask[rows, pruned[moving]] = False
+            mask[rows, restored[moving]] = True
+            swaps += len(rows)
         return swaps
 
 
-def best_pairs(
-    problem: LayerProblem,
-    gram: Tensor,  # (in, in), damped
-    mask: Tensor,  # (rows, in)
-    size: int,  # of the groups in which entries are exchanged
-) -> tuple[Tensor, Tensor, Tensor]:  # (rows,) each
-    """Change by the best swap of every row, the entry it prunes, the one it restores."""
-    weight = problem.weight.double()
-    gradient = residual(problem, torch.where(mask, weight, 0))
-    own = weight.square() * gram.diagonal()
-    drop = (own + 2 * weight * gradient).masked_fill(~mask, torch.inf)
-    add = (own - 2 * weight * gradient).masked_fill(mask, torch.inf)
-    blocks = gram.unfold(0, size, size).unfold(1, size, size)  # (groups, groups, m, m)
-    blocks = blocks.diagonal().permute(2, 0, 1)  # (groups, m, m)
-    drop, add, weight = (part.view(len(mask), -1, size) for part in (drop, add, weight))
-    change = drop[..., :, None] + add[..., None, :]
-    change -= 2 * weight[..., :, None] * blocks * weight[..., None, :]
-    best, flat = change.flatten(1).min(dim=1)
-    first = flat // size**2 * size  # of the group
-    return best, first + flat % size**2 // size, first + flat % size
+class Pairs:
+    """All swaps of some rows within groups of columns.
+
+    Parameters
+    ----------
+    problem
+        The rows, on a fixed mask.
+    size
+        Of the groups in which entries are exchanged.
+    """
+
+    def __init__(self, problem: LayerProblem, size: int) -> None:
+        self.problem, self._size = problem, size
+        gram = problem.gram.clone()
+        gram.diagonal().add_(problem.ridge)
+        blocks = gram.unfold(0, size, size).unfold(1, size, size)
+        blocks = blocks.diagonal().permute(2, 0, 1)  # (groups, m, m)
+        weight = problem.weight.double()
+        self._own = weight.square() * gram.diagonal()
+        parts = weight.view(len(weight), -1, size)
+        # what two entries of a group have in common, (rows, groups, m, m)
+        self._shared = -2 * parts[..., :, None] * blocks * parts[..., None, :]
+
+    def of(self, rows: Tensor) -> "Pairs":
+        """Return the pairs of some of the rows."""
+        chosen = copy(self)
+        chosen.problem = self.problem.rows(rows)
+        chosen._own, chosen._shared = self._own[rows], self._shared[rows]
+        return chosen
+
+    def best(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (rows,) each
+        """Change by the best swap of every row, what it prunes, what it restores."""
+        weight, size = self.problem.weight.double(), self._size
+        gradient = residual(self.problem, torch.where(mask, weight, 0))
+        drop = (self._own + 2 * weight * gradient).masked_fill(~mask, torch.inf)
+        add = (self._own - 2 * weight * gradient).masked_fill(mask, torch.inf)
+        drop, add = (part.reshape(len(mask), -1, size) for part in (drop, add))
+        change = torch.add(self._shared, add[..., None, :])
+        by_pruned = change.amin(dim=3).add_(drop).flatten(1)  # its best partner, by entry
+        best, pruned = by_pruned.min(dim=1)
+        each = torch.arange(len(mask), device=mask.device)
+        partner = change[each, pruned // size, pruned % size].argmin(dim=1)
+        return best, pruned, pruned // size * size + partner

@@ -78,9 +78,9 @@ class Supports:
 
     Notes
     -----
-    Weights and inverses of free slots are zero, and their column is `in`, one past the
-    end, where the gram has a border of zeros. Everything is float64: errors of many
-    updates add up.
+    Weights and inverses of free slots are zero up to rounding, and their column is `in`,
+    one past the end, where the gram has a border of zeros.
+    Everything is float64: errors of many updates add up.
     """
 
     def __init__(
@@ -160,7 +160,8 @@ class Supports:
         return len(rows) == len(self.inverse) and bool((rows.diff() > 0).all())
 
     def _diagonal(self, rows: Tensor) -> Tensor:
-        return self.inverse.diagonal(dim1=1, dim2=2)[rows]
+        diagonal = self.inverse.diagonal(dim1=1, dim2=2)[rows]
+        return diagonal.masked_fill(self.index[rows] == self.width, 0)
 
     def removal_costs(self, rows: Tensor) -> Tensor:
         """What removing each kept entry costs, (rows, slots); infinite for free slots."""
@@ -268,7 +269,7 @@ class Supports:
         scaled = pivot_row / pivot_row[at, slot][:, None]
         weight = weight - weight[at, slot][:, None] * scaled
         inverse.baddbmm_(scaled[:, :, None], pivot_row[:, None, :], alpha=-1)
-        inverse[at, slot], inverse[at, :, slot], weight[at, slot] = 0, 0, 0
+        weight[at, slot] = 0  # what the inverse has there is rounding
         self.mask[rows, self.index[rows, slot]] = False
         self.index[rows, slot] = self.width
         self.weight[rows] = weight
