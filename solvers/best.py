@@ -28,13 +28,13 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
-from layerwise.errors import UsageError
 from layerwise.evaluate import evaluate
 from layerwise.patterns import NM, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Status
 from layerwise.solvers.admm import ALPS
 from layerwise.solvers.least_squares import LeastSquares
+from layerwise.solvers.options import check_one_of
 from layerwise.solvers.swaps import Swaps
 
 Effort = Literal["fast", "balanced", "thorough"]
@@ -66,9 +66,7 @@ class Best:
     memory_budget: int = LeastSquares.memory_budget
 
     def __post_init__(self) -> None:
-        if self.effort not in EFFORTS:
-            message = f"effort is one of {', '.join(EFFORTS)}, got {self.effort!r}"
-            raise UsageError(message)
+        check_one_of(self, "effort", *EFFORTS)
 
     def can_solve(self, problem: LayerProblem) -> bool:
         """Every pattern."""

@@ -28,7 +28,6 @@ the mean residual never grows; (3) dense and pruned inputs may differ; (4) the v
 a channel is at least 1e-6 of its second moment, below which it drowns in rounding.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,6 +40,7 @@ from layerwise.moments import CONSTANT_VARIANCE
 from layerwise.patterns import NM, Unstructured
 from layerwise.problem import CenteredProblem, LayerProblem
 from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solvers.options import check_at_least
 from layerwise.solvers.wanda import wanda_mask, wanda_scores
 
 
@@ -69,15 +69,7 @@ class DSnoT:
     variance_power: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.max_cycles < 0:
-            message = f"max_cycles must not be negative, got {self.max_cycles}"
-            raise InvalidProblemError(message)
-        if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
-            message = f"tolerance must be a number >= 0, got {self.tolerance}"
-            raise InvalidProblemError(message)
-        if not (math.isfinite(self.variance_power) and self.variance_power >= 0):
-            message = f"variance_power must be a number >= 0, got {self.variance_power}"
-            raise InvalidProblemError(message)
+        check_at_least(self, max_cycles=0, tolerance=0, variance_power=0)
 
     def can_solve(self, problem: LayerProblem) -> bool:
         """Unstructured and n:m; nothing can be exchanged in a mask that is fixed."""

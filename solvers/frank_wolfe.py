@@ -36,12 +36,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from layerwise.errors import InvalidProblemError
+from layerwise.errors import UsageError
 from layerwise.evaluate import evaluate, objective_rows, residual
 from layerwise.linalg import damped
 from layerwise.patterns import NM, FixedMask, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solvers.options import check_at_least, check_one_of
 from layerwise.solvers.wanda import wanda_mask, wanda_scores
 
 TIE = 1e-9  # share of the score in a relaxed entry when it is rounded: it parts equal ones
@@ -80,13 +81,9 @@ class FrankWolfe:
     def __post_init__(self) -> None:
         if not 0 <= self.fixed_share <= 1:
             message = f"fixed_share must lie in [0, 1], got {self.fixed_share}"
-            raise InvalidProblemError(message)
-        if self.max_iterations < 0 or self.round_every < 1 or not self.tolerance >= 0:
-            message = (
-                f"max_iterations and tolerance must not be negative and round_every at "
-                f"least 1, got {self.max_iterations}, {self.tolerance}, {self.round_every}"
-            )
-            raise InvalidProblemError(message)
+            raise UsageError(message)
+        check_at_least(self, max_iterations=0, tolerance=0, round_every=1)
+        check_one_of(self, "step", "exact", "open-loop")
 
     def can_solve(self, problem: LayerProblem) -> bool:
         """Unstructured and n:m; a mask that is fixed is returned as it is."""

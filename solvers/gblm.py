@@ -32,7 +32,6 @@ summed in float32, where half precision was published and loses small terms and 
 (3) ties go by index.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -45,6 +44,7 @@ from layerwise.errors import InvalidProblemError
 from layerwise.evaluate import evaluate
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solvers.options import check_at_least, check_one_of
 from layerwise.solvers.wanda import wanda_scores
 
 PAPER_ALPHA = 100.0
@@ -87,15 +87,10 @@ class GBLM:
     scaling: Literal["mean", "paper"] = "mean"
 
     def __post_init__(self) -> None:
-        if (self.scaling, self.norm) not in DEFAULT_ALPHA:
-            message = (
-                f"norm is l1 or l2 and scaling mean or paper, got {self.norm!r} and "
-                f"{self.scaling!r}"
-            )
-            raise InvalidProblemError(message)
-        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha >= 0):
-            message = f"alpha must be a number >= 0, got {self.alpha}"
-            raise InvalidProblemError(message)
+        check_one_of(self, "norm", "l1", "l2")
+        check_one_of(self, "scaling", "mean", "paper")
+        if self.alpha is not None:
+            check_at_least(self, alpha=0)
 
     def can_solve(self, problem: LayerProblem) -> bool:
         """Every pattern is chosen from scores."""

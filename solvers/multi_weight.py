@@ -43,7 +43,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from layerwise.errors import InvalidProblemError
 from layerwise.evaluate import evaluate
 from layerwise.patterns import NM, FixedMask, Unstructured
 from layerwise.problem import LayerProblem
@@ -54,6 +53,7 @@ from layerwise.solvers.least_squares import (
     EXPECTED_ITERATIONS,
     LeastSquares,
 )
+from layerwise.solvers.options import check_at_least, check_one_of
 from layerwise.solvers.sparsegpt import SparseGPT, least_squares_weight
 
 MOST_PATTERNS = 70  # of a group, those of 4:8; 8:16 has 12870
@@ -88,15 +88,10 @@ class MultiWeight:
     memory_budget: int = LeastSquares.memory_budget
 
     def __post_init__(self) -> None:
-        if self.mask not in ("single", "multi"):
-            message = f"mask must be 'single' or 'multi', got {self.mask!r}"
-            raise InvalidProblemError(message)
-        if self.update not in ("single", "joint"):
-            message = f"update must be 'single' or 'joint', got {self.update!r}"
-            raise InvalidProblemError(message)
-        if self.block_size is not None and self.block_size < 1:
-            message = f"block_size must be at least 1, got {self.block_size}"
-            raise InvalidProblemError(message)
+        check_one_of(self, "mask", "single", "multi")
+        check_one_of(self, "update", "single", "joint")
+        if self.block_size is not None:
+            check_at_least(self, block_size=1)
 
     @property
     def guarantee(self) -> str:

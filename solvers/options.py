@@ -15,9 +15,17 @@ def check_at_least(solver: object, **least: float) -> None:
     """
     for name, bound in least.items():
         value = getattr(solver, name)
-        if not value >= bound:
+        if not bound <= value < float("inf"):
             message = f"{name} must be at least {bound}, got {value}"
             raise UsageError(message)
+
+
+def check_one_of(solver: object, name: str, *choices: str) -> None:
+    """Raise :class:`UsageError` unless the named option is one of the choices."""
+    value = getattr(solver, name)
+    if value not in choices:
+        message = f"{name} is one of {', '.join(choices)}, got {value!r}"
+        raise UsageError(message)
 
 
 def check_positive(solver: object, *names: str) -> None:

@@ -13,17 +13,16 @@ renumbers the channels of the model around a layer, which a problem of one layer
 (2) ties go by index.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from layerwise.errors import InvalidProblemError
 from layerwise.evaluate import evaluate
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solvers.options import check_at_least
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,7 @@ class RIA:
     power: float = 0.5
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.power) and self.power >= 0):
-            message = f"power must be a number >= 0, got {self.power}"
-            raise InvalidProblemError(message)
+        check_at_least(self, power=0)
 
     def can_solve(self, problem: LayerProblem) -> bool:
         """Every pattern is chosen from scores."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import layerwise as lw
-from layerwise.errors import InvalidProblemError
+from layerwise.errors import InvalidProblemError, UsageError
 from layerwise.patterns import NM, Columns, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solvers.dsnot import DSnoT, mean_residual
@@ -195,5 +195,5 @@ def test_patterns_without_exchanges(pattern: Pattern) -> None:
     ids=str,
 )
 def test_impossible_options(options: dict[str, Any]) -> None:
-    with pytest.raises(InvalidProblemError, match=next(iter(options))):
+    with pytest.raises(UsageError, match=next(iter(options))):
         DSnoT(**options)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import layerwise as lw
-from layerwise.errors import InvalidProblemError
+from layerwise.errors import InvalidProblemError, UsageError
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, Columns, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
@@ -233,9 +233,10 @@ def test_masks_that_are_given() -> None:
         {"tolerance": -1.0},
         {"max_iterations": -1},
         {"round_every": 0},
+        {"step": "newton"},
     ],
     ids=str,
 )
 def test_impossible_options(options: dict[str, Any]) -> None:
-    with pytest.raises(InvalidProblemError, match=next(iter(options))):
+    with pytest.raises(UsageError, match=next(iter(options))):
         FrankWolfe(**options)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import layerwise as lw
-from layerwise.errors import InvalidProblemError
+from layerwise.errors import InvalidProblemError, UsageError
 from layerwise.patterns import NM, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solvers.gblm import GBLM
@@ -148,8 +148,10 @@ def test_problem_without_gradients() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"alpha": -1.0}, {"alpha": float("inf")}, {"norm": "l3"}], ids=str
+    "options",
+    [{"alpha": -1.0}, {"alpha": float("inf")}, {"norm": "l3"}, {"scaling": "sum"}],
+    ids=str,
 )
 def test_impossible_options(options: Any) -> None:
-    with pytest.raises(InvalidProblemError, match=next(iter(options))):
+    with pytest.raises(UsageError, match=next(iter(options))):
         GBLM(**options)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import layerwise as lw
-from layerwise.errors import InvalidProblemError, MemoryBudgetError
+from layerwise.errors import InvalidProblemError, MemoryBudgetError, UsageError
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, Columns, FixedMask, Pattern, Unstructured
 from layerwise.solution import Status
@@ -411,13 +411,13 @@ def test_patterns_too_many_for_a_group() -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"mask": "joint"}, "mask must be 'single' or 'multi', got 'joint'"),
-        ({"update": "multi"}, "update must be 'single' or 'joint', got 'multi'"),
+        ({"mask": "joint"}, "mask is one of single, multi, got 'joint'"),
+        ({"update": "multi"}, "update is one of single, joint, got 'multi'"),
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
     ],
 )
 def test_impossible_options(option: dict[str, Any], message: str) -> None:
-    with pytest.raises(InvalidProblemError, match=message):
+    with pytest.raises(UsageError, match=message):
         MultiWeight(**option)
 
 
