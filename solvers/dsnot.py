@@ -40,7 +40,7 @@ from layerwise.moments import CONSTANT_VARIANCE
 from layerwise.patterns import NM, Unstructured
 from layerwise.problem import CenteredProblem, LayerProblem
 from layerwise.solution import OnIteration, Solution, Status
-from layerwise.solvers.options import check_at_least
+from layerwise.solvers.options import check_at_least, check_finite
 from layerwise.solvers.wanda import wanda_mask, wanda_scores
 
 
@@ -69,7 +69,8 @@ class DSnoT:
     variance_power: float = 1.0
 
     def __post_init__(self) -> None:
-        check_at_least(self, max_cycles=0, tolerance=0, variance_power=0)
+        check_at_least(self, max_cycles=0, tolerance=0)
+        check_finite(self, "variance_power")
 
     def can_solve(self, problem: LayerProblem) -> bool:
         """Unstructured and n:m; nothing can be exchanged in a mask that is fixed."""

@@ -44,7 +44,7 @@ from layerwise.errors import InvalidProblemError
 from layerwise.evaluate import evaluate
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Status
-from layerwise.solvers.options import check_at_least, check_one_of
+from layerwise.solvers.options import check_finite, check_one_of
 from layerwise.solvers.wanda import wanda_scores
 
 PAPER_ALPHA = 100.0
@@ -90,7 +90,7 @@ class GBLM:
         check_one_of(self, "norm", "l1", "l2")
         check_one_of(self, "scaling", "mean", "paper")
         if self.alpha is not None:
-            check_at_least(self, alpha=0)
+            check_finite(self, "alpha")
 
     def can_solve(self, problem: LayerProblem) -> bool:
         """Every pattern is chosen from scores."""

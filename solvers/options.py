@@ -15,8 +15,17 @@ def check_at_least(solver: object, **least: float) -> None:
     """
     for name, bound in least.items():
         value = getattr(solver, name)
-        if not bound <= value < float("inf"):
+        if not value >= bound:
             message = f"{name} must be at least {bound}, got {value}"
+            raise UsageError(message)
+
+
+def check_finite(solver: object, *names: str) -> None:
+    """Raise :class:`UsageError` unless every named option is finite and not negative."""
+    for name in names:
+        value = getattr(solver, name)
+        if not 0 <= value < float("inf"):
+            message = f"{name} must be a number >= 0, got {value}"
             raise UsageError(message)
 
 

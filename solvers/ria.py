@@ -22,7 +22,7 @@ from torch import Tensor
 from layerwise.evaluate import evaluate
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Status
-from layerwise.solvers.options import check_at_least
+from layerwise.solvers.options import check_finite
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RIA:
     power: float = 0.5
 
     def __post_init__(self) -> None:
-        check_at_least(self, power=0)
+        check_finite(self, "power")
 
     def can_solve(self, problem: LayerProblem) -> bool:
         """Every pattern is chosen from scores."""

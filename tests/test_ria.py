@@ -60,5 +60,5 @@ def test_kept_weights_are_dense_and_zeros_go_first() -> None:
 
 @pytest.mark.parametrize("power", [-0.5, float("nan"), float("inf")])
 def test_impossible_power(power: float) -> None:
-    with pytest.raises(UsageError, match="power must be at least 0"):
+    with pytest.raises(UsageError, match="power must be a number >= 0"):
         RIA(power=power)
