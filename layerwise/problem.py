@@ -229,9 +229,13 @@ class LayerProblem:
         """Absolute damping: ``damping * mean(diag(gram))``."""
         return self.damping * self.moments.mean_diagonal
 
+    def damped_gram(self, dtype: torch.dtype) -> Tensor:
+        """Gram of the damped problem, a new tensor."""
+        return damped(self.gram, self.moments.mean_diagonal, self.damping, dtype)
+
     def damped(self) -> tuple[Tensor, Tensor]:
         """Gram and target of the damped problem, in the working precision."""
-        gram = damped(self.gram, self.moments.mean_diagonal, self.damping, self.dtype)
+        gram = self.damped_gram(self.dtype)
         return gram, (self.target + self.ridge * self.weight.double()).to(self.dtype)
 
     def factor(self, dtype: torch.dtype | None = None) -> Factor:

@@ -36,7 +36,6 @@ from torch import Tensor
 
 from layerwise.errors import UsageError
 from layerwise.evaluate import evaluate
-from layerwise.linalg import damped
 from layerwise.patterns import FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Status
@@ -56,8 +55,8 @@ class Scaled:
     """The damped problem in variables in which its gram has a unit diagonal."""
 
     def __init__(self, problem: LayerProblem) -> None:
-        mean, dtype = problem.moments.mean_diagonal, problem.dtype
-        gram = damped(problem.gram, mean, problem.damping, dtype)
+        dtype = problem.dtype
+        gram = problem.damped_gram(dtype)
         self._root = gram.diagonal().sqrt()
         self.gram = gram / self._root / self._root[:, None]
         self._weight = problem.weight.to(dtype)
@@ -221,10 +220,7 @@ class ALPS:
         stats = {"damping": problem.damping}
         if self.finish == "exact":
             weight = scaled.unscaled(copy, mask)
-            start = evaluate(problem, weight, mask, Status.FEASIBLE)
-            posed = problem.with_pattern(FixedMask(mask))
-            found = refit.solve(posed, initial=start)
-            return replace(found, status=Status.FEASIBLE, iterations=steps)
+            return replace(refit.refit(problem, weight, mask), iterations=steps)
         sides = torch.where(mask, scaled.residual(copy), 0)
         change, _ = masked_cg(scaled.gram, mask, sides, FINISH_TOLERANCE, FINISH_ITERATIONS)
         weight = scaled.unscaled(copy + change, mask)

@@ -27,7 +27,7 @@ here, and :func:`layerwise.prune_model` fills in the one that belongs to the mod
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
@@ -210,25 +210,13 @@ class Fista:
         steps: int,
         history: list[Mapping[str, float]],
     ) -> Solution:
-        solution = evaluate(problem, best.weight, best.mask, Status.FEASIBLE)
-        certificate, stats = None, {"damping": problem.damping}
         if self.refit:
-            posed = problem.with_pattern(FixedMask(best.mask))
-            solution = LeastSquares(memory_budget=self.memory_budget).solve(
-                posed, initial=solution
-            )
-            certificate, stats = solution.certificate, dict(solution.stats)
-        fixed = isinstance(problem.pattern, FixedMask)
-        return evaluate(
-            problem,
-            solution.weight,
-            best.mask,
-            solution.status if fixed else Status.FEASIBLE,
-            certificate=certificate,
-            iterations=steps,
-            history=tuple(history),
-            stats=stats,
-        )
+            refit = LeastSquares(memory_budget=self.memory_budget)
+            found = refit.refit(problem, best.weight, best.mask)
+        else:
+            stats = {"damping": problem.damping}
+            found = evaluate(problem, best.weight, best.mask, Status.FEASIBLE, stats=stats)
+        return replace(found, iterations=steps, history=tuple(history))
 
 
 def fista_paper() -> Fista:

@@ -38,7 +38,6 @@ from torch import Tensor
 
 from layerwise.errors import UsageError
 from layerwise.evaluate import evaluate, objective_rows, residual
-from layerwise.linalg import damped
 from layerwise.patterns import NM, FixedMask, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Status
@@ -151,8 +150,7 @@ class RelaxedMask:
     def __init__(self, problem: LayerProblem, mask: Tensor, fixed: Tensor) -> None:
         self._problem, self._fixed = problem, fixed
         self._dense = problem.weight.to(problem.dtype)
-        mean_diagonal = problem.moments.mean_diagonal
-        self._gram = damped(problem.gram, mean_diagonal, problem.damping, problem.dtype)
+        self._gram = problem.damped_gram(problem.dtype)
         self._scores = wanda_scores(problem).double()
         self._scores /= self._scores.amax().clamp(min=1e-300)
         self.values = mask.to(problem.dtype)  # M, (out, in)

@@ -22,7 +22,7 @@ References
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -31,7 +31,6 @@ from torch import Tensor
 from layerwise.certificates import refit_certificate, refit_excess
 from layerwise.errors import MemoryBudgetError
 from layerwise.evaluate import evaluate, residual
-from layerwise.linalg import damped
 from layerwise.patterns import FixedMask
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Status
@@ -81,11 +80,23 @@ class LeastSquares:
         on_iteration: OnIteration | None = None,
     ) -> Solution:
         """Refit all rows, from `initial` if it is given, else from the dense weight."""
-        assert isinstance(problem.pattern, FixedMask)
-        damping = problem.factor(torch.float64).damping
-        problem = problem.with_damping(damping)
         mask = problem.pattern.mask(problem.weight)
         start = problem.weight if initial is None else initial.weight
+        return self._solve(problem, start, mask)
+
+    def refit(self, problem: LayerProblem, weight: Tensor, mask: Tensor) -> Solution:
+        """Refit weights on the mask that a method found for a problem.
+
+        Optimal weights are optimal for the problem as posed only if it fixes the mask.
+        """
+        found = self._solve(problem.with_pattern(FixedMask(mask)), weight, mask)
+        if found.status is Status.OPTIMAL and not self.can_solve(problem):
+            found = replace(found, status=Status.FEASIBLE)
+        return found
+
+    def _solve(self, problem: LayerProblem, start: Tensor, mask: Tensor) -> Solution:
+        damping = problem.factor(torch.float64).damping
+        problem = problem.with_damping(damping)
         weight = torch.where(mask, start.double(), 0)
         pending = torch.arange(len(weight), device=weight.device)
         for method in self._methods(problem, mask):
@@ -123,9 +134,7 @@ class LeastSquares:
         """Correct the pending rows chunk by chunk."""
         missed = []
         precision = problem.factor().lower.dtype  # float64 where float32 is not enough
-        gram = damped(
-            problem.gram, problem.moments.mean_diagonal, problem.damping, precision
-        )
+        gram = problem.damped_gram(precision)
         for rows in torch.split(pending, self._chunk(gram, mask[pending], method)):
             part = problem.rows(rows)
             current, kept = weight[rows], mask[rows]

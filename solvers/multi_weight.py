@@ -35,7 +35,7 @@ the weight times the input norm; (2) mask and update are separate steps, so ``si
 scores are those before any update; (3) any gram and cross-gram, by starting from W_ls.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from math import comb
 from typing import ClassVar, Literal
@@ -43,10 +43,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from layerwise.evaluate import evaluate
 from layerwise.patterns import NM, FixedMask, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solution import OnIteration, Solution
 from layerwise.solvers.joint_removal import multipliers, remove_jointly
 from layerwise.solvers.least_squares import (
     BATCH_EFFICIENCY,
@@ -113,8 +112,9 @@ class MultiWeight:
         on_iteration: OnIteration | None = None,
     ) -> Solution:
         """Choose the mask, then find its weights."""
-        fixed = isinstance(problem.pattern, FixedMask)
-        if not fixed:
+        if isinstance(problem.pattern, FixedMask):
+            kept = problem.pattern.mask(problem.weight)
+        else:
             factor = problem.moments.factor(problem.damping, problem.dtype, reverse=True)
             if factor.raised:
                 problem = problem.with_damping(factor.damping)
@@ -122,14 +122,10 @@ class MultiWeight:
             upper = factor.lower.flip(0, 1)
             eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
             root = torch.linalg.solve_triangular(upper, eye, upper=True)
-            problem = problem.with_pattern(FixedMask(self._choose(problem, root, start)))
+            kept = self._choose(problem, root, start)
         if self.update == "single":
-            return SparseGPT().solve(problem)
-        solution = self._refit(problem)
-        if solution.status is Status.OPTIMAL and not fixed:
-            # optimal on its mask, which a heuristic chose: feasible for the problem posed
-            solution = replace(solution, status=Status.FEASIBLE)
-        return solution
+            return SparseGPT().solve(problem.with_pattern(FixedMask(kept)))
+        return self._refit(problem, kept)
 
     def _choose(self, problem: LayerProblem, root: Tensor, start: Tensor) -> Tensor:
         if self.mask == "single":
@@ -140,15 +136,14 @@ class MultiWeight:
         size = self.block_size or min(-(-len(root) // BLOCKS), LARGEST_BLOCK)
         return _choose_blocks(problem.pattern, root, start, size, self.memory_budget)
 
-    def _refit(self, problem: LayerProblem) -> Solution:
-        """Optimal weights of a fixed mask; what the closed form missed is solved again."""
-        kept = problem.pattern.mask(problem.weight)
+    def _refit(self, problem: LayerProblem, kept: Tensor) -> Solution:
+        """Optimal weights on a mask; what the closed form missed is solved again."""
         width = problem.shape[1]
         most_kept, most_removed = (int(m.sum(dim=1).amax()) for m in (kept, ~kept))
         solve_kept = min(
             BATCH_EFFICIENCY * most_kept**3 / 3, EXPECTED_ITERATIONS * 2 * width**2
         )
-        closed_form = None
+        weight = problem.weight
         if BATCH_EFFICIENCY * most_removed**3 / 3 < solve_kept:
             factor = problem.factor(torch.float64)
             start = problem.weight.double()
@@ -156,9 +151,8 @@ class MultiWeight:
                 start = start + factor.solve_rows(problem.shift)
             inverse = torch.cholesky_inverse(factor.lower)
             weight, _ = remove_jointly(start, inverse, kept, self.memory_budget)
-            closed_form = evaluate(problem, weight, kept, Status.FEASIBLE)
         refit = LeastSquares(memory_budget=self.memory_budget)
-        return refit.solve(problem, initial=closed_form)
+        return refit.refit(problem, weight, kept)
 
 
 def multi_weight_ss() -> MultiWeight:

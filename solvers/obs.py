@@ -16,16 +16,15 @@ References
 """
 
 import heapq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from layerwise.evaluate import evaluate
 from layerwise.patterns import NM, FixedMask, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solution import OnIteration, Solution
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.supports import Supports
 
@@ -73,10 +72,7 @@ class OBS:
         order = torch.cat([path.order for path in paths])
         costs = torch.cat([path.costs for path in paths])
         mask = _walk(problem, order, costs)
-        weight = torch.where(mask, problem.weight.to(problem.dtype), 0)
-        start = evaluate(problem, weight, mask, Status.FEASIBLE)
-        found = refit.solve(problem.with_pattern(FixedMask(mask)), initial=start)
-        return replace(found, status=Status.FEASIBLE)
+        return refit.refit(problem, problem.weight, mask)
 
 
 @dataclass(frozen=True, eq=False)

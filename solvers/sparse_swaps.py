@@ -128,8 +128,7 @@ class Pairs:
 
     def __init__(self, problem: LayerProblem, size: int) -> None:
         self.problem, self._size = problem, size
-        gram = problem.gram.clone()
-        gram.diagonal().add_(problem.ridge)
+        gram = problem.damped_gram(torch.float64)
         blocks = gram.unfold(0, size, size).unfold(1, size, size)
         blocks = blocks.diagonal().permute(2, 0, 1)  # (groups, m, m)
         weight = problem.weight.double()

@@ -87,9 +87,9 @@ class Supports:
         self, problem: LayerProblem, rows: Tensor, mask: Tensor, spare: int = 0
     ) -> None:
         width = problem.shape[1]
-        gram = problem.gram.clone()
-        gram.diagonal().add_(problem.ridge)
-        self.gram = torch.nn.functional.pad(gram, (0, 1, 0, 1))
+        self.gram = torch.nn.functional.pad(
+            problem.damped_gram(torch.float64), (0, 1, 0, 1)
+        )
         self.width = width
         self._dense = problem.weight[rows].double()
         self._shift = None if problem.shift is None else problem.shift[rows]

@@ -26,10 +26,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from layerwise.evaluate import evaluate
 from layerwise.patterns import NM, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solution import OnIteration, Solution
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.options import check_at_least
 from layerwise.solvers.supports import Entries, Supports
@@ -103,12 +102,10 @@ class Swaps:
             search.run()
             mask[rows] = search.supports.mask
             weight[rows] = search.supports.dense(search.all)
-        found = evaluate(problem, weight.to(problem.dtype), mask, Status.FEASIBLE)
-        found = refit.solve(problem.with_pattern(FixedMask(mask)), initial=found)
+        found = refit.refit(problem, weight, mask)
         swaps = sum(entry["swaps"] for entry in history)
         return replace(
             found,
-            status=Status.FEASIBLE,
             iterations=len(history),
             history=tuple(history),
             stats={**found.stats, "swaps": swaps},
