@@ -14,7 +14,7 @@ from layerwise.errors import SolveError, UsageError
 from layerwise.patterns import Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.run import gradients as gradients_module
-from layerwise.run import prune as prune_module
+from layerwise.run import walk as walk_module
 from layerwise.run.gradients import GradientStatistic, gradient_norms, required_gradient
 from layerwise.run.prune import prune_model
 from layerwise.run.storage import Checkpoint
@@ -249,7 +249,7 @@ def test_run_hands_every_layer_its_gradient(monkeypatch: pytest.MonkeyPatch) -> 
         windows.append(tokens)
         return original(model, linears, tokens, statistic)
 
-    monkeypatch.setattr(prune_module, "gradient_norms", watched)
+    monkeypatch.setattr(walk_module, "gradient_norms", watched)
     report = prune(model, Watching(), ignore=["re:.*up_proj"])
     expected = reference(tiny_model("llama"), windows[0], "l2")  # dense in every block
     assert len(seen) == len(report.records) == 12
@@ -275,7 +275,7 @@ def test_other_methods_spend_no_backward_pass(monkeypatch: pytest.MonkeyPatch) -
     def never(*args: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(prune_module, "gradient_norms", never)
+    monkeypatch.setattr(walk_module, "gradient_norms", never)
     prune(tiny_model("llama"), "wanda+least-squares")
     with pytest.raises(AssertionError):
         prune(tiny_model("llama"), "gblm+least-squares")

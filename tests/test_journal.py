@@ -11,7 +11,6 @@ import torch
 
 from layerwise.errors import DataError, SolveError, UsageError
 from layerwise.run import pipeline
-from layerwise.run import prune as prune_module
 from layerwise.run.journal import Journal, read_layers, read_masks
 from layerwise.run.pipeline import ERROR_CORRECTIONS, PrunedBlock
 from layerwise.run.prune import prune_model
@@ -122,7 +121,7 @@ def test_finished_blocks_are_not_solved_again(
         solved.append(inputs.name)
         return original(task, inputs, on_layer)
 
-    monkeypatch.setattr(prune_module, "prune_block", counting)
+    monkeypatch.setattr(pipeline, "prune_block", counting)
     prune(source, tmp_path / "out", error_correction=mode)
     assert solved == ["model.layers.1", "model.layers.2"]
 

@@ -13,7 +13,8 @@ from layerwise.patterns import NM
 from layerwise.problem import LayerProblem
 from layerwise.run import pipeline
 from layerwise.run.pipeline import ERROR_CORRECTIONS
-from layerwise.run.prune import BATCH, prune_model
+from layerwise.run.prune import prune_model
+from layerwise.run.walk import BATCH
 from layerwise.solve import solve
 from tests.models import RANK, random_tokens, tiny_model, weight_of
 from tests.tolerances import MOMENTS

@@ -14,7 +14,8 @@ from layerwise.errors import InvalidProblemError, SolveError
 from layerwise.problem import LayerProblem
 from layerwise.run import pipeline
 from layerwise.run.pipeline import ERROR_CORRECTIONS
-from layerwise.run.prune import BATCH, PruneReport, prune_model
+from layerwise.run.prune import PruneReport, prune_model
+from layerwise.run.walk import BATCH
 from layerwise.solve import solve
 from tests.models import (
     INNER,

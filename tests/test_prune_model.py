@@ -23,7 +23,7 @@ from layerwise.errors import (
 )
 from layerwise.patterns import NM, Columns, Pattern, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.run import prune
+from layerwise.run import walk
 from layerwise.run.journal import read_layers, read_masks
 from layerwise.run.perplexity import perplexity
 from layerwise.run.pipeline import ERROR_CORRECTIONS, advance
@@ -168,7 +168,7 @@ def test_blocks_are_advanced_no_further_than_needed(
         calls.append(inputs.name)
         return advance(task, inputs, hidden)
 
-    monkeypatch.setattr(prune, "advance", counted)
+    monkeypatch.setattr(walk, "advance", counted)
     in_memory(tiny_model("llama", layers=3), error_correction=mode)
     assert len(calls) == passes
     assert "model.layers.2" not in calls

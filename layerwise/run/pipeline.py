@@ -36,6 +36,7 @@ from layerwise.solve import solve, solver_name
 
 ErrorCorrection = Literal["none", "sequential", "block", "full"]
 ERROR_CORRECTIONS: tuple[str, ...] = get_args(ErrorCorrection)
+OnLayer = Callable[[LayerRecord], None]  # told about every matrix that is done
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,12 @@ class Task:
     def staged(self) -> bool:
         """Whether a stage sees the effect of the pruned stages before it."""
         return self.error_correction in ("block", "full")
+
+    def prune(
+        self, inputs: "BlockInputs", on_layer: OnLayer = lambda record: None
+    ) -> "PrunedBlock":
+        """Prune the target linears of a block in place, see :func:`prune_block`."""
+        return prune_block(self, inputs, on_layer)
 
 
 @dataclass
@@ -80,7 +87,7 @@ class BlockInputs:
 def prune_block(
     task: Task,
     inputs: BlockInputs,
-    on_layer: Callable[[LayerRecord], None] = lambda record: None,
+    on_layer: OnLayer = lambda record: None,
 ) -> PrunedBlock:
     """Prune the target linears of a block in place.
 
@@ -185,7 +192,7 @@ def _solve_stage(
     stage: Stage,
     accumulator: MomentAccumulator,
     result: PrunedBlock,
-    on_layer: Callable[[LayerRecord], None],
+    on_layer: OnLayer,
 ) -> None:
     """Solve the problems of a stage, which share their moments, and write the weights."""
     with _naming(f"{inputs.name}.{stage.linears[0]}"):

@@ -17,18 +17,10 @@ from torch import Tensor, nn
 from layerwise.patterns import NM, Pattern
 from layerwise.run.architecture import adapter_of, note_on
 from layerwise.run.calibration import Calibration, token_windows
-from layerwise.run.gradients import gradient_norms, required_gradient
 from layerwise.run.journal import Journal, check_output
 from layerwise.run.output import fingerprint, write_output
 from layerwise.run.perplexity import evaluation_mode
-from layerwise.run.pipeline import (
-    BlockInputs,
-    ErrorCorrection,
-    PrunedBlock,
-    Task,
-    advance,
-    prune_block,
-)
+from layerwise.run.pipeline import ErrorCorrection, Task
 from layerwise.run.recipe import OptionValue, Recipe, options_of
 from layerwise.run.records import LayerRecord
 from layerwise.run.settings import (
@@ -43,11 +35,9 @@ from layerwise.run.settings import (
     with_published_start,
 )
 from layerwise.run.storage import Checkpoint
-from layerwise.run.streams import capture
 from layerwise.run.targets import Selection
+from layerwise.run.walk import walk
 from layerwise.solve import solver_name
-
-BATCH = 8  # sequences per forward pass
 
 
 class Callback(Protocol):
@@ -221,9 +211,14 @@ def prune_model(
         if adapter.found and (on_note := getattr(listener, "on_note", None)) is not None:
             on_note(note_on(model, adapter, selection))
         listener.on_start(len(selection.names))
+
+    def on_layer(record: LayerRecord) -> None:
+        for listener in listeners:
+            listener.on_layer(record)
+
     try:
         with evaluation_mode(model):
-            blocks = _run(model, selection, task, tokens, journal, listeners)
+            blocks = walk(model, selection, task, tokens, journal, on_layer)
     except BaseException:
         if journal is not None:
             journal.discard_if_empty()
@@ -240,101 +235,6 @@ def prune_model(
     for listener in listeners:
         listener.on_finish(report)
     return report
-
-
-def _run(
-    model: nn.Module,
-    selection: Selection,
-    task: Task,
-    tokens: Calibration,
-    journal: Journal | None,
-    listeners: Sequence[Callback],
-) -> list[PrunedBlock]:
-    """Prune block after block, or take a block from the journal."""
-
-    def on_layer(record: LayerRecord) -> None:
-        for listener in listeners:
-            listener.on_layer(record)
-
-    gradients = _gradients(model, selection, task, tokens)
-    stream = capture(
-        model, list(selection.blocks.values()), torch.split(tokens.tokens, BATCH)
-    )
-    dense: Sequence[Tensor] = stream.hidden
-    pruned = dense
-    done: list[PrunedBlock] = []
-    for index, (name, block) in enumerate(selection.blocks.items()):
-        inputs = BlockInputs(
-            name,
-            block,
-            selection.stages_of(name),
-            stream.calls[index],
-            dense,
-            pruned,
-            gradients.pop(name, {}),
-        )
-        home = next(block.parameters()).device
-        block.to(task.device)
-        last = index == len(selection.blocks) - 1  # nothing reads what comes behind it
-        next_dense = dense
-        if task.error_correction != "sequential" and not last:
-            next_dense = advance(task, inputs, dense)
-        result = journal.read_block(index) if journal else None
-        if result is None:
-            result = prune_block(task, inputs, on_layer)
-            if journal is not None:
-                journal.write_block(index, result)
-                journal.write_layers([*_records(done), *result.records])
-        else:
-            _restore(task, block, result, on_layer)
-        done.append(result)
-        if not last:
-            if task.error_correction == "sequential":
-                pruned = next_dense = advance(task, inputs, pruned)
-            elif task.error_correction == "full":
-                pruned = advance(task, inputs, pruned)
-            else:
-                pruned = next_dense
-            dense = next_dense
-        block.to(home)
-    return done
-
-
-def _gradients(
-    model: nn.Module, selection: Selection, task: Task, tokens: Calibration
-) -> dict[str, dict[str, Tensor]]:
-    """Gradient norms of the targets of every block, where the method asks for them.
-
-    They are those of the dense model, so a resumed run computes the same again.
-    """
-    statistic = required_gradient(task.solver)
-    if statistic is None:
-        return {}
-    names = {
-        block: [name for stage in selection.stages_of(block) for name in stage.linears]
-        for block in selection.blocks
-    }
-    linears = {
-        f"{block}.{name}": task.adapter.linear(selection.blocks[block], name)
-        for block, targets in names.items()
-        for name in targets
-    }
-    norms = gradient_norms(model, linears, tokens.tokens, statistic)
-    return {
-        block: {name: norms.pop(f"{block}.{name}") for name in targets}
-        for block, targets in names.items()
-    }
-
-
-def _restore(task: Task, block: nn.Module, result: PrunedBlock, on_layer: Any) -> None:
-    for name, weight in result.weights.items():
-        task.adapter.weight(block, name).copy_(weight)
-    for record in result.records:
-        on_layer(record)
-
-
-def _records(blocks: Sequence[PrunedBlock]) -> list[LayerRecord]:
-    return [record for block in blocks for record in block.records]
 
 
 def _open(model_or_path: nn.Module | str | Path) -> tuple[Checkpoint | None, Any]:

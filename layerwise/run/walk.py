@@ -1,0 +1,111 @@
+"""From the first block of a model to the last: prune, store, advance.
+
+Every block is pruned in place from what the blocks before it give, or taken from the
+journal of the run that is resumed. Two streams of hidden states run along where error
+correction asks for them, that of the dense model and that of the pruned one.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.run.calibration import Calibration
+from layerwise.run.gradients import gradient_norms, required_gradient
+from layerwise.run.journal import Journal
+from layerwise.run.pipeline import BlockInputs, OnLayer, PrunedBlock, Task, advance
+from layerwise.run.records import LayerRecord
+from layerwise.run.streams import capture
+from layerwise.run.targets import Selection
+
+BATCH = 8  # sequences per forward pass
+
+
+def walk(
+    model: nn.Module,
+    selection: Selection,
+    task: Task,
+    tokens: Calibration,
+    journal: Journal | None,
+    on_layer: OnLayer,
+) -> list[PrunedBlock]:
+    """Prune block after block, or take a block from the journal."""
+    gradients = _gradients(model, selection, task, tokens)
+    stream = capture(
+        model, list(selection.blocks.values()), torch.split(tokens.tokens, BATCH)
+    )
+    dense: Sequence[Tensor] = stream.hidden
+    pruned = dense
+    done: list[PrunedBlock] = []
+    for index, (name, block) in enumerate(selection.blocks.items()):
+        inputs = BlockInputs(
+            name,
+            block,
+            selection.stages_of(name),
+            stream.calls[index],
+            dense,
+            pruned,
+            gradients.pop(name, {}),
+        )
+        home = next(block.parameters()).device
+        block.to(task.device)
+        last = index == len(selection.blocks) - 1  # nothing reads what comes behind it
+        next_dense = dense
+        if task.error_correction != "sequential" and not last:
+            next_dense = advance(task, inputs, dense)
+        result = journal.read_block(index) if journal else None
+        if result is None:
+            result = task.prune(inputs, on_layer)
+            if journal is not None:
+                journal.write_block(index, result)
+                journal.write_layers([*_records(done), *result.records])
+        else:
+            _restore(task, block, result, on_layer)
+        done.append(result)
+        if not last:
+            if task.error_correction == "sequential":
+                pruned = next_dense = advance(task, inputs, pruned)
+            elif task.error_correction == "full":
+                pruned = advance(task, inputs, pruned)
+            else:
+                pruned = next_dense
+            dense = next_dense
+        block.to(home)
+    return done
+
+
+def _gradients(
+    model: nn.Module, selection: Selection, task: Task, tokens: Calibration
+) -> dict[str, dict[str, Tensor]]:
+    """Gradient norms of the targets of every block, where the method asks for them.
+
+    They are those of the dense model, so a resumed run computes the same again.
+    """
+    statistic = required_gradient(task.solver)
+    if statistic is None:
+        return {}
+    names = {
+        block: [name for stage in selection.stages_of(block) for name in stage.linears]
+        for block in selection.blocks
+    }
+    linears = {
+        f"{block}.{name}": task.adapter.linear(selection.blocks[block], name)
+        for block, targets in names.items()
+        for name in targets
+    }
+    norms = gradient_norms(model, linears, tokens.tokens, statistic)
+    return {
+        block: {name: norms.pop(f"{block}.{name}") for name in targets}
+        for block, targets in names.items()
+    }
+
+
+def _restore(task: Task, block: nn.Module, result: PrunedBlock, on_layer: OnLayer) -> None:
+    for name, weight in result.weights.items():
+        task.adapter.weight(block, name).copy_(weight)
+    for record in result.records:
+        on_layer(record)
+
+
+def _records(blocks: Sequence[PrunedBlock]) -> list[LayerRecord]:
+    return [record for block in blocks for record in block.records]
