@@ -8,6 +8,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("tests.contract")  # before its first import
 
 # The same examples on every machine; the nightly profile looks for new ones.
 hypothesis.settings.register_profile(

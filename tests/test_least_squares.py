@@ -19,7 +19,7 @@ from layerwise.problem import LayerProblem
 from layerwise.solution import Status
 from layerwise.solvers.fista import Fista
 from layerwise.solvers.least_squares import LeastSquares, masked_cg
-from tests.problems import PROBLEMS, Layer, layers, make_layer
+from tests.problems import PROBLEMS, Layer, layers, make_layer, patterns
 from tests.reference import Equations
 from tests.tolerances import CLOSED_FORM, EQUIVARIANCE, REFIT_REFERENCE, ROUNDING
 
@@ -164,6 +164,35 @@ def test_full_mask_returns_the_dense_weight() -> None:
             solution = lw.solve(layer.problem(everything, damping), "least-squares")
             assert torch.equal(solution.weight, layer.weight)
             assert solution.objective == 0
+
+
+@given(data=st.data())
+def test_refit_beats_the_masked_weight(data: st.DataObject) -> None:
+    layer = data.draw(layers())
+    pattern = data.draw(patterns(layer))
+    question = layer.problem(pattern)
+    mask = lw.solve(question, "wanda").mask
+    refit = lw.solve(question.with_pattern(FixedMask(mask)), "least-squares")
+    masked = torch.where(mask, layer.weight, 0)
+    value, before = (
+        objective_rows(question, weight, damped=True) for weight in (refit.weight, masked)
+    )
+    assert bool((value <= before * (1 + LeastSquares().tolerance)).all())
+
+
+@given(data=st.data())
+def test_refit_error_grows_with_sparsity(data: st.DataObject) -> None:
+    layer = data.draw(layers())
+    question = layer.problem(Unstructured(0))
+    scores = layer.weight.abs()
+    values = []
+    for percent in sorted(data.draw(st.lists(st.integers(0, 99), min_size=2, max_size=5))):
+        mask = Unstructured(percent / 100).mask(scores)  # each inside the one before
+        refit = lw.solve(question.with_pattern(FixedMask(mask)), "least-squares")
+        values.append(objective_rows(question, refit.weight, damped=True))
+    slack = ROUNDING * question.energy
+    for less, more in pairwise(values):
+        assert bool((less <= more * (1 + LeastSquares().tolerance) + slack).all())
 
 
 @given(data=st.data())
