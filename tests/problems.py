@@ -174,6 +174,17 @@ PROBLEMS: Mapping[str, Layer] = MappingProxyType(
         "half-precision": make_layer(14, drift=0.2).to(torch.float16),
     }
 )
+DOUBLE = [name for name, layer in PROBLEMS.items() if layer.weight.dtype == torch.float64]
+
+
+def uneven_mask(layer: Layer, seed: int = 0) -> Tensor:
+    """Mask whose rows remove different numbers; the first nothing, the last all."""
+    generator = torch.Generator().manual_seed(seed)
+    share = torch.linspace(0.9, 0.1, len(layer.weight))[:, None]
+    mask = torch.rand(layer.shape, generator=generator) < share
+    if len(mask) > 1:
+        mask[0], mask[-1] = True, False
+    return mask
 
 
 def _random_mask(layer: Layer) -> Pattern:

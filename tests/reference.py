@@ -126,6 +126,16 @@ class Equations:
         return float(np.square(self.left[:, support] @ solved - side).sum())
 
 
+def hessian_and_start(layer: Layer, damping: float) -> tuple[Tensor, Tensor]:
+    """Damped gram and unconstrained minimiser by their definitions, in float64."""
+    seen, inputs, dense = layer.seen.double(), layer.inputs.double(), layer.weight.double()
+    gram = seen @ seen.T / seen.shape[1]
+    ridge = damping * gram.diagonal().mean()
+    gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype)
+    target = dense @ (inputs @ seen.T / seen.shape[1]) + ridge * dense
+    return gram, torch.linalg.solve(gram, target, left=False)
+
+
 def _minimize(expression: Any) -> None:
     model = cvxpy.Problem(cvxpy.Minimize(expression))
     model.solve(solver=cvxpy.CLARABEL, **CLARABEL_OPTIONS)
