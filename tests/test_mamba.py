@@ -1,7 +1,6 @@
 """Mamba: the inputs of every linear, though one of them is never called."""
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,12 +10,10 @@ from torch import Tensor
 from layerwise.errors import InvalidProblemError
 from layerwise.patterns import NM
 from layerwise.problem import LayerProblem
-from layerwise.run import pipeline
 from layerwise.run.pipeline import ERROR_CORRECTIONS
-from layerwise.run.prune import prune_model
 from layerwise.run.walk import BATCH
-from layerwise.solve import solve
 from tests.models import RANK, random_tokens, tiny_model, weight_of
+from tests.pruning import prune_and_record
 from tests.tolerances import MOMENTS
 
 LENGTH = 10
@@ -51,25 +48,8 @@ def prune(
     monkeypatch: pytest.MonkeyPatch, model: Any, mode: Any, **options: Any
 ) -> dict[str, LayerProblem]:
     """Prune in place; the problems that were posed, by layer."""
-    posed: list[LayerProblem] = []
-
-    def recording(problem: LayerProblem, solver: Any) -> Any:
-        posed.append(replace(problem, weight=problem.weight.clone()))
-        return solve(problem, solver)
-
-    monkeypatch.setattr(pipeline, "solve", recording)
-    report = prune_model(
-        model,
-        options.pop("method", "sparsegpt"),
-        options.pop("sparsity", 0.5),
-        calibration=TOKENS,
-        n_sequences=len(TOKENS),
-        sequence_length=LENGTH,
-        error_correction=mode,
-        **options,
-    )
-    names = [record.name for record in report.records]
-    return dict(zip(names, posed, strict=True))
+    options = {"method": "sparsegpt", "calibration": TOKENS, **options}
+    return prune_and_record(monkeypatch, model, error_correction=mode, **options)[1]
 
 
 def stage_by_stage(dense: Any, pruned: Any, mode: str, index: int) -> tuple[Any, Any]:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,9 +12,8 @@ from torch import Tensor
 from layerwise.adapters import get_adapter
 from layerwise.errors import InvalidProblemError, SolveError
 from layerwise.problem import LayerProblem
-from layerwise.run import pipeline
 from layerwise.run.pipeline import ERROR_CORRECTIONS
-from layerwise.run.prune import PruneReport, prune_model
+from layerwise.run.prune import PruneReport
 from layerwise.run.walk import BATCH
 from layerwise.solve import solve
 from tests.models import (
@@ -26,6 +25,7 @@ from tests.models import (
     tiny_model,
     weight_of,
 )
+from tests.pruning import prune_and_record
 from tests.tolerances import MOMENTS, RECORDED_ERROR
 
 LENGTH = 12
@@ -55,25 +55,15 @@ def prune(
     model = tiny_model(family, layers=3, dtype=dtype)
     damage(model)
     dense = copy.deepcopy(model)
-    posed: list[LayerProblem] = []
-
-    def recording(problem: LayerProblem, solver: Any) -> Any:
-        posed.append(replace(problem, weight=problem.weight.clone()))
-        return solve(problem, solver)
-
-    monkeypatch.setattr(pipeline, "solve", recording)
-    report = prune_model(
+    report, problems = prune_and_record(
+        monkeypatch,
         model,
-        method,
-        0.5,
+        method=method,
         calibration=TOKENS,
-        n_sequences=len(TOKENS),
-        sequence_length=LENGTH,
         error_correction=mode,
         **options,
     )
-    names = [record.name for record in report.records]
-    return Run(dense, report, dict(zip(names, posed, strict=True)))
+    return Run(dense, report, problems)
 
 
 def inputs_of(model: Any, name: str) -> Tensor:
