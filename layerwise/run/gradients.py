@@ -1,18 +1,11 @@
 """Loss gradients of the dense model: one backward pass per calibration sequence.
 
-For sequence s let g_s be the gradient of its mean next-token loss with respect to a weight.
-What is kept is a norm over the N sequences, in float32 on the CPU, one number per weight:
+What is kept is a norm, over the sequences, of the gradient of the mean next-token loss of
+each: one float32 number per weight, on the CPU, in the norms and scalings of
+:mod:`layerwise.solvers.gblm`.
 
-========  ====================================  =================================
-scaling   l1                                    l2
-========  ====================================  =================================
-mean      ``sum_s |g_s| / N``                   ``sqrt(sum_s g_s^2 / N)``
-paper     ``sum_s |g_s| / sqrt(L)``             ``sqrt(sum_s g_s^2 / L)``
-========  ====================================  =================================
-
-with L the length of a sequence; :mod:`layerwise.solvers.gblm` says why. The pass runs on
-the whole model where it lies, with its activations of one sequence; every gradient is
-added up and freed as soon as it is known. The model is left as it was found.
+The pass runs on the whole model where it lies, with its activations of one sequence; every
+gradient is added up and freed as soon as it is known. The model is left as it was found.
 """
 
 from collections.abc import Iterator, Mapping
