@@ -1,104 +1,25 @@
-"""Checkpoints: identical copies, and every damaged or hostile folder refused."""
+"""Checkpoints: where they come from, what is read, and copies that are identical."""
 
-import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedTokenizerFast,
-)
 
-from layerwise.errors import (
-    DataError,
-    LayerwiseError,
-    UnsupportedModelError,
-    UsageError,
-)
-from layerwise.run.atomic import remove_temporaries
+from layerwise.errors import DataError, UsageError
 from layerwise.run.shard import read_header, rewrite_shard
-from layerwise.run.storage import (
-    Checkpoint,
-    atomic_write,
-    checkpoint_names,
-    pack_mask,
-    unpack_mask,
-    write_checkpoint,
-)
-
-VOCABULARY = 300
-INDEX = "model.safetensors.index.json"
+from layerwise.run.storage import Checkpoint, checkpoint_names, write_checkpoint
+from tests.checkpoints import INDEX, edit_json, tiny_opt, write_checkpoints
+from tests.models import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    trained.train_from_iterator(["prune the weights of a small model"] * 4, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=trained)
-
-
-def tiny_llama(tied: bool) -> Any:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config)
-
-
-def tiny_opt() -> Any:
-    config = OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        ffn_dim=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        word_embed_proj_dim=16,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return OPTForCausalLM(config)
-
-
-@pytest.fixture(scope="module")
-def folders(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
-) -> dict[str, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Pristine folders; tests that write work on copies."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    opt = tiny_opt().to(torch.float32)
-    opt.save_pretrained(root / "opt", max_shard_size="12KB")
-    tokenizer.save_pretrained(root / "opt")
-    (root / "opt" / "LICENSE").write_text("Apache-2.0")
-    (root / "opt" / "README.md").write_text("# the original")
-    opt.save_pretrained(root / "single")
-    tiny_llama(tied=True).to(torch.bfloat16).save_pretrained(root / "llama-tied")
-    tiny_llama(tied=False).to(torch.float32).save_pretrained(root / "llama")
-    return {path.name: path for path in root.iterdir()}
+    return write_checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture
@@ -106,26 +27,12 @@ def opt(folders: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(folders["opt"], tmp_path / "opt"))
 
 
-def edit_json(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def edit_index(folder: Path, edit: Callable[[dict[str, str]], object]) -> None:
-    index = json.loads((folder / INDEX).read_text())
-    edit(index["weight_map"])
-    (folder / INDEX).write_text(json.dumps(index))
-
-
-def first_shard(folder: Path) -> Path:
-    return min(folder.glob("model-*.safetensors"))
-
-
 # --- reading -------------------------------------------------------------------------
 
 
 def test_opened_checkpoint_describes_every_tensor(folders: dict[str, Path]) -> None:
     checkpoint = Checkpoint.open(folders["opt"])
-    state = tiny_opt().to(torch.float32).state_dict()
+    state = tiny_opt().state_dict()
     state.pop("lm_head.weight")  # tied, stored once
     assert len(checkpoint.shards) > 1
     assert list(checkpoint.weight_map) == sorted(state)
@@ -218,218 +125,19 @@ def test_loading_is_silent_and_leaves_global_state_alone(
 
 
 def test_tokenizer_is_loaded_or_absent_or_refused(
-    folders: dict[str, Path], opt: Path, tokenizer: PreTrainedTokenizerFast
+    folders: dict[str, Path], opt: Path
 ) -> None:
     text = "prune a model"
     loaded = Checkpoint.open(opt).load_tokenizer()
     assert loaded is not None
-    assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert loaded(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
     assert Checkpoint.open(folders["llama"]).load_tokenizer() is None
     (opt / "tokenizer.json").write_text("{garbage")
     with pytest.raises(DataError, match=r"tokenizer in .* cannot be loaded"):
         Checkpoint.open(opt).load_tokenizer()
 
 
-# --- refusing ------------------------------------------------------------------------
-
-
-def traverse(folder: Path) -> None:
-    shard = first_shard(folder)
-    secret = folder.parent / "secret"
-    secret.mkdir()
-    shutil.move(shard, secret / shard.name)
-    edit_index(folder, lambda m: _redirect(m, shard.name, f"../secret/{shard.name}"))
-
-
-def absolute(folder: Path) -> None:
-    shard = first_shard(folder)
-    edit_index(folder, lambda m: _redirect(m, shard.name, str(shard)))
-
-
-def _redirect(weight_map: dict[str, str], old: str, new: str) -> None:
-    weight_map.update({n: new for n, shard in weight_map.items() if shard == old})
-
-
-def link_outside(folder: Path) -> None:
-    shard = first_shard(folder)
-    outside = shard.rename(folder.parent / "outside.safetensors")
-    shard.symlink_to(outside)
-
-
-def link_config_outside(folder: Path) -> None:
-    outside = (folder / "config.json").rename(folder.parent / "config.json")
-    (folder / "config.json").symlink_to(outside)
-
-
-def link_licence_outside(folder: Path) -> None:
-    outside = (folder / "LICENSE").rename(folder.parent / "LICENSE")
-    (folder / "LICENSE").symlink_to(outside)
-
-
-def truncate(folder: Path) -> None:
-    shard = first_shard(folder)
-    shard.write_bytes(shard.read_bytes()[:-7])
-
-
-def huge_header(folder: Path) -> None:
-    data = first_shard(folder).read_bytes()
-    first_shard(folder).write_bytes((2**62).to_bytes(8, "little") + data[8:])
-
-
-def garbage_shard(folder: Path) -> None:
-    first_shard(folder).write_bytes(b"\x80\x02cos\nsystem\n" * 100)
-
-
-def duplicate_header_key(folder: Path) -> None:
-    entry = b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
-    header = b"{" + entry + b"," + entry + b"}"
-    header += b" " * (-len(header) % 8)
-    first_shard(folder).write_bytes(len(header).to_bytes(8, "little") + header + b"1")
-
-
-def remove_tensor(folder: Path) -> None:
-    state = load_file(first_shard(folder))
-    state.pop(min(state))
-    save_file(state, first_shard(folder), metadata={"format": "pt"})
-
-
-def tensor_in_two_shards(folder: Path) -> None:
-    shards = sorted(folder.glob("model-*.safetensors"))
-    state = load_file(shards[0])
-    extra = dict(sorted(load_file(shards[1]).items())[:1])
-    save_file(state | extra, shards[0], metadata={"format": "pt"})
-
-
-def pickles_only(folder: Path) -> None:
-    for path in [*folder.glob("*.safetensors"), folder / INDEX]:
-        path.unlink()
-    torch.save({}, folder / "pytorch_model.bin")
-
-
-def no_weights(folder: Path) -> None:
-    for path in [*folder.glob("*.safetensors"), folder / INDEX]:
-        path.unlink()
-
-
-def duplicate_key(folder: Path) -> None:
-    text = (folder / "config.json").read_text().rstrip().removesuffix("}")
-    (folder / "config.json").write_text(text + ', "model_type": "llama"}')
-
-
-def duplicate_index_key(folder: Path) -> None:
-    (folder / INDEX).write_text('{"weight_map": {"a": "x", "a": "y"}}')
-
-
-def config_with(**values: Any) -> Callable[[Path], None]:
-    return lambda folder: edit_json(folder / "config.json", **values)
-
-
-def write(name: str, content: bytes) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes(content)
-
-
-def remove(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).unlink()
-
-
-REFUSED_BEFORE_LOADING = [
-    (traverse, DataError, "shards must be"),
-    (absolute, DataError, "shards must be"),
-    (link_outside, DataError, "leaves the folder"),
-    (link_config_outside, DataError, "leaves the folder"),
-    (link_licence_outside, DataError, "leaves the folder"),
-    (truncate, DataError, "not a usable safetensors file"),
-    (huge_header, DataError, "not a usable safetensors file"),
-    (garbage_shard, DataError, "not a usable safetensors file"),
-    (duplicate_header_key, DataError, "'a' appears twice"),
-    (lambda folder: first_shard(folder).unlink(), DataError, "is missing"),
-    (remove_tensor, DataError, "which the index promises"),
-    (tensor_in_two_shards, DataError, "is in model-00001.* and in model-00002"),
-    (pickles_only, DataError, r"pickled weights only \(pytorch_model.bin\)"),
-    (no_weights, DataError, "choose a safetensors model"),
-    (duplicate_key, DataError, "'model_type' appears twice"),
-    (duplicate_index_key, DataError, "'a' appears twice"),
-    (write("config.json", b"{garbage"), DataError, "not usable JSON"),
-    (write("config.json", b"\xff\xfe{}"), DataError, "not usable JSON"),
-    (write("config.json", b'{"model_type": NaN}'), DataError, "the value NaN"),
-    (write("config.json", b"[" * 10**5), DataError, "not usable JSON"),
-    (write("config.json", b"[1]"), DataError, "must hold a JSON object"),
-    (write("config.json", b"{}"), DataError, "names no model_type"),
-    (remove("config.json"), DataError, "not a model folder"),
-    (write(INDEX, b"{}"), DataError, "has no weight_map"),
-    (config_with(transformers_weights="x.safetensors"), DataError, "redirects"),
-    (
-        config_with(quantization_config={"quant_method": "gptq"}),
-        UnsupportedModelError,
-        "quantised",
-    ),
-    (
-        config_with(text_config={"_attn_implementation": "evil/kernel"}),
-        UnsupportedModelError,
-        "code from the hub",
-    ),
-    (
-        write("shard-00000-model-00001-of-00001.safetensors", b""),
-        UnsupportedModelError,
-        "distributed checkpoint",
-    ),
-]
-
-REFUSED_WHILE_LOADING = [
-    (config_with(num_hidden_layers=3), DataError, "lacks tensors .*layers.2.*more"),
-    (config_with(num_hidden_layers=1), DataError, "layers that config.json does not"),
-    (config_with(num_hidden_layers=200), DataError, "asks for 200 layers"),
-    (config_with(vocab_size=10**12), DataError, "embed_tokens.* has shape"),
-    (config_with(ffn_dim=25), DataError, r"fc1.* has shape \(24, 16\)"),
-    (config_with(hidden_size=-1), DataError, "config.json is invalid"),
-    (config_with(hidden_size="16"), DataError, "config.json is invalid"),
-    (config_with(model_type="nope"), UnsupportedModelError, "does not know it"),
-    (
-        config_with(model_type="nope", auto_map={"AutoConfig": "evil.Config"}),
-        UnsupportedModelError,
-        "never run",
-    ),
-    (config_with(model_type="vit"), UnsupportedModelError, "not a causal language"),
-]
-
-
-def case_id(case: tuple[Any, ...]) -> str:
-    return str(case[2])
-
-
-def refusal(call: Callable[[], object], error: type[Exception], match: str) -> None:
-    """The call fails as declared, with one line that is not too long."""
-    with pytest.raises(error, match=match) as caught:
-        call()
-    assert isinstance(caught.value, LayerwiseError)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("case", REFUSED_BEFORE_LOADING, ids=case_id)
-def test_refused_before_transformers_sees_it(case: Any, opt: Path) -> None:
-    damage, error, match = case
-    damage(opt)
-    refusal(lambda: Checkpoint.open(opt), error, match)
-
-
-@pytest.mark.parametrize("case", REFUSED_WHILE_LOADING, ids=case_id)
-def test_refused_while_loading(case: Any, opt: Path) -> None:
-    damage, error, match = case
-    damage(opt)
-    checkpoint = Checkpoint.open(opt)
-    refusal(checkpoint.load_model, error, match)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weight_that_is_not_finite_is_named(opt: Path, value: float) -> None:
-    name = "model.decoder.layers.1.fc2.weight"
-    shard = opt / Checkpoint.open(opt).weight_map[name]
-    state = load_file(shard)
-    state[name][3, 5] = value
-    state[name][4, 0] = value
-    save_file(state, shard, metadata={"format": "pt"})
-    match = rf"'{name}' .* holds {value} at \[3, 5\]"
-    refusal(Checkpoint.open(opt).load_model, DataError, match)
+# --- where it comes from -------------------------------------------------------------
 
 
 def test_stale_index_beside_a_single_file_is_ignored(
@@ -606,103 +314,3 @@ def test_config_is_written_last(
     write_checkpoint(source, tmp_path, {})
     assert names[: len(source.shards)] == source.shards
     assert names[-1] == "config.json"
-
-
-# --- atomic files --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("step", ["write", "fsync", "replace"])
-def test_failed_write_keeps_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    path = tmp_path / "file"
-    atomic_write(path, b"old")
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    if step == "fsync":
-        monkeypatch.setattr(os, "fsync", fail)
-    if step == "replace":
-        monkeypatch.setattr(Path, "replace", fail)
-    data = fail if step == "write" else b"new content"
-    match = "No space left on device; free" if step == "write" else "11 bytes needed"
-    with pytest.raises(DataError, match=match) as caught:
-        atomic_write(path, data)
-    assert str(path) in str(caught.value)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_interrupted_writer_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    atomic_write(path, b"old")
-
-    def interrupt(stream: Any) -> None:
-        stream.write(b"ne")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        atomic_write(path, interrupt)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_content_is_flushed_before_the_rename_and_the_folder_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    events: list[str] = []
-    fsync, replace = os.fsync, Path.replace
-
-    def record_fsync(descriptor: int) -> None:
-        folder = os.fstat(descriptor).st_ino == tmp_path.stat().st_ino
-        events.append("flush folder" if folder else "flush file")
-        assert folder or os.fstat(descriptor).st_size == len(b"content")
-        fsync(descriptor)
-
-    def record_replace(self: Path, target: Path) -> Path:
-        assert self.read_bytes() == b"content"
-        events.append("rename")
-        return replace(self, target)
-
-    monkeypatch.setattr(os, "fsync", record_fsync)
-    monkeypatch.setattr(Path, "replace", record_replace)
-    atomic_write(tmp_path / "file", lambda stream: stream.write(b"content"))
-    assert events == ["flush file", "rename", "flush folder"]
-
-
-def test_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
-    (tmp_path / ".file.123.tmp").write_bytes(b"half")
-    (tmp_path / "kept.tmp").write_bytes(b"not ours")
-    remove_temporaries(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["kept.tmp"]
-
-
-# --- masks ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(), (0, 3), (1,), (8,), (3, 5), (2, 3, 4)])
-def test_mask_survives_packing(shape: tuple[int, ...]) -> None:
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5
-    packed = pack_mask(mask.T.contiguous().T if mask.dim() == 2 else mask)
-    assert packed.dtype == torch.uint8
-    assert len(packed) == (mask.numel() + 7) // 8
-    assert torch.equal(unpack_mask(packed, shape), mask)
-
-
-def test_first_entry_is_the_lowest_bit() -> None:
-    mask = torch.zeros(2, 5, dtype=torch.bool)
-    mask[0, 0] = mask[1, 3] = True
-    assert pack_mask(mask).tolist() == [1, 1]
-
-
-def test_mask_of_another_shape_is_refused() -> None:
-    packed = pack_mask(torch.ones(3, 3, dtype=torch.bool))
-    with pytest.raises(DataError, match=r"needs uint8 of shape \(1,\)"):
-        unpack_mask(packed, (2, 4))
-    with pytest.raises(DataError, match="bits set in its padding"):
-        unpack_mask(torch.tensor([255], dtype=torch.uint8), (7,))
-    with pytest.raises(DataError, match="needs uint8 of shape"):
-        unpack_mask(packed.to(torch.int32), (3, 3))
-    with pytest.raises(UsageError, match="must be bool"):
-        pack_mask(torch.ones(3))
