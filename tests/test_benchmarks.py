@@ -7,12 +7,16 @@ from typing import Any
 import pytest
 import torch
 
+from layerwise.demo import MODELS, model_path
 from layerwise.moments import MomentAccumulator
+from layerwise.problem import LayerProblem
 from layerwise.run.demo import all_methods
 from layerwise.run.experiment import DENSE, Experiment
 from layerwise.run.pipeline import ERROR_CORRECTIONS
 from layerwise.run.results import ResultStore
-from tests.benchmarks import captured, held_out, perplexity_grid
+from layerwise.run.storage import Checkpoint
+from layerwise.solve import solve
+from tests.benchmarks import alps_race, captured, held_out, perplexity_grid
 from tests.benchmarks.captured import CapturedLayer
 from tests.benchmarks.perplexity_grid import Results, canonical, complete, experiments
 
@@ -204,3 +208,75 @@ def test_layers_are_captured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(captured, "HELD_OUT_SEQUENCES", 1)
     changed = captured.captured_layers(tmp_path, 2)
     assert changed[0].held_out_moments.n_tokens == captured.LENGTH
+
+
+@pytest.mark.usefixtures("_short")
+def test_layers_of_another_block_have_files_of_their_own(tmp_path: Path) -> None:
+    second = captured.captured_layers(tmp_path, 1)
+    files = {path.name for path in tmp_path.iterdir()}
+    third = captured.captured_layers(tmp_path, 1, block=2)
+    assert len({path.name for path in tmp_path.iterdir()}) == 2 * len(files)
+    for one, other in zip(second, third, strict=True):
+        assert one.name.replace("layers.1.", "layers.2.") == other.name
+        assert one.weight.shape == other.weight.shape
+        assert not torch.equal(one.weight, other.weight)
+        assert not torch.equal(one.moments.gram, other.moments.gram)
+
+
+@pytest.mark.parametrize("block", captured.BLOCKS)
+@pytest.mark.parametrize("model", MODELS)
+def test_layers_of_every_block_are_in_the_models(model: str, block: int) -> None:
+    names = captured.layers_of(model, block)
+    blocks = {int(name.split("layers.")[1].split(".")[0]) for name in names}
+    assert blocks == ({block, block + 1} if model == "mamba" else {block})
+    stored = Checkpoint.open(model_path(model)).weight_map
+    assert len(names) == 4
+    assert all(f"{name}.weight" in stored for name in names)
+
+
+def test_identity_depends_on_the_block() -> None:
+    found = {captured.identity("llama", 1, block) for block in captured.BLOCKS}
+    assert len(found) == len(captured.BLOCKS)
+    assert captured.identity("llama", 1) == captured.identity("llama", 1, captured.BLOCK)
+
+
+# --- race --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def raced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Blocks that a race against magnitude pruning asks for."""
+    asked: list[int] = []
+
+    def layers(folder: Path, *, block: int) -> list[CapturedLayer]:
+        asked.append(block)
+        return [layer()]
+
+    def peer(module: Any, problem: LayerProblem) -> tuple[torch.Tensor, float]:
+        return solve(problem, "magnitude").weight, 1.0
+
+    monkeypatch.setattr(alps_race, "captured_layers", layers)
+    monkeypatch.setattr(alps_race, "load_peer", lambda folder: None)
+    monkeypatch.setattr(alps_race, "run_peer", peer)
+    return asked
+
+
+@pytest.mark.parametrize(("options", "block"), [([], 1), (["--block", "2"], 2)])
+def test_race_on_the_layers_of_a_block(
+    options: list[str], block: int, raced: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    alps_race.main(["PEER", "CACHE", "--effort", "fast", "--repeats", "1", *options])
+    assert raced == [block] * len(alps_race.PATTERNS)
+    found = rows(capsys.readouterr().out.splitlines(), "layer")
+    by_pattern = [row for row in found if row[0] != "pattern"]
+    assert [row[0] for row in by_pattern] == [str(p) for p in alps_race.PATTERNS]
+    assert all(float(row[2]) < 1 for row in by_pattern)  # magnitude is easily beaten
+
+
+def test_race_refuses_blocks_that_no_model_has(
+    raced: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        alps_race.main(["PEER", "CACHE", "--block", "3"])
+    assert "invalid choice: 3" in capsys.readouterr().err
+    assert raced == []

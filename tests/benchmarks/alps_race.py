@@ -3,7 +3,7 @@
 The published program (mazumder-lab/ALPS, MIT licence) is not part of this repository:
 
     git clone https://github.com/mazumder-lab/ALPS PEER
-    python -m tests.benchmarks.alps_race PEER CACHE [--effort thorough]
+    python -m tests.benchmarks.alps_race PEER CACHE [--effort thorough] [--block 2]
 
 Both get the same grams and the same budget, which the published program counts over the
 whole matrix, in one process and in turns. It runs unchanged but for its device, written
@@ -31,7 +31,7 @@ from layerwise.patterns import NM, Pattern, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solve import solve
 from layerwise.solvers.best import EFFORTS, Best
-from tests.benchmarks.captured import CapturedLayer, captured_layers
+from tests.benchmarks.captured import CapturedLayer, add_block_option, captured_layers
 
 PATTERNS: tuple[Pattern, ...] = (
     Unstructured(0.5, "layer"),
@@ -135,7 +135,7 @@ def _mean(ratios: Sequence[float]) -> float:
     return math.exp(statistics.mean(math.log(ratio) for ratio in ratios))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description="best against the published ALPS")
     parser.add_argument("peer", type=Path, help="clone of mazumder-lab/ALPS")
@@ -143,13 +143,14 @@ def main() -> None:
     parser.add_argument("--effort", choices=EFFORTS, default="balanced")
     parser.add_argument("--damping", type=float, default=1e-4)
     parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
+    add_block_option(parser)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    peer, solver = load_peer(arguments.peer), Best(effort=arguments.effort)
+    peer, solver = load_peer(options.peer), Best(effort=options.effort)
     races = []
     for pattern in PATTERNS:
-        for layer in captured_layers(arguments.cache):
-            found = race(peer, solver, layer, pattern, arguments.damping, arguments.repeats)
+        for layer in captured_layers(options.cache, block=options.block):
+            found = race(peer, solver, layer, pattern, options.damping, options.repeats)
             races.append(found)
             sys.stderr.write(f"{table([found])[2]}\n")
     sys.stdout.write("\n".join(table(races)) + "\n")

@@ -1,16 +1,18 @@
 """Twelve layer problems of the packaged models, with held-out moments of the same layers.
 
-Four matrices each from the middle of OPT and LLaMA, and in and out projections of two
-Mamba blocks. Both models of a problem are the dense one (X = Xhat). The moments behind
-the problems come from the calibration text, the held-out moments from the evaluation
-text, which no model was trained on: weights can be judged on tokens that their solver
-never saw. ``python -m tests.benchmarks.captured FOLDER`` fills the cache.
+Four matrices each from one block of OPT and LLaMA, the second by default, and in and out
+projections of that block of Mamba and of the next. Both models of a problem are the dense
+one (X = Xhat). The moments behind the problems come from the calibration text, the held-out
+moments from the evaluation text, which no model was trained on: weights can be judged on
+tokens that their solver never saw. ``python -m tests.benchmarks.captured FOLDER`` fills the
+cache.
 """
 
+import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,23 +40,27 @@ LENGTH = 256  # tokens per window
 N_SEQUENCES = 64  # calibration windows, as in the demonstration
 HELD_OUT_SEQUENCES = 64
 
-LAYERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+BLOCK = 1  # counted from 0
+BLOCKS = range(3)  # the models have four, and of Mamba the next is taken too
+
+PREFIXES: Mapping[str, str] = MappingProxyType(
+    {"opt": "model.decoder.layers", "llama": "model.layers", "mamba": "backbone.layers"}
+)
+LINEARS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "opt": tuple(
-            f"model.decoder.layers.1.{name}"
-            for name in ("self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2")
-        ),
-        "llama": tuple(
-            f"model.layers.1.{name}_proj"
-            for name in ("self_attn.q", "self_attn.o", "mlp.up", "mlp.down")
-        ),
-        "mamba": tuple(
-            f"backbone.layers.{block}.mixer.{name}"
-            for block in (1, 2)
-            for name in ("in_proj", "out_proj")
-        ),
+        "opt": ("self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2"),
+        "llama": ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"),
+        "mamba": ("mixer.in_proj", "mixer.out_proj"),
     }
 )
+
+
+def layers_of(model: str, block: int = BLOCK) -> tuple[str, ...]:
+    """Four layers of a packaged model; Mamba has two in a block, so two of the next."""
+    blocks = (block, block + 1) if model == "mamba" else (block,)
+    return tuple(
+        f"{PREFIXES[model]}.{index}.{name}" for index in blocks for name in LINEARS[model]
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,27 +97,35 @@ class CapturedLayer:
         )
 
 
-def captured_layers(folder: Path, n_sequences: int = N_SEQUENCES) -> list[CapturedLayer]:
+def captured_layers(
+    folder: Path, n_sequences: int = N_SEQUENCES, block: int = BLOCK
+) -> list[CapturedLayer]:
     """Twelve layers, from the cache in a folder if it fits, else captured and cached.
 
     Parameters
     ----------
     folder
-        Where one file per model and number of windows is kept.
+        Where one file per model, block and number of windows is kept.
     n_sequences
         Calibration windows of 256 tokens; a smaller number takes the first of them.
+    block
+        Block of the layers, counted from 0; of Mamba the next block serves too.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    return [layer for model in MODELS for layer in _of_model(folder, model, n_sequences)]
+    return [
+        layer for model in MODELS for layer in _of_model(folder, model, n_sequences, block)
+    ]
 
 
-def _of_model(folder: Path, model: str, n_sequences: int) -> Iterator[CapturedLayer]:
-    path = folder / f"captured-{model}-{n_sequences}.safetensors"
-    wanted = identity(model, n_sequences)
+def _of_model(
+    folder: Path, model: str, n_sequences: int, block: int
+) -> Iterator[CapturedLayer]:
+    path = folder / f"captured-{model}-block{block}-{n_sequences}.safetensors"
+    wanted = identity(model, n_sequences, block)
     if not _fits(path, wanted):
-        atomic_write(path, save(_capture(model, n_sequences), {"identity": wanted}))
+        atomic_write(path, save(_capture(model, n_sequences, block), {"identity": wanted}))
     with safe_open(path, framework="pt") as file:
-        for layer in LAYERS[model]:
+        for layer in layers_of(model, block):
             yield CapturedLayer(
                 f"{model}/{layer}",
                 file.get_tensor(f"{layer}.weight"),
@@ -120,11 +134,11 @@ def _of_model(folder: Path, model: str, n_sequences: int) -> Iterator[CapturedLa
             )
 
 
-def identity(model: str, n_sequences: int) -> str:
+def identity(model: str, n_sequences: int, block: int = BLOCK) -> str:
     """Everything that decides what is captured, as one hash."""
     parts = {
         "model": Checkpoint.open(model_path(model)).sha256(),
-        "layers": LAYERS[model],
+        "layers": layers_of(model, block),
         "windows": (n_sequences, HELD_OUT_SEQUENCES, LENGTH),
         **code_identity(None, ["layerwise.moments", "layerwise.run.calibration"]),
         "texts": [
@@ -143,7 +157,8 @@ def _fits(path: Path, wanted: str) -> bool:
     return metadata.get("identity") == wanted
 
 
-def _capture(name: str, n_sequences: int) -> dict[str, Tensor]:
+def _capture(name: str, n_sequences: int, block: int) -> dict[str, Tensor]:
+    layers = layers_of(name, block)
     checkpoint = Checkpoint.open(model_path(name))
     model: Any = checkpoint.load_model()
     tokenizer = checkpoint.load_tokenizer()
@@ -153,14 +168,14 @@ def _capture(name: str, n_sequences: int) -> dict[str, Tensor]:
     )
     held_out = encode(evaluation_text(), tokenizer)[: HELD_OUT_SEQUENCES * LENGTH]
     tensors = {}
-    for layer in LAYERS[name]:
+    for layer in layers:
         weight = model.get_submodule(layer).weight
         tensors[f"{layer}.weight"] = weight.detach().float()
     for kind, windows in (
         ("calibration", calibration.tokens),
         ("held_out", held_out.reshape(-1, LENGTH)),
     ):
-        for layer, moments in _moments(model, LAYERS[name], windows).items():
+        for layer, moments in _moments(model, layers, windows).items():
             assert moments.input_mean is not None
             tensors[f"{layer}.{kind}.gram"] = moments.gram
             tensors[f"{layer}.{kind}.mean"] = moments.input_mean
@@ -200,12 +215,27 @@ def _read_moments(file: Any, prefix: str) -> Moments:
     )
 
 
-def main() -> None:
+def add_block_option(parser: argparse.ArgumentParser) -> None:
+    """Let a command choose the block of its layers."""
+    parser.add_argument(
+        "--block",
+        type=int,
+        choices=BLOCKS,
+        default=BLOCK,
+        help="of the layers, counted from 0; of Mamba the next too (default: %(default)s)",
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Capture, and print what there is."""
+    parser = argparse.ArgumentParser(description="layers of the packaged models")
+    parser.add_argument("folder", type=Path, help="folder of the cache")
+    add_block_option(parser)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     lines = [
         f"{layer.name:45} {tuple(layer.weight.shape)} rank {layer.moments.rank}"
-        for layer in captured_layers(Path(sys.argv[1]))
+        for layer in captured_layers(options.folder, block=options.block)
     ]
     sys.stdout.write("\n".join(lines) + "\n")
 
