@@ -44,9 +44,13 @@ def refit_excess(problem: LayerProblem, weight: Tensor, mask: Tensor) -> Tensor:
     if factor.raised:  # the gram is singular at this damping, and proves nothing
         return torch.full_like(problem.energy, torch.inf)
     stationarity = torch.where(mask, residual(problem, weight), 0)
-    excess = factor.inverse_norms(stationarity)
-    optimum = objective_rows(problem, weight, damped=True) - excess
-    floor = torch.maximum(optimum, ENERGY_FLOOR * problem.energy)
+    objective = objective_rows(problem, weight, damped=True)
+    return relative_excess(problem, objective, factor.inverse_norms(stationarity))
+
+
+def relative_excess(problem: LayerProblem, objective: Tensor, excess: Tensor) -> Tensor:
+    """Excess of every row divided by a lower bound of its damped optimum; all (out,)."""
+    floor = torch.maximum(objective - excess, ENERGY_FLOOR * problem.energy)
     return torch.where(excess > 0, excess / floor, torch.zeros_like(excess))
 
 

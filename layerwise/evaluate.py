@@ -29,12 +29,23 @@ def objective_rows(
     weight: Tensor,  # (out, in)
     *,
     damped: bool = False,
+    bias: Tensor | None = None,  # (out,)
 ) -> Tensor:  # (out,)
-    r"""Objective ``||W X - What Xhat||^2 / tokens`` of every row, float64.
+    r"""Objective ``||W X - What Xhat - b||^2 / tokens`` of every row, float64.
 
     Computed as ``<E G, E> + 2 <E, S> + drift`` with ``E = W - What``; `damped` adds
-    ``ridge * ||E||^2``. Cost: one (out, in, in) product in float64.
+    ``ridge * ||E||^2``. A `bias` b is measured about the means, by its distance from the
+    best one; without it b is zero, and the best one if the problem is centered. Cost: one
+    (out, in, in) product in float64.
     """
+    if bias is not None:
+        centered = problem.centered()
+        missed = best_bias(centered, weight) - bias.double()
+        rows = objective_rows(centered, weight) + missed.square()
+        if damped:
+            change = problem.weight.double() - weight.double()
+            rows += problem.ridge * change.square().sum(dim=1)
+        return rows
     change = problem.weight.double() - weight.double()
     gradient = change @ problem.gram
     if problem.shift is not None:
@@ -51,6 +62,15 @@ def residual(problem: LayerProblem, weight: Tensor) -> Tensor:
     return result if problem.shift is None else result + problem.shift
 
 
+def best_bias(problem: CenteredProblem, weight: Tensor) -> Tensor:
+    """``W mu - What muhat``, shape (out,), float64: the bias with the smallest error."""
+    moments = problem.moments
+    assert moments.input_mean is not None
+    assert moments.pruned_input_mean is not None
+    dense, pruned = problem.weight.double(), weight.double()
+    return dense @ moments.input_mean - pruned @ moments.pruned_input_mean
+
+
 def relative_error(problem: LayerProblem, weight: Tensor) -> float:
     """``||W X - What Xhat||_F / ||W X||_F``; 0 for a layer that outputs nothing."""
     return _ratio(float(objective_rows(problem, weight).sum()), problem)
@@ -61,23 +81,24 @@ def evaluate(
     weight: Tensor,
     mask: Tensor,
     status: Status,
+    *,
+    with_bias: bool = False,
     **findings: Unpack[Findings],
 ) -> Solution:
     """Solution with its objective and error measured here.
 
-    Weights that are not finite turn the status into ``NUMERICAL_ERROR``, whatever the
-    solver believed.
+    A solver that counts on a bias says so by `with_bias`: the weights are then measured
+    with the best bias for them, and the error stays relative to the energy of the problem
+    as posed. Weights that are not finite turn the status into ``NUMERICAL_ERROR``,
+    whatever the solver believed.
     """
     if not bool(torch.isfinite(weight).all()):
         status = Status.NUMERICAL_ERROR
-    objective = float(objective_rows(problem, weight).sum())
+    measured = problem.centered() if with_bias else problem
+    objective = float(objective_rows(measured, weight).sum())
     bias = None
-    if isinstance(problem, CenteredProblem):
-        moments = problem.moments
-        assert moments.input_mean is not None
-        assert moments.pruned_input_mean is not None
-        bias = problem.weight.double() @ moments.input_mean
-        bias = bias - weight.double() @ moments.pruned_input_mean
+    if isinstance(measured, CenteredProblem):
+        bias = best_bias(measured, weight)
     return Solution(
         weight=weight,
         mask=mask,

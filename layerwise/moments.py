@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class Moments:
     pay for one.
     """
 
+    may_vanish: ClassVar[bool] = False  # whether a gram of zeros says something
     gram: Tensor
     cross_gram: Tensor | None = None
     input_mean: Tensor | None = None
@@ -64,7 +66,7 @@ class Moments:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, value.detach().to(torch.float64))
-        _check_gram(self.gram)
+        _check_gram(self.gram, self.may_vanish)
         if self.cross_gram is not None:
             _check_matrix(self.cross_gram, "cross_gram", self.width)
         for name in ("input_mean", "pruned_input_mean"):
@@ -133,7 +135,7 @@ class Moments:
             return None if value is None else value * by
 
         root = factor**0.5
-        self._scaled[factor] = Moments(
+        self._scaled[factor] = type(self)(
             self.gram * factor,
             times(self.cross_gram, factor),
             times(self.input_mean, root),
@@ -142,7 +144,7 @@ class Moments:
         )
         return self._scaled[factor]
 
-    def centered(self) -> "Moments":
+    def centered(self) -> "CenteredMoments":
         """Moments about the means: ``G - muhat muhat^T`` and ``C - mu muhat^T``.
 
         A channel whose variance drowns in the rounding of its second moment is constant:
@@ -161,7 +163,16 @@ class Moments:
         if cross is not None:
             cross = cross - torch.outer(self.input_mean, pruned_mean)
             cross[:, constant] = 0
-        return Moments(gram, cross, self.input_mean, pruned_mean, n_tokens=self.n_tokens)
+        return CenteredMoments(
+            gram, cross, self.input_mean, pruned_mean, n_tokens=self.n_tokens
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class CenteredMoments(Moments):
+    """Moments about the means; the gram is zero if every input is constant."""
+
+    may_vanish: ClassVar[bool] = True
 
 
 class MomentAccumulator:
@@ -288,7 +299,7 @@ def _check_matrix(matrix: Tensor, name: str, width: int) -> None:
         raise InvalidProblemError(message)
 
 
-def _check_gram(gram: Tensor) -> None:
+def _check_gram(gram: Tensor, may_vanish: bool) -> None:
     if gram.dim() != 2:
         message = f"gram is a square matrix, got shape {tuple(gram.shape)}"
         raise InvalidProblemError(message)
@@ -298,7 +309,7 @@ def _check_gram(gram: Tensor) -> None:
         index = int(diagonal.argmin())
         message = f"gram has a negative diagonal: {float(diagonal[index])} at {index}"
         raise InvalidProblemError(message)
-    if not bool((diagonal > 0).any()):
+    if not may_vanish and not bool((diagonal > 0).any()):
         message = "gram is zero: every input is zero in every token"
         raise InvalidProblemError(message)
     root = diagonal.sqrt()

@@ -189,24 +189,26 @@ class Columns(Pattern):
     groups: Tensor | None = None
     balance: Tensor | None = None
 
-    def _units(self, width: int, device: torch.device) -> Tensor:
+    def units(self, width: int, device: torch.device) -> Tensor:
+        """Unit of each column, shape (in,)."""
         if self.groups is None:
             return torch.arange(width, device=device)
         return self.groups.to(device)
 
-    def _heads(self, units: int, device: torch.device) -> Tensor:
+    def heads(self, units: int, device: torch.device) -> Tensor:
+        """Head of each unit, shape (units,); all zero without balance."""
         if self.balance is None:
             return torch.zeros(units, dtype=torch.long, device=device)
         return self.balance.to(device)
 
     def check(self, shape: tuple[int, int]) -> None:
         """Raise if the groups do not cover the width, or fewer units exist than kept."""
-        units = self._units(shape[1], torch.device("cpu"))
+        units = self.units(shape[1], torch.device("cpu"))
         if units.shape != (shape[1],):
             message = f"groups has shape {tuple(units.shape)}, expected ({shape[1]},)"
             raise InvalidProblemError(message)
         count = _count_labels(units, "groups")
-        heads = self._heads(count, torch.device("cpu"))
+        heads = self.heads(count, torch.device("cpu"))
         if heads.shape != (count,):
             message = f"balance has shape {tuple(heads.shape)}, expected ({count},)"
             raise InvalidProblemError(message)
@@ -218,25 +220,29 @@ class Columns(Pattern):
 
     def mask(self, scores: Tensor) -> Tensor:
         """Keep the units with the largest summed scores, the same columns in all rows."""
-        units = self._units(scores.shape[1], scores.device)
+        units = self.units(scores.shape[1], scores.device)
         total = scores.new_zeros(int(units.max()) + 1)
         total.index_add_(0, units, scores.sum(dim=0))
-        heads = self._heads(len(total), scores.device)
-        kept = torch.zeros_like(total, dtype=torch.bool)
+        return self.keep_units(total)[units].expand_as(scores).clone()
+
+    def keep_units(self, scores: Tensor) -> Tensor:
+        """Keep the units with the largest scores, in every head; both of shape (units,)."""
+        heads = self.heads(len(scores), scores.device)
+        kept = torch.zeros_like(scores, dtype=torch.bool)
         for head in range(int(heads.max()) + 1):
             members = (heads == head).nonzero()[:, 0]
-            row = total[members].unsqueeze(0)
+            row = scores[members].unsqueeze(0)
             kept[members] = keep_largest(row, row.shape[1] - self.keep)[0]
-        return kept[units].expand_as(scores).clone()
+        return kept
 
     def accepts(self, mask: Tensor) -> bool:
         """Whether all rows agree, units are whole, and every head keeps `keep` units."""
         if not bool((mask == mask[0]).all()):
             return False
-        units = self._units(mask.shape[1], mask.device)
+        units = self.units(mask.shape[1], mask.device)
         whole = torch.bincount(units)
         kept = torch.bincount(units[mask[0]], minlength=len(whole))
-        heads = self._heads(len(whole), mask.device)
+        heads = self.heads(len(whole), mask.device)
         counts = torch.bincount(heads[kept == whole], minlength=int(heads.max()) + 1)
         return bool(((kept == 0) | (kept == whole)).all() and (counts == self.keep).all())
 

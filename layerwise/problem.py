@@ -255,13 +255,16 @@ class LayerProblem:
         """Return the same problem with another pattern."""
         return replace(self, pattern=pattern)
 
-    def centered(self) -> "LayerProblem":
+    def centered(self) -> "CenteredProblem":
         """Return the problem about the means, whose optimal shift is a bias.
 
         With gram ``G - muhat muhat^T``, cross-gram ``C - mu muhat^T`` and energy
         ``energy - (W mu)^2`` it measures the error left after the best bias
-        ``W mu - What muhat``, which :func:`layerwise.solve` returns in its solution.
+        ``W mu - What muhat``, which :func:`layerwise.solve` returns in its solution. A
+        problem that is about the means already is returned as it is.
         """
+        if isinstance(self, CenteredProblem):
+            return self
         moments = self.moments.centered()
         assert moments.input_mean is not None
         energy = self.energy - (self.weight.double() @ moments.input_mean).square()

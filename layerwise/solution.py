@@ -8,7 +8,7 @@ objective and the relative error of a :class:`Solution` come from
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -70,7 +70,9 @@ class Solution:
     certificate
         Proven bound, or None.
     bias
-        Shift (out,) to add to the layer's bias; None unless the problem is centered.
+        Shift (out,) to add to the layer's bias; None unless the problem is centered or
+        the solver counts on a bias. It is always the best one for these weights, and
+        `objective` and `relative_error` hold with it.
     iterations
         Iterations of the solver's main loop, 0 for direct methods.
     history
@@ -96,10 +98,14 @@ class Solver(Protocol):
     """Hyper-parameters of one algorithm: a frozen dataclass, safe to share.
 
     ``requires`` names the statistics that the algorithm reads: ``"gram"``, or ``"mask"``
-    if it only finds weights for a mask that is already fixed.
+    if it only finds weights for a mask that is already fixed. It is a constant of the
+    class, or a property where it depends on the hyper-parameters.
     """
 
-    requires: ClassVar[frozenset[str]]
+    @property
+    def requires(self) -> frozenset[str]:
+        """Statistics that the algorithm reads."""
+        ...
 
     @property
     def name(self) -> str:

@@ -31,7 +31,8 @@ def solve(
     """Solve a layer problem with a solver, a name, or any object that has ``solve``.
 
     The problem is scaled by a power of two first, so grams of any magnitude are solved
-    alike; the answer is verified and graded on the problem as posed.
+    alike; the answer is verified and graded on the problem as posed. An answer with a
+    `bias` is graded with the best bias for its weights, computed here.
 
     Parameters
     ----------
@@ -78,6 +79,7 @@ def solve(
         weight,
         mask,
         getattr(found, "status", Status.FEASIBLE),
+        with_bias=getattr(found, "bias", None) is not None,
         certificate=getattr(found, "certificate", None),
         iterations=getattr(found, "iterations", 0),
         history=tuple(

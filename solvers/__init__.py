@@ -12,6 +12,13 @@ from layerwise.errors import UsageError
 from layerwise.solution import Solver
 from layerwise.solvers.admm import ADMM, ALPS
 from layerwise.solvers.best import Best
+from layerwise.solvers.columns import (
+    ColumnPruning,
+    fasp,
+    flap,
+    magnitude_sp,
+    wanda_sp,
+)
 from layerwise.solvers.dsnot import DSnoT
 from layerwise.solvers.fista import Fista, fista_paper
 from layerwise.solvers.frank_wolfe import FrankWolfe
@@ -55,6 +62,11 @@ SOLVERS: Mapping[str, Callable[[], Solver]] = MappingProxyType(
         "swaps": Swaps,
         "sparse-swaps": SparseSwaps,
         "best": Best,
+        "columns": ColumnPruning,
+        "fasp": fasp,
+        "flap": flap,
+        "wanda-sp": wanda_sp,
+        "magnitude-sp": magnitude_sp,
     }
 )
 

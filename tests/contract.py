@@ -27,20 +27,23 @@ ROW_BY_ROW = (
     *("magnitude", "wanda", "gblm", "dsnot", "frank-wolfe", "sparse-swaps"),
     *("sparsegpt", *MULTI_WEIGHT, "least-squares", "admm", "obs"),
 )
+COLUMN_SOLVERS = ("columns", "fasp", "flap", "wanda-sp", "magnitude-sp")
 # The order of the inputs is no part of the method; SparseGPT sweeps from left to right.
 ANY_COLUMN_ORDER = (
     *("magnitude", "wanda", "ria", "gblm", "dsnot", "frank-wolfe", "sparse-swaps"),
     *("multi-weight-sm", "fista", "least-squares", "admm", "alps", "obs", "swaps", "best"),
+    *COLUMN_SOLVERS,
 )
 ACTIVATION_AWARE = (
     *("wanda", "ria", "gblm", "dsnot", "sparsegpt", *MULTI_WEIGHT),
     *("fista", "alps", "obs", "swaps", "sparse-swaps", "best"),
+    *("columns", "fasp", "flap", "wanda-sp"),
 )
 # While rho is below the smallest eigenvalue, removed entries return in turn, and the steps
 # may end in such a cycle.
 CYCLING = ("alps",)
 # Their scores compare more than sizes and norms: sums of the weights, means of the inputs.
-OTHER_SCORES = ("ria", "dsnot")
+OTHER_SCORES = ("ria", "dsnot", "columns", "flap")
 
 
 def takes(solver: str, problem: str, pattern: str) -> bool:
@@ -54,7 +57,8 @@ CASES = [
     for case in product(SOLVERS, PROBLEMS, PATTERNS)
     if takes(*case)
 ]
-REPEATED = [case for case in CASES if case.values[2] in ("layer-0.5", "2:4", "fixed")]
+REPEATED_PATTERNS = ("layer-0.5", "2:4", "column-heads", "fixed", "fixed-columns")
+REPEATED = [case for case in CASES if case.values[2] in REPEATED_PATTERNS]
 every_case = pytest.mark.parametrize(("solver", "problem", "pattern"), CASES)
 repeated_case = pytest.mark.parametrize(("solver", "problem", "pattern"), REPEATED)
 every_solver = pytest.mark.parametrize("solver", SOLVERS)
@@ -72,11 +76,23 @@ def solved(solver: str, problem: str, pattern: str) -> Solution:
 
 
 def for_solver(solver: str, layer: Layer, pattern: Pattern) -> LayerProblem:
-    """Problem with the pattern, or with one of its masks if a solver takes only that."""
+    """Problem with the pattern, or with the nearest one that a solver takes.
+
+    That is one of its masks, or for whole columns as many as a row of it keeps.
+    """
     problem = layer.problem(pattern)
     if get_solver(solver).can_solve(problem):
         return problem
-    return problem.with_pattern(FixedMask(pattern.mask(problem.weight.double().abs())))
+    mask = pattern.mask(problem.weight.double().abs())
+    fixed = problem.with_pattern(FixedMask(mask))
+    if get_solver(solver).can_solve(fixed):
+        return fixed
+    return problem.with_pattern(Columns(max(1, int(mask.sum()) // len(mask))))
+
+
+def as_measured(layer: Layer, solution: Solution) -> Layer:
+    """Layer whose error is that of a solution: about the means if it has a bias."""
+    return layer if solution.bias is None else layer.centered()
 
 
 def posable(solvers: Iterable[str], names: Sequence[str]) -> list[tuple[str, str]]:
@@ -109,8 +125,15 @@ def assert_exact_count(pattern: Pattern, mask: Tensor) -> None:
         groups = removed.reshape(len(mask), -1, pattern.m).sum(dim=2)
         assert torch.unique(groups).tolist() == [pattern.m - pattern.n]
     elif isinstance(pattern, Columns):
-        assert removed.sum(dim=1).tolist() == [mask.shape[1] - pattern.keep] * len(mask)
         assert bool((mask == mask[0]).all())
+        units = pattern.units(mask.shape[1], mask.device).tolist()
+        kept = {unit for unit, stays in zip(units, mask[0].tolist(), strict=True) if stays}
+        gone = set(units) - kept
+        whole = [unit in kept for unit in units]
+        assert mask[0].tolist() == whole
+        heads = pattern.heads(len(kept | gone), mask.device).tolist()
+        for head in set(heads):
+            assert sum(heads[unit] == head for unit in kept) == pattern.keep
     else:
         assert isinstance(pattern, FixedMask)
         assert torch.equal(mask, pattern.kept)

@@ -64,15 +64,28 @@ class Layer:
             gradient_norm=self.gradient_norm,
         )
 
-    def explicit_rows(self, weight: Tensor) -> Tensor:
-        """``||W X - What Xhat||^2 / tokens`` of every row, by its definition."""
+    def explicit_rows(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``||W X - What Xhat - b||^2 / tokens`` of every row, by its definition."""
         outputs = self.weight.double() @ self.inputs.double()
         error = outputs - weight.double() @ self.seen.double()
+        if bias is not None:
+            error = error - bias[:, None]
         return error.square().sum(dim=1) / self.inputs.shape[1]
 
-    def explicit(self, weight: Tensor) -> float:
-        """``||W X - What Xhat||_F^2 / tokens``, by its definition."""
-        return float(self.explicit_rows(weight).sum())
+    def explicit(self, weight: Tensor, bias: Tensor | None = None) -> float:
+        """``||W X - What Xhat - b||_F^2 / tokens``, by its definition."""
+        return float(self.explicit_rows(weight, bias).sum())
+
+    def centered(self) -> "Layer":
+        """Return the layer about its means, in float64: what the best bias leaves."""
+        inputs, seen = self.inputs.double(), self.seen.double()
+        return Layer(
+            self.weight,
+            inputs - inputs.mean(dim=1, keepdim=True),
+            None
+            if self.pruned_inputs is None
+            else seen - seen.mean(dim=1, keepdim=True),
+        )
 
     def to(self, dtype: torch.dtype) -> "Layer":
         other = None if self.pruned_inputs is None else self.pruned_inputs.to(dtype)
@@ -196,6 +209,15 @@ def _random_mask(layer: Layer) -> Pattern:
     return FixedMask(kept)
 
 
+def _balanced_columns(layer: Layer) -> Pattern:
+    """Units of two columns that are no neighbours, in two heads; an odd one is alone."""
+    width = layer.shape[1]
+    units, half = (width + 1) // 2, (width + 3) // 4
+    heads = torch.arange(units) // half
+    smallest = int(torch.bincount(heads).min())
+    return Columns(max(1, smallest // 2), torch.arange(width) % units, heads)
+
+
 PATTERNS: Mapping[str, Callable[[Layer], Pattern]] = MappingProxyType(
     {
         "row-0.5": lambda _: Unstructured(0.5),
@@ -206,7 +228,11 @@ PATTERNS: Mapping[str, Callable[[Layer], Pattern]] = MappingProxyType(
         "1:4": lambda _: NM(1, 4),
         "4:8": lambda _: NM(4, 8),
         "columns": lambda layer: Columns((layer.shape[1] + 1) // 2),
+        "column-heads": _balanced_columns,
         "fixed": _random_mask,
+        "fixed-columns": lambda layer: FixedMask(
+            Columns((layer.shape[1] + 1) // 2).mask(layer.weight.double().abs())
+        ),
     }
 )
 

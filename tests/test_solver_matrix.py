@@ -31,16 +31,20 @@ NEEDS_SINGLE_ENTRIES = {
     *(name for name in SOLVERS if name.startswith("multi-weight")),
 }
 CHOOSES_A_MASK = {"dsnot"}
+REMOVES_COLUMNS = {"columns", "fasp", "flap", "wanda-sp", "magnitude-sp"}
 
 
 def reason(solver: str, pattern: str) -> str | None:
     """Why a solver does not take a pattern, or None."""
-    if solver in NEEDS_A_MASK and pattern != "fixed":
+    fixed, columns = pattern.startswith("fixed"), "column" in pattern
+    if solver in NEEDS_A_MASK and not fixed:
         return "it-needs-a-mask"
-    if solver in NEEDS_SINGLE_ENTRIES and pattern == "columns":
+    if solver in NEEDS_SINGLE_ENTRIES and columns and not fixed:
         return "columns-are-not-single-entries"
-    if solver in CHOOSES_A_MASK and pattern == "fixed":
+    if solver in CHOOSES_A_MASK and fixed:
         return "it-only-chooses-masks"
+    if solver in REMOVES_COLUMNS and not columns:
+        return "it-removes-whole-columns"
     return None
 
 
@@ -70,7 +74,7 @@ def test_solved(solver: str, pattern: str, inputs: str, precision: str) -> None:
     assert solution.status in (Status.FEASIBLE, Status.OPTIMAL)
     slack = EXPLICIT[PRECISIONS[precision]] * layer.magnitude(solution.weight)
     assert solution.objective == pytest.approx(
-        layer.explicit(solution.weight), abs=slack, rel=0
+        layer.explicit(solution.weight, solution.bias), abs=slack, rel=0
     )
     assert solution.objective < _without_weights(layer)
 

@@ -10,6 +10,7 @@ from layerwise.run.records import LayerRecord
 from layerwise.run.report import MethodResult
 from layerwise.run.results import ResultStore
 from layerwise.solvers import SOLVERS
+from layerwise.solvers.columns import ColumnPruning
 
 MAIN_METHODS = ("magnitude", "wanda", "sparsegpt", "wanda+least-squares", "fista")
 PATTERNS = ("0.5", "2:4")
@@ -44,11 +45,15 @@ class Comparison:
 
 
 def all_methods() -> tuple[str, ...]:
-    """Every solver once; those that only refit follow Wanda's mask."""
+    """Every solver once; those that only refit follow Wanda's mask.
+
+    What removes whole columns takes no pattern of the demonstration and is left out.
+    """
     names = {_without_name(make()): name for name, make in reversed([*SOLVERS.items()])}
     methods = [
         f"wanda+{name}" if "mask" in SOLVERS[name]().requires else name
         for name in reversed([*names.values()])
+        if not isinstance(SOLVERS[name](), ColumnPruning)
     ]
     return tuple(dict.fromkeys([*MAIN_METHODS, *methods]))
 

@@ -110,7 +110,7 @@ def check_masks() -> dict[str, list[float]]:
             minimum = equations.enumerated_minimum(pattern)
             problem = layer.problem(pattern)
             for name in SOLVERS:
-                if "mask" in get_solver(name).requires:
+                if not get_solver(name).can_solve(problem):
                     continue
                 for method in (name, f"{name}+least-squares"):
                     value = equations.objective(lw.solve(problem, method).weight)

@@ -1,0 +1,235 @@
+r"""Whole columns leave, the others are refitted and a bias takes the means.
+
+A column of W whose weights are all zero makes its input useless, and the rows of the
+layers before that compute this input leave for free. Two choices make a method. The
+*score* says which units of columns leave (:mod:`layerwise.solvers.column_scores`, or a
+search, :mod:`layerwise.solvers.column_search`). The *restoration* finds the rest:
+
+=============  ========================================================================
+restoration    weights and bias
+=============  ========================================================================
+none           kept weights stay
+bias           kept weights stay; the best bias, ``W mu - What muhat`` [2]_
+least-squares  best weights on the kept columns, one factorization for all rows [1]_
+intercept      best weights and bias together: least squares about the means
+=============  ========================================================================
+
+References
+----------
+.. [1] H. Hu, P. Zhao, P. Li, Y. Zheng, Z. Wang, X. Yuan, "FASP: Fast and Accurate
+   Structured Pruning of Large Language Models", 2025, arXiv:2501.09412.
+.. [2] Y. An, X. Zhao, T. Yu, M. Tang, J. Wang, "Fluctuation-based Adaptive Structured
+   Pruning for Large Language Models", AAAI 2024, arXiv:2312.11983, section 3.
+
+Notes
+-----
+Deviations: (1) the damping of the refit pulls towards the dense weight; (2) units and
+heads of the pattern decide what leaves together, ties go by index; (3) dense and pruned
+inputs may differ, and then the bias also takes what the layers before have shifted.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from layerwise.evaluate import evaluate
+from layerwise.patterns import Columns, FixedMask
+from layerwise.problem import LayerProblem
+from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solvers.column_refit import refit_columns
+from layerwise.solvers.column_scores import (
+    ABOUT_MEANS,
+    SCORES,
+    SEARCHES,
+    Score,
+    unit_scores,
+)
+from layerwise.solvers.column_search import exchange_until_none_helps, removal_path
+from layerwise.solvers.column_support import ColumnSupport
+from layerwise.solvers.options import check_at_least, check_one_of
+
+Restoration = Literal["none", "bias", "least-squares", "intercept"]
+RESTORATIONS = ("none", "bias", "least-squares", "intercept")
+STEP_SHARE = 512  # units that go one by one; of more, as many go together
+NOISE = 1e-12  # of the energy: changes below it are rounding
+
+
+@dataclass(frozen=True)
+class ColumnPruning:
+    """Columns by a score or a search, then a restoration of what is left.
+
+    Cost: O(out in) for a score, O(in^3 + out in^2) for `obs` and the searches, and
+    O(kept^3 / 3 + out kept^2) for a refit.
+
+    Parameters
+    ----------
+    score
+        Rule or search that chooses the columns.
+    restoration
+        What happens to the kept weights and the bias.
+    step
+        Units that a search moves at once; None for one of every 512, at least one.
+    rounds
+        Most rounds of exchanges of `swaps`.
+    tolerance
+        Bound on the excess of every refitted row, relative to its damped optimum.
+    """
+
+    name: str = "columns"
+    score: Score = "swaps"
+    restoration: Restoration = "intercept"
+    step: int | None = None
+    rounds: int = 1000
+    tolerance: float = 1e-8
+
+    def __post_init__(self) -> None:
+        check_one_of(self, "score", *SCORES)
+        check_one_of(self, "restoration", *RESTORATIONS)
+        check_at_least(self, rounds=0, tolerance=0)
+        if self.step is not None:
+            check_at_least(self, step=1)
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Statistics that score and restoration read."""
+        found = set()
+        if self.score != "magnitude" or self.restoration in ("least-squares", "intercept"):
+            found.add("gram")
+        if self.score in ABOUT_MEANS or self.with_bias:
+            found |= {"gram", "mean"}
+        return frozenset(found)
+
+    @property
+    def guarantee(self) -> str:
+        """What is certified."""
+        refits = self.restoration in ("least-squares", "intercept")
+        return "certified refit" if refits else "none"
+
+    @property
+    def with_bias(self) -> bool:
+        """Whether the restoration counts on a bias."""
+        return self.restoration in ("bias", "intercept")
+
+    def can_solve(self, problem: LayerProblem) -> bool:
+        """Columns, or a fixed mask of whole columns, which is only restored."""
+        pattern = problem.pattern
+        if isinstance(pattern, FixedMask):
+            return bool((pattern.kept == pattern.kept[0]).all())
+        return isinstance(pattern, Columns)
+
+    def solve(
+        self,
+        problem: LayerProblem,
+        *,
+        initial: Solution | None = None,
+        on_iteration: OnIteration | None = None,
+    ) -> Solution:
+        """Choose the columns, then restore.
+
+        The exchanges of `swaps` start from the mask of `initial` if it is feasible.
+        """
+        history: tuple[Mapping[str, float], ...] = ()
+        if isinstance(problem.pattern, FixedMask):
+            kept = problem.pattern.mask(problem.weight)[0]
+        else:
+            kept, history = self._choose(problem, initial, on_iteration)
+        mask = kept.expand(problem.shape).clone()
+        if self.restoration in ("none", "bias"):
+            weight = torch.where(mask, problem.weight.to(problem.dtype), 0)
+            return evaluate(
+                problem,
+                weight,
+                mask,
+                Status.FEASIBLE,
+                with_bias=self.with_bias,
+                iterations=len(history),
+                history=history,
+            )
+        weight, certificate, damping = refit_columns(
+            self.restored(problem), kept, self.tolerance
+        )
+        status = Status.MAX_ITERATIONS
+        if certificate.bound <= self.tolerance:
+            fixed = isinstance(problem.pattern, FixedMask)
+            status = Status.OPTIMAL if fixed else Status.FEASIBLE
+        return evaluate(
+            problem,
+            weight,
+            mask,
+            status,
+            with_bias=self.with_bias,
+            certificate=certificate,
+            iterations=len(history),
+            history=history,
+            stats={"damping": damping},
+        )
+
+    def _choose(
+        self,
+        problem: LayerProblem,
+        initial: Solution | None,
+        on_iteration: OnIteration | None,
+    ) -> tuple[Tensor, tuple[Mapping[str, float], ...]]:
+        """Kept columns, shape (in,), and the rounds of the search."""
+        pattern, about = problem.pattern, self.restored(problem)
+        assert isinstance(pattern, Columns)
+        units = pattern.units(problem.shape[1], problem.weight.device)
+        if self.score not in SEARCHES or about.moments.mean_diagonal == 0:
+            return pattern.keep_units(self.scores(problem, units))[units], ()
+        support = ColumnSupport(about, units)
+        heads, step = pattern.heads(len(support.kept), units.device), self.step_of(units)
+        if self.score == "swaps" and initial is not None and pattern.accepts(initial.mask):
+            start = torch.zeros_like(support.kept)
+            start[units[initial.mask[0]]] = True
+            support.restart(start)
+        else:
+            removal_path(support, heads, torch.bincount(heads) - pattern.keep, step)
+        history: list[Mapping[str, float]] = []
+        if self.score == "swaps":
+            support.restart(support.kept)
+            noise = NOISE * float(about.energy.sum())
+            for entry in exchange_until_none_helps(
+                support, heads, step, self.rounds, noise
+            ):
+                history.append(entry)
+                if on_iteration is not None:
+                    on_iteration(entry)
+        return support.kept[units], tuple(history)
+
+    def scores(self, problem: LayerProblem, units: Tensor) -> Tensor:
+        """Score of every unit, shape (units,); for a search that of its first step."""
+        rule = "obs" if self.score in SEARCHES else self.score
+        return unit_scores(
+            self.restored(problem) if rule == "obs" else problem, units, rule
+        )
+
+    def restored(self, problem: LayerProblem) -> LayerProblem:
+        """Problem that the restoration answers: about the means if there is a bias."""
+        return problem.centered() if self.with_bias else problem
+
+    def step_of(self, units: Tensor) -> int:
+        """Units that a search moves at once."""
+        return self.step or max(1, (int(units.max()) + 1) // STEP_SHARE)
+
+
+def fasp() -> ColumnPruning:
+    """Wanda scores summed over columns, best weights on the columns that stay."""
+    return ColumnPruning("fasp", score="wanda", restoration="least-squares")
+
+
+def flap() -> ColumnPruning:
+    """Columns by their weighted fluctuation, weights kept, best bias."""
+    return ColumnPruning("flap", score="wifv", restoration="bias")
+
+
+def wanda_sp() -> ColumnPruning:
+    """Wanda scores summed over columns, weights kept."""
+    return ColumnPruning("wanda-sp", score="wanda", restoration="none")
+
+
+def magnitude_sp() -> ColumnPruning:
+    """Columns with the largest sums of sizes, weights kept; uses no statistics."""
+    return ColumnPruning("magnitude-sp", score="magnitude", restoration="none")
