@@ -82,9 +82,7 @@ class Layer:
         return Layer(
             self.weight,
             inputs - inputs.mean(dim=1, keepdim=True),
-            None
-            if self.pruned_inputs is None
-            else seen - seen.mean(dim=1, keepdim=True),
+            None if self.pruned_inputs is None else seen - seen.mean(dim=1, keepdim=True),
         )
 
     def to(self, dtype: torch.dtype) -> "Layer":
