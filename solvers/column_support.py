@@ -102,7 +102,9 @@ class ColumnSupport:
     def _flip(self, units: Tensor) -> None:
         if len(units) == 0:
             return
-        sign = -1.0 if bool(self.kept[units[0]]) else 1.0
+        leaving = bool(self.kept[units[0]])
+        assert bool((self.kept[units] == leaving).all())
+        sign = -1.0 if leaving else 1.0
         columns = self._columns[units].flatten()
         columns = columns[columns < len(self._swept)]
         inverse = torch.linalg.inv(self._swept[columns[:, None], columns])

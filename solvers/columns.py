@@ -105,8 +105,9 @@ class ColumnPruning:
     @property
     def guarantee(self) -> str:
         """What is certified."""
-        refits = self.restoration in ("least-squares", "intercept")
-        return "certified refit" if refits else "none"
+        if self.restoration in ("least-squares", "intercept"):
+            return "certified refit"
+        return "best bias" if self.with_bias else "none"
 
     @property
     def with_bias(self) -> bool:

@@ -76,7 +76,7 @@ def test_scale_of_the_inputs_scales_the_curve() -> None:
 def test_constant_inputs_cost_nothing_with_a_bias() -> None:
     layer = Layer(make_layer(1).weight, torch.ones(16, 4, dtype=torch.float64))
     for score in ("swaps", "obs", "wifv"):
-        solver = ColumnPruning(score=score)  # type: ignore[arg-type]
+        solver = ColumnPruning(score=score)
         assert not error_curve(layer.problem(Columns(1)), solver).any()
 
 

@@ -114,9 +114,15 @@ def test_a_long_walk_ends_where_a_restart_does() -> None:
     units = torch.arange(layer.shape[1])
     problem = layer.problem(Columns(1, units), damping=1e-8)
     support, fresh = ColumnSupport(problem, units), ColumnSupport(problem, units)
-    for index in range(200):
-        support.flip(torch.tensor([index % 7, 7 + index % 5]))
-        support.flip(torch.tensor([index % 7]))
+    generator = torch.Generator().manual_seed(0)
+    support.restart(units < 8)
+    for _ in range(201):
+        entering, leaving = (
+            state.nonzero()[:, 0][torch.randint(8, (1,), generator=generator)]
+            for state in (~support.kept, support.kept)
+        )
+        support.flip(entering)
+        support.flip(leaving)
     fresh.restart(support.kept)
     slack = CLOSED_FORM[torch.float64] * layer.energy
     assert support.objective == pytest.approx(fresh.objective, abs=slack, rel=0)
@@ -200,14 +206,8 @@ def best_set(layer: Layer, pattern: Columns) -> float:
     """Damped minimum over all sets of units that the pattern allows."""
     units = pattern.units(layer.shape[1], layer.weight.device)
     heads = pattern.heads(int(units.max()) + 1, units.device).tolist()
-    choices = [
-        list(
-            combinations(
-                [u for u, other in enumerate(heads) if other == head], pattern.keep
-            )
-        )
-        for head in sorted(set(heads))
-    ]
+    members = [[u for u, other in enumerate(heads) if other == head] for head in set(heads)]
+    choices = [list(combinations(of_head, pattern.keep)) for of_head in members]
     values = []
     for choice in product(*choices):
         kept = torch.zeros(len(heads), dtype=torch.bool)

@@ -1,5 +1,6 @@
-"""Whole columns: scores by their definition, restorations against closed forms and CVXPY."""
+"""Whole columns: scores by their definition, restorations by closed forms and CVXPY."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -114,8 +115,8 @@ def test_exact_loss_of_a_unit() -> None:
         refit = lw.solve(problem.with_pattern(kept), "least-squares").weight
         value = float(objective_rows(problem, refit, damped=True).sum())
         assert start + float(losses[unit]) == pytest.approx(value)
-    kept = lw.solve(problem, solver("obs", "least-squares")).mask[0]
-    assert not kept[pairs == losses.argmin()].any()
+    found = lw.solve(problem, solver("obs", "least-squares")).mask[0]
+    assert not found[pairs == losses.argmin()].any()
 
 
 def test_weighted_fluctuation_does_not_see_the_scale_of_a_channel() -> None:
@@ -361,7 +362,8 @@ def test_swaps_start_from_the_mask_before() -> None:
 
 def test_rounds_are_reported() -> None:
     layer = with_offset(drift=0.3, correlation=0.8)
-    problem, seen = layer.problem(HALF), []
+    problem = layer.problem(HALF)
+    seen: list[Mapping[str, float]] = []
     start = lw.solve(problem, "magnitude-sp")
     solution = lw.solve(problem, "columns", initial=start, on_iteration=seen.append)
     assert list(solution.history) == seen
