@@ -11,17 +11,28 @@ from importlib import import_module
 from types import MappingProxyType
 
 from layerwise.adapters.base import Adapter, OutputSlice, Stage
+from layerwise.adapters.couplings import BiasFlag, Channels, Coupling
 from layerwise.errors import UnsupportedModelError
 
-__all__ = ["ADAPTERS", "Adapter", "OutputSlice", "Stage", "get_adapter"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "BiasFlag",
+    "Channels",
+    "Coupling",
+    "OutputSlice",
+    "Stage",
+    "get_adapter",
+    "get_coupling",
+]
 
 ADAPTERS: Mapping[str, str] = MappingProxyType(
     {
         "opt": "layerwise.adapters.opt:OPT",
         "llama": "layerwise.adapters.llama:LLAMA",
-        "mistral": "layerwise.adapters.llama:LLAMA",
-        "qwen2": "layerwise.adapters.llama:LLAMA",
-        "qwen3": "layerwise.adapters.llama:LLAMA",
+        "mistral": "layerwise.adapters.llama:MISTRAL",
+        "qwen2": "layerwise.adapters.llama:QWEN2",
+        "qwen3": "layerwise.adapters.llama:QWEN3",
         "mamba": "layerwise.adapters.mamba:MAMBA",
         "falcon_mamba": "layerwise.adapters.mamba:FALCON_MAMBA",
         "mamba2": "layerwise.adapters.mamba:MAMBA2",
@@ -41,6 +52,25 @@ def get_adapter(model_type: str) -> Adapter:
     adapter = getattr(import_module(module), name)
     assert isinstance(adapter, Adapter)
     return adapter
+
+
+def get_coupling(adapter: Adapter, name: str) -> Coupling:
+    """Coupling of an adapter by name; an unknown one is answered with what there is."""
+    for coupling in adapter.couplings:
+        if coupling.name == name:
+            return coupling
+    if adapter.couplings:
+        known = ", ".join(coupling.name for coupling in adapter.couplings)
+        message = (
+            f"{adapter.name} blocks have no channels called {name!r}; there are {known}"
+        )
+    else:
+        families = [family for family in ADAPTERS if get_adapter(family).couplings]
+        message = (
+            f"no channels are declared for {adapter.name}, so none can be removed from it; "
+            f"families with channels: {', '.join(families)}"
+        )
+    raise UnsupportedModelError(message)
 
 
 if __name__ != "layerwise.adapters":  # a second copy of every class would follow

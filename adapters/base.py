@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from layerwise.adapters.couplings import Coupling
 from layerwise.adapters.linear import is_linear, matrix
 from layerwise.errors import UnsupportedModelError
 
@@ -72,6 +73,8 @@ class Adapter:
         is refused unless the user leaves them out on purpose.
     found
         Whether this was written by running a model, see :mod:`layerwise.adapters.auto`.
+    couplings
+        Channels that can leave a block, see :mod:`layerwise.adapters.couplings`.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Adapter:
     by_block: Mapping[str, tuple[Stage, ...]] = field(default_factory=dict)
     unserved: Mapping[str, str] = field(default_factory=dict)
     found: bool = False
+    couplings: tuple[Coupling, ...] = ()
 
     def blocks_of(self, model: nn.Module) -> dict[str, nn.Module]:
         """Decoder blocks by full name, in order; every declared name is checked.

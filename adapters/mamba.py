@@ -9,6 +9,11 @@ weights and stay dense.
 The other three are called, in evaluation mode only: fused training kernels take the raw
 weights.
 
+The inner channels of Mamba and Falcon Mamba run through convolution, scan and gate each on
+its own, and only ``x_proj`` and ``out_proj`` read across them: any of them can leave. No
+channels are declared for Mamba-2, whose gated norm before ``out_proj`` divides by a mean
+over all of them, so that a channel without weight in ``out_proj`` still counts.
+
 References
 ----------
 .. [1] A. Gu, T. Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
@@ -17,6 +22,17 @@ References
 """
 
 from layerwise.adapters.base import Adapter, OutputSlice, Stage
+from layerwise.adapters.couplings import BiasFlag, Coupling
+
+INNER = Coupling(
+    "inner",
+    ("mixer.x_proj", "mixer.out_proj"),
+    ("mixer.in_proj", "mixer.conv1d", "mixer.dt_proj", "mixer.A_log", "mixer.D"),
+    stretches={"mixer.in_proj": 2},  # what enters the scan, then the gate
+    stock={"intermediate_size": "units"},
+    attributes={"mixer.intermediate_size": "units"},
+    bias=BiasFlag("use_bias", ("mixer.in_proj", "mixer.out_proj"), "mixer.use_bias"),
+)
 
 MAMBA = Adapter(
     name="Mamba",
@@ -27,6 +43,7 @@ MAMBA = Adapter(
         Stage(("mixer.dt_proj",), source=OutputSlice("mixer.x_proj")),
         Stage(("mixer.out_proj",)),
     ),
+    couplings=(INNER,),
 )
 
 FALCON_MAMBA = Adapter(
@@ -38,6 +55,7 @@ FALCON_MAMBA = Adapter(
         Stage(("mixer.dt_proj",), source=OutputSlice("mixer.dt_layernorm")),
         Stage(("mixer.out_proj",)),
     ),
+    couplings=(INNER,),
 )
 
 MAMBA2 = Adapter(

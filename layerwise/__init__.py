@@ -1,7 +1,8 @@
 """layerwise: numerical optimization for layer-wise reconstruction of pruned networks.
 
 Researchers build a :class:`LayerProblem` and :func:`solve` it; practitioners call
-:func:`prune_model`. Importing this package loads torch and nothing heavier.
+:func:`prune_model`, and :func:`load` what it wrote. Importing this package loads torch and
+nothing heavier.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from layerwise.solve import chain, solve
 from layerwise.solvers import SOLVERS
 
 if TYPE_CHECKING:
+    from layerwise.run.opening import load
     from layerwise.run.prune import prune_model
 
 __version__ = "0.1.0"
@@ -34,13 +36,18 @@ __all__ = [
     "Status",
     "Unstructured",
     "chain",
+    "load",
     "prune_model",
     "solve",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "prune_model":  # loads transformers, so only when asked for
+    if name == "load":  # loads transformers, so only when asked for
+        from layerwise.run.opening import load
+
+        return load
+    if name == "prune_model":  # the same
         from layerwise.run.prune import prune_model
 
         return prune_model

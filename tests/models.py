@@ -122,8 +122,12 @@ def tiny_model(
     dtype: torch.dtype = torch.float32,
     tied: bool = False,
     seed: int = 0,
+    **more: Any,
 ) -> Any:
-    """Random model in evaluation mode; the same for the same arguments."""
+    """Random model in evaluation mode; the same for the same arguments.
+
+    Further arguments are fields of the configuration.
+    """
     common = {
         "vocab_size": VOCABULARY,
         "hidden_size": WIDTH,
@@ -136,8 +140,11 @@ def tiny_model(
         "pad_token_id": 0,
     }
     generator = torch.Generator().manual_seed(seed)
+    config = FAMILIES[family](common, inner)
+    for name, value in more.items():
+        setattr(config, name, value)
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(FAMILIES[family](common, inner))
+        model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)

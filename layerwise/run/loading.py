@@ -8,7 +8,7 @@ that comes with a checkpoint is never executed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +45,31 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str) -> PreTrained
         A tensor is missing, has another shape than the configuration says, belongs to
         a layer the configuration does not have, or is not finite.
     """
+    with quiet_transformers():
+        config = _read_config(checkpoint)
+    return load_as(checkpoint, config, device)
+
+
+def load_as(
+    checkpoint: Checkpoint,
+    config: Any,
+    device: torch.device | str,
+    operate: Callable[[nn.Module], object] | None = None,
+) -> PreTrainedModel:
+    """Model of a checkpoint and a configuration, see :func:`load_model`.
+
+    Parameters
+    ----------
+    checkpoint, config, device
+        The tensors, the parsed configuration, and where the model goes.
+    operate
+        What gives a model of that configuration, before its tensors are loaded, the
+        parameters that the checkpoint holds.
+    """
     # random numbers for missing tensors must not come from the caller's generator
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
-        config = _read_config(checkpoint)
-        _check_shapes(checkpoint, config)
-        model = _instantiate(checkpoint)
+        _check_shapes(checkpoint, config, operate)
+        model = _instantiate(checkpoint, config, operate)
     _check_finite(model, checkpoint)
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
@@ -161,7 +181,9 @@ def _read_config(checkpoint: Checkpoint) -> Any:
     return config
 
 
-def _check_shapes(checkpoint: Checkpoint, config: Any) -> None:
+def _check_shapes(
+    checkpoint: Checkpoint, config: Any, operate: Callable[[nn.Module], object] | None
+) -> None:
     """Compare configuration and headers before any memory is spent on weights."""
     from transformers import AutoModelForCausalLM
 
@@ -178,6 +200,8 @@ def _check_shapes(checkpoint: Checkpoint, config: Any) -> None:
     except Exception as error:
         message = f"{checkpoint.path / 'config.json'} is invalid: {one_line(error)}"
         raise DataError(message) from error
+    if operate is not None:
+        operate(skeleton)
     entries = checkpoint.entries()
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
     for name, stored in checkpoint_names(skeleton, checkpoint).items():
@@ -190,13 +214,21 @@ def _check_shapes(checkpoint: Checkpoint, config: Any) -> None:
             raise DataError(message)
 
 
-def _instantiate(checkpoint: Checkpoint) -> Any:
+def _instantiate(
+    checkpoint: Checkpoint, config: Any, operate: Callable[[nn.Module], object] | None
+) -> Any:
     """Load with transformers and judge its loading report."""
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
+    own = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    loader: Any = AutoModelForCausalLM
+    given = {}
+    if operate is not None:
+        loader, given = _operated(own, operate), {"config": config}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = loader.from_pretrained(
             checkpoint.path,
+            **given,
             dtype="auto",
             use_safetensors=True,
             local_files_only=True,
@@ -208,7 +240,11 @@ def _instantiate(checkpoint: Checkpoint) -> Any:
         raise DataError(message) from error
     model, report = loaded
     expected = {_family(name) for name in model.state_dict()}
-    surplus = {name for name in report["unexpected_keys"] if _family(name) in expected}
+    surplus = {
+        name
+        for name in report["unexpected_keys"]
+        if operate is not None or _family(name) in expected
+    }
     problems = {
         "lacks tensors of the model": report["missing_keys"],
         "has tensors of another shape": {key[0] for key in report["mismatched_keys"]},
@@ -224,7 +260,19 @@ def _instantiate(checkpoint: Checkpoint) -> Any:
                 f"weights do not belong together, or the download is incomplete"
             )
             raise DataError(message)
+    if operate is not None:
+        model.__class__ = own
     return model
+
+
+def _operated(kind: Any, operate: Callable[[nn.Module], object]) -> Any:
+    """Class of models that are operated on as soon as they exist."""
+
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        kind.__init__(self, *args, **kwargs)
+        operate(self)
+
+    return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
 
 
 def _family(name: str) -> str:

@@ -23,6 +23,7 @@ from layerwise.errors import DataError, UsageError
 from layerwise.run.atomic import atomic_write
 from layerwise.run.bitmask import pack_mask, unpack_mask
 from layerwise.run.loading import checkpoint_names, load_model, load_tokenizer
+from layerwise.run.native import is_native, load_native
 from layerwise.run.quoting import one_line
 from layerwise.run.shard import (
     TensorEntry,
@@ -158,6 +159,8 @@ class Checkpoint:
 
     def load_model(self, device: torch.device | str = "cpu") -> PreTrainedModel:
         """Load the model, see :func:`layerwise.run.loading.load_model`."""
+        if is_native(self.config):
+            return load_native(self, device)
         return load_model(self, device)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
