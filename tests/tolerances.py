@@ -107,3 +107,12 @@ GRADIENTS = 1e-6
 # Largest difference of logits (of size one) between a masked model in float32 and the one
 # whose channels have left: sums of fewer terms are added in another order. Measured 3e-6.
 SURGERY = 1e-5
+
+# -- allocation ------------------------------------------------------------------------
+
+# Sums of a few float64 errors in another order; budgets may be missed by the same.
+ALLOCATION = 1e-11
+
+# Price against HiGHS (tolerances 1e-7) and against a difference over 2e-3 of errors near
+# one, which rounds at 1e-13. Measured 2e-11.
+ALLOCATION_PRICE = 1e-6
