@@ -141,16 +141,10 @@ def _prune(
             f"drop one of them"
         )
         raise UsageError(message)
-    import torch
-
     from layerwise.patterns import parse_pattern
     from layerwise.run.prune import prune_model
 
-    if threads is not None:
-        if threads < 1:
-            message = f"--threads must be at least 1, got {threads}"
-            raise UsageError(message)
-        torch.set_num_threads(threads)
+    _set_threads(threads)
     with _progress() as progress:
         report = prune_model(
             recipe.model,
@@ -180,24 +174,50 @@ def _prune(
 def evaluate(
     model: Model,
     dataset: Annotated[
-        str, typer.Option(help="wikitext2, c4, FILE.txt, FILE.jsonl:field.")
-    ],
+        str | None, typer.Option(help="wikitext2, c4, FILE.txt, FILE.jsonl:field.")
+    ] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Size, memory, latency and tokens per second.")
+    ] = False,
+    compare: Annotated[
+        str | None, typer.Option(help="Another model, measured in turns with this one.")
+    ] = None,
 ) -> None:
-    """Token perplexity over non-overlapping windows, the protocol of the pruning papers."""
-    from layerwise.run.calibration import evaluation_text
-    from layerwise.run.perplexity import perplexity
-    from layerwise.run.settings import (
-        choose_device,
-        choose_sequence_length,
-        embedding_rows,
-    )
+    """Token perplexity over non-overlapping windows, and what the model costs to run."""
+    from layerwise.run.settings import choose_device
+
+    if dataset is None and not speed:
+        message = "nothing to evaluate: give --dataset, --speed, or both"
+        raise UsageError(message)
+    if compare is not None and not speed:
+        message = "--compare compares speeds: give --speed as well"
+        raise UsageError(message)
+    chosen = choose_device(device)
+    checkpoint, network = _load(model, chosen)
+    if dataset is not None:
+        _perplexity(model, checkpoint, network, dataset, sequence_length)
+    if speed:
+        _speed(model, network, compare, chosen)
+
+
+def _load(model: str, device: Any) -> tuple[Any, Any]:
+    """Checkpoint and its model on a device."""
     from layerwise.run.storage import Checkpoint
-    from layerwise.run.tokens import encode
 
     checkpoint = Checkpoint.open(model)
-    network = checkpoint.load_model(choose_device(device))
+    return checkpoint, checkpoint.load_model(device)
+
+
+def _perplexity(
+    model: str, checkpoint: Any, network: Any, dataset: str, sequence_length: int | None
+) -> None:
+    from layerwise.run.calibration import evaluation_text
+    from layerwise.run.perplexity import perplexity
+    from layerwise.run.settings import choose_sequence_length, embedding_rows
+    from layerwise.run.tokens import encode
+
     length = choose_sequence_length(network, sequence_length)
     tokenizer = checkpoint.load_tokenizer()
     if tokenizer is None:
@@ -207,6 +227,16 @@ def evaluate(
     value = perplexity(network, tokens, sequence_length=length)
     windows = len(tokens) // length
     typer.echo(f"perplexity {value:.4f}  ({dataset}, {windows} windows of {length} tokens)")
+
+
+def _speed(model: str, network: Any, compare: str | None, device: Any) -> None:
+    from layerwise.run.speed import measure_speed
+    from layerwise.run.tables import print_speed
+
+    names, networks = [model], [network]
+    if compare is not None:
+        names, networks = [*names, compare], [*networks, _load(compare, device)[1]]
+    print_speed(names, measure_speed(networks))
 
 
 @app.command()
@@ -238,6 +268,43 @@ def report(
     path = output or folder / "layerwise" / "report.html"
     write_report(path, run_page(folder))
     typer.echo(f"wrote {path}")
+
+
+@app.command()
+def bench(
+    model: Annotated[str | None, typer.Argument(help="Folder or hub name.")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="A random model instead: opt-125m, llama-7b, ...")
+    ] = None,
+    blocks: Annotated[int | None, typer.Option(help="Blocks of the shape.")] = None,
+    method: Annotated[str, typer.Option(help="A solver or a chain.")] = "wanda",
+    sparsity: Annotated[str, typer.Option(help="Fraction of zeros, or n:m.")] = "0.5",
+    n_sequences: Annotated[int, typer.Option(help="Random token windows.")] = 16,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    error_correction: Annotated[
+        str, typer.Option(help="none, sequential, block or full.")
+    ] = "block",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+) -> None:
+    """Time the stages of a prune, next to the least that this machine could take."""
+    from layerwise.run.bench import bench as measure
+    from layerwise.run.tables import print_bench
+
+    _set_threads(threads)
+    print_bench(
+        measure(
+            model,
+            shape=shape,
+            blocks=blocks,
+            method=method,
+            sparsity=sparsity,
+            n_sequences=n_sequences,
+            sequence_length=sequence_length,
+            error_correction=error_correction,  # type: ignore[arg-type]
+            device=device,
+        )
+    )
 
 
 @app.command()
@@ -305,6 +372,16 @@ def demo(
         path, comparison_page(comparison.results, comparison.dense_perplexity, command)
     )
     typer.echo(f"wrote {path}")
+
+
+def _set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        if threads < 1:
+            message = f"--threads must be at least 1, got {threads}"
+            raise UsageError(message)
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -314,7 +314,26 @@ def test_unfinished_run_with_other_flags(
     ("arguments", "code", "expected"),
     [
         (["prun"], 2, "No such command 'prun'"),
-        (["evaluate", "llama"], 2, "Missing option '--dataset'"),
+        (["evaluate", "llama"], 2, "give --dataset, --speed, or both"),
+        (["evaluate", "llama", "--compare", "odd"], 2, "give --dataset, --speed"),
+        (
+            ["evaluate", "llama", "--dataset", "text.txt", "--compare", "odd"],
+            2,
+            "give --speed as well",
+        ),
+        (["evaluate", "nan", "--speed"], 6, "holds nan at [2, 3]"),
+        (["evaluate", "llama", "--speed", "--compare", "cut"], 6, "not a usable safetens"),
+        (["evaluate", "llama", "--speed", "--device", "abacus"], 2, "device 'abacus'"),
+        (["bench"], 2, "give a model folder or a shape"),
+        (["bench", "llama", "--shape", "opt-125m"], 2, "give a model folder or a shape"),
+        (["bench", "--shape", "opt"], 2, "unknown shape 'opt'; known: opt-125m"),
+        (["bench", "llama", "--blocks", "1"], 2, "--blocks"),
+        (["bench", "--shape", "opt-125m", "--blocks", "0"], 2, "at least 1; got 0"),
+        (["bench", "llama", "--threads", "0"], 2, "--threads must be at least 1, got 0"),
+        (["bench", "llama", "--method", "wnada"], 2, "did you mean wanda"),
+        (["bench", "llama", "--sparsity", "5:4"], 2, "got 5:4"),
+        (["bench", "llama", "--n-sequences", "0"], 2, "n_sequences is 0"),
+        (["bench", "none"], 6, "there is no folder none"),
         (["evaluate"], 2, "Missing argument 'model'"),
         (["evaluate", "mute", "--dataset", "text.txt"], 6, "mute has no tokenizer"),
         (["evaluate", "nan", "--dataset", "text.txt"], 6, "holds nan at [2, 3]"),
@@ -402,6 +421,32 @@ def test_prune_verify_report_evaluate(
         f"perplexity {expected_value:.4f}  (text.txt, {len(tokens) // 16} windows of 16 "
         f"tokens)\n"
     )
+
+
+def test_speed(in_workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Alone, beside another model, and behind the perplexity."""
+    assert run(["evaluate", "llama", "--speed"]) == 0
+    alone = capsys.readouterr().out
+    assert "prefill 16 x 32" in alone
+    assert "ratio" not in alone
+    arguments = ["evaluate", "llama", "--dataset", "text.txt", "--speed"]
+    assert run([*arguments, "--compare", "odd"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("perplexity ")
+    assert lines[1].split() == ["llama", "odd", "ratio"]
+    assert lines[2].split()[0] == "parameters"
+
+
+def test_bench(in_workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    arguments = ["bench", "llama", "--method", "sparsegpt", "--sparsity", "2:4"]
+    arguments += ["--n-sequences", "2", "--sequence-length", "12", "--device", "cpu"]
+    assert run([*arguments, "--threads", str(threads)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.startswith("llama: sparsegpt 2:4, 2 x 12 tokens")
+    for name in ("load", "capture", "forward", "gram", "solve", "write", "all"):
+        assert any(line.split()[:1] == [name] for line in captured.out.splitlines())
 
 
 def test_recipe_repeats_the_run(in_workshop: Path) -> None:
@@ -503,7 +548,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 2
     lines = capsys.readouterr().err.splitlines()
-    commands = ("prune", "evaluate", "verify", "report", "solvers", "demo")
+    commands = ("prune", "evaluate", "verify", "report", "bench", "solvers", "demo")
     assert all(any(line.split()[:1] == [name] for line in lines) for name in commands)
 
 

@@ -30,6 +30,7 @@ from layerwise.moments import MomentAccumulator
 from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.records import LayerRecord
+from layerwise.run.stopwatch import stage as timed
 from layerwise.run.streams import Call, Tap, visit_inputs
 from layerwise.solution import Solution
 from layerwise.solve import solve, solver_name
@@ -116,7 +117,7 @@ def prune_block(
 
 def advance(task: Task, inputs: BlockInputs, hidden: Sequence[Tensor]) -> list[Tensor]:
     """Hidden states behind the block as it is now."""
-    with torch.no_grad():
+    with torch.no_grad(), timed("forward"):
         return [
             call.run(inputs.block, states, task.device)
             for call, states in zip(inputs.calls, hidden, strict=True)
@@ -130,10 +131,12 @@ def _collect_at_once(task: Task, inputs: BlockInputs) -> list[MomentAccumulator]
         Tap(stage, _named_update(inputs, stage, accumulator))
         for stage, accumulator in zip(inputs.stages, accumulators, strict=True)
     ]
-    for _ in visit_inputs(
+    visits = visit_inputs(
         inputs.block, taps, inputs.calls, inputs.pruned, task.device, inputs.name, stop=True
-    ):
-        pass
+    )
+    with timed("forward"):
+        for _ in visits:
+            pass
     return accumulators
 
 
@@ -141,7 +144,7 @@ def _named_update(
     inputs: BlockInputs, stage: Stage, accumulator: MomentAccumulator
 ) -> Callable[..., None]:
     def update(*batches: Tensor) -> None:
-        with _naming(f"{inputs.name}.{stage.linears[0]}"):
+        with _naming(f"{inputs.name}.{stage.linears[0]}"), timed("gram"):
             accumulator.update(*batches)
 
     return update
@@ -154,13 +157,14 @@ def _collect_pair(
     accumulator = _accumulator(task, inputs, stage)
     update = _named_update(inputs, stage, accumulator)
     seen = _inputs_of(task, inputs, dense, stage, inputs.dense)
-    if same:
-        for batch in seen:
-            update(batch)
-    else:
-        seen_pruned = _inputs_of(task, inputs, inputs.block, stage, inputs.pruned)
-        for batch, pruned_batch in zip(seen, seen_pruned, strict=True):
-            update(batch, pruned_batch)
+    with timed("forward"):
+        if same:
+            for batch in seen:
+                update(batch)
+        else:
+            seen_pruned = _inputs_of(task, inputs, inputs.block, stage, inputs.pruned)
+            for batch, pruned_batch in zip(seen, seen_pruned, strict=True):
+                update(batch, pruned_batch)
     return accumulator
 
 
@@ -204,7 +208,7 @@ def _solve_stage(
         if gradient_norm is not None:
             gradient_norm = gradient_norm.to(weight.device)
         start = time.perf_counter()
-        with _naming(full_name):
+        with _naming(full_name), timed("solve"):
             problem = LayerProblem.from_moments(
                 weight.contiguous(),  # solvers see one layout, however it is stored
                 moments,

@@ -34,6 +34,7 @@ from layerwise.run.settings import (
     embedding_rows,
     with_published_start,
 )
+from layerwise.run.stopwatch import stage
 from layerwise.run.storage import Checkpoint
 from layerwise.run.targets import Selection
 from layerwise.run.walk import walk
@@ -188,7 +189,8 @@ def prune_model(
     if output is not None:
         check_output(output, force=force)
         check_storable(chosen)
-    source, model = _open(model_or_path)
+    with stage("load"):
+        source, model = _open(model_or_path)
     adapter = adapter_of(model)
     solver = with_published_start(solver, model, chosen)
     selection = Selection(model, adapter, as_entries(targets), as_entries(ignore), chosen)
@@ -204,7 +206,8 @@ def prune_model(
     recipe = _recipe(task, calibration, tokens, selection, seed, source)
     journal = None
     if output is not None:
-        identity = fingerprint(recipe, tokens, source, model, task.device)
+        with stage("hash"):
+            identity = fingerprint(recipe, tokens, source, model, task.device)
         journal = Journal(output, identity, force=force, resume=resume)
     listeners = tuple(callbacks)
     for listener in listeners:
@@ -227,10 +230,11 @@ def prune_model(
     masks = selection.by_parameter([block.masks for block in blocks])
     if journal is not None:
         weights = selection.by_parameter([block.weights for block in blocks])
-        write_output(
-            journal, recipe, tokens, source, model, weights, masks, records, tokenizer
-        )
-        journal.finish()
+        with stage("write"):
+            write_output(
+                journal, recipe, tokens, source, model, weights, masks, records, tokenizer
+            )
+            journal.finish()
     report = PruneReport(model, records, masks, output, time.perf_counter() - start)
     for listener in listeners:
         listener.on_finish(report)

@@ -1,12 +1,14 @@
-"""Tables on the terminal: the list of solvers and the comparison of the demonstration."""
+"""Tables on the terminal: solvers, the demonstration, speed, stages of a run."""
 
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from layerwise.run.bench import Bench
 from layerwise.run.catalogue import Entry
 from layerwise.run.demo import Comparison
+from layerwise.run.speed import Speed
 
 
 def print_solvers(entries: Sequence[Entry]) -> None:
@@ -41,6 +43,88 @@ def print_comparison(comparison: Comparison) -> None:
                 end_section=last,
             )
         _console().print(table)
+
+
+def print_speed(names: Sequence[str], speeds: Sequence[Speed]) -> None:
+    """One line per figure; for two models, how much better the second one is."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("")
+    for name in (*names, *(["ratio"] if len(speeds) == 2 else [])):
+        table.add_column(name, justify="right", overflow="fold")
+    for heading, cells, ratio in _speed_rows(speeds):
+        table.add_row(heading, *cells, *([ratio] if len(speeds) == 2 else []))
+    _console().print(table)
+
+
+def _speed_rows(speeds: Sequence[Speed]) -> list[tuple[str, list[str], str]]:
+    """Heading, one cell per model, and the ratio in favour of the last model."""
+    first, last = speeds[0], speeds[-1]
+    rows = [
+        (
+            "parameters",
+            [f"{speed.parameters:,}" for speed in speeds],
+            _factor(first.parameters / last.parameters),
+        ),
+        (
+            "size",
+            [_mib(speed.bytes) for speed in speeds],
+            _factor(first.bytes / last.bytes),
+        ),
+    ]
+    if first.peak_memory and last.peak_memory:
+        cells = [_mib(speed.peak_memory or 0) for speed in speeds]
+        ratio = _factor(first.peak_memory / last.peak_memory)
+        rows.append(("peak memory", cells, ratio))
+    for batch in first.prefill:
+        timings = [speed.prefill[batch] for speed in speeds]
+        faster = _factor(timings[0].speedup(timings[-1]))
+        what = f"prefill {batch} x {first.length}"
+        rows.append((what, [f"{1e3 * t.latency:.2f} ms" for t in timings], faster))
+        rows.append(("", [f"{t.tokens_per_second:,.0f} tokens/s" for t in timings], ""))
+    decodes = [speed.decode for speed in speeds]
+    cells = [f"{decode.tokens_per_second:,.1f} tokens/s" for decode in decodes]
+    rows.append(("decode", cells, _factor(decodes[0].speedup(decodes[-1]))))
+    return rows
+
+
+def print_bench(bench: Bench) -> None:
+    """One line per stage: seconds, share, counted work, floor and their ratio."""
+    table = Table(title=bench.title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("stage")
+    for heading in ("seconds", "share", "GFLOP", "MB", "floor", "ratio"):
+        table.add_column(heading, justify="right")
+    total = bench.seconds
+    for stage in bench.stages:
+        table.add_row(
+            stage.stage,
+            f"{stage.seconds:.3f}",
+            f"{stage.seconds / total:.1%}",
+            _count(stage.work.total_flops / 1e9),
+            _count(stage.work.bytes / 1e6),
+            f"{stage.floor:.3f}" if stage.floor else "",
+            "" if stage.ratio is None else _factor(stage.ratio),
+        )
+    table.add_row("all", f"{total:.3f}", end_section=True)
+    console = _console()
+    console.print(table)
+    rates = [
+        f"{str(dtype).removeprefix('torch.')} {rate / 1e9:.4g} GFLOP/s"
+        for dtype, rate in bench.gemm_rates.items()
+    ]
+    rates.append(f"copy {bench.copy_rate / 1e9:.3g} GB/s")
+    console.print(f"measured: {', '.join(rates)}", highlight=False)
+
+
+def _factor(value: float) -> str:
+    return f"{value:.2f}x" if value < 100 else f"{value:.0f}x"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.2f}" if value else ""
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def _console() -> Console:

@@ -15,6 +15,7 @@ from layerwise.run.gradients import gradient_norms, required_gradient
 from layerwise.run.journal import Journal
 from layerwise.run.pipeline import BlockInputs, OnLayer, PrunedBlock, Task, advance
 from layerwise.run.records import LayerRecord
+from layerwise.run.stopwatch import stage
 from layerwise.run.streams import capture
 from layerwise.run.targets import Selection
 
@@ -31,9 +32,10 @@ def walk(
 ) -> list[PrunedBlock]:
     """Prune block after block, or take a block from the journal."""
     gradients = _gradients(model, selection, task, tokens)
-    stream = capture(
-        model, list(selection.blocks.values()), torch.split(tokens.tokens, BATCH)
-    )
+    with stage("capture"):
+        stream = capture(
+            model, list(selection.blocks.values()), torch.split(tokens.tokens, BATCH)
+        )
     dense: Sequence[Tensor] = stream.hidden
     pruned = dense
     done: list[PrunedBlock] = []
@@ -57,8 +59,9 @@ def walk(
         if result is None:
             result = task.prune(inputs, on_layer)
             if journal is not None:
-                journal.write_block(index, result)
-                journal.write_layers([*_records(done), *result.records])
+                with stage("write"):
+                    journal.write_block(index, result)
+                    journal.write_layers([*_records(done), *result.records])
         else:
             _restore(task, block, result, on_layer)
         done.append(result)
@@ -93,7 +96,8 @@ def _gradients(
         for block, targets in names.items()
         for name in targets
     }
-    norms = gradient_norms(model, linears, tokens.tokens, statistic)
+    with stage("gradients"):
+        norms = gradient_norms(model, linears, tokens.tokens, statistic)
     return {
         block: {name: norms.pop(f"{block}.{name}") for name in targets}
         for block, targets in names.items()

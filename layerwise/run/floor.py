@@ -1,0 +1,186 @@
+"""The least time that stages of a run could take on this machine: counted work over rates.
+
+Counted is what no implementation can avoid: the products of the forward passes, half of
+each symmetric gram, one product per matrix to grade its answer, and the bytes that are
+read and written. The rates are measured in the same process: the fastest matrix product
+of each type, and a copy in memory. A stage that waits for neither is bounded by nothing
+that is counted here.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise.adapters import Adapter
+from layerwise.adapters.linear import is_linear, matrix
+from layerwise.run.records import LayerRecord
+
+GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
+COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
+TRIES = 5
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations by type of number, and bytes that are read or written."""
+
+    flops: Mapping[torch.dtype, float] = field(default_factory=dict)
+    bytes: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        flops = dict(self.flops)
+        for dtype, count in other.flops.items():
+            flops[dtype] = flops.get(dtype, 0.0) + count
+        return Work(flops, self.bytes + other.bytes)
+
+    @property
+    def total_flops(self) -> float:
+        """Operations of all types."""
+        return sum(self.flops.values())
+
+
+class Machine:
+    """Rates of a device, measured when they are first asked for.
+
+    Parameters
+    ----------
+    device
+        Where the run computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.gemm_rates: dict[torch.dtype, float] = {}
+        self._copy_rate = 0.0
+
+    def gemm_rate(self, dtype: torch.dtype) -> float:
+        """Operations per second of the fastest of a few square products."""
+        if dtype not in self.gemm_rates:
+            n = GEMM_SIZE.get(self._device.type, 1024)
+            a, b = (torch.ones(n, n, dtype=dtype, device=self._device) for _ in range(2))
+            out = torch.empty_like(a)
+            self.gemm_rates[dtype] = 2 * n**3 / self._best(lambda: torch.mm(a, b, out=out))
+        return self.gemm_rates[dtype]
+
+    @property
+    def copy_rate(self) -> float:
+        """Bytes per second of the fastest of a few copies, read and written ones."""
+        if not self._copy_rate:
+            size = COPY_BYTES.get(self._device.type, 1 << 28)
+            a = torch.ones(size, dtype=torch.uint8, device=self._device)
+            b = torch.empty_like(a)
+            self._copy_rate = 2 * size / self._best(lambda: b.copy_(a))
+        return self._copy_rate
+
+    def floor(self, work: Work) -> float:
+        """Seconds that the work takes at full rate: products and traffic overlap."""
+        products = sum(
+            count / self.gemm_rate(dtype) for dtype, count in work.flops.items() if count
+        )
+        return max(products, work.bytes / self.copy_rate if work.bytes else 0.0)
+
+    def _best(self, run: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(TRIES + 1):  # the first one warms up
+            start = time.perf_counter()
+            run()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+
+def forward_work(block: nn.Module, config: Any, tokens: int, length: int) -> Work:
+    """One pass of a block: products of its linears and of causal attention.
+
+    Parameters
+    ----------
+    block
+        The block.
+    config
+        Of the model, for the heads.
+    tokens, length
+        Tokens in all, and of a sequence.
+    """
+    linears = [matrix(module) for module in block.modules() if is_linear(module)]
+    flops = sum(2.0 * tokens * weight.numel() for weight in linears)
+    heads = getattr(config, "num_attention_heads", None)
+    if heads:
+        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        # scores and their product with the values, half of each
+        flops += 2 * (2.0 * tokens * length * heads * head) / 2
+    weight = next(block.parameters())
+    return Work({weight.dtype: flops}, float(sum(p.nbytes for p in block.parameters())))
+
+
+def gram_work(widths: Sequence[int], pairs: Sequence[bool], tokens: int) -> Work:
+    """Second moments: half of each gram, and the whole cross-gram of a pair of streams.
+
+    Parameters
+    ----------
+    widths
+        Inputs of each stage.
+    pairs
+        Whether the dense and the pruned model give a stage different inputs.
+    tokens
+        Tokens in all.
+    """
+    flops = 0.0
+    for width, pair in zip(widths, pairs, strict=True):
+        flops += tokens * width * (width + 1.0) + pair * 2.0 * tokens * width**2
+    return Work({torch.float32: flops})
+
+
+def grading_work(shapes: Sequence[tuple[int, int]]) -> Work:
+    """One product of every answer with its gram, in float64: what every method pays."""
+    return Work({torch.float64: sum(2.0 * out * width**2 for out, width in shapes)})
+
+
+def run_work(
+    model: Any,
+    adapter: Adapter,
+    records: Sequence[LayerRecord],
+    error_correction: str,
+    tokens: int,
+    length: int,
+) -> dict[str, Work]:
+    """Work of the stages forward, gram and solve of a run over a model.
+
+    Parameters
+    ----------
+    model, adapter
+        The model and how it is read.
+    records
+        Matrices that were pruned.
+    error_correction
+        Mode of the run; all but ``none`` need the pruned model's pass besides the dense.
+    tokens, length
+        Tokens in all, and of a sequence.
+    """
+    shapes = {record.name: record.shape for record in records}
+    forward, widths, pairs = Work(), [], []
+    blocks = adapter.blocks_of(model)
+    for number, (name, block) in enumerate(blocks.items()):
+        once = forward_work(block, model.config, tokens, length)
+        last = number == len(blocks) - 1
+        second = error_correction in ("block", "full") or (
+            error_correction == "sequential" and not last
+        )
+        forward += once + once if second else once
+        pruned = [
+            [f"{name}.{linear}" for linear in stage.linears if f"{name}.{linear}" in shapes]
+            for stage in adapter.stages_of(name)
+        ]
+        for index, linears in enumerate([names for names in pruned if names]):
+            widths.append(shapes[linears[0]][1])
+            first = index == 0 and (error_correction == "block" or number == 0)
+            pairs.append(error_correction in ("block", "full") and not first)
+    return {
+        "forward": forward,
+        "gram": gram_work(widths, pairs, tokens),
+        "solve": grading_work(list(shapes.values())),
+    }
