@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.linalg import block_diag
 from scipy.optimize import linprog
 from torch import Tensor
 
@@ -96,12 +97,12 @@ def relaxation(curves: Sequence[Curve], budget: float) -> tuple[float, float]:
     counts = [torch.arange(curve.units) for curve in curves]
     errors = torch.cat([torch.as_tensor(curve.errors)[:-1] for curve in curves])
     costs = torch.cat([n * c.cost for n, c in zip(counts, curves, strict=True)])
-    one_each = torch.block_diag(*(torch.ones(1, curve.units) for curve in curves))
+    one_each = block_diag(*(np.ones((1, curve.units)) for curve in curves))
     answer = linprog(
         errors.numpy(),
         A_ub=-costs[None].numpy(),
         b_ub=[-budget],
-        A_eq=one_each.numpy(),
+        A_eq=one_each,
         b_eq=np.ones(len(curves)),
         method="highs",
     )

@@ -7,6 +7,7 @@ are not pruned.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -65,7 +66,7 @@ SHAPES: Mapping[str, Callable[[], Any]] = MappingProxyType(
         "llama-7b": lambda: _llama(4096, 11008, 32, 32, 32),
         "llama-3-8b": lambda: _llama(4096, 14336, 32, 32, 8),
         "mamba-130m": lambda: _mamba(768, 24),
-        **{f"demo-{name}": lambda name=name: _demo(name) for name in MODELS},
+        **{f"demo-{name}": partial(_demo, name) for name in MODELS},
     }
 )
 """Configuration of every shape by name; building one loads transformers."""
@@ -113,4 +114,4 @@ def piece_size(config: Any, dtype: torch.dtype) -> int:
         return sum(parameter.nbytes for parameter in model.parameters())
 
     block = size(2) - size(1)
-    return max(1, min(config.num_hidden_layers, PIECE_BYTES // max(block, 1)))
+    return max(1, min(int(config.num_hidden_layers), PIECE_BYTES // block))
