@@ -60,6 +60,19 @@ def prune(
     group: Annotated[
         str | None, typer.Option(help="Count zeros per row or per layer (0.5 only).")
     ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="columns or heads: a smaller model.")
+    ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(help="optimal, uniform, ul-mm, al-mm or al-am (smaller models)."),
+    ] = None,
+    format_: Annotated[
+        str | None, typer.Option("--format", help="stock, native or padded (the same).")
+    ] = None,
+    unit: Annotated[
+        int | None, typer.Option(help="Widths are multiples of it (the same).")
+    ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="wikitext2, c4, FILE.txt or FILE.jsonl:field.")
     ] = None,
@@ -100,6 +113,10 @@ def prune(
         "method": method,
         "sparsity": sparsity,
         "group": group,
+        "pattern": pattern,
+        "allocation": allocation,
+        "format": format_,
+        "unit": unit,
         "calibration": calibration,
         "n_sequences": n_sequences,
         "sequence_length": sequence_length,
@@ -141,15 +158,23 @@ def _prune(
             f"drop one of them"
         )
         raise UsageError(message)
-    from layerwise.patterns import parse_pattern
     from layerwise.run.prune import prune_model
+    from layerwise.run.structure import leaving
 
     _set_threads(threads)
     with _progress() as progress:
         report = prune_model(
             recipe.model,
             recipe.method,
-            pattern=parse_pattern(str(recipe.sparsity), recipe.group),
+            **leaving(
+                recipe.method,
+                recipe.sparsity,
+                group=recipe.group,
+                pattern=recipe.pattern,
+                allocation=recipe.allocation,
+                format=recipe.format,
+                unit=recipe.unit,
+            ),
             calibration=recipe.calibration,
             n_sequences=recipe.n_sequences,
             sequence_length=recipe.sequence_length,

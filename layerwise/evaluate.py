@@ -71,9 +71,11 @@ def best_bias(problem: CenteredProblem, weight: Tensor) -> Tensor:
     return dense @ moments.input_mean - pruned @ moments.pruned_input_mean
 
 
-def relative_error(problem: LayerProblem, weight: Tensor) -> float:
-    """``||W X - What Xhat||_F / ||W X||_F``; 0 for a layer that outputs nothing."""
-    return _ratio(float(objective_rows(problem, weight).sum()), problem)
+def relative_error(
+    problem: LayerProblem, weight: Tensor, bias: Tensor | None = None
+) -> float:
+    """``||W X - What Xhat - b||_F / ||W X||_F``; 0 for a layer that outputs nothing."""
+    return _ratio(float(objective_rows(problem, weight, bias=bias).sum()), problem)
 
 
 def evaluate(

@@ -97,15 +97,9 @@ class Solution:
 class Solver(Protocol):
     """Hyper-parameters of one algorithm: a frozen dataclass, safe to share.
 
-    ``requires`` names the statistics that the algorithm reads: ``"gram"``, or ``"mask"``
-    if it only finds weights for a mask that is already fixed. It is a constant of the
-    class, or a property where it depends on the hyper-parameters.
+    An attribute ``requires`` names the statistics that the algorithm reads, see
+    :func:`requirements`.
     """
-
-    @property
-    def requires(self) -> frozenset[str]:
-        """Statistics that the algorithm reads."""
-        ...
 
     @property
     def name(self) -> str:
@@ -125,3 +119,13 @@ class Solver(Protocol):
     ) -> Solution:
         """Return feasible weights, starting from `initial` where that makes sense."""
         ...
+
+
+def requirements(solver: object) -> frozenset[str]:
+    """Names of the statistics that a solver reads, as its ``requires`` tells them.
+
+    ``"gram"``, ``"mean"``, ``"gradient"``, or ``"mask"`` if it only finds weights for a
+    mask that is already fixed. It is a constant of the class, or a property where it
+    depends on the hyper-parameters; a solver without it requires nothing.
+    """
+    return getattr(solver, "requires", frozenset())

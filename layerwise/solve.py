@@ -14,7 +14,7 @@ from layerwise.errors import InvalidProblemError, SolveError, UsageError
 from layerwise.evaluate import check_feasible, evaluate
 from layerwise.patterns import FixedMask
 from layerwise.problem import LayerProblem
-from layerwise.solution import OnIteration, Solution, Solver, Status
+from layerwise.solution import OnIteration, Solution, Solver, Status, requirements
 from layerwise.solvers import get_solver
 
 SCALED_FIGURES = ("objective", "penalty")  # figures of an iteration that grow with gram
@@ -133,7 +133,7 @@ class Chain:
         current = initial
         for index, step in enumerate(self.steps):
             posed = problem
-            if index and current is not None and "mask" in _requires(step):
+            if index and current is not None and "mask" in requirements(step):
                 posed = problem.with_pattern(FixedMask(current.mask))
             current = solve(
                 posed, step, initial=current, on_iteration=on_iteration, throw=False
@@ -181,15 +181,11 @@ def _as_posed(entry: Mapping[str, float], exponent: int) -> Mapping[str, float]:
     }
 
 
-def _requires(solver: Solver | Any) -> frozenset[str]:
-    return getattr(solver, "requires", frozenset())
-
-
 def _refusal(solver: Solver | Any, problem: LayerProblem) -> str:
     if isinstance(solver, Chain):
         solver = solver.steps[0]
     name = solver_name(solver)
-    if "mask" in _requires(solver):
+    if "mask" in requirements(solver):
         return (
             f"{name} finds weights for a mask that is fixed: give it a FixedMask, or chain "
             f'it after a method that chooses one, as in "wanda+{name}"'

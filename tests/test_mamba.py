@@ -11,7 +11,7 @@ from layerwise.errors import InvalidProblemError
 from layerwise.patterns import NM
 from layerwise.problem import LayerProblem
 from layerwise.run.pipeline import ERROR_CORRECTIONS
-from layerwise.run.walk import BATCH
+from layerwise.run.streams import BATCH
 from tests.models import RANK, random_tokens, tiny_model, weight_of
 from tests.pruning import prune_and_record
 from tests.tolerances import MOMENTS

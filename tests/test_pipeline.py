@@ -14,7 +14,7 @@ from layerwise.errors import InvalidProblemError, SolveError
 from layerwise.problem import LayerProblem
 from layerwise.run.pipeline import ERROR_CORRECTIONS
 from layerwise.run.prune import PruneReport
-from layerwise.run.walk import BATCH
+from layerwise.run.streams import BATCH
 from layerwise.solve import solve
 from tests.models import (
     INNER,

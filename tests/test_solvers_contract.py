@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import layerwise as lw
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, FixedMask, Unstructured
-from layerwise.solution import Solver, Status
+from layerwise.solution import Solver, Status, requirements
 from layerwise.solvers import SOLVERS, get_solver
 from layerwise.solvers.least_squares import LeastSquares
 from tests.contract import (
@@ -58,7 +58,7 @@ def test_is_a_solver(solver: str) -> None:
     chosen = get_solver(solver)
     assert isinstance(chosen, Solver)
     assert chosen.name == solver
-    assert chosen.requires <= {"gram", "mean", "gradient", "mask"}
+    assert requirements(chosen) <= {"gram", "mean", "gradient", "mask"}
 
 
 @every_case

@@ -16,17 +16,21 @@ from typing import Any
 import torch
 
 from layerwise.errors import UsageError
-from layerwise.patterns import parse_pattern
 from layerwise.run.architecture import adapter_of
 from layerwise.run.floor import Machine, Work, run_work
 from layerwise.run.pipeline import ErrorCorrection
 from layerwise.run.prune import prune_model
 from layerwise.run.settings import choose_device
 from layerwise.run.shapes import SHAPES, piece_size, random_model
+from layerwise.run.stock import skeleton
 from layerwise.run.stopwatch import Stopwatch
 from layerwise.run.storage import Checkpoint
+from layerwise.run.structure import leaving
 
-STAGES = ("load", "hash", "capture", "gradients", "forward", "gram", "solve", "write")
+STAGES: tuple[str, ...] = (
+    *("load", "hash", "capture", "gradients", "survey"),
+    *("forward", "gram", "solve", "write"),
+)
 REST = "rest"
 LONGEST = 512  # of the default sequence length
 N_SEQUENCES = 16
@@ -176,9 +180,10 @@ class _Run:
         seed: int,
     ) -> None:
         self.device, self.seed, self.length = device, seed, sequence_length or 0
-        self._method, self._pattern = method, parse_pattern(sparsity)
-        self._n_sequences, self._error_correction = n_sequences, error_correction
-        self._seconds = dict.fromkeys((*STAGES, REST), 0.0)
+        self._method, self._what = method, leaving(method, sparsity)
+        self._n_sequences = n_sequences
+        self._error_correction: ErrorCorrection = error_correction
+        self._seconds: dict[str, float] = dict.fromkeys((*STAGES, REST), 0.0)
         self._work: dict[str, Work] = {}
 
     def prune(self, source: str | Path, output: Path) -> None:
@@ -196,7 +201,7 @@ class _Run:
             report = prune_model(
                 source,
                 self._method,
-                pattern=self._pattern,
+                **self._what,
                 calibration=ids,
                 n_sequences=self._n_sequences,
                 sequence_length=self.length,
@@ -208,10 +213,9 @@ class _Run:
         for stage, seconds in watch.seconds.items():
             self._seconds[stage] += seconds
         self._seconds[REST] += total - sum(watch.seconds.values())
-        adapter = adapter_of(report.model)
         work = run_work(
-            report.model,
-            adapter,
+            _as_it_was(report.model, checkpoint),
+            adapter_of(report.model),
             report.records,
             self._error_correction,
             ids.numel(),
@@ -231,6 +235,12 @@ class _Run:
             if seconds or work.total_flops or work.bytes:
                 stages.append(StageTime(stage, seconds, work, machine.floor(work)))
         return Bench(title, tuple(stages), dict(machine.gemm_rates), machine.copy_rate)
+
+
+def _as_it_was(model: Any, checkpoint: Checkpoint) -> Any:
+    """Model of the source without memory: a run may have made its own smaller."""
+    config = type(model.config).from_dict(checkpoint.config)
+    return skeleton(model, config).to(model.dtype)
 
 
 def _size(folder: Path) -> float:

@@ -9,7 +9,7 @@ import torch
 from layerwise.moments import Moments
 from layerwise.patterns import NM, Columns, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solver
+from layerwise.solution import Solver, requirements
 from layerwise.solvers import SOLVERS
 
 PATTERNS: Mapping[str, Pattern] = {
@@ -49,7 +49,7 @@ def _entry(name: str, make: Callable[[], Solver]) -> Entry:
     return Entry(
         name=name,
         patterns="any" if len(handled) == len(PATTERNS) else ", ".join(handled),
-        needs=", ".join(sorted(solver.requires)) or "nothing",
+        needs=", ".join(sorted(requirements(solver))) or "nothing",
         guarantee=getattr(solver, "guarantee", "none"),
         summary=_summary(make),
     )

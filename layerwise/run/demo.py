@@ -9,8 +9,9 @@ from layerwise.run.experiment import DENSE, Experiment, PackagedModel
 from layerwise.run.records import LayerRecord
 from layerwise.run.report import MethodResult
 from layerwise.run.results import ResultStore
+from layerwise.run.structure import prunes_columns_only
+from layerwise.solution import requirements
 from layerwise.solvers import SOLVERS
-from layerwise.solvers.columns import ColumnPruning
 
 MAIN_METHODS = ("magnitude", "wanda", "sparsegpt", "wanda+least-squares", "fista")
 PATTERNS = ("0.5", "2:4")
@@ -45,15 +46,12 @@ class Comparison:
 
 
 def all_methods() -> tuple[str, ...]:
-    """Every solver once; those that only refit follow Wanda's mask.
-
-    What removes whole columns takes no pattern of the demonstration and is left out.
-    """
-    names = {_without_name(make()): name for name, make in reversed([*SOLVERS.items()])}
+    """Every solver of single weights once; those that only refit follow Wanda's mask."""
+    sparse = {n: make for n, make in SOLVERS.items() if not prunes_columns_only(make())}
+    names = {_without_name(make()): name for name, make in reversed([*sparse.items()])}
     methods = [
-        f"wanda+{name}" if "mask" in SOLVERS[name]().requires else name
+        f"wanda+{name}" if "mask" in requirements(SOLVERS[name]()) else name
         for name in reversed([*names.values()])
-        if not isinstance(SOLVERS[name](), ColumnPruning)
     ]
     return tuple(dict.fromkeys([*MAIN_METHODS, *methods]))
 

@@ -44,8 +44,9 @@ class Experiment:
         Name of a solver, names joined by ``+``, or ``"dense"`` for no pruning at all.
     pattern
         As on the command line.
-    error_correction, seed
-        As for `prune_model`.
+    error_correction, seed, kind, allocation, format
+        As for `prune_model`; `kind` is its pattern where channels leave, and `pattern`
+        then the sparsity.
     """
 
     model: str
@@ -53,10 +54,24 @@ class Experiment:
     pattern: str = ""
     error_correction: ErrorCorrection = "block"
     seed: int = 0
+    kind: str | None = None
+    allocation: str | None = None
+    format: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
+        """Plain values for JSON, without what is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def what(self) -> dict[str, Any]:
+        """Arguments of `prune_model` that say what leaves."""
+        if self.kind is None:
+            return {"pattern": parse_pattern(self.pattern)}
+        return {
+            "sparsity": self.pattern,
+            "pattern": self.kind,
+            "allocation": self.allocation,
+            "format": self.format,
+        }
 
 
 class PackagedModel:
@@ -129,7 +144,7 @@ class PackagedModel:
             report = prune_model(
                 model,
                 experiment.method,
-                pattern=parse_pattern(experiment.pattern),
+                **experiment.what(),
                 calibration=calibration,
                 n_sequences=N_SEQUENCES,
                 sequence_length=LENGTH,
@@ -143,4 +158,5 @@ class PackagedModel:
             "mean_relative_error": report.mean_relative_error,
             "seconds": report.seconds,
             "records": [record.to_dict() for record in report.records],
+            "parameters_left": report.parameters_left,
         }

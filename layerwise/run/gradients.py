@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from layerwise.adapters.linear import is_transposed
 from layerwise.errors import SolveError, UsageError
 from layerwise.run.perplexity import evaluation_mode
+from layerwise.solution import requirements
 from layerwise.solve import Chain
 
 # gradients of 1e-6 are subnormal in float16, whose largest number is 65504
@@ -43,7 +44,7 @@ def required_gradient(solver: Any) -> GradientStatistic | None:
     asked = [
         GradientStatistic(getattr(step, "norm", "l1"), getattr(step, "scaling", "mean"))
         for step in steps
-        if "gradient" in getattr(step, "requires", ())
+        if "gradient" in requirements(step)
     ]
     if len(set(asked)) > 1:
         message = (

@@ -30,7 +30,7 @@ FINGERPRINT = "fingerprint.json"
 BLOCKS = "blocks"
 LAYERS = "layers.jsonl"
 MASKS = "masks.safetensors"
-WEIGHT, MASK = "weight:", "mask:"
+WEIGHT, MASK, BIAS = "weight:", "mask:", "bias:"
 SHAPES = "shapes"
 
 
@@ -137,6 +137,8 @@ class Journal:
                         packed = file.get_tensor(MASK + name)
                         block.weights[name] = weight
                         block.masks[name] = unpack_mask(packed, weight.shape)
+                    elif key.startswith(BIAS):
+                        block.biases[key.removeprefix(BIAS)] = file.get_tensor(key)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             message = f"{path} is damaged ({error}); delete it to redo that block"
             raise DataError(message) from error
@@ -146,6 +148,7 @@ class Journal:
         """Store a finished block; after this call it survives anything."""
         tensors = {WEIGHT + name: weight for name, weight in block.weights.items()}
         tensors |= {MASK + name: pack_mask(mask) for name, mask in block.masks.items()}
+        tensors |= {BIAS + name: bias for name, bias in block.biases.items()}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         records = json.dumps([record.to_dict() for record in block.records])
         atomic_write(self._block_path(index), save(tensors, metadata={"records": records}))

@@ -8,9 +8,10 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,10 +22,20 @@ from layerwise.errors import DataError
 from layerwise.run.atomic import atomic_write
 from layerwise.run.calibration import Calibration
 from layerwise.run.journal import FOLDER, Journal
+from layerwise.run.model_card import model_card
 from layerwise.run.recipe import Recipe
 from layerwise.run.records import LayerRecord
+from layerwise.run.smaller import (
+    Smaller,
+    bytes_of,
+    describe,
+    parameters_of,
+    write_channels,
+    write_smaller,
+)
 from layerwise.run.storage import Checkpoint, checkpoint_names, write_checkpoint
 from layerwise.run.strict_json import read_object
+from layerwise.run.surgery import Cut
 
 MANIFEST = "manifest.json"
 PACKAGES = ("layerwise", "torch", "transformers", "safetensors")
@@ -45,6 +56,7 @@ class Manifest(BaseModel):
     calibration: str
     calibration_sha256: str
     versions: dict[str, str]
+    smaller: Smaller | None = None  # of a model that lost channels
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -91,45 +103,114 @@ def versions() -> dict[str, str]:
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """Everything about a run that its folder tells.
+
+    Parameters
+    ----------
+    recipe, tokens, records
+        What was asked, the calibration data, and the figures of every matrix.
+    source, tokenizer
+        Where the model came from; without a source the tokenizer is saved as well.
+    """
+
+    recipe: Recipe
+    tokens: Calibration
+    records: Sequence[LayerRecord]
+    source: Checkpoint | None
+    tokenizer: Any
+
+
 def write_output(
     journal: Journal,
-    recipe: Recipe,
-    tokens: Calibration,
-    source: Checkpoint | None,
+    outcome: Outcome,
     model: Any,
     weights: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
-    records: Sequence[LayerRecord],
-    tokenizer: Any,
 ) -> None:
-    """Write everything into the partial folder; the manifest comes last."""
-    folder = journal.folder
+    """Write a model with zeros into the partial folder; the manifest comes last."""
+    folder, source = journal.folder, outcome.source
     if source is not None:
         names = checkpoint_names(model, source)
         stored = {names[name]: weight for name, weight in weights.items()}
         write_checkpoint(source, folder, stored, overwrite=True)
     else:
         model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        if outcome.tokenizer is not None:
+            outcome.tokenizer.save_pretrained(folder)
         source = Checkpoint.open(folder)
         names = checkpoint_names(model, source)
     pruned = {name: names[name] for name in weights}
     journal.write_masks(masks)
-    journal.write_layers(list(records))
-    atomic_write(folder / "recipe.yaml", recipe.to_yaml().encode())
-    atomic_write(folder / "README.md", _model_card(recipe, source, records).encode())
-    manifest = Manifest(
-        sparsity=str(recipe.sparsity),
-        group=recipe.group,
+    _write_rest(
+        journal,
+        outcome,
+        source,
         pruned=pruned,
         transposed=[name for name in weights if _is_transposed(model, name)],
         untouched=tensor_hashes(source, set(source.weight_map) - set(pruned.values())),
+    )
+
+
+class Sized(Protocol):
+    """Decoder blocks, and how many parameters they had before a run."""
+
+    blocks: Mapping[str, nn.Module]
+    total: int
+
+
+def write_smaller_output(
+    journal: Journal,
+    outcome: Outcome,
+    model: Any,
+    cuts: Sequence[Cut],
+    before: Mapping[str, str],
+    size: Sized,
+) -> None:
+    """Write a smaller model into the partial folder; the manifest comes last.
+
+    Parameters
+    ----------
+    journal, outcome
+        The partial folder, and what it tells.
+    model, cuts
+        The smaller model, and what left.
+    before
+        :func:`~layerwise.run.smaller.digests` of the model as it was.
+    size
+        The decoder blocks, and how many parameters they had.
+    """
+    folder = journal.folder
+    format = outcome.recipe.format or "stock"
+    written = write_smaller(
+        folder, model, outcome.source, outcome.tokenizer, format == "native"
+    )
+    write_channels(folder, cuts)
+    sizes = size.total, parameters_of(size.blocks)
+    smaller, untouched = describe(model, written, before, sizes, format)
+    source = outcome.source or written
+    _write_rest(journal, outcome, source, pruned={}, untouched=untouched, smaller=smaller)
+
+
+def _write_rest(
+    journal: Journal, outcome: Outcome, source: Checkpoint, **claims: Any
+) -> None:
+    """Log, recipe, model card, and the manifest with its claims."""
+    folder, recipe, tokens = journal.folder, outcome.recipe, outcome.tokens
+    journal.write_layers(list(outcome.records))
+    atomic_write(folder / "recipe.yaml", recipe.to_yaml().encode())
+    manifest = Manifest(
+        sparsity=str(recipe.sparsity),
+        group=recipe.group,
         source=source.sha256(),
         calibration=tokens.source,
         calibration_sha256=tokens.sha256,
         versions=versions(),
+        **claims,
     )
+    card = model_card(recipe, source, outcome.records, manifest.smaller)
+    atomic_write(folder / "README.md", card.encode())
     text = json.dumps(manifest.model_dump(), indent=1, sort_keys=True)
     atomic_write(folder / FOLDER / MANIFEST, text.encode())
 
@@ -141,55 +222,14 @@ def _is_transposed(model: nn.Module, parameter: str) -> bool:
 def tensor_hashes(checkpoint: Checkpoint, names: set[str]) -> dict[str, str]:
     """Hash of the bytes of some tensors."""
     return {
-        name: hashlib.sha256(_bytes_of(tensor)).hexdigest()
+        name: hashlib.sha256(bytes_of(tensor)).hexdigest()
         for name, tensor in checkpoint.tensors(sorted(names))
     }
-
-
-def _bytes_of(tensor: Tensor) -> Any:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _parameters_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
-        digest.update(_bytes_of(parameter.detach().cpu()))
+        digest.update(bytes_of(parameter.detach().cpu()))
     return digest.hexdigest()
-
-
-def _model_card(recipe: Recipe, source: Checkpoint, records: Sequence[LayerRecord]) -> str:
-    """README.md of the pruned model, with the header that the model hub reads."""
-    base = source.config.get("_name_or_path") or recipe.model or "unknown"
-    error = sum(record.relative_error for record in records) / len(records)
-    worst = max(records, key=lambda record: record.relative_error)
-    sparsity = sum(record.sparsity for record in records) / len(records)
-    return f"""---
-base_model: {json.dumps(str(base))}
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- pruned
-- sparse
-- layerwise
----
-
-# Pruned with layerwise
-
-{len(records)} linear layers of the decoder blocks were pruned; every other tensor has the
-bytes of the source. The files are ordinary dense tensors with zeros and open with
-`AutoModelForCausalLM.from_pretrained`.
-
-| | |
-|---|---|
-| method | `{recipe.method}` |
-| sparsity | {recipe.sparsity} asked for, {sparsity:.4f} zeros in the pruned layers |
-| calibration | {recipe.calibration} |
-| calibration tokens | {recipe.n_sequences} x {recipe.sequence_length} |
-| error correction | {recipe.error_correction} |
-| mean relative error of a layer | {error:.4f} |
-| worst layer | `{worst.name}`, {worst.relative_error:.4f} |
-
-`recipe.yaml` repeats the run, `layerwise/layers.jsonl` holds the figures of every layer,
-`layerwise/masks.safetensors` the masks, and `layerwise verify` checks all of it.
-"""

@@ -59,6 +59,24 @@ def perplexity(
     SolveError
         The model computes NaN.
     """
+    try:
+        return math.exp(
+            mean_loss(
+                model, token_ids, sequence_length=sequence_length, batch_size=batch_size
+            )
+        )
+    except OverflowError:
+        return math.inf
+
+
+def mean_loss(
+    model: PreTrainedModel,
+    token_ids: Tensor,  # (tokens,)
+    *,
+    sequence_length: int,
+    batch_size: int = 8,
+) -> float:
+    """Logarithm of :func:`perplexity`: mean cross entropy of the next token."""
     windows = _windows(model, token_ids, sequence_length, batch_size)
     device = next(model.parameters()).device
     losses: list[Tensor] = []
@@ -68,10 +86,7 @@ def perplexity(
             for window, scores in zip(batch, logits, strict=True):
                 loss = _mean_cross_entropy(scores[:-1], window[1:].to(scores.device))
                 losses.append(_not_nan(loss.cpu(), len(losses)))
-    try:
-        return math.exp(float(torch.stack(losses).mean()))
-    except OverflowError:
-        return math.inf
+    return float(torch.stack(losses).mean())
 
 
 def _windows(

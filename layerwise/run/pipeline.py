@@ -29,9 +29,12 @@ from layerwise.evaluate import relative_error
 from layerwise.moments import MomentAccumulator
 from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
+from layerwise.run.calibration import Calibration
 from layerwise.run.records import LayerRecord
 from layerwise.run.stopwatch import stage as timed
 from layerwise.run.streams import Call, Tap, visit_inputs
+from layerwise.run.structure import Structure
+from layerwise.run.targets import Choice
 from layerwise.solution import Solution
 from layerwise.solve import solve, solver_name
 
@@ -46,7 +49,7 @@ class Task:
 
     adapter: Adapter
     solver: Any
-    pattern: Pattern
+    pattern: Pattern | Structure
     damping: float
     error_correction: ErrorCorrection
     device: torch.device
@@ -55,6 +58,10 @@ class Task:
     def staged(self) -> bool:
         """Whether a stage sees the effect of the pruned stages before it."""
         return self.error_correction in ("block", "full")
+
+    def prepared(self, model: nn.Module, selection: Choice, tokens: Calibration) -> "Task":
+        """The task with all it must know of the whole model before the first block."""
+        return self
 
     def prune(
         self, inputs: "BlockInputs", on_layer: OnLayer = lambda record: None
@@ -65,11 +72,15 @@ class Task:
 
 @dataclass
 class PrunedBlock:
-    """Result of one block: stored weights, masks and figures, by linear."""
+    """Result of one block: stored weights, masks and figures, by linear.
+
+    `biases` holds those that a method changed or added.
+    """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
     records: list[LayerRecord] = field(default_factory=list)
+    biases: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,14 +114,14 @@ def prune_block(
     """
     result = PrunedBlock()
     if not task.staged:
-        accumulators = _collect_at_once(task, inputs)
+        accumulators = collect_at_once(task, inputs)
         for stage, accumulator in zip(inputs.stages, accumulators, strict=True):
             _solve_stage(task, inputs, stage, accumulator, result, on_layer)
         return result
     dense = copy.deepcopy(inputs.block)
     for index, stage in enumerate(inputs.stages):
         same = index == 0 and inputs.pruned is inputs.dense
-        accumulator = _collect_pair(task, inputs, dense, stage, same=same)
+        accumulator = collect_pair(task, inputs, dense, stage, same=same)
         _solve_stage(task, inputs, stage, accumulator, result, on_layer)
     return result
 
@@ -124,7 +135,7 @@ def advance(task: Task, inputs: BlockInputs, hidden: Sequence[Tensor]) -> list[T
         ]
 
 
-def _collect_at_once(task: Task, inputs: BlockInputs) -> list[MomentAccumulator]:
+def collect_at_once(task: Task, inputs: BlockInputs) -> list[MomentAccumulator]:
     """Moments of all stages from one pass through the dense block."""
     accumulators = [_accumulator(task, inputs, stage) for stage in inputs.stages]
     taps = [
@@ -144,13 +155,13 @@ def _named_update(
     inputs: BlockInputs, stage: Stage, accumulator: MomentAccumulator
 ) -> Callable[..., None]:
     def update(*batches: Tensor) -> None:
-        with _naming(f"{inputs.name}.{stage.linears[0]}"), timed("gram"):
+        with naming(f"{inputs.name}.{stage.linears[0]}"), timed("gram"):
             accumulator.update(*batches)
 
     return update
 
 
-def _collect_pair(
+def collect_pair(
     task: Task, inputs: BlockInputs, dense: nn.Module, stage: Stage, *, same: bool
 ) -> MomentAccumulator:
     """Moments of one stage from the dense and the partly pruned block, side by side."""
@@ -199,7 +210,9 @@ def _solve_stage(
     on_layer: OnLayer,
 ) -> None:
     """Solve the problems of a stage, which share their moments, and write the weights."""
-    with _naming(f"{inputs.name}.{stage.linears[0]}"):
+    pattern = task.pattern
+    assert isinstance(pattern, Pattern)
+    with naming(f"{inputs.name}.{stage.linears[0]}"):
         moments = accumulator.moments()
     for index, name in enumerate(stage.linears):
         full_name = f"{inputs.name}.{name}"
@@ -208,11 +221,11 @@ def _solve_stage(
         if gradient_norm is not None:
             gradient_norm = gradient_norm.to(weight.device)
         start = time.perf_counter()
-        with _naming(full_name), timed("solve"):
+        with naming(full_name), timed("solve"):
             problem = LayerProblem.from_moments(
                 weight.contiguous(),  # solvers see one layout, however it is stored
                 moments,
-                pattern=task.pattern,
+                pattern=pattern,
                 damping=task.damping,
                 drift=accumulator.drift(index) if task.staged else None,
                 gradient_norm=gradient_norm,
@@ -220,21 +233,24 @@ def _solve_stage(
             solution = solve(problem, task.solver)
             stored = solution.weight.to(weight.dtype)
             seconds = time.perf_counter() - start
-            record = _record(task, full_name, problem, solution, stored, seconds)
+            error = relative_error(problem, stored)
+            record = record_of(task, full_name, problem, solution, stored, error, seconds)
         weight.copy_(stored)  # last: the problem reads the dense weight
         result.weights[name], result.masks[name] = stored.cpu(), solution.mask.cpu()
         result.records.append(record)
         on_layer(record)
 
 
-def _record(
+def record_of(
     task: Task,
     name: str,
     problem: LayerProblem,
     solution: Solution,
     stored: Tensor,
+    error: float,
     seconds: float,
 ) -> LayerRecord:
+    """Figures of a matrix, its error measured after the cast to the model's type."""
     damping = float(solution.stats.get("damping", task.damping))
     certificate = solution.certificate
     return LayerRecord(
@@ -243,7 +259,7 @@ def _record(
         method=solver_name(task.solver),
         pattern=str(task.pattern),
         sparsity=float((stored == 0).double().mean()),
-        relative_error=relative_error(problem, stored),
+        relative_error=error,
         status=str(solution.status),
         certificate=None if certificate is None else certificate.bound,
         certificate_kind=None if certificate is None else certificate.kind,
@@ -257,7 +273,7 @@ def _record(
     )
 
 
-class _naming:  # noqa: N801 - reads as a statement: with _naming(layer)
+class naming:  # noqa: N801 - reads as a statement: with naming(layer)
     """Put the name of a layer in front of the errors raised inside."""
 
     def __init__(self, layer: str) -> None:

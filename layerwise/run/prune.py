@@ -18,7 +18,12 @@ from layerwise.patterns import NM, Pattern
 from layerwise.run.architecture import adapter_of, note_on
 from layerwise.run.calibration import Calibration, token_windows
 from layerwise.run.journal import Journal, check_output
-from layerwise.run.output import fingerprint, write_output
+from layerwise.run.output import (
+    Outcome,
+    fingerprint,
+    write_output,
+    write_smaller_output,
+)
 from layerwise.run.perplexity import evaluation_mode
 from layerwise.run.pipeline import ErrorCorrection, Task
 from layerwise.run.recipe import OptionValue, Recipe, options_of
@@ -34,11 +39,20 @@ from layerwise.run.settings import (
     embedding_rows,
     with_published_start,
 )
+from layerwise.run.smaller import digests, parameters_of
 from layerwise.run.stopwatch import stage
 from layerwise.run.storage import Checkpoint
+from layerwise.run.structure import Structure, StructureOptions, choose_structure
+from layerwise.run.structured import (
+    ChannelSelection,
+    StructuredTask,
+    make_smaller,
+    structured_task,
+)
 from layerwise.run.targets import Selection
 from layerwise.run.walk import walk
-from layerwise.solve import solver_name
+from layerwise.run.widths import default_rule
+from layerwise.solve import resolve, solver_name
 
 
 class Callback(Protocol):
@@ -73,6 +87,9 @@ class PruneReport:
         Where it was saved, or None.
     seconds
         Wall time of the run.
+    parameters_left
+        Fraction of the parameters of the decoder blocks that is still there; 1 unless
+        channels left.
     """
 
     model: nn.Module
@@ -80,6 +97,7 @@ class PruneReport:
     masks: dict[str, Tensor]
     output_dir: Path | None
     seconds: float
+    parameters_left: float = 1.0
 
     @property
     def mean_relative_error(self) -> float:
@@ -112,6 +130,9 @@ def prune_model(
     seed: int = 0,
     damping: float = 0.01,
     options: dict[str, OptionValue] | None = None,
+    allocation: str | None = None,
+    format: str | None = None,
+    unit: int | None = None,
     device: str | torch.device = "auto",
     memory_budget: int | None = None,
     output_dir: str | Path | None = None,
@@ -132,9 +153,13 @@ def prune_model(
         Name in :data:`layerwise.SOLVERS`, names joined by ``+`` for a chain, a configured
         solver, or any object with ``solve(problem)``.
     sparsity
-        Fraction of zeros, or ``"n:m"`` (keeps n of every m).
+        Fraction of zeros, or ``"n:m"`` (keeps n of every m). For a smaller model the
+        fraction of the parameters of the decoder blocks that leaves.
     pattern
-        A :class:`~layerwise.patterns.Pattern` or ``"n:m"``, instead of `sparsity`.
+        A :class:`~layerwise.patterns.Pattern` or ``"n:m"``, instead of `sparsity`; or
+        ``"columns"`` or ``"heads"`` beside it, for a smaller model: channels of the MLP
+        and of attention's values, or channels of the MLP and whole heads. Methods that
+        remove columns alone choose one of the two themselves.
     calibration
         ``"wikitext2"``, ``"c4"``, ``"file.txt"``, ``"file.jsonl:field"``, a list of
         strings, or token ids.
@@ -154,6 +179,10 @@ def prune_model(
         Ridge towards the dense weight, relative to the mean diagonal of the gram.
     options
         Hyper-parameters of a method given by name, such as ``{"block_size": 64}``.
+    allocation, format, unit
+        Of a smaller model, see :class:`layerwise.run.structure.Structure`: the rule that
+        spreads the sparsity over the layers, ``"stock"`` (default), ``"native"`` or
+        ``"padded"``, and the number that widths are multiples of (8).
     device
         Where blocks are computed; ``"auto"`` takes a GPU if there is one.
     memory_budget
@@ -182,7 +211,9 @@ def prune_model(
         If a layer failed numerically; finished blocks are kept for a resumed run.
     """
     start = time.perf_counter()
-    chosen = choose_pattern(sparsity, pattern)
+    given = StructureOptions(allocation, format, unit)
+    structure = choose_structure(resolve(method), sparsity, pattern, given)
+    chosen = structure or choose_pattern(sparsity, pattern)
     solver = choose_solver(method, chosen, damping, options, memory_budget)
     check_error_correction(error_correction)
     output = None if output_dir is None else Path(output_dir)
@@ -193,7 +224,12 @@ def prune_model(
         source, model = _open(model_or_path)
     adapter = adapter_of(model)
     solver = with_published_start(solver, model, chosen)
-    selection = Selection(model, adapter, as_entries(targets), as_entries(ignore), chosen)
+    entries = as_entries(targets), as_entries(ignore)
+    selection: Selection | ChannelSelection
+    if isinstance(chosen, Structure):
+        selection = ChannelSelection(model, adapter, *entries, chosen)
+    else:
+        selection = Selection(model, adapter, *entries, chosen)
     tokens = token_windows(
         calibration,
         tokenizer or _own_tokenizer(source, calibration),
@@ -203,6 +239,8 @@ def prune_model(
         vocab_size=embedding_rows(model),
     )
     task = Task(adapter, solver, chosen, damping, error_correction, choose_device(device))
+    if isinstance(selection, ChannelSelection):
+        task = structured_task(task, model, selection)
     recipe = _recipe(task, calibration, tokens, selection, seed, source)
     journal = None
     if output is not None:
@@ -211,16 +249,20 @@ def prune_model(
         journal = Journal(output, identity, force=force, resume=resume)
     listeners = tuple(callbacks)
     for listener in listeners:
-        if adapter.found and (on_note := getattr(listener, "on_note", None)) is not None:
-            on_note(note_on(model, adapter, selection))
+        if (on_note := getattr(listener, "on_note", None)) is not None:
+            for note in _notes(model, task, selection):
+                on_note(note)
         listener.on_start(len(selection.names))
 
     def on_layer(record: LayerRecord) -> None:
         for listener in listeners:
             listener.on_layer(record)
 
+    smaller = isinstance(selection, ChannelSelection)
+    before = digests(model) if smaller and journal is not None else {}
     try:
         with evaluation_mode(model):
+            task = task.prepared(model, selection, tokens)
             blocks = walk(model, selection, task, tokens, journal, on_layer)
     except BaseException:
         if journal is not None:
@@ -228,17 +270,37 @@ def prune_model(
         raise
     records = tuple(record for block in blocks for record in block.records)
     masks = selection.by_parameter([block.masks for block in blocks])
-    if journal is not None:
-        weights = selection.by_parameter([block.weights for block in blocks])
-        with stage("write"):
-            write_output(
-                journal, recipe, tokens, source, model, weights, masks, records, tokenizer
-            )
+    left = 1.0
+    outcome = Outcome(recipe, tokens, records, source, tokenizer)
+    with stage("write"):
+        if isinstance(selection, ChannelSelection):
+            cuts = selection.cuts(blocks)
+            make_smaller(model, adapter, cuts, selection.structure)
+            left = parameters_of(selection.blocks) / selection.total
+            if journal is not None:
+                write_smaller_output(journal, outcome, model, cuts, before, selection)
+        elif journal is not None:
+            weights = selection.by_parameter([block.weights for block in blocks])
+            write_output(journal, outcome, model, weights, masks)
+        if journal is not None:
             journal.finish()
-    report = PruneReport(model, records, masks, output, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    report = PruneReport(model, records, masks, output, seconds, left)
     for listener in listeners:
         listener.on_finish(report)
     return report
+
+
+def _notes(
+    model: nn.Module, task: Task, selection: Selection | ChannelSelection
+) -> list[str]:
+    """What a reader of the log should know before the run."""
+    notes = []
+    if isinstance(selection, Selection) and task.adapter.found:
+        notes.append(note_on(model, task.adapter, selection))
+    if isinstance(task, StructuredTask):
+        notes += task.notes()
+    return notes
 
 
 def _open(model_or_path: nn.Module | str | Path) -> tuple[Checkpoint | None, Any]:
@@ -260,7 +322,7 @@ def _recipe(
     task: Task,
     calibration: Any,
     tokens: Calibration,
-    selection: Selection,
+    selection: Selection | ChannelSelection,
     seed: int,
     source: Checkpoint | None,
 ) -> Recipe:
@@ -270,7 +332,17 @@ def _recipe(
     sparsity = (
         str(pattern) if isinstance(pattern, NM) else getattr(pattern, "sparsity", None)
     )
+    structure: dict[str, Any] = {}
+    if isinstance(pattern, Structure):
+        rule = pattern.allocation or default_rule(pattern, solver_name(task.solver))
+        structure = {
+            "pattern": pattern.kind,
+            "allocation": rule,
+            "format": pattern.format,
+            "unit": pattern.unit,
+        }
     return Recipe(
+        **structure,
         model=str(source.path) if source else None,
         method=solver_name(task.solver),
         sparsity=sparsity,

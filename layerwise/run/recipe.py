@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from layerwise.errors import DataError, UsageError
 from layerwise.run.pipeline import ErrorCorrection
+from layerwise.run.structure import Kind, OutputFormat
 from layerwise.solve import Chain, resolve, solver_name
 
 OptionValue = bool | int | float | str
@@ -43,6 +44,10 @@ class Recipe(BaseModel):
     method: str = "fista"
     sparsity: float | str | None = None
     group: Literal["row", "layer"] = "row"
+    pattern: Kind | None = None
+    allocation: str | None = None
+    format: OutputFormat | None = None
+    unit: int | None = None
     calibration: str | None = None
     n_sequences: int = 128
     sequence_length: int | None = None

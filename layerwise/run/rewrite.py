@@ -78,3 +78,10 @@ def set_attribute(block: nn.Module, name: str, value: object) -> None:
     """Set an attribute of a module of a block by its dotted name."""
     path, _, own = name.rpartition(".")
     setattr(block.get_submodule(path), own, value)
+
+
+def set_bias(linear: nn.Module, bias: Tensor) -> None:
+    """Give a linear layer these values as its bias."""
+    weight = linear.get_parameter("weight")
+    new = bias.to(weight.device, weight.dtype, copy=True)
+    linear.bias = nn.Parameter(new, requires_grad=weight.requires_grad)

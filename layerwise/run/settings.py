@@ -12,6 +12,7 @@ from layerwise.patterns import NM, Columns, Pattern, Unstructured, parse_pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.pipeline import ERROR_CORRECTIONS
 from layerwise.run.recipe import OptionValue, configure, with_memory_budget, with_warm_start
+from layerwise.run.structure import Structure
 from layerwise.solve import refuse_unless_solvable
 
 ROUNDING = 1e-9  # of a sparsity such as 1 - 2 / 5
@@ -48,7 +49,7 @@ def choose_pattern(sparsity: float | str | None, pattern: Pattern | str | None) 
 
 def choose_solver(
     method: Any,
-    pattern: Pattern,
+    pattern: Pattern | Structure,
     damping: float,
     options: Mapping[str, OptionValue] | None,
     memory_budget: int | None,
@@ -68,14 +69,16 @@ def choose_solver(
     return solver
 
 
-def with_published_start(solver: Any, model: nn.Module, pattern: Pattern) -> Any:
+def with_published_start(
+    solver: Any, model: nn.Module, pattern: Pattern | Structure
+) -> Any:
     """Give ``fista-paper`` the warm start of the paper, unless one was chosen.
 
     SparseGPT prunes no columns, so there the start is Wanda's for every model.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     start = PUBLISHED_STARTS.get(model_type, "wanda")
-    if isinstance(pattern, Columns):
+    if isinstance(pattern, Columns | Structure):
         start = "wanda"
     return with_warm_start(solver, "fista-paper", start)
 
@@ -89,9 +92,9 @@ def check_error_correction(value: str) -> None:
         raise UsageError(message)
 
 
-def check_storable(pattern: Pattern) -> None:
+def check_storable(pattern: Pattern | Structure) -> None:
     """Refuse a pattern that no recipe or manifest can name."""
-    if not isinstance(pattern, NM | Unstructured):
+    if not isinstance(pattern, NM | Unstructured | Structure):
         message = (
             f"the pattern {pattern} cannot be written to a folder; prune without "
             f"output_dir and save the model yourself"

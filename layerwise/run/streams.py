@@ -19,6 +19,7 @@ from layerwise.adapters import Stage
 from layerwise.adapters.linear import matrix
 from layerwise.errors import UnsupportedModelError
 
+BATCH = 8  # sequences per forward pass
 Visit = Callable[[Tensor], None]
 
 

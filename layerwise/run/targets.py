@@ -7,6 +7,7 @@ kind.
 
 import difflib
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -18,6 +19,24 @@ from layerwise.run.entries import matches
 from layerwise.run.unprunable import refuse_shared, refuse_unserved
 
 DEFAULT_IGNORE = ("lm_head",)  # need not exist
+
+
+class Choice(Protocol):
+    """What a selection tells the run, of single weights or of channels."""
+
+    @property
+    def blocks(self) -> Mapping[str, nn.Module]:
+        """All decoder blocks by full name, in order."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Full names of the linears that will be written."""
+        ...
+
+    def stages_of(self, block: str) -> tuple[Stage, ...]:
+        """Stages of a block with the chosen linears alone."""
+        ...
 
 
 class Selection:

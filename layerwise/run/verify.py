@@ -1,7 +1,6 @@
 """Does a finished folder hold what it claims? Reopen it and check, tensor by tensor."""
 
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,30 +8,11 @@ from torch import Tensor
 
 from layerwise.errors import DataError, InvalidProblemError, LayerwiseError
 from layerwise.patterns import Pattern, parse_pattern
+from layerwise.run.checks import Check, untouched
 from layerwise.run.journal import FOLDER, read_layers, read_masks
-from layerwise.run.output import MANIFEST, Manifest, tensor_hashes
+from layerwise.run.output import MANIFEST, Manifest
 from layerwise.run.storage import Checkpoint
-
-
-@dataclass(frozen=True)
-class Check:
-    """One claim and whether it holds.
-
-    Parameters
-    ----------
-    claim
-        What should be true.
-    problems
-        Where it is not, each with a name; empty if it holds.
-    """
-
-    claim: str
-    problems: tuple[str, ...]
-
-    @property
-    def holds(self) -> bool:
-        """Whether nothing was found."""
-        return not self.problems
+from layerwise.run.verify_smaller import verify_smaller
 
 
 def verify(folder: Path) -> list[Check]:
@@ -47,7 +27,8 @@ def verify(folder: Path) -> list[Check]:
     -------
     list of Check
         Zeros off the mask, pattern, finite values, no negative zeros, untouched tensors,
-        the layer log, and whether stock transformers opens it.
+        the layer log, and whether stock transformers opens it. Of a smaller model see
+        :mod:`layerwise.run.verify_smaller`.
 
     Raises
     ------
@@ -56,6 +37,8 @@ def verify(folder: Path) -> list[Check]:
     """
     manifest = Manifest.read(folder)
     checkpoint = Checkpoint.open(folder)
+    if manifest.smaller is not None:
+        return verify_smaller(folder, checkpoint, manifest, manifest.smaller)
     masks = read_masks(folder)
     pattern = _pattern(folder, manifest)
     found = _Findings()
@@ -81,7 +64,7 @@ def verify(folder: Path) -> list[Check]:
         Check("no zero is negative", tuple(found.negative)),
         Check(f"every mask satisfies the pattern {pattern}", tuple(found.pattern)),
         Check("every pruned weight is finite", tuple(found.infinite)),
-        _untouched(checkpoint, manifest),
+        untouched(checkpoint, manifest, set(manifest.pruned.values())),
         _opens(checkpoint),
     ]
 
@@ -127,19 +110,6 @@ class _Findings:
             self.pattern.append(f"{name}: another number of zeros")
         if not bool(torch.isfinite(weight).all()):
             self.infinite.append(f"{name}: not finite")
-
-
-def _untouched(checkpoint: Checkpoint, manifest: Manifest) -> Check:
-    names = set(checkpoint.weight_map) - set(manifest.pruned.values())
-    present = tensor_hashes(checkpoint, names)
-    differs = [
-        f"{name}: {'other bytes' if name in present else 'is missing'}"
-        for name, digest in manifest.untouched.items()
-        if present.get(name) != digest
-    ]
-    extra = [f"{name}: was not in the source" for name in names - set(manifest.untouched)]
-    claim = f"{len(manifest.untouched)} other tensors have the bytes of the source"
-    return Check(claim, tuple(differs + sorted(extra)))
 
 
 def _opens(checkpoint: Checkpoint) -> Check:

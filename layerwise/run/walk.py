@@ -15,16 +15,15 @@ from layerwise.run.gradients import gradient_norms, required_gradient
 from layerwise.run.journal import Journal
 from layerwise.run.pipeline import BlockInputs, OnLayer, PrunedBlock, Task, advance
 from layerwise.run.records import LayerRecord
+from layerwise.run.rewrite import set_bias
 from layerwise.run.stopwatch import stage
-from layerwise.run.streams import capture
-from layerwise.run.targets import Selection
-
-BATCH = 8  # sequences per forward pass
+from layerwise.run.streams import BATCH, capture
+from layerwise.run.targets import Choice
 
 
 def walk(
     model: nn.Module,
-    selection: Selection,
+    selection: Choice,
     task: Task,
     tokens: Calibration,
     journal: Journal | None,
@@ -78,7 +77,7 @@ def walk(
 
 
 def _gradients(
-    model: nn.Module, selection: Selection, task: Task, tokens: Calibration
+    model: nn.Module, selection: Choice, task: Task, tokens: Calibration
 ) -> dict[str, dict[str, Tensor]]:
     """Gradient norms of the targets of every block, where the method asks for them.
 
@@ -107,6 +106,8 @@ def _gradients(
 def _restore(task: Task, block: nn.Module, result: PrunedBlock, on_layer: OnLayer) -> None:
     for name, weight in result.weights.items():
         task.adapter.weight(block, name).copy_(weight)
+    for name, bias in result.biases.items():
+        set_bias(task.adapter.linear(block, name), bias)
     for record in result.records:
         on_layer(record)
 

@@ -31,6 +31,7 @@ from layerwise.moments import Moments
 from layerwise.patterns import NM, Pattern, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.run.demo import all_methods
+from layerwise.solution import requirements
 from layerwise.solve import resolve
 from layerwise.solvers import SOLVERS
 from tests.reference import scip_minimum
@@ -151,7 +152,7 @@ def ratios(method: str, posed: Sequence[LayerProblem], optima: Sequence[float]) 
     Drawn layers belong to no model, so there are no gradients of a loss.
     """
     steps = [SOLVERS[name]() for name in method.split("+")]
-    reads_gradients = any("gradient" in step.requires for step in steps)
+    reads_gradients = any("gradient" in requirements(step) for step in steps)
     if reads_gradients or not resolve(method).can_solve(posed[0]):
         return torch.empty(0, dtype=torch.float64)
     values = [

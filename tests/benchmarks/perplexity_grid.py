@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 from multiprocessing import get_context
@@ -29,6 +30,7 @@ from layerwise.run.demo import all_methods
 from layerwise.run.experiment import DENSE, Experiment, PackagedModel
 from layerwise.run.pipeline import ERROR_CORRECTIONS
 from layerwise.run.results import ResultStore
+from layerwise.solution import requirements
 from layerwise.solvers import SOLVERS
 
 SEEDS = (0, 1, 2)
@@ -73,9 +75,9 @@ def canonical(experiment: Experiment) -> Experiment:
     A method that reads no inputs depends neither on the seed nor on error correction.
     """
     factory = SOLVERS.get(experiment.method)
-    if factory is None or factory().requires:
+    if factory is None or requirements(factory()):
         return experiment
-    return Experiment(experiment.model, experiment.method, experiment.pattern)
+    return replace(experiment, error_correction="block", seed=0)
 
 
 def answer(experiment: Experiment) -> dict[str, Any]:

@@ -1,0 +1,41 @@
+"""One claim about a folder, and the claim that every folder makes."""
+
+from dataclasses import dataclass
+
+from layerwise.run.output import Manifest, tensor_hashes
+from layerwise.run.storage import Checkpoint
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim and whether it holds.
+
+    Parameters
+    ----------
+    claim
+        What should be true.
+    problems
+        Where it is not, each with a name; empty if it holds.
+    """
+
+    claim: str
+    problems: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing was found."""
+        return not self.problems
+
+
+def untouched(checkpoint: Checkpoint, manifest: Manifest, changed: set[str]) -> Check:
+    """Every tensor that the run should not have changed."""
+    names = set(checkpoint.weight_map) - changed
+    present = tensor_hashes(checkpoint, names)
+    differs = [
+        f"{name}: {'other bytes' if name in present else 'is missing'}"
+        for name, digest in manifest.untouched.items()
+        if present.get(name) != digest
+    ]
+    extra = [f"{name}: was not in the source" for name in names - set(manifest.untouched)]
+    claim = f"{len(manifest.untouched)} other tensors have the bytes of the source"
+    return Check(claim, tuple(differs + sorted(extra)))
