@@ -212,7 +212,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "later version": (surgery(lambda v: v.update(version=2)), "version 2"),
     "missing block": (
         surgery(lambda v: step(v).pop("model.layers.1")),
-        "'model.layers.1.mlp.gate_proj.weight'",
+        "'model.layers.1.self_attn.q_proj.weight'",
     ),
     "missing coupling": (
         surgery(lambda v: first(v).pop("mlp")),

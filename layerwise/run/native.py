@@ -10,6 +10,7 @@ without memory, repeats the cuts on it, and loads the tensors.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -93,7 +94,9 @@ def is_native(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") == MODEL_TYPE
 
 
-def save_native(model: Any, folder: Path, *, max_shard_size: str = "5GB") -> None:
+def save_native(
+    model: Any, folder: str | os.PathLike[str], *, max_shard_size: str = "5GB"
+) -> None:
     """Write a model that was cut with ``format="native"``.
 
     Parameters
@@ -110,6 +113,7 @@ def save_native(model: Any, folder: Path, *, max_shard_size: str = "5GB") -> Non
     UsageError
         If the model has parameters that the record of its cuts does not explain.
     """
+    folder = Path(folder)
     surgery = Surgery(version=VERSION, steps=steps_of(model), biases=_added_biases(model))
     with quiet_transformers():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
