@@ -123,10 +123,9 @@ def _relaxation(
     segments = []
     for index, (options, hull) in enumerate(zip(classes, hulls, strict=True)):
         rise, run = np.diff(options.errors[hull]), np.diff(options.costs[hull])
-        segments += [
-            (slope, index, end)
-            for slope, end in zip((rise / run).tolist(), hull[1:], strict=True)
-        ]
+        slopes = np.maximum.accumulate(rise / run)  # convex, rounding aside
+        ends = zip(slopes.tolist(), hull[1:], strict=True)
+        segments += [(slope, index, end) for slope, end in ends]
     segments.sort(key=lambda segment: segment[0])  # stable: within a class by cost
     total = _cost(classes, choice)
     if total >= budget:
