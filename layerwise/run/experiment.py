@@ -16,7 +16,7 @@ from torch import Tensor
 
 from layerwise.adapters import ADAPTERS
 from layerwise.demo import calibration_text, evaluation_text, model_path
-from layerwise.errors import InvalidProblemError
+from layerwise.errors import InvalidProblemError, UsageError
 from layerwise.patterns import parse_pattern
 from layerwise.run.perplexity import perplexity
 from layerwise.run.pipeline import ErrorCorrection
@@ -151,7 +151,7 @@ class PackagedModel:
                 error_correction=experiment.error_correction,
                 seed=experiment.seed,
             )
-        except InvalidProblemError as error:
+        except (InvalidProblemError, UsageError) as error:
             return {"refused": str(error)}
         return {
             "perplexity": perplexity(model, evaluation, sequence_length=LENGTH),

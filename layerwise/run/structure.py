@@ -12,7 +12,7 @@ import torch
 
 from layerwise.errors import UsageError
 from layerwise.moments import Moments
-from layerwise.patterns import Columns, Unstructured, parse_pattern
+from layerwise.patterns import Columns, Pattern, Unstructured, parse_pattern
 from layerwise.problem import LayerProblem
 from layerwise.solve import resolve, solver_name
 
@@ -141,18 +141,19 @@ def leaving(
 
 def prunes_columns_only(solver: Any) -> bool:
     """Whether a method removes whole columns and nothing smaller."""
-    can_solve = getattr(solver, "can_solve", None)
-    return can_solve is not None and not can_solve(_tiny(Unstructured(0.5)))
+    return removes_columns(solver) and not _solves(solver, Unstructured(0.5))
 
 
 def removes_columns(solver: Any) -> bool:
     """Whether a method handles whole columns."""
-    return bool(getattr(solver, "can_solve", lambda _: True)(_tiny(Columns(2))))
+    return _solves(solver, Columns(2))
 
 
-def _tiny(pattern: Any) -> LayerProblem:
+def _solves(solver: Any, pattern: Pattern) -> bool:
+    """Whether a method handles a pattern of a tiny problem."""
     moments = Moments(torch.eye(4, dtype=torch.float64))
-    return LayerProblem.from_moments(torch.ones(1, 4), moments, pattern=pattern)
+    problem = LayerProblem.from_moments(torch.ones(1, 4), moments, pattern=pattern)
+    return bool(getattr(solver, "can_solve", lambda _: True)(problem))
 
 
 def _fraction(sparsity: Any) -> float:
