@@ -129,7 +129,7 @@ def test_model_object_is_pruned_in_place(family: str) -> None:
         (Unstructured(0.3, "layer"), lambda shape: 3 * shape[0] * shape[1] // 10),
         (NM(1, 4), lambda shape: shape[0] * shape[1] * 3 // 4),
     ],
-    ids=str,
+    ids=["row", "layer", "1:4"],
 )
 def test_masks_are_exact(
     method: str, pattern: Pattern, zeros: Callable[[torch.Size], int]
