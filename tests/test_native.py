@@ -99,6 +99,7 @@ def test_biases_of_mamba_tell_the_mixer(tmp_path: Path) -> None:
     model, adapter = model_of("mamba")
     add_bias(model.backbone.layers[1].mixer.out_proj, torch.randn(16))
     shrink(model, adapter, random_cuts(model, adapter, ["inner"]), "native")
+    assert [block.mixer.use_bias for block in model.backbone.layers] == [False, True, False]
     save_native(model, tmp_path)
     loaded: Any = layerwise.load(tmp_path)
     assert [block.mixer.use_bias for block in loaded.backbone.layers] == [

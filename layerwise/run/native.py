@@ -30,7 +30,7 @@ from layerwise.run.rewrite import update_bias_attributes
 from layerwise.run.stock import skeleton
 from layerwise.run.strict_json import read_object
 from layerwise.run.surgery import Cut, shrink, steps_of
-from layerwise.run.validation import check_config, confined
+from layerwise.run.validation import check_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -147,7 +147,7 @@ def load_native(checkpoint: Checkpoint, device: torch.device | str) -> PreTraine
         message = f"{path} holds a model of type {family!r}, which was never cut here"
         raise UnsupportedModelError(message)
     surgery_path = checkpoint.path / SURGERY
-    surgery = Surgery.read(confined(surgery_path))
+    surgery = Surgery.read(surgery_path)
     with quiet_transformers():
         try:
             config = CONFIG_MAPPING[family].from_dict(original)
