@@ -176,3 +176,30 @@ def test_what_cannot_be_reached_is_refused_with_what_can() -> None:
         check_reachable(structure(sparsity=0.6), MLPS, 1600)
     with pytest.raises(UsageError, match="would keep nothing"):
         choose_widths(structure(sparsity=0.49, unit=8), "fasp", MLPS, 1600, {})
+
+
+EIGHT = [
+    replace(site(0, "heads", 8, 50), allowed=frozenset({4, 8})),
+    site(0, "mlp", 40, 10),
+]
+
+
+def test_uniform_takes_no_number_of_heads_that_stock_refuses() -> None:
+    """40 % of eight heads would leave five; four is more than was asked, so all stay."""
+    keep, _ = choose_widths(structure(sparsity=0.4), "flap", EIGHT, 800, {})
+    assert keep == {"model.layers.0.heads": 8, "model.layers.0.mlp": 8}
+
+
+def test_optimal_takes_no_number_of_heads_that_stock_refuses() -> None:
+    """Heads are free here, but only four of them can leave at once."""
+    findings = {
+        "model.layers.0.heads": finding([0.0, *[1e-6 * k for k in range(1, 9)]]),
+        "model.layers.0.mlp": finding([float(k) for k in range(41)]),
+    }
+    keep, _ = choose_widths(structure(sparsity=0.4), "columns", EIGHT, 800, findings)
+    assert keep == {"model.layers.0.heads": 4, "model.layers.0.mlp": 28}
+
+
+def test_a_manual_number_of_heads_that_stock_refuses_is_an_error() -> None:
+    with pytest.raises(UsageError, match=r"heads would keep 6, .* accepts 4, 8"):
+        choose_widths(structure(allocation="ul-mm:2"), "flap", EIGHT, 800, {})

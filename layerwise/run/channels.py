@@ -38,11 +38,22 @@ from layerwise.solve import solve
 
 @dataclass(frozen=True)
 class Site:
-    """One coupling in one block."""
+    """One coupling in one block.
+
+    Parameters
+    ----------
+    block
+        Full name of the block.
+    coupling, channels
+        The declaration, and what it is in this block.
+    allowed
+        Numbers of units that the format has a place for; None: any.
+    """
 
     block: str
     coupling: Coupling
     channels: Channels
+    allowed: frozenset[int] | None = None
 
     @property
     def name(self) -> str:

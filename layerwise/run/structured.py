@@ -15,13 +15,13 @@ from layerwise.run.channels import ChannelTask, Site, sites_of
 from layerwise.run.padding import pad_to_widest
 from layerwise.run.pipeline import PrunedBlock, Task
 from layerwise.run.smaller import parameters_of
-from layerwise.run.stock import check_format, holds_bias
+from layerwise.run.stock import check_format, holds_bias, holds_width
 from layerwise.run.structure import COUPLINGS, Structure, removes_columns
 from layerwise.run.surgery import Cut, shrink
 from layerwise.run.survey import survey
 from layerwise.run.targets import select
 from layerwise.run.unprunable import refuse_shared
-from layerwise.run.widths import check_reachable, choose_widths, rule_of
+from layerwise.run.widths import COARSE, check_reachable, choose_widths, rule_of
 from layerwise.solve import solver_name
 
 SURVEYED = ("optimal", "al-mm", "al-am")  # rules that look at every layer first
@@ -41,6 +41,8 @@ class ChannelSelection:
         self.targets, self.ignore, self.structure = targets, ignore, structure
         self.blocks: Mapping[str, nn.Module] = adapter.blocks_of(model)
         sites = sites_of(adapter, self.blocks, coupling_names(adapter, structure))
+        if structure.format == "stock":
+            sites = {block: _in_stock(model, adapter, s) for block, s in sites.items()}
         candidates = {
             f"{block}.{name}": adapter.linear(self.blocks[block], name)
             for block, inside in sites.items()
@@ -183,6 +185,20 @@ def structured_task(task: Task, model: Any, selection: ChannelSelection) -> Stru
         structure, solver_name(solver), found.places, selection.total, {}
     )
     return replace(found, keep=keep)
+
+
+def _in_stock(model: Any, adapter: Adapter, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+    """Sites with the numbers of heads that a stock configuration accepts."""
+
+    def allowed(site: Site) -> frozenset[int]:
+        counts = range(1, site.channels.units + 1)
+        name = site.coupling.name
+        return frozenset(n for n in counts if holds_width(model, adapter, name, n))
+
+    return tuple(
+        replace(site, allowed=allowed(site)) if site.coupling.name == COARSE else site
+        for site in sites
+    )
 
 
 def coupling_names(adapter: Adapter, structure: Structure) -> tuple[str, ...]:

@@ -104,7 +104,16 @@ def choose_widths(
         removed = _uniform(structure, sites, total)
     else:
         removed = _published(rule, heads, structure, sites, total, findings)
-    return {site.name: site.rounds - removed[site.name] for site in sites}, allocation
+    keep = {site.name: site.rounds - removed[site.name] for site in sites}
+    for site in sites:
+        if site.allowed is not None and keep[site.name] not in site.allowed:
+            possible = ", ".join(map(str, sorted(site.allowed)))
+            message = (
+                f"{site.name} would keep {keep[site.name]}, but the stock format accepts "
+                f"{possible}: choose format native, pattern columns or another allocation"
+            )
+            raise UsageError(message)
+    return keep, allocation
 
 
 def _optimal(
@@ -114,18 +123,20 @@ def _optimal(
     findings: Mapping[str, Finding],
 ) -> Allocation:
     scales = _sensitivities(sites, findings)
-    curves = []
+    losses = {}
     for site in sites:
         errors = findings[site.name].errors
         assert errors is not None
-        curves.append(
-            Curve(
-                site.name,
-                site.coupling.name,
-                (errors - errors[0]) * scales[site.name],
-                float(site.channels.cost * site.heads),
-            )
-        )
+        losses[site.name] = (errors - errors[0]) * scales[site.name]
+    worse = 2 * sum(float(loss.abs().max()) for loss in losses.values()) + 1
+    curves = []
+    for site in sites:
+        if site.allowed is not None:  # what no configuration can say is worse than all
+            kept = [site.rounds - count for count in range(len(losses[site.name]))]
+            impossible = torch.tensor([n > 0 and n not in site.allowed for n in kept])
+            losses[site.name] = losses[site.name] + worse * impossible
+        cost = float(site.channels.cost * site.heads)
+        curves.append(Curve(site.name, site.coupling.name, losses[site.name], cost))
     tie = "kind" if structure.format == "stock" else None
     return allocate(
         curves,
@@ -168,7 +179,10 @@ def _uniform(structure: Structure, sites: Sequence[Site], total: int) -> dict[st
         for site in members:
             multiple = _multiple(structure, site)
             kept = -(-site.rounds * (1 - share) // multiple) * multiple
-            removed[site.name] = site.rounds - min(max(int(kept), 1), site.rounds)
+            kept = min(max(int(kept), 1), site.rounds)
+            if site.allowed is not None:
+                kept = min(n for n in site.allowed if n >= kept)
+            removed[site.name] = site.rounds - kept
             rest -= removed[site.name] * site.channels.cost * site.heads
     available = sum(site.channels.cost * site.channels.units for site in kinds[0])
     for site in kinds[0]:
