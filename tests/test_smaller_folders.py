@@ -89,6 +89,10 @@ def test_folder_tells_what_was_done(sources: Path, tmp_path: Path) -> None:
     assert [r.name for r in read_layers(out)] == [r.name for r in report.records]
     kept = json.loads((out / "layerwise" / "channels.json").read_text())
     assert set(kept) <= {"model.layers.0", "model.layers.1"}
+    smaller = json.loads((out / "layerwise" / "manifest.json").read_text())["smaller"]
+    assert smaller["parameters_after"] < smaller["parameters_before"]
+    assert smaller["price"] > 0
+    assert smaller["predicted_loss"] > 0
     card = (out / "README.md").read_text()
     assert "layerwise.load(folder)" in card
     assert f"{1 - report.parameters_left:.4f} of the parameters" in card

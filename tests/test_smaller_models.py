@@ -156,6 +156,7 @@ def test_ignored_channels_stay() -> None:
     assert {record.name for record in report.records} == {"model.layers.0.mlp.down_proj"}
 
 
+WANDA = {"method": "wanda", "pattern": "columns"}
 SPARSEGPT = {"method": "sparsegpt", "pattern": "columns"}
 
 
@@ -207,3 +208,9 @@ def test_intercept_without_a_place_for_it_is_a_refit_and_says_so() -> None:
     report = smaller(tiny_model("mistral"), method="columns", callbacks=[Listener(notes)])
     assert not any(name.endswith(".bias") for name, _ in report.model.named_parameters())
     assert any("refitted without" in note for note in notes)
+
+
+def test_optimised_widths_say_what_they_should_cost() -> None:
+    notes: list[str] = []
+    smaller(tiny_model("opt"), method="columns", callbacks=[Listener(notes)])
+    assert "to the mean loss of a token, and the next 1 % of the blocks" in notes[-1]

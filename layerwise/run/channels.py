@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from layerwise.adapters import Adapter, Channels, Coupling, Stage
@@ -155,7 +154,6 @@ class Restoration:
 
     def remove(self, site: Site, keep: int) -> None:
         """Choose the channels of a coupling and restore its consumers."""
-        start = time.perf_counter()
         main, others = site.main, site.coupling.consumers[:-1]
         pattern: Pattern = site.channels.pattern(keep)
         if others:
@@ -164,9 +162,9 @@ class Restoration:
                 with stage("solve"):
                     kept = solve(problem, self._task.solver_of(site, main)).mask[0]
             for name in others:
-                self._write(site, name, self._fixed(name, kept), start)
+                self._write(site, name, self._fixed(name, kept))
             pattern = self._fixed(main, kept)
-        self._write(site, main, pattern, start)
+        self._write(site, main, pattern)
 
     def problem(self, name: str, pattern: Pattern) -> LayerProblem:
         """Problem of one consumer of the block as it is now."""
@@ -191,11 +189,12 @@ class Restoration:
         weight = self._task.adapter.weight(self._inputs.block, name)
         return FixedMask(kept.expand(weight.shape).clone())
 
-    def _write(self, site: Site, name: str, pattern: Pattern, start: float) -> None:
+    def _write(self, site: Site, name: str, pattern: Pattern) -> None:
         """Solve the problem of one consumer and write its weight and bias."""
         task, full_name = self._task, f"{self._inputs.name}.{name}"
         with naming(full_name):
             problem = self.problem(name, pattern)
+            start = time.perf_counter()
             with stage("solve"):
                 solution = solve(problem, task.solver_of(site, name))
             stored = solution.weight.to(problem.weight.dtype)
@@ -237,9 +236,3 @@ def sites_of(
         name: tuple(Site(name, c, c.resolve(block, name)) for c in chosen)
         for name, block in blocks.items()
     }
-
-
-def kept_units(site: Site, mask: Tensor) -> Tensor:
-    """Indices of the units whose columns a mask of the main consumer keeps."""
-    kept: Tensor = torch.unique(site.channels.groups[mask[0]])
-    return kept

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from layerwise.adapters.linear import is_transposed
 from layerwise.errors import DataError
+from layerwise.run.allocate import Allocation
 from layerwise.run.atomic import atomic_write
 from layerwise.run.calibration import Calibration
 from layerwise.run.journal import FOLDER, Journal
@@ -113,6 +114,8 @@ class Outcome:
         What was asked, the calibration data, and the figures of every matrix.
     source, tokenizer
         Where the model came from; without a source the tokenizer is saved as well.
+    allocation
+        How the widths of a smaller model were optimised, if they were.
     """
 
     recipe: Recipe
@@ -120,6 +123,7 @@ class Outcome:
     records: Sequence[LayerRecord]
     source: Checkpoint | None
     tokenizer: Any
+    allocation: Allocation | None = None
 
 
 def write_output(
@@ -189,6 +193,8 @@ def write_smaller_output(
     write_channels(folder, cuts)
     sizes = size.total, parameters_of(size.blocks)
     smaller, untouched = describe(model, written, before, sizes, format)
+    if (found := outcome.allocation) is not None:
+        smaller.predicted_loss, smaller.price = found.error, found.price
     source = outcome.source or written
     _write_rest(journal, outcome, source, pruned={}, untouched=untouched, smaller=smaller)
 

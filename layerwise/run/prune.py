@@ -249,9 +249,7 @@ def prune_model(
         journal = Journal(output, identity, force=force, resume=resume)
     listeners = tuple(callbacks)
     for listener in listeners:
-        if (on_note := getattr(listener, "on_note", None)) is not None:
-            for note in _notes(model, task, selection):
-                on_note(note)
+        _tell(listener, _notes(model, task, selection))
         listener.on_start(len(selection.names))
 
     def on_layer(record: LayerRecord) -> None:
@@ -263,6 +261,9 @@ def prune_model(
     try:
         with evaluation_mode(model):
             task = task.prepared(model, selection, tokens)
+            if isinstance(task, StructuredTask) and task.allocation is not None:
+                for listener in listeners:
+                    _tell(listener, task.notes())
             blocks = walk(model, selection, task, tokens, journal, on_layer)
     except BaseException:
         if journal is not None:
@@ -271,7 +272,8 @@ def prune_model(
     records = tuple(record for block in blocks for record in block.records)
     masks = selection.by_parameter([block.masks for block in blocks])
     left = 1.0
-    outcome = Outcome(recipe, tokens, records, source, tokenizer)
+    allocation = getattr(task, "allocation", None)
+    outcome = Outcome(recipe, tokens, records, source, tokenizer, allocation)
     with stage("write"):
         if isinstance(selection, ChannelSelection):
             cuts = selection.cuts(blocks)
@@ -289,6 +291,12 @@ def prune_model(
     for listener in listeners:
         listener.on_finish(report)
     return report
+
+
+def _tell(listener: Callback, notes: Sequence[str]) -> None:
+    if (on_note := getattr(listener, "on_note", None)) is not None:
+        for note in notes:
+            on_note(note)
 
 
 def _notes(

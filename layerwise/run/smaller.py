@@ -32,6 +32,9 @@ class Smaller(BaseModel):
         Shape of every tensor that was cut, refitted, added or cast, by its name.
     parameters_before, parameters_after
         Of the decoder blocks.
+    predicted_loss, price
+        Growth of the mean loss of a token that the optimised widths should cost, and its
+        slope per parameter at the budget; None where no widths were optimised.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -40,6 +43,8 @@ class Smaller(BaseModel):
     changed: dict[str, list[int]]
     parameters_before: int
     parameters_after: int
+    predicted_loss: float | None = None
+    price: float | None = None
 
 
 def write_smaller(
