@@ -272,8 +272,8 @@ def prune_model(
     records = tuple(record for block in blocks for record in block.records)
     masks = selection.by_parameter([block.masks for block in blocks])
     left = 1.0
-    allocation = getattr(task, "allocation", None)
-    outcome = Outcome(recipe, tokens, records, source, tokenizer, allocation)
+    optimised = task.allocation if isinstance(task, StructuredTask) else None
+    outcome = Outcome(recipe, tokens, records, source, tokenizer, optimised)
     with stage("write"):
         if isinstance(selection, ChannelSelection):
             cuts = selection.cuts(blocks)
