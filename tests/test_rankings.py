@@ -189,6 +189,8 @@ def test_grouped_queries_count_as_one_unit() -> None:
         heads(0, [[0.0, 0.0, 2.0, 2.0], [4.0, 4.0, 4.0, 4.0]], cost=6.0),
         neurons(0, [1.0, 1.0, 1.0]),
     ]
+    expected = 1.5 / math.sqrt(22 / 7)
+    assert units[0].standardised().tolist() == pytest.approx([-expected, expected])
     assert al_am(units, 0.4) == {"0.heads": 1, "0.mlp": 0}
 
 
@@ -198,6 +200,14 @@ def test_constant_scores_are_no_reason_to_prune() -> None:
     units = [neurons(0, [0.1] * 3), neurons(1, [1.0, 2.0, 3.0, 9.0])]
     assert al_am(units, 2 / 7) == {"0.mlp": 0, "1.mlp": 2}
     assert al_am([neurons(0, [5.0]), neurons(1, [1.0, 2.0])], 1 / 3)["1.mlp"] == 1
+
+
+def test_the_best_unit_stays() -> None:
+    """The single unit of layer 0 has z = 0, and one of layer 1 that goes has more."""
+    units = [neurons(0, [5.0]), neurons(1, [1.0, 2.0, 3.0, 8.0, 9.0])]
+    assert al_am(units, 4 / 6) == {"0.mlp": 0, "1.mlp": 4}
+    with pytest.raises(UsageError, match="out of reach"):
+        al_am(units, 5 / 6)
 
 
 def test_standardised_scores_ignore_scale_and_shift() -> None:
@@ -228,10 +238,10 @@ def test_compat_squares_the_scores_of_heads() -> None:
     # mean 6, deviations -5, 1, 4; squared: mean 50, deviations -49, -1, 50
     assert plain[1] == pytest.approx(1 / math.sqrt(21))
     assert squared[1] == pytest.approx(-1 / math.sqrt((49**2 + 1 + 50**2) / 2))
-    units = [heads(0, scores, cost=1.0), neurons(0, [0.0, 4.9, 5.0, 9.0, 10.0, 11.0])]
-    # z: head 0.22, or -0.02 if squared; neurons -1.6, -0.4, -0.4, 0.6, 0.8, 1.1
-    assert al_am(units, 4 / 9)["0.heads"] == 1
-    assert al_am(units, 4 / 9, compat=True) == {"0.heads": 2, "0.mlp": 3}
+    units = [heads(0, scores, cost=1.0), neurons(0, [0.0, 4.9, 7.1, 9.0, 10.0, 11.0])]
+    # neurons: z of 4.9 is -0.5, of 7.1 0.02, between those of the head; three of nine go
+    assert al_am(units, 3 / 9) == {"0.heads": 1, "0.mlp": 2}
+    assert al_am(units, 3 / 9, compat=True) == {"0.heads": 2, "0.mlp": 2}
 
 
 def test_compat_leaves_one_unit() -> None:

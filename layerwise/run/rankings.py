@@ -101,7 +101,7 @@ def uniform(units: Sequence[Units], fraction: float | Fraction) -> dict[str, int
         Share of the units to remove, in [0, 1).
     """
     share = _share(fraction)
-    return {u.name: min(int(share * u.count), u.count - 1) for u in units}
+    return {u.name: int(share * u.count) for u in units}
 
 
 def raised_fraction(
