@@ -241,7 +241,7 @@ def test_a_fraction_of_the_whole_is_met_exactly() -> None:
 def test_a_sum_that_rounds_below_the_budget_is_enough() -> None:
     """Eight times 0.1 is 0.7999999999999999."""
     assert sum([0.1] * 8) < 0.8
-    curves = [Curve(f"{i}", "mlp", [0, 1, 9, 99], 0.1) for i in range(8)]
+    curves = [Curve(f"{i}", "mlp", [0, 1, 9], 0.1) for i in range(8)]
     assert set(allocate(curves, 0.8).removed.values()) == {1}
 
 
