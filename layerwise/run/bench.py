@@ -18,6 +18,7 @@ import torch
 from layerwise.errors import UsageError
 from layerwise.run.architecture import adapter_of
 from layerwise.run.floor import Machine, Work, run_work
+from layerwise.run.loading import quiet_transformers
 from layerwise.run.pipeline import ErrorCorrection
 from layerwise.run.prune import prune_model
 from layerwise.run.settings import choose_device
@@ -158,7 +159,10 @@ def _prune_shape(run: "_Run", shape: str, blocks: int | None, folder: Path) -> s
     while left:
         now = min(piece, left)
         source, out = folder / f"source-{number}", folder / f"out-{number}"
-        random_model(config, now, dtype, run.seed + number).save_pretrained(source)
+        model = random_model(config, now, dtype, run.seed + number)
+        with quiet_transformers():
+            model.save_pretrained(source)
+        del model
         run.prune(source, out)
         shutil.rmtree(source)
         shutil.rmtree(out)

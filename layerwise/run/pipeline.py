@@ -212,7 +212,7 @@ def _solve_stage(
     """Solve the problems of a stage, which share their moments, and write the weights."""
     pattern = task.pattern
     assert isinstance(pattern, Pattern)
-    with naming(f"{inputs.name}.{stage.linears[0]}"):
+    with naming(f"{inputs.name}.{stage.linears[0]}"), timed("gram"):
         moments = accumulator.moments()
     for index, name in enumerate(stage.linears):
         full_name = f"{inputs.name}.{name}"

@@ -89,7 +89,7 @@ def _speed_rows(speeds: Sequence[Speed]) -> list[tuple[str, list[str], str]]:
 
 def print_bench(bench: Bench) -> None:
     """One line per stage: seconds, share, counted work, floor and their ratio."""
-    table = Table(title=bench.title, title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("stage")
     for heading in ("seconds", "share", "GFLOP", "MB", "floor", "ratio"):
         table.add_column(heading, justify="right")
@@ -106,6 +106,7 @@ def print_bench(bench: Bench) -> None:
         )
     table.add_row("all", f"{total:.3f}", end_section=True)
     console = _console()
+    console.print(bench.title, highlight=False)
     console.print(table)
     rates = [
         f"{str(dtype).removeprefix('torch.')} {rate / 1e9:.4g} GFLOP/s"
