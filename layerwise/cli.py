@@ -65,7 +65,7 @@ def prune(
     ] = None,
     allocation: Annotated[
         str | None,
-        typer.Option(help="optimal, uniform, ul-mm, al-mm or al-am (smaller models)."),
+        typer.Option(help="optimal, uniform, ul-mm, al-mm, al-am (smaller models)."),
     ] = None,
     format_: Annotated[
         str | None, typer.Option("--format", help="stock, native or padded (the same).")

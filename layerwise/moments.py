@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import InvalidProblemError
+from layerwise.fluctuation import RunningFluctuation
 from layerwise.linalg import Factor, factorize
 
 MAX_EXPONENT = 120  # 2 to this power is an ordinary number in float32
 CONSTANT_VARIANCE = 1e-6  # of the second moment, whose float32 products round near 1e-7
+VECTORS = ("input_mean", "pruned_input_mean", "fluctuation")
 EXACT_RANK_WIDTH = 2048  # above it, an eigenvalue decomposition costs more than it tells
 
 
@@ -43,6 +45,9 @@ class Moments:
         Means over tokens, shape (in,); None if they were not collected.
     n_tokens
         Number of tokens behind the averages; 0 if unknown.
+    fluctuation
+        Statistic of :mod:`layerwise.fluctuation` of the inputs Xhat, shape (in,); None if
+        it was not collected.
 
     Notes
     -----
@@ -56,23 +61,25 @@ class Moments:
     input_mean: Tensor | None = None
     pruned_input_mean: Tensor | None = None
     n_tokens: int = 0
+    fluctuation: Tensor | None = None
     _scaled: dict[float, "Moments"] = field(default_factory=dict, init=False, repr=False)
     _factors: dict[tuple[float, torch.dtype, bool], Factor] = field(
         default_factory=dict, init=False, repr=False
     )
 
     def __post_init__(self) -> None:
-        for name in ("gram", "cross_gram", "input_mean", "pruned_input_mean"):
+        for name in ("gram", "cross_gram", *VECTORS):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, value.detach().to(torch.float64))
         _check_gram(self.gram, self.may_vanish)
         if self.cross_gram is not None:
             _check_matrix(self.cross_gram, "cross_gram", self.width)
-        for name in ("input_mean", "pruned_input_mean"):
-            mean = getattr(self, name)
-            if mean is not None and tuple(mean.shape) != (self.width,):
-                message = f"{name} has shape {tuple(mean.shape)}, expected ({self.width},)"
+        for name in VECTORS:
+            vector = getattr(self, name)
+            if vector is not None and tuple(vector.shape) != (self.width,):
+                shape = tuple(vector.shape)
+                message = f"{name} has shape {shape}, expected ({self.width},)"
                 raise InvalidProblemError(message)
 
     @property
@@ -141,6 +148,7 @@ class Moments:
             times(self.input_mean, root),
             times(self.pruned_input_mean, root),
             self.n_tokens,
+            times(self.fluctuation, factor),
         )
         return self._scaled[factor]
 
@@ -187,6 +195,8 @@ class MomentAccumulator:
         when a pruned stream is given.
     device
         Where the sums live; chunks are moved there.
+    fluctuation
+        Whether to collect the statistic of :mod:`layerwise.fluctuation` too.
     """
 
     def __init__(
@@ -194,6 +204,8 @@ class MomentAccumulator:
         width: int,
         weights: Sequence[Tensor] = (),
         device: torch.device | str = "cpu",
+        *,
+        fluctuation: bool = False,
     ) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
@@ -204,9 +216,13 @@ class MomentAccumulator:
         self._cross: Tensor | None = None
         self._pruned_sum = zeros(width)
         self._drift = [zeros(weight.shape[0]) for weight in self._weights]
+        self._fluctuation = RunningFluctuation(width, device) if fluctuation else None
 
     def update(self, inputs: Tensor, pruned_inputs: Tensor | None = None) -> None:
-        """Add tokens: inputs of shape (..., in), of the dense and of the pruned model."""
+        """Add tokens: inputs of shape (..., in), of the dense and of the pruned model.
+
+        For the fluctuation the last dimension but one counts the tokens of a sequence.
+        """
         dense, exponent = self._prepare(inputs, "inputs")
         self._sum += _descale(dense.double().sum(dim=0), exponent)
         if pruned_inputs is None:
@@ -223,6 +239,9 @@ class MomentAccumulator:
                 )
                 raise InvalidProblemError(message)
             self._update_pair(dense, exponent, pruned, pruned_exponent)
+        if self._fluctuation is not None:
+            seen = inputs if pruned_inputs is None else pruned_inputs
+            self._fluctuation.update(seen.detach().to(self._gram))
         self.n_tokens += dense.shape[0]
 
     def _prepare(self, inputs: Tensor, name: str) -> tuple[Tensor, int]:
@@ -278,6 +297,7 @@ class MomentAccumulator:
             self._sum / n,
             None if cross is None else self._pruned_sum / n,
             n_tokens=n,
+            fluctuation=None if self._fluctuation is None else self._fluctuation.value(),
         )
 
     def drift(self, index: int) -> Tensor | None:

@@ -124,8 +124,9 @@ class Solver(Protocol):
 def requirements(solver: object) -> frozenset[str]:
     """Names of the statistics that a solver reads, as its ``requires`` tells them.
 
-    ``"gram"``, ``"mean"``, ``"gradient"``, or ``"mask"`` if it only finds weights for a
-    mask that is already fixed. It is a constant of the class, or a property where it
-    depends on the hyper-parameters; a solver without it requires nothing.
+    ``"gram"``, ``"mean"``, ``"fluctuation"``, ``"gradient"``, or ``"mask"`` if it only
+    finds weights for a mask that is already fixed. It is a constant of the class, or a
+    property where it depends on the hyper-parameters; a solver without it requires
+    nothing.
     """
     return getattr(solver, "requires", frozenset())

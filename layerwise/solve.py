@@ -4,7 +4,7 @@ This module sits above the solvers, because it turns their names into objects. N
 ``solvers/`` imports it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -154,6 +154,15 @@ def chain(*steps: str | Solver | Any) -> Chain:
         message = "a chain needs at least one solver"
         raise UsageError(message)
     return Chain(tuple(resolve(step) for step in steps))
+
+
+def steps_of(solver: Solver | Any) -> Iterator[Solver | Any]:
+    """Solvers that work one after the other, those of chains within chains too."""
+    if isinstance(solver, Chain):
+        for step in solver.steps:
+            yield from steps_of(step)
+    else:
+        yield solver
 
 
 def resolve(solver: str | Solver | Any) -> Solver | Any:

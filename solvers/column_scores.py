@@ -1,4 +1,4 @@
-r"""What a unit of columns is worth, by six rules; the smallest scores leave first.
+r"""What a unit of columns is worth, by seven rules; the smallest scores leave first.
 
 With W the dense weight and x_j the inputs of column j in the pruned model:
 
@@ -10,6 +10,8 @@ wanda      ``sum_i |W_ij| sqrt(G_jj)`` [1]_
 wifn       ``mean_i |W_ij| sqrt(G_jj)`` [2]_: the order of `wanda`, on another scale
 ifv        ``Var(x_j)`` [2]_
 wifv       ``Var(x_j) ||W_:j||^2`` [2]_: the error that is left after the best bias
+compat     `wifv` with what the code of [2]_ computes in place of the variance
+           (:mod:`layerwise.fluctuation`), to reproduce its choices
 obs        exact rise of the damped objective if the unit leaves alone and all others are
            refitted: ``||v_j||^2 / (G^-1)_jj``, v the minimiser without constraint
 =========  ==========================================================================
@@ -30,12 +32,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from layerwise.errors import InvalidProblemError
 from layerwise.problem import LayerProblem
 from layerwise.solvers.column_support import ColumnSupport
 
-Score = Literal["magnitude", "wanda", "wifn", "ifv", "wifv", "obs", "greedy", "swaps"]
+Score = Literal[
+    "magnitude", "wanda", "wifn", "ifv", "wifv", "compat", "obs", "greedy", "swaps"
+]
 SCORES: tuple[str, ...] = get_args(Score)
 SEARCHES = ("greedy", "swaps")
+COMPAT = "compat"
 ABOUT_MEANS = ("ifv", "wifv")
 
 
@@ -49,7 +55,7 @@ def unit_scores(problem: LayerProblem, units: Tensor, score: str) -> Tensor:
     units
         Unit of each column, shape (in,).
     score
-        One of the six rules.
+        One of the seven rules.
     """
     scores = problem.weight.new_zeros(int(units.max()) + 1, dtype=torch.float64)
     if score == "obs":
@@ -64,5 +70,14 @@ def _column_scores(problem: LayerProblem, score: str) -> Tensor:
     if score in ABOUT_MEANS:
         variance = problem.centered().gram.diagonal()
         return variance * weight.square().sum(dim=0) if score == "wifv" else variance
+    if score == COMPAT:
+        fluctuation = problem.moments.fluctuation
+        if fluctuation is None:
+            message = (
+                "score 'compat' needs the fluctuation of the inputs, which a moment "
+                "accumulator collects; score 'wifv' needs the gram and the means"
+            )
+            raise InvalidProblemError(message)
+        return fluctuation * weight.square().sum(dim=0)
     size = weight.abs().mean(dim=0) if score == "wifn" else weight.abs().sum(dim=0)
     return size if score == "magnitude" else size * problem.gram.diagonal().sqrt()

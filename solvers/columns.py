@@ -42,6 +42,7 @@ from layerwise.solution import OnIteration, Solution, Status
 from layerwise.solvers.column_refit import refit_columns
 from layerwise.solvers.column_scores import (
     ABOUT_MEANS,
+    COMPAT,
     SCORES,
     SEARCHES,
     Score,
@@ -100,6 +101,8 @@ class ColumnPruning:
             found.add("gram")
         if self.score in ABOUT_MEANS or self.with_bias:
             found |= {"gram", "mean"}
+        if self.score == COMPAT:
+            found.add("fluctuation")
         return frozenset(found)
 
     @property

@@ -103,6 +103,21 @@ def test_scores_are_their_definitions(drift: float) -> None:
         assert torch.equal(kept, value > value.sort().values[7])
 
 
+def test_compat_score_wants_the_statistic_of_the_published_code() -> None:
+    problem = with_offset().problem(HALF)
+    statistic = torch.rand(16, generator=torch.Generator().manual_seed(0))
+    moments = replace(problem.moments, fluctuation=statistic)
+    posed = LayerProblem.from_moments(problem.weight, moments, pattern=HALF)
+    expected = statistic.double() * problem.weight.square().sum(dim=0)
+    assert torch.equal(unit_scores(posed, torch.arange(16), "compat"), expected)
+    method = solver("compat", "bias")
+    assert "fluctuation" in method.requires
+    kept = lw.solve(posed, method).mask[0]
+    assert torch.equal(kept, expected > expected.sort().values[7])
+    with pytest.raises(InvalidProblemError, match="needs the fluctuation"):
+        lw.solve(problem, method)
+
+
 def test_exact_loss_of_a_unit() -> None:
     layer, pairs = with_offset(drift=0.3), torch.arange(16) % 8
     problem = layer.problem(Columns(7, pairs))

@@ -56,6 +56,18 @@ def test_budget_is_met_within_one_unit(family: str, run: str, sparsity: float) -
         assert sparsity * total <= removed <= sparsity * total + step * len(blocks)
 
 
+def test_compat_reproduces_the_published_choices_in_a_run() -> None:
+    """Another statistic and another cut; the cost is as close as its threshold gets."""
+    options = {"method": "flap", "format": "native", "sparsity": 0.2}
+    compat = {"options": {"score": "compat"}, "allocation": "al-am:compat"}
+    ours = smaller(tiny_model("llama"), **options)
+    theirs = smaller(tiny_model("llama"), **options, **compat)
+    assert ours.parameters_left != theirs.parameters_left or any(
+        not torch.equal(mask, theirs.masks[name]) for name, mask in ours.masks.items()
+    )
+    assert 0.5 < theirs.parameters_left < 0.9
+
+
 def test_what_the_format_cannot_drop_stays() -> None:
     report = smaller(tiny_model("opt"), method="flap")
     assert {record.name.rpartition(".")[2] for record in report.records} == {"fc2"}

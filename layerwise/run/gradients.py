@@ -20,7 +20,7 @@ from layerwise.adapters.linear import is_transposed
 from layerwise.errors import SolveError, UsageError
 from layerwise.run.perplexity import evaluation_mode
 from layerwise.solution import requirements
-from layerwise.solve import Chain
+from layerwise.solve import steps_of
 
 # gradients of 1e-6 are subnormal in float16, whose largest number is 65504
 FLOAT16_LOSS_SCALE = 1024.0
@@ -40,10 +40,9 @@ def required_gradient(solver: Any) -> GradientStatistic | None:
     A step says so with ``"gradient"`` in its `requires`, and which by its fields `norm`
     and `scaling`.
     """
-    steps = _steps(solver)
     asked = [
         GradientStatistic(getattr(step, "norm", "l1"), getattr(step, "scaling", "mean"))
-        for step in steps
+        for step in steps_of(solver)
         if "gradient" in requirements(step)
     ]
     if len(set(asked)) > 1:
@@ -53,14 +52,6 @@ def required_gradient(solver: Any) -> GradientStatistic | None:
         )
         raise UsageError(message)
     return asked[0] if asked else None
-
-
-def _steps(solver: Any) -> Iterator[Any]:
-    if isinstance(solver, Chain):
-        for step in solver.steps:
-            yield from _steps(step)
-    else:
-        yield solver
 
 
 def gradient_norms(

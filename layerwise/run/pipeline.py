@@ -35,8 +35,8 @@ from layerwise.run.stopwatch import stage as timed
 from layerwise.run.streams import Call, Tap, visit_inputs
 from layerwise.run.structure import Structure
 from layerwise.run.targets import Choice
-from layerwise.solution import Solution
-from layerwise.solve import solve, solver_name
+from layerwise.solution import Solution, requirements
+from layerwise.solve import solve, solver_name, steps_of
 
 ErrorCorrection = Literal["none", "sequential", "block", "full"]
 ERROR_CORRECTIONS: tuple[str, ...] = get_args(ErrorCorrection)
@@ -198,7 +198,12 @@ def _inputs_of(
 def _accumulator(task: Task, inputs: BlockInputs, stage: Stage) -> MomentAccumulator:
     weights = [task.adapter.weight(inputs.block, name) for name in stage.linears]
     width = weights[0].shape[1]
-    return MomentAccumulator(width, weights if task.staged else [], task.device)
+    return MomentAccumulator(
+        width,
+        weights if task.staged else [],
+        task.device,
+        fluctuation=any("fluctuation" in requirements(s) for s in steps_of(task.solver)),
+    )
 
 
 def _solve_stage(

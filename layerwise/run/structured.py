@@ -22,11 +22,17 @@ from layerwise.run.surgery import Cut, shrink
 from layerwise.run.survey import survey
 from layerwise.run.targets import select
 from layerwise.run.unprunable import refuse_shared
-from layerwise.run.widths import COARSE, check_reachable, choose_widths, rule_of
+from layerwise.run.widths import (
+    COARSE,
+    COMPAT_RULE,
+    check_reachable,
+    choose_widths,
+    rule_of,
+)
 from layerwise.solve import solver_name
 from layerwise.solvers.columns import ColumnPruning
 
-SURVEYED = ("optimal", "al-mm", "al-am")  # rules that look at every layer first
+SURVEYED = ("optimal", "al-mm", "al-am", COMPAT_RULE)  # look at every layer first
 
 
 class ChannelSelection:

@@ -9,6 +9,7 @@ uniform    the same fraction everywhere, raised for what cannot leave; the ratio
 ul-mm      FLAP: a number of heads per layer, channels of the MLP make up the rest
 al-mm      FLAP: the same totals, ranked over all layers
 al-am      FLAP: heads and channels in one ranking over all layers
+           al-am:compat: as its published code cuts that ranking, defects included
 =========  ==========================================================================
 
 ``ul-mm`` and ``al-mm`` take the number of heads of keys and values over all layers behind
@@ -31,6 +32,7 @@ from layerwise.run.structure import Structure
 from layerwise.run.survey import Finding
 
 RULES = ("optimal", "uniform", "ul-mm", "al-mm", "al-am")
+COMPAT_RULE = "al-am:compat"
 WITH_COUNT = ("ul-mm", "al-mm")
 ALIKE = ("optimal", "uniform", "ul-mm")  # rules that can make all blocks alike
 COARSE = "heads"
@@ -42,10 +44,11 @@ def rule_of(structure: Structure, method: str) -> tuple[str, int | None]:
     """Rule and number of heads of a run, checked against its format."""
     asked = structure.allocation or default_rule(structure, method)
     rule, colon, count = asked.partition(":")
-    if rule not in RULES or (colon and (rule not in WITH_COUNT or not count.isdigit())):
+    counted = rule in WITH_COUNT and count.isdigit()
+    if asked not in (*RULES, COMPAT_RULE) and not counted:
         message = (
-            f"allocation is one of {', '.join(RULES)}, ul-mm and al-mm with a number of "
-            f"heads as in ul-mm:8; got {asked!r}"
+            f"allocation is one of {', '.join(RULES)}, {COMPAT_RULE}, or ul-mm and al-mm "
+            f"with a number of heads as in ul-mm:8; got {asked!r}"
         )
         raise UsageError(message)
     if structure.format == "stock" and rule not in ALIKE:
@@ -54,6 +57,8 @@ def rule_of(structure: Structure, method: str) -> tuple[str, int | None]:
             f"has no place for; choose format native or padded, or allocation uniform"
         )
         raise UsageError(message)
+    if asked == COMPAT_RULE:
+        return COMPAT_RULE, None
     return rule, int(count) if colon else None
 
 
@@ -214,8 +219,8 @@ def _published(
 ) -> dict[str, int]:
     units = [_units(site, findings.get(site.name)) for site in sites]
     share = raised_fraction(units, structure.sparsity, total)
-    if rule == "al-am":
-        return al_am(units, share)
+    if rule in ("al-am", COMPAT_RULE):
+        return al_am(units, share, compat=rule == COMPAT_RULE)
     coarse = [site for site in sites if site.coupling.name == COARSE]
     if not coarse:
         message = f"allocation {rule} counts heads: choose pattern heads"
