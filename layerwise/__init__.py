@@ -16,6 +16,7 @@ from layerwise.solve import chain, solve
 from layerwise.solvers import SOLVERS
 
 if TYPE_CHECKING:
+    from layerwise.recovery.retrain import retrain_model
     from layerwise.run.opening import load
     from layerwise.run.prune import prune_model
 
@@ -38,6 +39,7 @@ __all__ = [
     "chain",
     "load",
     "prune_model",
+    "retrain_model",
     "solve",
 ]
 
@@ -51,5 +53,9 @@ def __getattr__(name: str) -> Any:
         from layerwise.run.prune import prune_model
 
         return prune_model
+    if name == "retrain_model":
+        from layerwise.recovery.retrain import retrain_model
+
+        return retrain_model
     message = f"module 'layerwise' has no attribute {name!r}"
     raise AttributeError(message)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LINKS = {("layerwise", "solvers"), ("layerwise", "adapters")}  # to the folders themselves
 
 SOLVERS, ADAPTERS, SOLVE = "layerwise.solvers", "layerwise.adapters", "layerwise.solve"
-APPLICATION = ("layerwise.run", "layerwise.cli", "layerwise.demo")
+APPLICATION = ("layerwise.run", "layerwise.recovery", "layerwise.cli", "layerwise.demo")
 HEAVY = ("transformers", "cvxpy", "pydantic", "typer", "datasets")
 BANNED = {
     "core": (SOLVERS, ADAPTERS, SOLVE, *APPLICATION, *HEAVY),
@@ -19,7 +19,8 @@ BANNED = {
     "root": (ADAPTERS, "layerwise.cli", "layerwise.demo", *HEAVY),
     "solvers": (ADAPTERS, SOLVE, *APPLICATION, *HEAVY),
     "adapters": (SOLVERS, SOLVE, *APPLICATION, "cvxpy"),
-    "run": ("layerwise.cli", "typer"),
+    "run": ("layerwise.cli", "layerwise.recovery", "typer"),
+    "recovery": ("layerwise.cli", "typer"),
     "demo": (),
     "cli": (),
 }

@@ -29,6 +29,7 @@ class Check:
 
 def untouched(checkpoint: Checkpoint, manifest: Manifest, changed: set[str]) -> Check:
     """Every tensor that the run should not have changed."""
+    changed = changed | set(manifest.retrained)
     names = set(checkpoint.weight_map) - changed
     present = tensor_hashes(checkpoint, names)
     differs = [

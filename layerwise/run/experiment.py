@@ -96,6 +96,16 @@ class PackagedModel:
         evaluation = encode(evaluation_text(), tokenizer, rows)[:EVALUATION_TOKENS]
         return encode(calibration_text(), tokenizer, rows), evaluation
 
+    @property
+    def calibration(self) -> Tensor:
+        """Token ids of the text that the models were trained on."""
+        return self._tokens[0]
+
+    @property
+    def evaluation(self) -> Tensor:
+        """Token ids of the held-out text."""
+        return self._tokens[1]
+
     @cached_property
     def _data(self) -> dict[str, Any]:
         """Hashes of the files and texts."""

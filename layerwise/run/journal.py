@@ -32,6 +32,7 @@ LAYERS = "layers.jsonl"
 MASKS = "masks.safetensors"
 WEIGHT, MASK, BIAS = "weight:", "mask:", "bias:"
 SHAPES = "shapes"
+TEXT = "text"
 
 
 class Journal:
@@ -152,6 +153,27 @@ class Journal:
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         records = json.dumps([record.to_dict() for record in block.records])
         atomic_write(self._block_path(index), save(tensors, metadata={"records": records}))
+
+    def read_state(self, name: str) -> tuple[dict[str, Tensor], str] | None:
+        """Tensors and text of a state that was stored by name, or None."""
+        path = self._state_path(name)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return tensors, file.metadata()[TEXT]
+        except (SafetensorError, OSError, KeyError, TypeError) as error:
+            message = f"{path} is damaged ({error}); delete it to redo that part"
+            raise DataError(message) from error
+
+    def write_state(self, name: str, tensors: Mapping[str, Tensor], text: str) -> None:
+        """Store tensors and text under a name; after this call they survive anything."""
+        ready = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        atomic_write(self._state_path(name), save(ready, metadata={TEXT: text}))
+
+    def _state_path(self, name: str) -> Path:
+        return self._ours / BLOCKS / f"{name}.safetensors"
 
     def write_layers(self, records: list[LayerRecord]) -> None:
         """Write ``layers.jsonl``: one line per matrix, in order."""

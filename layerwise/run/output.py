@@ -53,6 +53,7 @@ class Manifest(BaseModel):
     pruned: dict[str, str]  # parameter name -> tensor name in the checkpoint
     transposed: list[str] = []  # pruned parameters that are stored as (in, out)
     untouched: dict[str, str]  # tensor name -> sha256 of its bytes in the source
+    retrained: list[str] = []  # tensors that `layerwise retrain` changed
     source: dict[str, str]  # file name -> sha256
     calibration: str
     calibration_sha256: str

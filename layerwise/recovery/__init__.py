@@ -1,0 +1,1 @@
+"""Recovery: retrain a few parameters of a pruned model with its masks fixed."""

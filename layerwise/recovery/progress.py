@@ -1,0 +1,129 @@
+"""Progress of a retraining: a bar with loss and time left, or plain lines."""
+
+import time
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from layerwise.recovery.reconstruct import UnitRecord
+from layerwise.recovery.retrain import RetrainReport
+
+EVERY = 10.0  # seconds between two plain lines about steps
+
+
+def unit_line(record: UnitRecord) -> str:
+    """Figures of a unit in one line."""
+    what = "relative error" if record.name else "loss"
+    kept = "kept as it was"
+    if record.learning_rate is not None:
+        kept = f"learning rate {record.learning_rate:g}"
+    return (
+        f"{record.name or 'model'}  {record.trained:,} numbers  held-out {what} "
+        f"{record.before:.4f} -> {record.after:.4f}  {kept}  {record.seconds:.1f} s"
+    )
+
+
+def total_line(report: RetrainReport) -> str:
+    """Totals of a run in one line."""
+    where = "" if report.output_dir is None else f", written to {report.output_dir}"
+    return (
+        f"{report.trained:,} of {report.parameters:,} parameters trained "
+        f"({report.fraction:.3%}), {report.seconds:.1f} s{where}"
+    )
+
+
+class PlainProgress:
+    """A line per unit and, every ten seconds, one about the step."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._total = self._per_unit = self._done = self._units = self._began_at = 0
+        self._start = self._told = time.monotonic()
+
+    def on_start(self, total: int, per_unit: int) -> None:
+        """Announce the number of updates."""
+        self._total, self._per_unit = total, per_unit
+        self._start = self._told = time.monotonic()
+        self._write(f"retraining, at most {total} updates")
+
+    def on_step(self, learning_rate: float, step: int, loss: float) -> None:
+        """Write a line now and then."""
+        self._done += 1
+        now = time.monotonic()
+        if now - self._told < EVERY:
+            return
+        self._told = now
+        made = self._done - self._began_at
+        left = (now - self._start) / made * (self._total - self._done)
+        self._write(
+            f"[{self._done}/{self._total}]  loss {loss:.4f}  learning rate "
+            f"{learning_rate:g}  {left:.0f} s left"
+        )
+
+    def on_unit(self, record: UnitRecord) -> None:
+        """Write the line of a unit."""
+        self._units += 1
+        if self._done < self._units * self._per_unit:  # of the run that is resumed
+            self._began_at += self._units * self._per_unit - self._done
+        self._done = self._units * self._per_unit
+        self._write(unit_line(record))
+
+    def on_finish(self, report: RetrainReport) -> None:
+        """Write the totals."""
+        self._write(total_line(report))
+
+    def _write(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+class RichProgress:
+    """A bar with the loss."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("[bold]retraining"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+        )
+        self._task = self._progress.add_task("", total=None)
+        self._per_unit = self._units = 0
+
+    def on_start(self, total: int, per_unit: int) -> None:
+        """Show the bar."""
+        self._per_unit = per_unit
+        self._progress.update(self._task, total=total)
+        self._progress.start()
+
+    def on_step(self, learning_rate: float, step: int, loss: float) -> None:
+        """Move the bar."""
+        text = f"loss {loss:.4f}  learning rate {learning_rate:g}"
+        self._progress.update(self._task, advance=1, description=text)
+
+    def on_unit(self, record: UnitRecord) -> None:
+        """Leave the line of a unit above the bar."""
+        self._units += 1
+        self._progress.update(self._task, completed=self._units * self._per_unit)
+        self._console.print(unit_line(record), markup=False, highlight=False)
+
+    def on_finish(self, report: RetrainReport) -> None:
+        """Replace the bar by the totals."""
+        self.close()
+        self._console.print(total_line(report), markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Restore the terminal, after an error as well."""
+        self._progress.stop()

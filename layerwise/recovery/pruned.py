@@ -1,0 +1,121 @@
+"""What is retrained: a pruned model, its masks, and the model before pruning.
+
+Masks come from the journal of the pruning run, never from the zeros, and must fit them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.adapters import Adapter
+from layerwise.errors import UsageError
+from layerwise.recovery.trainable import Choice
+from layerwise.run.architecture import adapter_of
+from layerwise.run.journal import read_masks
+from layerwise.run.output import Manifest
+from layerwise.run.recipe import Recipe
+from layerwise.run.storage import Checkpoint
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned model, its masks, and the folder that it came from."""
+
+    model: Any
+    adapter: Adapter
+    masks: Mapping[str, Tensor]
+    source: Checkpoint | None = None
+    manifest: Manifest | None = None
+
+    @classmethod
+    def open(
+        cls,
+        model_or_path: Any,
+        masks: Mapping[str, Tensor] | None,
+        choice: Choice,
+        output: Path | None,
+    ) -> "Pruned":
+        """Open a folder, or take a model object with its masks; both are checked."""
+        if isinstance(model_or_path, nn.Module):
+            if output is not None:
+                message = (
+                    "a model object cannot be written to output_dir, for its folder holds "
+                    "the masks: give the folder of the pruned model"
+                )
+                raise UsageError(message)
+            adapter = adapter_of(model_or_path)
+            if masks is None and choice.on_weights:
+                message = (
+                    f"{choice.on_weights[0]} needs the masks of the pruning run, which a "
+                    f"model object does not have: give masks=report.masks"
+                )
+                raise UsageError(message)
+            found = cls(model_or_path, adapter, dict(masks or {}))
+        else:
+            if masks is not None:
+                message = "masks belong to a model object; a folder has its own"
+                raise UsageError(message)
+            source = Checkpoint.open(model_or_path)
+            manifest = Manifest.read(source.path)
+            model: Any = source.load_model()
+            adapter = adapter_of(model)
+            if manifest.smaller is None:
+                kept = read_masks(source.path)
+            else:  # what is left of a smaller model is dense
+                kept = _everything(model, adapter)
+            found = cls(model, adapter, kept, source, manifest)
+        found._check_masks()
+        return found
+
+    def _check_masks(self) -> None:
+        own = dict(self.model.named_parameters())
+        for name, mask in self.masks.items():
+            if name not in own or own[name].shape != mask.shape or mask.dtype != torch.bool:
+                shape = tuple(own[name].shape) if name in own else "no such parameter"
+                message = (
+                    f"the mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}, the "
+                    f"model has {shape}: masks of another model?"
+                )
+                raise UsageError(message)
+            zeros = own[name].detach()[~mask.to(own[name].device)]
+            if bool((zeros != 0).any()):
+                message = (
+                    f"{name} has {int((zeros != 0).sum())} weights that its mask removes: "
+                    f"masks of another model, or zeros that were lost"
+                )
+                raise UsageError(message)
+
+    def dense_model(self, given: nn.Module | str | Path | None) -> Any:
+        """Open the model before pruning."""
+        if isinstance(given, nn.Module):
+            return given
+        path = given
+        if path is None and self.source is not None:
+            recipe = self.source.path / "recipe.yaml"
+            path = Recipe.read(recipe).model if recipe.is_file() else None
+        if path is None:
+            message = (
+                "a reconstruction compares with the model before pruning: give dense "
+                "(--dense), or choose the objective tokens"
+            )
+            raise UsageError(message)
+        dense = Checkpoint.open(path).load_model()
+        ours, theirs = self.model.config, dense.config
+        if (ours.model_type, ours.hidden_size) != (theirs.model_type, theirs.hidden_size):
+            message = f"{path} is another architecture than the pruned model"
+            raise UsageError(message)
+        return dense
+
+
+def _everything(model: Any, adapter: Adapter) -> dict[str, Tensor]:
+    """Masks that keep all weights of all linears of the blocks."""
+    found = {}
+    for block_name, block in adapter.blocks_of(model).items():
+        for name in adapter.linear_names(block_name):
+            weight = adapter.linear(block, name).get_parameter("weight")
+            found[f"{block_name}.{name}.weight"] = torch.ones_like(weight, dtype=torch.bool)
+    return found

@@ -1,0 +1,260 @@
+r"""Reconstruction: a block, its parts or its matrices give the dense outputs again.
+
+Blocks are taken in order. With Xhat the inputs that the blocks before, pruned and
+reconstructed, give a unit, and theta its trained parameters:
+
+    min over theta of  ||f_dense(X) - f_theta(Xhat)||^2 / ||f_dense(X)||^2
+
+``sequential``, as published, compares on equal inputs, X = Xhat; ``full`` takes X from the
+dense model, and so also makes up for what the blocks before have lost. One block is in
+float32 on the device at a time, with the optimizer state of one unit.
+
+References
+----------
+.. [1] M. Zimmer, M. Andoni, C. Spiegel, S. Pokutta, "PERP: Rethinking the Prune-Retrain
+   Paradigm in the Era of LLMs", arXiv:2312.15230, section 2.3.
+.. [2] arXiv:2510.14444, on the size of what is reconstructed at a time.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.adapters import Stage
+from layerwise.errors import DataError, UsageError
+from layerwise.recovery.trainable import Choice, Trainable, in_float32
+from layerwise.recovery.training import OnStep, State, Training, split, train
+from layerwise.recovery.units import Unit, dense_output, output_at, units_of
+from layerwise.run.pipeline import naming
+from layerwise.run.streams import Call
+
+MODES = ("sequential", "full")
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """Figures of what was retrained together.
+
+    Parameters
+    ----------
+    name
+        Full name of the block, part or matrix; empty for a whole model.
+    trained
+        Numbers that were trained.
+    before, after
+        On what is held out: relative error of the outputs, ``||F - Fhat|| / ||F||``, or
+        the mean loss of a token for the objective ``tokens``.
+    learning_rate
+        The one that was kept; None: none made it better, and nothing was changed.
+    steps
+        Updates with it.
+    losses
+        Training losses of the last learning rate that was tried.
+    seconds
+        Wall time.
+    """
+
+    name: str
+    trained: int
+    before: float
+    after: float
+    learning_rate: float | None
+    steps: int
+    losses: tuple[float, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "UnitRecord":
+        """Record from the values of :meth:`to_dict`."""
+        names = {entry.name for entry in fields(cls)}
+        if not isinstance(values, dict) or set(values) != names:
+            message = "a record of a retrained unit has other fields: the file is damaged"
+            raise DataError(message)
+        return cls(**{**values, "losses": tuple(values["losses"])})
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What to do to every block.
+
+    Parameters
+    ----------
+    choice, training
+        What is trained, and how.
+    objective
+        ``"block"``, ``"parts"`` or ``"matrix"``.
+    mode
+        ``"sequential"`` or ``"full"``.
+    device
+        Where to compute.
+    """
+
+    choice: Choice
+    training: Training
+    objective: str
+    mode: str
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            message = (
+                f"error_correction of a reconstruction is one of {', '.join(MODES)}, got "
+                f"{self.mode!r}"
+            )
+            raise UsageError(message)
+
+
+@dataclass
+class RetrainedBlock:
+    """New values of parameters by their name in the block, and the figures."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    records: list[UnitRecord] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A block, the dense one, their masks and what goes into both, batch by batch."""
+
+    name: str
+    block: nn.Module
+    dense: nn.Module
+    stages: Sequence[Stage]
+    masks: Mapping[str, Tensor]  # by parameter name inside the block
+    calls: Sequence[Call]
+    inputs: Sequence[Tensor]
+    dense_inputs: Sequence[Tensor]  # the same object where the mode is sequential
+
+
+def reconstruct_block(
+    task: Reconstruction,
+    pair: Pair,
+    on_step: OnStep = lambda rate, step, loss: None,
+    on_unit: Callable[[UnitRecord], None] = lambda record: None,
+) -> RetrainedBlock:
+    """Retrain a block in place, unit by unit.
+
+    Parameters
+    ----------
+    task, pair
+        What to do, and to what; both blocks are on the task's device.
+    on_step, on_unit
+        Told about every step and every unit.
+    """
+    result = RetrainedBlock()
+    with in_float32(pair.block), in_float32(pair.dense):
+        calls = [_as_float32(call) for call in pair.calls]
+        inputs = [hidden.float() for hidden in pair.inputs]
+        same = pair.dense_inputs is pair.inputs
+        dense_inputs = inputs if same else [hidden.float() for hidden in pair.dense_inputs]
+        units = units_of(
+            pair.block, pair.stages, task.objective, calls[0], inputs[0], task.device
+        )
+        for unit in units:
+            full_name = ".".join(part for part in (pair.name, unit.name) if part)
+            with naming(full_name):
+                values, record = _retrain_unit(
+                    task, pair, unit, calls, inputs, None if same else dense_inputs, on_step
+                )
+            result.values |= values
+            result.records.append(replace(record, name=full_name))
+            on_unit(result.records[-1])
+    own = dict(pair.block.named_parameters())
+    result.values = {name: own[name].detach().cpu().clone() for name in result.values}
+    return result
+
+
+def _retrain_unit(
+    task: Reconstruction,
+    pair: Pair,
+    unit: Unit,
+    calls: Sequence[Call],
+    inputs: Sequence[Tensor],
+    dense_inputs: Sequence[Tensor] | None,
+    on_step: OnStep,
+) -> tuple[dict[str, Tensor], UnitRecord]:
+    start = time.perf_counter()
+    block, device = pair.block, task.device
+    targets = []
+    for index, (call, hidden) in enumerate(zip(calls, inputs, strict=True)):
+        if dense_inputs is None:
+            target = dense_output(block, pair.dense, unit, call, hidden, device)
+        else:
+            with torch.no_grad():
+                target = output_at(pair.dense, unit.exit, call, dense_inputs[index], device)
+        targets.append(target.cpu())
+    energy = sum(float(target.square().sum()) for target in targets) / len(targets)
+    energy = energy or 1.0
+    learn, held_out = split(len(calls))
+
+    def error_of(index: int) -> Tensor:
+        hidden = inputs[index].to(device)
+        output = output_at(block, unit.exit, calls[index], hidden, device)
+        return (output - targets[index].to(output.device)).square().sum() / energy
+
+    @torch.no_grad()
+    def judge() -> float:
+        return math.sqrt(sum(float(error_of(i)) for i in held_out) / len(held_out))
+
+    trainable = Trainable(
+        block, task.choice, pair.masks, scope=unit.modules, seed=task.training.seed
+    )
+    try:
+        before = judge()
+        state = train(
+            trainable,
+            error_of,
+            judge,
+            learn,
+            task.training,
+            state=State(best=before),
+            on_step=on_step,
+        )
+    except BaseException:
+        trainable.release()
+        raise
+    trained = trainable.numbers
+    values: dict[str, Tensor] = {}
+    if state.best_rate is None:
+        trainable.set_values()
+        trainable.release()
+        after = before
+    else:
+        values = trainable.merge()
+        after = judge()
+    record = UnitRecord(
+        name=unit.name,
+        trained=trained,
+        before=before,
+        after=after,
+        learning_rate=state.best_rate,
+        steps=task.training.steps,
+        losses=tuple(state.losses),
+        seconds=time.perf_counter() - start,
+    )
+    return values, record
+
+
+def _as_float32(call: Call) -> Call:
+    return Call(_floated(call.args), _floated(call.kwargs))
+
+
+def _floated(value: Any) -> Any:
+    """Half precision tensors inside tuples, lists and mappings as float32."""
+    if isinstance(value, Tensor):
+        half = value.dtype in (torch.float16, torch.bfloat16)
+        return value.float() if half else value
+    if isinstance(value, tuple | list):
+        return type(value)(_floated(item) for item in value)
+    if isinstance(value, Mapping):
+        return {key: _floated(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,247 @@
+"""retrain_model: a pruned model in, the same model with a few parameters retrained out.
+
+Masks come from the journal of the pruning run, never from the zeros. Everything that can be
+refused is refused before a weight is touched.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.recovery.output import write_retrained
+from layerwise.recovery.pruned import Pruned
+from layerwise.recovery.reconstruct import UnitRecord
+from layerwise.recovery.runner import Callback, Runner
+from layerwise.recovery.settings import Settings
+from layerwise.recovery.training import split
+from layerwise.run.calibration import Calibration, token_windows
+from layerwise.run.journal import Journal, check_output
+from layerwise.run.output import versions
+from layerwise.run.perplexity import evaluation_mode
+from layerwise.run.settings import choose_device, choose_sequence_length, embedding_rows
+from layerwise.run.smaller import bytes_of
+from layerwise.run.storage import Checkpoint
+
+
+@dataclass(frozen=True, eq=False)
+class RetrainReport:
+    """What a retraining did.
+
+    Parameters
+    ----------
+    model
+        The retrained model.
+    records
+        Figures of every unit, in order; one for the objective ``tokens``.
+    trained
+        Numbers that were trained.
+    parameters
+        Numbers in the parameters of the model.
+    output_dir
+        Where it was saved, or None.
+    seconds
+        Wall time.
+    """
+
+    model: nn.Module
+    records: tuple[UnitRecord, ...]
+    trained: int
+    parameters: int
+    output_dir: Path | None
+    seconds: float
+
+    @property
+    def fraction(self) -> float:
+        """Share of the parameters that was trained."""
+        return self.trained / self.parameters
+
+
+def retrain_model(
+    model_or_path: nn.Module | str | Path,
+    *,
+    parameters: str = "masklora",
+    objective: str = "block",
+    calibration: Any,
+    masks: Mapping[str, Tensor] | None = None,
+    dense: nn.Module | str | Path | None = None,
+    steps: int = 100,
+    learning_rate: float | Sequence[float] | None = None,
+    rank: int = 16,
+    scale: float = 2.0,
+    batch_size: int = 8,
+    optimizer: str = "adamw",
+    checkpointing: bool = False,
+    error_correction: str = "sequential",
+    tokenizer: Any = None,
+    n_sequences: int = 128,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    save_every: int = 50,
+    device: str | torch.device = "auto",
+    output_dir: str | Path | None = None,
+    resume: bool = True,
+    force: bool = False,
+    callbacks: Iterable[Callback] = (),
+) -> RetrainReport:
+    """Retrain a small set of parameters of a pruned model, with its masks fixed.
+
+    Problem: ``min over theta of`` the mean next-token loss of the model, or of the distance
+    of the outputs of its blocks, parts or matrices from the dense ones, where theta are the
+    chosen parameters and no removed weight comes back.
+
+    Parameters
+    ----------
+    model_or_path
+        Folder written by `prune_model`, or a model object, which is retrained in place.
+    parameters
+        Sets joined by ``+``: ``biases``, ``norms``, ``head``, and one of ``lora-prune``,
+        ``scale-lora``, ``masklora``, ``full``; see :mod:`layerwise.recovery.trainable`.
+    objective
+        ``"tokens"``, or a reconstruction: ``"block"``, ``"parts"`` (attention and MLP on
+        their own) or ``"matrix"``.
+    calibration
+        Text or token ids, as for `prune_model`.
+    masks
+        Of a model object, by parameter name, True = kept: ``report.masks`` of the pruning
+        run. A folder has its own.
+    dense
+        The model before pruning, for a reconstruction; of a folder by default the one that
+        its recipe names.
+    steps
+        Updates per learning rate, of the model or of every unit.
+    learning_rate
+        Peak value, or several: the best on held-out batches is kept, or the start, if
+        none is better. None: that of the set, which falls as the hidden size grows.
+    rank, scale
+        Of low-rank changes ``scale B A``.
+    batch_size
+        Sequences per update.
+    optimizer
+        ``"adamw"`` or ``"adapprox"``.
+    checkpointing
+        Compute activations twice to save memory (``tokens``).
+    error_correction
+        Of a reconstruction: ``"sequential"`` compares on the inputs that the pruned model
+        gives, ``"full"`` with the outputs of the dense model throughout.
+    tokenizer, n_sequences, sequence_length, seed, device
+        As for `prune_model`.
+    save_every
+        Updates between two states on disk (``tokens``).
+    output_dir
+        New folder; work happens in ``output_dir.partial``.
+    resume, force
+        As for `prune_model`.
+    callbacks
+        Told about the progress.
+
+    Raises
+    ------
+    UsageError, UnsupportedModelError
+        If an argument is impossible; nothing was touched.
+    DataError
+        If a folder or text is missing or damaged; nothing was touched.
+    SolveError
+        If no learning rate gives finite losses; what is finished is kept.
+
+    References
+    ----------
+    .. [1] M. Zimmer, M. Andoni, C. Spiegel, S. Pokutta, "PERP: Rethinking the
+       Prune-Retrain Paradigm in the Era of LLMs", arXiv:2312.15230.
+    """
+    start = time.perf_counter()
+    settings = Settings(
+        parameters=parameters,
+        objective=objective,
+        steps=steps,
+        learning_rate=learning_rate,
+        rank=rank,
+        scale=scale,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        error_correction=error_correction,
+        seed=seed,
+        save_every=save_every,
+    )
+    chosen = choose_device(device)
+    output = None if output_dir is None else Path(output_dir)
+    if output is not None:
+        check_output(output, force=force)
+    pruned = Pruned.open(model_or_path, masks, settings.choice, output)
+    model, source = pruned.model, pruned.source
+    width = int(model.config.hidden_size)
+    original = pruned.dense_model(dense) if settings.reconstructs else None
+    tokens = token_windows(
+        calibration,
+        tokenizer or (source.load_tokenizer() if source else None),
+        n_sequences=n_sequences,
+        sequence_length=choose_sequence_length(model, sequence_length),
+        seed=seed,
+        vocab_size=embedding_rows(model),
+    )
+    batches = torch.split(tokens.tokens, batch_size)
+    split(len(batches))  # refuses too few
+    journal = None
+    if output is not None:
+        assert source is not None
+        identity = _identity(
+            settings.to_dict(width, tokens), tokens, source, original, chosen
+        )
+        journal = Journal(output, identity, force=force, resume=resume)
+    listeners = tuple(callbacks)
+    run = Runner(pruned, batches, chosen, journal, listeners)
+    try:
+        with evaluation_mode(model):
+            if original is None:
+                found = run.tokens(settings.choice, settings.training(width), checkpointing)
+            else:
+                with evaluation_mode(original):
+                    found = run.blocks(settings.reconstruction(width, chosen), original)
+    except BaseException:
+        if journal is not None:
+            journal.discard_if_empty()
+        raise
+    values, records = found
+    if journal is not None:
+        assert source is not None
+        write_retrained(journal, pruned, values, records, settings.to_dict(width, tokens))
+        journal.finish()
+    report = RetrainReport(
+        model=model,
+        records=tuple(records),
+        trained=sum(record.trained for record in records),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        output_dir=output,
+        seconds=time.perf_counter() - start,
+    )
+    for listener in listeners:
+        listener.on_finish(report)
+    return report
+
+
+def _identity(
+    settings: Mapping[str, Any],
+    tokens: Calibration,
+    source: Checkpoint,
+    dense: Any,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Everything that decides the bytes of the result."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(dense.named_parameters() if dense is not None else ()):
+        digest.update(name.encode())
+        digest.update(bytes_of(parameter.detach().cpu()))
+    return {
+        **settings,
+        "calibration": tokens.sha256,
+        "weights": source.sha256(),
+        "dense": digest.hexdigest(),
+        "versions": versions(),
+        "device": device.type,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+    }

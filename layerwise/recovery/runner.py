@@ -1,0 +1,199 @@
+"""A retraining under way: block by block or in one piece, with a journal and listeners."""
+
+import json
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import UsageError
+from layerwise.recovery.next_token import retrain_tokens
+from layerwise.recovery.pruned import Pruned
+from layerwise.recovery.reconstruct import (
+    Pair,
+    Reconstruction,
+    RetrainedBlock,
+    UnitRecord,
+    reconstruct_block,
+)
+from layerwise.recovery.states import pack, unpack
+from layerwise.recovery.trainable import Choice
+from layerwise.recovery.training import State, Training
+from layerwise.recovery.units import count_units
+from layerwise.run.journal import Journal
+from layerwise.run.streams import Call, capture
+
+TRAINING = "training"  # name of the state of a training in the journal
+
+
+class Callback(Protocol):
+    """Told about a retraining as it happens."""
+
+    def on_start(self, total: int, per_unit: int) -> None:
+        """Everything was checked; at most so many updates, in all and of every unit."""
+
+    def on_step(self, learning_rate: float, step: int, loss: float) -> None:
+        """One update is done."""
+
+    def on_unit(self, record: UnitRecord) -> None:
+        """A unit is done (or was done by the run that is resumed)."""
+
+    def on_finish(self, report: Any) -> None:
+        """All of it is done and saved; told a `RetrainReport`."""
+
+
+class Runner:
+    """What a retraining needs from start to end.
+
+    Parameters
+    ----------
+    pruned
+        The model and its masks.
+    batches
+        Token ids, each (sequences, length).
+    device
+        Where to compute.
+    journal
+        Where blocks and states go, if anywhere.
+    listeners
+        Who is told.
+    """
+
+    def __init__(
+        self,
+        pruned: Pruned,
+        batches: Sequence[Tensor],
+        device: torch.device,
+        journal: Journal | None,
+        listeners: Sequence[Callback],
+    ) -> None:
+        self._pruned, self._batches, self._device = pruned, batches, device
+        self._journal, self._listeners = journal, listeners
+
+    def tokens(
+        self, choice: Choice, training: Training, checkpointing: bool
+    ) -> tuple[dict[str, Tensor], list[UnitRecord]]:
+        """Train the whole model on its next-token loss."""
+        model = self._pruned.model
+        self._start(1, training)
+        stored = self._journal.read_state(TRAINING) if self._journal else None
+        home = next(model.parameters()).device
+        model.to(self._device)
+        blocks = list(self._pruned.adapter.blocks_of(model).values())
+        values, record = retrain_tokens(
+            model,
+            choice,
+            self._pruned.masks,
+            self._batches,
+            training,
+            blocks=blocks if checkpointing else (),
+            state=unpack(*stored) if stored else None,
+            save=self._save,
+            on_step=self._step,
+        )
+        model.to(home)
+        self._unit(record)
+        return values, [record]
+
+    def _save(self, state: State) -> None:
+        if self._journal is not None:
+            self._journal.write_state(TRAINING, *pack(state))
+
+    def blocks(
+        self, task: Reconstruction, dense: Any
+    ) -> tuple[dict[str, Tensor], list[UnitRecord]]:
+        """Reconstruct block after block, or take a block from the journal."""
+        adapter, model = self._pruned.adapter, self._pruned.model
+        blocks, originals = adapter.blocks_of(model), adapter.blocks_of(dense)
+        if blocks.keys() != originals.keys():
+            message = (
+                f"the dense model has {len(originals)} blocks, the pruned one {len(blocks)}"
+            )
+            raise UsageError(message)
+        stream = capture(model, list(blocks.values()), self._batches)
+        hidden: Sequence[Tensor] = stream.hidden
+        dense_hidden = hidden
+        if task.mode == "full":
+            dense_hidden = capture(dense, list(originals.values()), self._batches).hidden
+        units = [count_units(adapter.stages_of(name), task.objective) for name in blocks]
+        self._start(sum(units), task.training)
+        values: dict[str, Tensor] = {}
+        records: list[UnitRecord] = []
+        for index, (name, block) in enumerate(blocks.items()):
+            original, calls = originals[name], stream.calls[index]
+            homes = [next(module.parameters()).device for module in (block, original)]
+            block.to(self._device)
+            original.to(self._device)
+            prefix = f"{name}."
+            pair = Pair(
+                name=name,
+                block=block,
+                dense=original,
+                stages=adapter.stages_of(name),
+                masks={
+                    n.removeprefix(prefix): mask
+                    for n, mask in self._pruned.masks.items()
+                    if n.startswith(prefix)
+                },
+                calls=calls,
+                inputs=hidden,
+                dense_inputs=hidden if task.mode == "sequential" else dense_hidden,
+            )
+            found = self._block(index, task, pair)
+            values |= {prefix + n: value for n, value in found.values.items()}
+            records += found.records
+            if index < len(blocks) - 1:
+                if task.mode == "full":
+                    dense_hidden = _advance(original, calls, dense_hidden, self._device)
+                hidden = _advance(block, calls, hidden, self._device)
+            for module, home in zip((block, original), homes, strict=True):
+                module.to(home)
+        return values, records
+
+    def _block(self, index: int, task: Reconstruction, pair: Pair) -> RetrainedBlock:
+        state = f"{index:05d}"
+        stored = self._journal.read_state(state) if self._journal else None
+        if stored is not None:
+            tensors, text = stored
+            records = [UnitRecord.from_dict(values) for values in json.loads(text)]
+            found = RetrainedBlock({n: t for n, t in tensors.items() if n}, records)
+            with torch.no_grad():
+                for name, value in found.values.items():
+                    pair.block.get_parameter(name).copy_(value)
+            for record in records:
+                self._unit(record)
+            return found
+        found = reconstruct_block(
+            task,
+            pair,
+            on_step=self._step,
+            on_unit=self._unit,
+        )
+        if self._journal is not None:
+            text = json.dumps([record.to_dict() for record in found.records])
+            self._journal.write_state(state, found.values, text)
+        return found
+
+    def _start(self, units: int, training: Training) -> None:
+        per_unit = training.steps * len(training.learning_rates)
+        for listener in self._listeners:
+            listener.on_start(units * per_unit, per_unit)
+
+    def _step(self, rate: float, step: int, loss: float) -> None:
+        for listener in self._listeners:
+            listener.on_step(rate, step, loss)
+
+    def _unit(self, record: UnitRecord) -> None:
+        for listener in self._listeners:
+            listener.on_unit(record)
+
+
+@torch.no_grad()
+def _advance(
+    block: nn.Module, calls: Sequence[Call], hidden: Sequence[Tensor], device: torch.device
+) -> list[Tensor]:
+    """Hidden states behind a block."""
+    return [
+        call.run(block, states, device) for call, states in zip(calls, hidden, strict=True)
+    ]

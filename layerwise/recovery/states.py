@@ -1,0 +1,63 @@
+"""A training under way as tensors and text, for a file that cannot run code.
+
+The state of an optimizer is a tree of mappings, lists, numbers and tensors. The text is
+that tree in JSON, with a name in the place of every tensor.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import DataError
+from layerwise.recovery.training import State
+
+TENSOR, ITEMS = "tensor", "items"
+
+
+def pack(state: State) -> tuple[dict[str, Tensor], str]:
+    """Tensors by name, and the text that says where they belong."""
+    tensors: dict[str, Tensor] = {}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            name = f"{len(tensors):05d}"
+            tensors[name] = value.detach().cpu().clone()
+            return {TENSOR: name}
+        if isinstance(value, Mapping):
+            return {ITEMS: [[key, plain(item)] for key, item in value.items()]}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return value
+
+    tree = plain({entry.name: getattr(state, entry.name) for entry in fields(state)})
+    tensors = tensors or {"none": torch.zeros(0)}  # an empty file has no header
+    return tensors, json.dumps(tree)
+
+
+def unpack(tensors: Mapping[str, Tensor], text: str) -> State:
+    """State from what :func:`pack` made.
+
+    Raises
+    ------
+    DataError
+        If they do not belong together.
+    """
+
+    def tree(value: Any) -> Any:
+        if isinstance(value, list):
+            return [tree(item) for item in value]
+        if isinstance(value, dict):
+            if TENSOR in value:
+                return tensors[value[TENSOR]]
+            return {key: tree(item) for key, item in value[ITEMS]}
+        return value
+
+    try:
+        return State(**tree(json.loads(text)))
+    except (KeyError, TypeError, ValueError) as error:
+        message = f"the state of the training is damaged ({error}): start over"
+        raise DataError(message) from error

@@ -1,0 +1,247 @@
+"""Perplexity before and after retraining a few parameters of pruned packaged models.
+
+    python -m tests.benchmarks.recovery_grid OUT [--jobs 2]
+    python -m tests.benchmarks.recovery_grid OUT --table
+
+LLaMA pruned by magnitude, wanda and best at 50 %, 70 % and 2:4, with every parameter set
+and every objective; OPT and Mamba at 50 % with a few of them. Results are kept in
+``OUT/recovery.jsonl`` as they come, and a repeated command goes on.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from layerwise.demo.scan import selective_scan
+from layerwise.patterns import parse_pattern
+from layerwise.recovery.retrain import retrain_model
+from layerwise.run.experiment import LENGTH, N_SEQUENCES, PackagedModel
+from layerwise.run.perplexity import perplexity
+from layerwise.run.prune import prune_model
+from layerwise.run.results import ResultStore
+from layerwise.run.sources import code_identity
+from tests.benchmarks.perplexity_grid import MISSING, WORKER_ENVIRONMENT
+
+METHODS = ("magnitude", "wanda", "best")
+PATTERNS = ("0.5", "0.7", "2:4")
+STEPS, WINDOWS = 100, 896  # of next-token training: every window once
+UNIT_STEPS, UNIT_WINDOWS = 60, 256  # of every unit of a reconstruction
+UNIT_RATES = (1e-2, 3e-2)
+ZEROS = "the zeros are those of the masks"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is retrained, and against what."""
+
+    parameters: str
+    objective: str = "tokens"
+    rank: int = 2
+
+    @property
+    def label(self) -> str:
+        """First cells of the row."""
+        ranked = self.parameters not in ("norms", "biases", "biases+norms", "full")
+        rank = f", rank {self.rank}" if ranked else ""
+        return f"{self.parameters}{rank} | {self.objective}"
+
+
+ROWS = (
+    Row("norms"),
+    Row("head"),
+    Row("lora-prune"),
+    Row("scale-lora"),
+    Row("masklora"),
+    Row("norms+head+masklora", rank=16),
+    Row("full"),
+    Row("masklora", "matrix"),
+    Row("masklora", "parts"),
+    Row("masklora", "block"),
+)
+OTHERS = {
+    "opt": (Row("biases"), Row("biases+norms"), Row("masklora"), Row("masklora", "block")),
+    "mamba": (Row("norms"), Row("masklora"), Row("masklora", "block")),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One retraining, or none."""
+
+    model: str
+    method: str
+    pattern: str
+    row: Row | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def cells() -> list[Cell]:
+    """All of them, those on one pruned model together."""
+    rows = (None, *ROWS)
+    found = [Cell("llama", m, p, r) for m, p, r in product(METHODS, PATTERNS, rows)]
+    for model, others in OTHERS.items():
+        found += [Cell(model, m, "0.5", r) for m, r in product(METHODS, (None, *others))]
+    return found
+
+
+packaged = cache(PackagedModel)  # opened once per process
+
+
+@cache
+def identity(model: str, method: str) -> str:
+    """All that decides a result and is not in its cell."""
+    code = code_identity(None, ["layerwise.recovery.retrain"])
+    settings = [STEPS, WINDOWS, UNIT_STEPS, UNIT_WINDOWS, UNIT_RATES]
+    return json.dumps([packaged(model).fingerprint(method), code, settings], sort_keys=True)
+
+
+@lru_cache(maxsize=2)
+def pruned(model: str, method: str, pattern: str) -> tuple[dict[str, Any], Any]:
+    """Weights and masks of a pruned model."""
+    network = packaged(model).checkpoint.load_model()
+    report = prune_model(
+        network,
+        method,
+        pattern=parse_pattern(pattern),
+        calibration=packaged(model).calibration,
+        n_sequences=N_SEQUENCES,
+        sequence_length=LENGTH,
+    )
+    return network.state_dict(), report.masks
+
+
+def answer(cell: Cell) -> dict[str, Any]:
+    """Do one retraining in a worker."""
+    home = packaged(cell.model)
+    weights, masks = pruned(cell.model, cell.method, cell.pattern)
+    network = home.checkpoint.load_model()
+    network.load_state_dict(weights)
+    result: dict[str, Any] = {}
+    if (row := cell.row) is not None:
+        whole = row.objective == "tokens"
+        with _fast_scan(cell.model):
+            report = retrain_model(
+                network,
+                parameters=row.parameters,
+                objective=row.objective,
+                rank=row.rank,
+                masks=masks,
+                dense=None if whole else home.checkpoint.load_model(),
+                calibration=home.calibration,
+                steps=STEPS if whole else UNIT_STEPS,
+                learning_rate=None if whole else UNIT_RATES,
+                n_sequences=WINDOWS if whole else UNIT_WINDOWS,
+                sequence_length=LENGTH,
+            )
+        own = dict(network.named_parameters())
+        kept = all(
+            torch.equal(own[name] != 0, mask & (own[name] != 0))
+            for name, mask in masks.items()
+        )
+        result = {
+            "percent": 100 * report.fraction,
+            "seconds": report.seconds,
+            "rates": sorted({r.learning_rate or 0.0 for r in report.records}),
+            ZEROS: kept,
+        }
+    value = perplexity(network, home.evaluation, sequence_length=LENGTH)
+    return {"perplexity": value, **result}
+
+
+def _fast_scan(model: str) -> Any:
+    """Train Mamba by the scan that the packaged model was trained with."""
+    if model != "mamba":
+        return nullcontext()
+    from transformers.models.mamba import modeling_mamba
+
+    return mock.patch.object(modeling_mamba, "mamba_selective_scan", selective_scan)
+
+
+def complete(store: ResultStore, jobs: int) -> None:
+    """Do what is missing, in processes of one thread each."""
+    missing = [c for c in cells() if find(store, c) is None]
+    if not missing:
+        return
+    os.environ.update(WORKER_ENVIRONMENT)
+    pool = ProcessPoolExecutor(
+        jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    )
+    start = time.monotonic()
+    try:
+        futures = {pool.submit(answer, cell): cell for cell in missing}
+        for number, future in enumerate(as_completed(futures), start=1):
+            cell, result = futures[future], future.result()
+            store.add(cell.to_dict(), identity(cell.model, cell.method), result)
+            left = (time.monotonic() - start) / number * (len(missing) - number) / 60
+            what = cell.row.label if cell.row else "pruned"
+            sys.stderr.write(
+                f"{number}/{len(missing)}, {left:.0f} min left: {cell.model} {cell.method} "
+                f"{cell.pattern} {what}: {result['perplexity']:.3f} "
+                f"({result.get('seconds', 0):.0f} s)\n"
+            )
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def find(store: ResultStore, cell: Cell) -> dict[str, Any] | None:
+    """Result of the code as it is now."""
+    return store.find(cell.to_dict(), identity(cell.model, cell.method))
+
+
+def tables(store: ResultStore) -> list[str]:
+    """Lines of Markdown."""
+    lines: list[str] = []
+    for model, rows, patterns in (
+        ("llama", ROWS, PATTERNS),
+        *((model, rows, ("0.5",)) for model, rows in OTHERS.items()),
+    ):
+        columns = list(product(METHODS, patterns))
+        names = [f"{method} {pattern}" for method, pattern in columns]
+        lines += [f"{model}:", "", f"| parameters | objective | % | {' | '.join(names)} |"]
+        lines += ["|---" * (3 + len(columns)) + "|"]
+        for row in (None, *rows):
+            found = [find(store, Cell(model, m, p, row)) for m, p in columns]
+            values = [f"{r['perplexity']:.3f}" if r else MISSING for r in found]
+            share = next((f"{r['percent']:.2f}" for r in found if r and row), "")
+            label = row.label if row else "pruned | "
+            lines.append(f"| {label} | {share} | {' | '.join(values)} |")
+        lines += [""]
+    there = [r for c in cells() if c.row and (r := find(store, c))]
+    kept = sum(bool(result[ZEROS]) for result in there)
+    lines += [f"In {kept} of {len(there)} retrained models {ZEROS}."]
+    return lines
+
+
+def main() -> None:
+    """Complete the results, then print the tables."""
+    parser = argparse.ArgumentParser(description="Recovery of pruned packaged models.")
+    parser.add_argument("output", type=Path, help="folder of the results")
+    parser.add_argument("--jobs", type=int, default=2, help="worker processes")
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # as in the workers: fingerprints name it
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    store = ResultStore(arguments.output / "recovery.jsonl")
+    if not arguments.table:
+        complete(store, arguments.jobs)
+    sys.stdout.write("\n".join(tables(store)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
