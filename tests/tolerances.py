@@ -88,6 +88,13 @@ EQUIVARIANCE = 1e-9
 # Share of mask entries on which float32 and float64 may differ: near-ties of scores.
 MASK_DISAGREEMENT = 1e-3
 
+# Damped objectives of MaskLoRA that must be ordered: rounding of float32 weights, and
+# alternations that stop early at another rank.
+LOW_RANK = 1e-3
+
+# MaskLoRA of full rank against the refit: alternations stop at a gain of 1e-4.
+FULL_RANK = 1e-3
+
 # -- accelerators ----------------------------------------------------------------------
 
 # Objective on CUDA against float64 on the CPU, divided by the energy; masks chosen from
