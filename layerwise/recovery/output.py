@@ -19,7 +19,7 @@ from layerwise.run.storage import checkpoint_names, write_checkpoint
 
 RECORDS = "retraining.jsonl"
 SETTINGS = "retrain.yaml"
-CARD = "README.md"
+CARD, RECIPE = "README.md", "recipe.yaml"
 
 
 def write_retrained(
@@ -52,9 +52,9 @@ def write_retrained(
     for path in sorted(ours.iterdir()):
         if path.is_file() and path.name not in (MANIFEST, FINGERPRINT, "report.html"):
             _copy(path, folder / FOLDER / path.name)
-    for name in ("recipe.yaml", CARD):
-        if (source.path / name).is_file():
-            _copy(source.path / name, folder / name)
+    if (source.path / RECIPE).is_file():
+        _copy(source.path / RECIPE, folder / RECIPE)
+    _write_card(source.path / CARD, folder / CARD, records, settings)
     lines = "".join(json.dumps(record.to_dict()) + "\n" for record in records)
     atomic_write(folder / FOLDER / RECORDS, lines.encode())
     text = yaml.safe_dump(dict(settings), sort_keys=False)
@@ -67,6 +67,26 @@ def write_retrained(
     )
     data = json.dumps(claims.model_dump(), indent=1, sort_keys=True)
     atomic_write(folder / FOLDER / MANIFEST, data.encode())
+
+
+def _write_card(
+    path: Path, target: Path, records: Sequence[UnitRecord], settings: Mapping[str, Any]
+) -> None:
+    """Card of the pruned model with a section about the retraining."""
+    card = path.read_text(encoding="utf-8") if path.is_file() else ""
+    count, better = len(records), sum(r.after < r.before for r in records)
+    before, after = (
+        sum(getattr(r, name) for r in records) / count for name in ("before", "after")
+    )
+    what = "held-out loss" if settings["objective"] == "tokens" else "held-out error"
+    section = f"""
+## Retrained
+
+`{settings["parameters"]}` for the objective `{settings["objective"]}`, masks fixed.
+Mean {what} {before:.4f} before, {after:.4f} after; {better} of {count} units became
+better. `retrain.yaml` repeats the run; errors above are those before it.
+"""
+    atomic_write(target, (card + section).encode())
 
 
 def _copy(path: Path, target: Path) -> None:

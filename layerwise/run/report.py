@@ -229,6 +229,7 @@ def run_page(folder: Path) -> str:
 {kinds_figure(records, "plot")}</section></div>
 <h2>Layers</h2>
 {RUN_EXPLANATION}
+{_retrained(manifest)}
 {scrollable("figures of every layer", layers)}
 <h2>Recipe</h2>
 {recipe_box}
@@ -264,6 +265,17 @@ def _summary(manifest: Manifest, recipe: Recipe, records: Sequence[LayerRecord])
         "versions": escape(", ".join(versions)),
     }
     return "\n".join(f"<dt>{term}</dt><dd>{value}</dd>" for term, value in rows.items())
+
+
+def _retrained(manifest: Manifest) -> str:
+    """Remark on tensors that have changed since the layers were measured."""
+    if not manifest.retrained:
+        return ""
+    count = foldable(f"{len(manifest.retrained)} tensors", manifest.retrained)
+    return (
+        f'<div class="soft">{count} were retrained afterwards: the errors are those '
+        f"before, <code>layerwise/retraining.jsonl</code> has the figures.</div>"
+    )
 
 
 def _asked(manifest: Manifest) -> str:
