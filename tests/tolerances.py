@@ -131,3 +131,19 @@ ALLOCATION = 1e-11
 # Price against HiGHS (tolerances 1e-7) and against a difference over 2e-3 of errors near
 # one, which rounds at 1e-13. Measured 2e-11.
 ALLOCATION_PRICE = 1e-6
+
+# -- optimizers ------------------------------------------------------------------------
+
+# Entries of Q^T Q and relative residuals of a product that is exact but for rounding.
+FACTORS = {torch.float32: 1e-6, torch.float64: 1e-14}
+
+# Error rate of a truncated basis over the best of its rank: five iterations with six spare
+# columns on spectra without a gap. Measured 4e-4.
+NEAR_BEST = 0.01
+
+# Mean error rate from the previous factors by one iteration over that of five from a random
+# start, on moments that drift by a hundredth per step.
+WARM_START = 0.01
+
+# Float64 updates by factors of full rank against a dense second moment: the factors round.
+FULL_RANK = 1e-9
