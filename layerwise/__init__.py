@@ -1,8 +1,8 @@
 """layerwise: numerical optimization for layer-wise reconstruction of pruned networks.
 
 Researchers build a :class:`LayerProblem` and :func:`solve` it; practitioners call
-:func:`prune_model`, and :func:`load` what it wrote. Importing this package loads torch and
-nothing heavier.
+:func:`prune_model`, and :func:`load` what it wrote. :class:`Adapprox` trains what was
+pruned. Importing this package loads torch and nothing heavier.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from layerwise.problem import LayerProblem
 from layerwise.solution import Certificate, Solution, Solver, Status
 from layerwise.solve import chain, solve
 from layerwise.solvers import SOLVERS
+from layerwise.solvers.adapprox import Adapprox
 
 if TYPE_CHECKING:
     from layerwise.recovery.retrain import retrain_model
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "NM",
     "SOLVERS",
+    "Adapprox",
     "Certificate",
     "Columns",
     "FixedMask",

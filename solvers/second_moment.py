@@ -7,9 +7,9 @@ matrices one step ago, find for each the smallest rank k between two bounds whos
 The published rule tries one rank after the other, each from a random start. Here the
 start is ``V^T Q`` with the previous Q, and one iteration does: V changes little from step
 to step. (The previous U costs one product less, but has seen nothing of the new V; its
-error is up to a third larger.) A few random columns more, and a rotation by singular values gives
-the error rate of *every* smaller rank at once, so the rank shrinks without another try. It
-doubles where it must grow.
+error is up to a third larger.) A few random columns more, and a rotation by singular values
+gives the error rate of *every* smaller rank at once, so the rank shrinks without another
+try. It doubles where it must grow.
 
 References
 ----------

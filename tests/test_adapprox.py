@@ -180,7 +180,8 @@ def test_rank_follows_the_spectrum_of_the_gradient() -> None:
         optimizer.step()
         seen.append([rank or 0 for rank in optimizer.ranks()])
     assert {first for first, _ in seen[:40]} == {1}
-    assert {second for _, second in seen} == {10}  # a quarter of the shorter side
+    assert max(second for _, second in seen) == 10  # a quarter of the shorter side
+    assert min(second for _, second in seen) > 2
     assert max(first for first, _ in seen[40:80]) == 10
     assert seen[-1][0] == 1
 
@@ -279,13 +280,16 @@ def test_bfloat16_keeps_its_state_in_float32() -> None:
             assert q.grad is not None
             p.grad = q.grad.float()
         first.step()
+        once = {q: q.detach().float() * (1 - 0.01 * 0.01) for q in low}
         second.step()
+        for q in low:  # the step is rounded once
+            once[q] -= 0.01 * second.state[q]["exp_avg"]
     for p, q in zip(exact, low, strict=True):
         assert q.dtype == torch.bfloat16
         states = [value for value in second.state[q].values() if isinstance(value, Tensor)]
         assert {value.dtype for value in states} == {torch.float32}
         assert torch.equal(first.state[p]["exp_avg"], second.state[q]["exp_avg"])
-        assert (p - q.float()).abs().max() < 0.05
+        assert torch.equal(q, once[q].bfloat16())
 
 
 # --- a drop-in ---------------------------------------------------------------------------
@@ -300,10 +304,8 @@ def test_it_minimises(variant: dict[str, Any]) -> None:
             p.add_(1.0)
 
     def loss() -> Tensor:
-        parts = [
-            (p - t.detach()).square().sum() for p, t in zip(given, target, strict=True)
-        ]
-        return torch.stack(parts).sum()
+        pairs = zip(given, target, strict=True)
+        return torch.stack([(p - t.detach()).square().sum() for p, t in pairs]).sum()
 
     start = loss().item()
     for _ in range(60):

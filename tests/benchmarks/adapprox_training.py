@@ -121,7 +121,7 @@ def train(name: str, text: Text, count: int, batch: int) -> Outcome:
 
 
 def table(folder: Path, count: int, batch: int) -> list[str]:
-    """Train what is not in the folder yet; lines of Markdown, and a picture of the ranks."""
+    """Train what is not in the folder yet; lines of Markdown and a picture of ranks."""
     text, outcomes = None, {}
     for name in OPTIMIZERS:
         path = folder / f"{name.lower()}-{count}-{batch}.json"
