@@ -225,7 +225,7 @@ def test_loaded_state_shares_nothing() -> None:
 
 
 def test_seed_decides_the_random_columns() -> None:
-    results = []
+    results: list[Tensor] = []
     for seed in (0, 0, 1):
         (p,) = parameters([(24, 40)])
         optimizer = Adapprox([p], seed=seed, **PUBLISHED)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +121,11 @@ def step_times(repeats: int) -> Iterator[str]:
     yield "| rank | foreach AdamW | Adapprox | ratio | selecting step | cold | warm is |"
     yield "|---|---|---|---|---|---|---|"
     for rank in TIMED_RANKS:
-        options = {"initial_rank": rank, "max_rank": rank / 768, "error_threshold": 0.0}
+        options: dict[str, Any] = {
+            "initial_rank": rank,
+            "max_rank": rank / 768,
+            "error_threshold": 0.0,
+        }
         given = [[nn.Parameter(torch.zeros(shape)) for shape in shapes] for _ in range(3)]
         optimizers: list[Optimizer] = [
             AdamW(given[0], foreach=True),
