@@ -313,4 +313,5 @@ def _guidance(N: Tensor, M: Tensor, eps: float) -> Tensor:
     """Factor on the step: above one where N and M agree, one half where they oppose."""
     lengths = torch.linalg.vector_norm(N) * torch.linalg.vector_norm(M)
     cosine = (N * M).sum() / lengths.clamp_min(torch.finfo(N.dtype).tiny)
-    return (1 / (1 - cosine + eps)).clamp(0, MAX_GUIDANCE)
+    factor: Tensor = (1 / (1 - cosine + eps)).clamp(0, MAX_GUIDANCE)
+    return factor

@@ -71,7 +71,7 @@ def prepare(entry: Entry, group: Mapping[str, Any]) -> None:
 
 
 def _largest_rank(entry: Entry, group: Mapping[str, Any]) -> int:
-    return math.floor(entry.shape[0] * group["max_rank"])
+    return math.floor(entry.shape[0] * float(group["max_rank"]))
 
 
 def batches(entries: Sequence[Entry]) -> Iterator[list[Entry]]:

@@ -72,9 +72,10 @@ def subspace_iteration(
         missing = (*A.shape[:-2], columns, width - U.shape[-1])
         drawn = torch.randn(missing, generator=generator, dtype=torch.float32)
         U = torch.cat([scaled(U), drawn.to(A)], dim=-1)
-    for _ in range(iterations):
-        Q = torch.linalg.qr(A @ scaled(U)).Q
-        U = A.mT @ Q
+    Q = torch.linalg.qr(A @ scaled(U)).Q
+    for _ in range(iterations - 1):
+        Q = torch.linalg.qr(A @ scaled(A.mT @ Q)).Q
+    U = A.mT @ Q
     return Q[..., :rank], U[..., :rank]
 
 
@@ -117,4 +118,5 @@ def error_rate(A: Tensor, U: Tensor) -> Tensor:  # (...) float64
 
 def _norm(A: Tensor) -> Tensor:
     """Frobenius norm in float64, for squares of small numbers vanish in float32."""
-    return torch.linalg.vector_norm(A, dim=(-2, -1), dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(A, dim=(-2, -1), dtype=torch.float64)
+    return norm

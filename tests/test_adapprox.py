@@ -274,6 +274,7 @@ def test_bfloat16_keeps_its_state_in_float32() -> None:
     exact, rounded = parameters([(24, 40), (7,)]), parameters([(24, 40), (7,)])
     low = [nn.Parameter(p.detach().bfloat16()) for p in rounded]
     first, second = Adapprox(exact, lr=0.01), Adapprox(low, lr=0.01)
+    once: dict[nn.Parameter, Tensor] = {}
     for step in range(20):
         set_gradients(low, step)
         for p, q in zip(exact, low, strict=True):

@@ -1,5 +1,7 @@
 """Low-rank factors: orthonormal, as good as they claim, and of the smallest rank."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Generator, Tensor
@@ -29,12 +31,14 @@ def positive(*shape: int, seed: int = 2) -> Tensor:
 
 
 def residual(A: Tensor, Q: Tensor, U: Tensor) -> Tensor:
-    return (A - Q @ U.mT).norm(dim=(-2, -1)) / A.norm(dim=(-2, -1))
+    rate: Tensor = (A - Q @ U.mT).norm(dim=(-2, -1)) / A.norm(dim=(-2, -1))
+    return rate
 
 
 def best_rate(A: Tensor, rank: int) -> Tensor:
     values = torch.linalg.svdvals(A).square()
-    return (values[..., rank:].sum(dim=-1) / values.sum(dim=-1)).sqrt()
+    rate: Tensor = (values[..., rank:].sum(dim=-1) / values.sum(dim=-1)).sqrt()
+    return rate
 
 
 def draw(member: int, present: int, width: int, columns: int = 40) -> Tensor:
@@ -130,7 +134,7 @@ def test_start_is_used_and_missing_columns_are_drawn() -> None:
     ("rank", "options"),
     [(0, {}), (5, {}), (1, {"oversampling": -1}), (1, {"iterations": 0})],
 )
-def test_impossible_arguments_are_refused(rank: int, options: dict[str, int]) -> None:
+def test_impossible_arguments_are_refused(rank: int, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="must"):
         subspace_iteration(torch.ones(6, 4), rank, **options)
 

@@ -190,7 +190,7 @@ def warm_and_cold(count: int) -> Iterator[str]:
                 if number == 0:
                     left[key, rank], _ = subspace_iteration(V, rank, generator=generator)
                     continue
-                for name, is_warm in (("warm", True), ("cold", False)):
+                for name, is_warm in (("cold", False), ("warm", True)):
                     rule = RankRule(1, rank, 0.0, 5, 5, warm_start=is_warm)
                     start = time.process_time()
                     Q, U = update(V, left[key, rank], rule, draw)
@@ -198,9 +198,8 @@ def warm_and_cold(count: int) -> Iterator[str]:
                     rates.setdefault((rank, name), []).append(
                         float(error_rate(V, U).mean())
                     )
-                    if is_warm:
-                        following = Q
-                left[key, rank] = following
+                    if is_warm:  # the second, so that both start from the same matrix
+                        left[key, rank] = Q
     yield "| rank | error rate, cold | error rate, warm | cold | warm | warm is faster by |"
     yield "|---|---|---|---|---|---|"
     for rank in WARM_RANKS:
