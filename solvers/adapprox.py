@@ -45,6 +45,9 @@ References
    arXiv:2403.14958.
 """
 
+# PyTorch uses its own _foreach functions in its optimizers, and lists them nowhere
+# pyright: reportPrivateImportUsage=false
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from types import MappingProxyType

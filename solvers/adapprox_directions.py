@@ -6,6 +6,9 @@ factors are stacked by shape and rank, so that a network of many layers costs fe
 
 import math
 import zlib
+
+# PyTorch uses its own _foreach functions in its optimizers, and lists them nowhere
+# pyright: reportPrivateImportUsage=false
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

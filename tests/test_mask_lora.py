@@ -1,5 +1,6 @@
 """MaskLoRA of one layer: between start and exact refit, nearer as the rank grows."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -100,7 +101,7 @@ def _descend(problem: LayerProblem, start: Solution, left: Tensor, right: Tensor
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = objective_rows(problem, weight(), damped=True).sum()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     optimizer.step(closure)
@@ -136,5 +137,6 @@ def test_in_a_chain_it_takes_the_mask_before_it() -> None:
 
 @pytest.mark.parametrize("option", ["rank", "sweeps", "inner"])
 def test_impossible_options(option: str) -> None:
+    zero: dict[str, Any] = {option: 0}
     with pytest.raises(UsageError, match=f"{option} must be at least 1"):
-        MaskLoRA(**{option: 0})
+        replace(MaskLoRA(), **zero)

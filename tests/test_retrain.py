@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 import layerwise
 from layerwise.cli import run
 from layerwise.errors import DataError, LayerwiseError, UsageError
-from layerwise.recovery import next_token, runner
+from layerwise.recovery import next_token
 from layerwise.recovery.output import RECORDS, SETTINGS
-from layerwise.run.journal import read_masks
+from layerwise.run.journal import Journal, read_masks
 from layerwise.run.output import Manifest
 from layerwise.run.perplexity import mean_loss
 from layerwise.run.prune import prune_model
@@ -185,11 +185,11 @@ def test_killed_run_resumes_and_ends_with_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Killed behind its first, second or third state, in a rate or between two."""
-    options = {"objective": objective, "learning_rate": (1e-2, 2e-2)}
+    options: dict[str, Any] = {"objective": objective, "learning_rate": (1e-2, 2e-2)}
     retrained(workshop, tmp_path / "whole", **options)
     count = 0
 
-    def die(self: Any, *args: Any, write: Any = runner.Journal.write_state) -> None:
+    def die(self: Any, *args: Any, write: Any = Journal.write_state) -> None:
         nonlocal count
         write(self, *args)
         count += 1
@@ -197,11 +197,9 @@ def test_killed_run_resumes_and_ends_with_the_same_bytes(
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner.Journal, "write_state", die)
+        patch.setattr(Journal, "write_state", die)
         if objective == "block" and after == 3:  # there are two blocks
-            patch.setattr(
-                runner.Journal, "finish", lambda self: (_ for _ in ()).throw(Killed)
-            )
+            patch.setattr(Journal, "finish", lambda self: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             retrained(workshop, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
@@ -222,12 +220,12 @@ def test_another_run_does_not_continue_it(workshop: Path, tmp_path: Path) -> Non
 def test_damaged_state_is_refused(
     workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(self: Any, *args: Any, write: Any = runner.Journal.write_state) -> None:
+    def die(self: Any, *args: Any, write: Any = Journal.write_state) -> None:
         write(self, *args)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner.Journal, "write_state", die)
+        patch.setattr(Journal, "write_state", die)
         with pytest.raises(Killed):
             retrained(workshop, tmp_path / "out", objective="tokens")
     (path,) = (tmp_path / "out.partial" / "layerwise" / "blocks").iterdir()

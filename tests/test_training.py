@@ -152,13 +152,14 @@ def test_damaged_states_are_refused() -> None:
 
 
 def test_impossible_settings() -> None:
-    for options in (
+    cases: list[dict[str, Any]] = [
         {"steps": -1},
         {"save_every": 0},
         {"learning_rates": ()},
         {"learning_rates": (0.0,)},
         {"learning_rates": (math.nan,)},
         {"optimizer": "sgd"},
-    ):
+    ]
+    for options in cases:
         with pytest.raises(UsageError):
-            Training(**options)  # type: ignore[arg-type]
+            Training(**options)

@@ -23,7 +23,6 @@ from layerwise.recovery.training import split
 from layerwise.run.calibration import Calibration, token_windows
 from layerwise.run.journal import Journal, check_output
 from layerwise.run.output import versions
-from layerwise.run.perplexity import evaluation_mode
 from layerwise.run.settings import choose_device, choose_sequence_length, embedding_rows
 from layerwise.run.smaller import bytes_of
 from layerwise.run.storage import Checkpoint
@@ -196,17 +195,16 @@ def retrain_model(
     listeners = tuple(callbacks)
     run = Runner(pruned, batches, chosen, journal, listeners)
     try:
-        with evaluation_mode(model):
-            if original is None:
-                found = run.tokens(settings.choice, settings.training(width), checkpointing)
-            else:
-                with evaluation_mode(original):
-                    found = run.blocks(settings.reconstruction(width, chosen), original)
+        if original is None:
+            values, records = run.tokens(
+                settings.choice, settings.training(width), checkpointing
+            )
+        else:
+            values, records = run.blocks(settings.reconstruction(width, chosen), original)
     except BaseException:
         if journal is not None:
             journal.discard_if_empty()
         raise
-    values, records = found
     if journal is not None:
         assert source is not None
         write_retrained(journal, pruned, values, records, settings.to_dict(width, tokens))

@@ -1,7 +1,7 @@
 """A retraining under way: block by block or in one piece, with a journal and listeners."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from layerwise.recovery.trainable import Choice
 from layerwise.recovery.training import State, Training
 from layerwise.recovery.units import count_units
 from layerwise.run.journal import Journal
+from layerwise.run.perplexity import evaluation_mode
 from layerwise.run.streams import Call, capture
 
 TRAINING = "training"  # name of the state of a training in the journal
@@ -111,6 +112,18 @@ class Runner:
                 f"the dense model has {len(originals)} blocks, the pruned one {len(blocks)}"
             )
             raise UsageError(message)
+        with evaluation_mode(model), evaluation_mode(dense):
+            return self._walk(task, blocks, originals, dense)
+
+    def _walk(
+        self,
+        task: Reconstruction,
+        blocks: Mapping[str, nn.Module],
+        originals: Mapping[str, nn.Module],
+        dense: nn.Module,
+    ) -> tuple[dict[str, Tensor], list[UnitRecord]]:
+        """From the first block to the last."""
+        adapter, model = self._pruned.adapter, self._pruned.model
         stream = capture(model, list(blocks.values()), self._batches)
         hidden: Sequence[Tensor] = stream.hidden
         dense_hidden = hidden

@@ -230,7 +230,10 @@ def _run(
         if not math.isfinite(value):
             return False
         loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        try:
+            optimizer.step()
+        except SolveError:  # a gradient that is not finite, which AdamW would spread
+            return False
         state.losses.append(value)
         on_step(rate, step, value)
         if (step + 1) % training.save_every == 0 and step + 1 < training.steps:

@@ -113,7 +113,7 @@ def _norms_before(
 ) -> Mapping[str, list[str]]:
     """Norms outside the parts, by the part whose exit comes next."""
     order: list[str] = []
-    exits = {unit.exit: unit.name for unit in units}
+    exits = {unit.exit: unit.name for unit in units if unit.exit is not None}
     inside = tuple(f"{module}." for unit in units for module in unit.modules)
     handles = [
         module.register_forward_hook(lambda *_, name=name: order.append(name))
