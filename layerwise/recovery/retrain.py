@@ -231,7 +231,8 @@ def _identity(
 ) -> dict[str, Any]:
     """Everything that decides the bytes of the result."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(dense.named_parameters() if dense is not None else ()):
+    parameters = {} if dense is None else dict(dense.named_parameters())
+    for name, parameter in sorted(parameters.items()):
         digest.update(name.encode())
         digest.update(bytes_of(parameter.detach().cpu()))
     return {
