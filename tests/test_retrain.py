@@ -36,7 +36,7 @@ WINDOWS: dict[str, Any] = {"n_sequences": 8, "sequence_length": 12}
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in bfloat16, pruned to 2:4 by Wanda, and a smaller one."""
+    """A model in bfloat16, pruned to 2:4 by Wanda, and smaller in two formats."""
     root = tmp_path_factory.mktemp("retrain")
     save_checkpoint(root / "source", tiny_model("llama", dtype=torch.bfloat16))
     (root / "text.txt").write_text(tiny_text())
@@ -44,14 +44,16 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prune_model(
         root / "source", "wanda", sparsity="2:4", output_dir=root / "pruned", **common
     )
-    prune_model(
-        root / "source",
-        "fasp",
-        sparsity=0.2,
-        unit=1,
-        output_dir=root / "smaller",
-        **common,
-    )
+    for name, more in (("smaller", {}), ("native", {"format": "native"})):
+        prune_model(
+            root / "source",
+            "fasp",
+            sparsity=0.2,
+            unit=1,
+            output_dir=root / name,
+            **more,
+            **common,
+        )
     return root
 
 
@@ -235,13 +237,16 @@ def test_damaged_state_is_refused(
     retrained(workshop, tmp_path / "out", objective="tokens", resume=False)
 
 
-def test_smaller_model_is_retrained_too(workshop: Path, tmp_path: Path) -> None:
-    for objective in ("tokens", "block"):
+@pytest.mark.parametrize("source", ["smaller", "native"])
+def test_smaller_model_is_retrained_too(
+    workshop: Path, tmp_path: Path, source: str
+) -> None:
+    for objective in ("tokens", "block", "parts"):
         out = tmp_path / objective
         retrained(
             workshop,
             out,
-            "smaller",
+            source,
             objective=objective,
             parameters="norms+masklora",
             learning_rate=1e-2,

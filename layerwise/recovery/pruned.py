@@ -71,6 +71,11 @@ class Pruned:
         found._check_masks()
         return found
 
+    @property
+    def blocks(self) -> dict[str, nn.Module]:
+        """Decoder blocks by full name."""
+        return blocks_as_they_are(self.model, self.adapter)
+
     def _check_masks(self) -> None:
         own = dict(self.model.named_parameters())
         for name, mask in self.masks.items():
@@ -114,8 +119,14 @@ class Pruned:
 def _everything(model: Any, adapter: Adapter) -> dict[str, Tensor]:
     """Masks that keep all weights of all linears of the blocks."""
     found = {}
-    for block_name, block in adapter.blocks_of(model).items():
+    for block_name, block in blocks_as_they_are(model, adapter).items():
         for name in adapter.linear_names(block_name):
-            weight = adapter.linear(block, name).get_parameter("weight")
+            weight = block.get_parameter(f"{name}.weight")
             found[f"{block_name}.{name}.weight"] = torch.ones_like(weight, dtype=torch.bool)
     return found
+
+
+def blocks_as_they_are(model: Any, adapter: Adapter) -> dict[str, nn.Module]:
+    """Blocks by full name, also with modules for narrow values in the place of linears."""
+    layers = model.get_submodule(adapter.blocks)
+    return {f"{adapter.blocks}.{i}": block for i, block in enumerate(layers)}

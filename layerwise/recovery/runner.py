@@ -81,7 +81,7 @@ class Runner:
         stored = self._journal.read_state(TRAINING) if self._journal else None
         home = next(model.parameters()).device
         model.to(self._device)
-        blocks = list(self._pruned.adapter.blocks_of(model).values())
+        blocks = list(self._pruned.blocks.values())
         values, record = retrain_tokens(
             model,
             choice,
@@ -106,7 +106,7 @@ class Runner:
     ) -> tuple[dict[str, Tensor], list[UnitRecord]]:
         """Reconstruct block after block, or take a block from the journal."""
         adapter, model = self._pruned.adapter, self._pruned.model
-        blocks, originals = adapter.blocks_of(model), adapter.blocks_of(dense)
+        blocks, originals = self._pruned.blocks, adapter.blocks_of(dense)
         if blocks.keys() != originals.keys():
             message = (
                 f"the dense model has {len(originals)} blocks, the pruned one {len(blocks)}"
