@@ -154,6 +154,9 @@ def test_head_changes_the_embedding_that_it_is_tied_to(tied: bool) -> None:
 def test_full_trains_everything_and_norms_norms() -> None:
     model, masks = pruned_model("llama")
     total = sum(p.numel() for p in model.parameters())
+    both = Trainable(model, Choice(("full", "head"), 2), masks)
+    assert both.numbers == total - 288 * 16 + 2 * (288 + 16)  # the head by its change alone
+    both.release()
     full = Trainable(model, Choice(("full",)), masks)
     assert full.numbers == total
     full.release()

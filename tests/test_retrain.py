@@ -44,14 +44,15 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prune_model(
         root / "source", "wanda", sparsity="2:4", output_dir=root / "pruned", **common
     )
-    for name, more in (("smaller", {}), ("native", {"format": "native"})):
+    formats: dict[str, Any] = {"smaller": "stock", "native": "native"}
+    for name, format in formats.items():
         prune_model(
             root / "source",
             "fasp",
             sparsity=0.2,
             unit=1,
             output_dir=root / name,
-            **more,
+            format=format,
             **common,
         )
     return root
