@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.recovery.reconstruct import UnitRecord
+from layerwise.recovery.records import UnitRecord
 from layerwise.recovery.retrain import RetrainReport, retrain_model
 from tests.models import random_tokens, tiny_model
 from tests.pruning import prune

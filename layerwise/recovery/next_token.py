@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from layerwise.recovery.reconstruct import UnitRecord
+from layerwise.recovery.records import UnitRecord
 from layerwise.recovery.trainable import Choice, Trainable, in_float32
 from layerwise.recovery.training import OnStep, State, Training, split, train
 from layerwise.run.perplexity import evaluation_mode, mean_loss

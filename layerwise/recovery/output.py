@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layerwise.errors import DataError
 from layerwise.recovery.pruned import Pruned
-from layerwise.recovery.reconstruct import UnitRecord
+from layerwise.recovery.records import UnitRecord
 from layerwise.run.atomic import atomic_write
 from layerwise.run.journal import FINGERPRINT, FOLDER, Journal
 from layerwise.run.output import MANIFEST

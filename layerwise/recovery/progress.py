@@ -13,7 +13,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from layerwise.recovery.reconstruct import UnitRecord
+from layerwise.recovery.records import UnitRecord
 from layerwise.recovery.retrain import RetrainReport
 
 EVERY = 10.0  # seconds between two plain lines about steps

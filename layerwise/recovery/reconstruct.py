@@ -19,67 +19,22 @@ References
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from layerwise.adapters import Stage
-from layerwise.errors import DataError, UsageError
-from layerwise.recovery.trainable import Choice, Trainable, in_float32
+from layerwise.errors import UsageError
+from layerwise.recovery.records import UnitRecord
+from layerwise.recovery.trainable import HALF, Choice, Trainable, in_float32
 from layerwise.recovery.training import OnStep, State, Training, split, train
 from layerwise.recovery.units import Unit, dense_output, output_at, units_of
 from layerwise.run.pipeline import naming
 from layerwise.run.streams import Call
 
 MODES = ("sequential", "full")
-
-
-@dataclass(frozen=True)
-class UnitRecord:
-    """Figures of what was retrained together.
-
-    Parameters
-    ----------
-    name
-        Full name of the block, part or matrix; empty for a whole model.
-    trained
-        Numbers that were trained.
-    before, after
-        On what is held out: relative error of the outputs, ``||F - Fhat|| / ||F||``, or
-        the mean loss of a token for the objective ``tokens``.
-    learning_rate
-        The one that was kept; None: none made it better, and nothing was changed.
-    steps
-        Updates with it.
-    losses
-        Training losses of the last learning rate that was tried.
-    seconds
-        Wall time.
-    """
-
-    name: str
-    trained: int
-    before: float
-    after: float
-    learning_rate: float | None
-    steps: int
-    losses: tuple[float, ...]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Any) -> "UnitRecord":
-        """Record from the values of :meth:`to_dict`."""
-        names = {entry.name for entry in fields(cls)}
-        if not isinstance(values, dict) or set(values) != names:
-            message = "a record of a retrained unit has other fields: the file is damaged"
-            raise DataError(message)
-        return cls(**{**values, "losses": tuple(values["losses"])})
 
 
 @dataclass(frozen=True)
@@ -251,8 +206,7 @@ def _as_float32(call: Call) -> Call:
 def _floated(value: Any) -> Any:
     """Half precision tensors inside tuples, lists and mappings as float32."""
     if isinstance(value, Tensor):
-        half = value.dtype in (torch.float16, torch.bfloat16)
-        return value.float() if half else value
+        return value.float() if value.dtype in HALF else value
     if isinstance(value, tuple | list):
         return type(value)(_floated(item) for item in value)
     if isinstance(value, Mapping):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from layerwise.recovery.output import write_retrained
 from layerwise.recovery.pruned import Pruned
-from layerwise.recovery.reconstruct import UnitRecord
+from layerwise.recovery.records import UnitRecord
 from layerwise.recovery.runner import Callback, Runner
 from layerwise.recovery.settings import Settings
 from layerwise.recovery.training import split

@@ -14,9 +14,9 @@ from layerwise.recovery.reconstruct import (
     Pair,
     Reconstruction,
     RetrainedBlock,
-    UnitRecord,
     reconstruct_block,
 )
+from layerwise.recovery.records import UnitRecord
 from layerwise.recovery.states import pack, unpack
 from layerwise.recovery.trainable import Choice
 from layerwise.recovery.training import State, Training

@@ -121,7 +121,7 @@ class Trainable:
                 mask = mask.to(weight.device)
                 if kind == "full":
                     self._plain.pop(name, None)
-                    self._attach(root, name, Masked(mask))
+                    self._attach(name, Masked(mask))
                     weight.requires_grad_(True)
                 else:
                     change = LowRank(
@@ -132,7 +132,7 @@ class Trainable:
                         choice.scale,
                         generator,
                     )
-                    self._attach(root, name, change)
+                    self._attach(name, change)
         if "head" in choice.names:
             self._attach_head(choice, generator)
         for parameter in self._plain.values():
@@ -186,9 +186,9 @@ class Trainable:
             parameter.requires_grad_(learned)
             parameter.grad = None
 
-    def _attach(self, root: nn.Module, name: str, change: LowRank | Masked) -> None:
+    def _attach(self, name: str, change: LowRank | Masked) -> None:
         path, _, own = name.rpartition(".")
-        parametrize.register_parametrization(root.get_submodule(path), own, change)
+        parametrize.register_parametrization(self._root.get_submodule(path), own, change)
         self._changes[name] = change
 
     def _attach_head(self, choice: Choice, generator: torch.Generator) -> None:
