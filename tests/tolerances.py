@@ -93,7 +93,7 @@ MASK_DISAGREEMENT = 1e-3
 LOW_RANK = 1e-3
 
 # MaskLoRA of full rank against the refit: alternations stop at a gain of 1e-4.
-FULL_RANK = 1e-3
+WHOLE_CHANGE = 1e-3
 
 # -- accelerators ----------------------------------------------------------------------
 
