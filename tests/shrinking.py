@@ -56,6 +56,18 @@ def windows() -> Tensor:
 
 
 @torch.no_grad()
+def inputs_of(model: Any, name: str) -> Tensor:
+    """What a linear reads in the calibration windows, shape (tokens, in), float64."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].double().flatten(0, -2))
+    )
+    model(input_ids=windows())
+    handle.remove()
+    return torch.cat(seen)
+
+
+@torch.no_grad()
 def logits(model: Any) -> Tensor:
     """Logits on tokens that no run has seen."""
     found: Tensor = model(input_ids=random_tokens(3, LENGTH, seed=5)).logits.float()

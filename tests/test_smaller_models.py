@@ -12,7 +12,7 @@ from layerwise.run import prune as prune_module
 from layerwise.run.pipeline import ERROR_CORRECTIONS
 from layerwise.run.smaller import parameters_of
 from tests.models import tiny_model
-from tests.shrinking import FAMILIES, RUNS, logits, smaller, windows
+from tests.shrinking import FAMILIES, RUNS, inputs_of, logits, smaller, windows
 from tests.tolerances import RECORDED_ERROR, SURGERY
 
 
@@ -107,24 +107,13 @@ def test_recorded_error_is_that_of_the_outputs(method: str, mode: str) -> None:
     models: list[Any] = [tiny_model("opt"), report.model]
     dense, after = (m.requires_grad_(False).get_submodule(name) for m in models)
     mask = report.masks[f"{name}.weight"][0]
-    inputs = _inputs(tiny_model("opt"), name)
+    inputs = inputs_of(tiny_model("opt"), name)
     narrow = after.weight.double()
     found = inputs[:, mask] @ narrow.T + after.bias.double()
     wanted = inputs @ dense.weight.double().T + dense.bias.double()
     error = (wanted - found).norm() / (wanted - dense.bias.double()).norm()
     assert 0 < float(error) < 1
     assert float(error) == pytest.approx(record.relative_error, rel=RECORDED_ERROR)
-
-
-@torch.no_grad()
-def _inputs(model: Any, name: str) -> Tensor:
-    seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(
-        lambda _, args: seen.append(args[0].double().flatten(0, -2))
-    )
-    model(input_ids=windows())
-    handle.remove()
-    return torch.cat(seen)
 
 
 @pytest.mark.parametrize("mode", ["block", "full"])

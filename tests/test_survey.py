@@ -12,7 +12,7 @@ from layerwise.run.perplexity import mean_loss
 from layerwise.run.survey import PROBE_SHARE, Finding
 from layerwise.run.survey import survey as original
 from tests.models import tiny_model
-from tests.shrinking import LENGTH, smaller, windows
+from tests.shrinking import LENGTH, inputs_of, smaller, windows
 from tests.tolerances import SURVEY
 
 
@@ -65,7 +65,7 @@ def test_curves_and_gains_are_what_removal_does(monkeypatch: pytest.MonkeyPatch)
             weight = model.get_submodule(name).weight.detach().double()
             scores = weight.abs().sum(dim=0)
             torch.testing.assert_close(finding.scores, scores)
-            order, inputs = scores.argsort(), seen_by(model, name)
+            order, inputs = scores.argsort(), inputs_of(model, name)
             assert finding.errors is not None
             for count in (0, 1, 5, len(order) - 1):
                 gone = order[:count]
@@ -89,15 +89,3 @@ def test_a_ranking_asks_for_scores_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def loss(model: Any) -> float:
     return mean_loss(model, windows().reshape(-1), sequence_length=LENGTH)
-
-
-@torch.no_grad()
-def seen_by(model: Any, name: str) -> Tensor:
-    """Inputs of a linear in the dense model, shape (tokens, in)."""
-    seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(
-        lambda _, args: seen.append(args[0].double().flatten(0, -2))
-    )
-    model(input_ids=windows())
-    handle.remove()
-    return torch.cat(seen)

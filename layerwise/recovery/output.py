@@ -84,7 +84,7 @@ def _write_card(
 
 `{settings["parameters"]}` for the objective `{settings["objective"]}`, masks fixed.
 Mean {what} {before:.4f} before, {after:.4f} after; {better} of {count} units became
-better. `retrain.yaml` repeats the run; errors above are those before it.
+better. `retrain.yaml` has the arguments; errors above are those before it.
 """
     atomic_write(target, (card + section).encode())
 

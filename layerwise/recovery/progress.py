@@ -4,17 +4,10 @@ import time
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from layerwise.recovery.records import UnitRecord
 from layerwise.recovery.retrain import RetrainReport
+from layerwise.run.progress import bar
 
 EVERY = 10.0  # seconds between two plain lines about steps
 
@@ -90,15 +83,7 @@ class RichProgress:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._progress = Progress(
-            TextColumn("[bold]retraining"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-            console=console,
-        )
+        self._progress = bar("retraining", console)
         self._task = self._progress.add_task("", total=None)
         self._per_unit = self._units = 0
 

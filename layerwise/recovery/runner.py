@@ -23,7 +23,7 @@ from layerwise.recovery.training import State, Training
 from layerwise.recovery.units import count_units
 from layerwise.run.journal import Journal
 from layerwise.run.perplexity import evaluation_mode
-from layerwise.run.streams import Call, capture
+from layerwise.run.streams import behind, capture
 
 TRAINING = "training"  # name of the state of a training in the journal
 
@@ -158,8 +158,8 @@ class Runner:
             records += found.records
             if index < len(blocks) - 1:
                 if task.mode == "full":
-                    dense_hidden = _advance(original, calls, dense_hidden, self._device)
-                hidden = _advance(block, calls, hidden, self._device)
+                    dense_hidden = behind(original, calls, dense_hidden, self._device)
+                hidden = behind(block, calls, hidden, self._device)
             for module, home in zip((block, original), homes, strict=True):
                 module.to(home)
         return values, records
@@ -170,19 +170,14 @@ class Runner:
         if stored is not None:
             tensors, text = stored
             records = [UnitRecord.from_dict(values) for values in json.loads(text)]
-            found = RetrainedBlock({n: t for n, t in tensors.items() if n}, records)
+            found = RetrainedBlock(tensors, records)
             with torch.no_grad():
                 for name, value in found.values.items():
                     pair.block.get_parameter(name).copy_(value)
             for record in records:
                 self._unit(record)
             return found
-        found = reconstruct_block(
-            task,
-            pair,
-            on_step=self._step,
-            on_unit=self._unit,
-        )
+        found = reconstruct_block(task, pair, self._step, self._unit)
         if self._journal is not None:
             text = json.dumps([record.to_dict() for record in found.records])
             self._journal.write_state(state, found.values, text)
@@ -200,13 +195,3 @@ class Runner:
     def _unit(self, record: UnitRecord) -> None:
         for listener in self._listeners:
             listener.on_unit(record)
-
-
-@torch.no_grad()
-def _advance(
-    block: nn.Module, calls: Sequence[Call], hidden: Sequence[Tensor], device: torch.device
-) -> list[Tensor]:
-    """Hidden states behind a block."""
-    return [
-        call.run(block, states, device) for call, states in zip(calls, hidden, strict=True)
-    ]

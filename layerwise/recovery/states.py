@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from layerwise.errors import DataError
@@ -34,7 +33,6 @@ def pack(state: State) -> tuple[dict[str, Tensor], str]:
         return value
 
     tree = plain({entry.name: getattr(state, entry.name) for entry in fields(state)})
-    tensors = tensors or {"none": torch.zeros(0)}  # an empty file has no header
     return tensors, json.dumps(tree)
 
 

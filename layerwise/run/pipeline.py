@@ -32,7 +32,7 @@ from layerwise.problem import LayerProblem
 from layerwise.run.calibration import Calibration
 from layerwise.run.records import LayerRecord
 from layerwise.run.stopwatch import stage as timed
-from layerwise.run.streams import Call, Tap, visit_inputs
+from layerwise.run.streams import Call, Tap, behind, visit_inputs
 from layerwise.run.structure import Structure
 from layerwise.run.targets import Choice
 from layerwise.solution import Solution, requirements
@@ -128,11 +128,8 @@ def prune_block(
 
 def advance(task: Task, inputs: BlockInputs, hidden: Sequence[Tensor]) -> list[Tensor]:
     """Hidden states behind the block as it is now."""
-    with torch.no_grad(), timed("forward"):
-        return [
-            call.run(inputs.block, states, task.device)
-            for call, states in zip(inputs.calls, hidden, strict=True)
-        ]
+    with timed("forward"):
+        return behind(inputs.block, inputs.calls, hidden, task.device)
 
 
 def collect_at_once(task: Task, inputs: BlockInputs) -> list[MomentAccumulator]:

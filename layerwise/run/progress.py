@@ -64,20 +64,25 @@ class PlainProgress:
         self._stream.flush()
 
 
+def bar(title: str, console: Console) -> Progress:
+    """Bar with a title, counts, times and a description."""
+    return Progress(
+        TextColumn(f"[bold]{title}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        console=console,
+    )
+
+
 class RichProgress:
     """A bar with the figures of the last layer."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._progress = Progress(
-            TextColumn("[bold]pruning"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-            console=console,
-        )
+        self._progress = bar("pruning", console)
         self._task = self._progress.add_task("", total=None)
 
     def on_note(self, text: str) -> None:

@@ -43,6 +43,16 @@ class Call:
         return states.to(hidden.device)
 
 
+@torch.no_grad()
+def behind(
+    block: nn.Module, calls: Sequence[Call], hidden: Sequence[Tensor], device: torch.device
+) -> list[Tensor]:
+    """Hidden states behind a block as it is now, batch by batch."""
+    return [
+        call.run(block, states, device) for call, states in zip(calls, hidden, strict=True)
+    ]
+
+
 @dataclass(frozen=True)
 class Stream:
     """Inputs of the first block, and the calls of every block, batch by batch."""

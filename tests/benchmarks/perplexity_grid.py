@@ -107,7 +107,9 @@ def complete(store: ResultStore, asked: Iterable[Experiment], run: Run) -> None:
         _tell(f"{number}/{len(missing)}, {left:.0f} min left: {_line(experiment, result)}")
 
 
-def in_workers(missing: Sequence[Experiment], jobs: int) -> Results:
+def in_workers(
+    missing: Sequence[Any], jobs: int, answer: Callable[[Any], dict[str, Any]] = answer
+) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Results in the order in which processes of one thread each finish them."""
     if not missing:
         return
@@ -209,19 +211,24 @@ def _tell(line: str) -> None:
     sys.stderr.flush()
 
 
-def main() -> None:
-    """Complete the results, then print the tables."""
-    parser = argparse.ArgumentParser(description="Perplexity of every method.")
+def command_line(description: str, file: str) -> tuple[ResultStore, int, bool]:
+    """Store, number of workers, and whether only the table is asked for."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("output", type=Path, help="folder of the results")
     parser.add_argument("--jobs", type=int, default=2, help="worker processes")
     parser.add_argument("--table", action="store_true", help="only print what is there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # as in the workers: fingerprints name it
     arguments.output.mkdir(parents=True, exist_ok=True)
-    store = ResultStore(arguments.output / "grid.jsonl")
+    return ResultStore(arguments.output / file), arguments.jobs, arguments.table
+
+
+def main() -> None:
+    """Complete the results, then print the tables."""
+    store, jobs, table = command_line("Perplexity of every method.", "grid.jsonl")
     methods = all_methods()
-    if not arguments.table:
-        complete(store, experiments(methods), partial(in_workers, jobs=arguments.jobs))
+    if not table:
+        complete(store, experiments(methods), partial(in_workers, jobs=jobs))
     sys.stdout.write("\n".join(tables(store, methods)) + "\n")
 
 

@@ -8,18 +8,13 @@ and every objective; OPT and Mamba at 50 % with a few of them. Results are kept 
 ``OUT/recovery.jsonl`` as they come, and a repeated command goes on.
 """
 
-import argparse
 import json
-import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from itertools import product
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -33,7 +28,7 @@ from layerwise.run.perplexity import perplexity
 from layerwise.run.prune import prune_model
 from layerwise.run.results import ResultStore
 from layerwise.run.sources import code_identity
-from tests.benchmarks.perplexity_grid import MISSING, WORKER_ENVIRONMENT
+from tests.benchmarks.perplexity_grid import MISSING, command_line, in_workers
 
 METHODS = ("magnitude", "wanda", "best")
 PATTERNS = ("0.5", "0.7", "2:4")
@@ -176,27 +171,16 @@ def _fast_scan(model: str) -> Any:
 def complete(store: ResultStore, jobs: int) -> None:
     """Do what is missing, in processes of one thread each."""
     missing = [c for c in cells() if find(store, c) is None]
-    if not missing:
-        return
-    os.environ.update(WORKER_ENVIRONMENT)
-    pool = ProcessPoolExecutor(
-        jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    )
     start = time.monotonic()
-    try:
-        futures = {pool.submit(answer, cell): cell for cell in missing}
-        for number, future in enumerate(as_completed(futures), start=1):
-            cell, result = futures[future], future.result()
-            store.add(cell.to_dict(), identity(cell.model, cell.method), result)
-            left = (time.monotonic() - start) / number * (len(missing) - number) / 60
-            what = cell.row.label if cell.row else "pruned"
-            sys.stderr.write(
-                f"{number}/{len(missing)}, {left:.0f} min left: {cell.model} {cell.method} "
-                f"{cell.pattern} {what}: {result['perplexity']:.3f} "
-                f"({result.get('seconds', 0):.0f} s)\n"
-            )
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for number, (cell, result) in enumerate(in_workers(missing, jobs, answer), start=1):
+        store.add(cell.to_dict(), identity(cell.model, cell.method), result)
+        left = (time.monotonic() - start) / number * (len(missing) - number) / 60
+        what = cell.row.label if cell.row else "pruned"
+        sys.stderr.write(
+            f"{number}/{len(missing)}, {left:.0f} min left: {cell.model} {cell.method} "
+            f"{cell.pattern} {what}: {result['perplexity']:.3f} "
+            f"({result.get('seconds', 0):.0f} s)\n"
+        )
 
 
 def find(store: ResultStore, cell: Cell) -> dict[str, Any] | None:
@@ -230,16 +214,11 @@ def tables(store: ResultStore) -> list[str]:
 
 def main() -> None:
     """Complete the results, then print the tables."""
-    parser = argparse.ArgumentParser(description="Recovery of pruned packaged models.")
-    parser.add_argument("output", type=Path, help="folder of the results")
-    parser.add_argument("--jobs", type=int, default=2, help="worker processes")
-    parser.add_argument("--table", action="store_true", help="only print what is there")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # as in the workers: fingerprints name it
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    store = ResultStore(arguments.output / "recovery.jsonl")
-    if not arguments.table:
-        complete(store, arguments.jobs)
+    store, jobs, table = command_line(
+        "Recovery of pruned packaged models.", "recovery.jsonl"
+    )
+    if not table:
+        complete(store, jobs)
     sys.stdout.write("\n".join(tables(store)) + "\n")
 
 

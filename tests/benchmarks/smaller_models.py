@@ -7,19 +7,21 @@ The three packaged models lose 10, 20, 30 and 50 % of the parameters of their bl
 Results are kept in ``OUT/smaller.jsonl`` as they come, and a repeated command goes on.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from layerwise.run.experiment import DENSE, Experiment
 from layerwise.run.results import ResultStore
-from tests.benchmarks.perplexity_grid import MISSING, complete, find, in_workers
+from tests.benchmarks.perplexity_grid import (
+    MISSING,
+    command_line,
+    complete,
+    find,
+    in_workers,
+)
 
 SPARSITIES = ("0.1", "0.2", "0.3", "0.5")
 MODELS = ("llama", "opt", "mamba")
@@ -145,16 +147,9 @@ def _ratios(
 
 def main() -> None:
     """Complete the results, then print the tables."""
-    parser = argparse.ArgumentParser(description="Perplexity of smaller models.")
-    parser.add_argument("output", type=Path, help="folder of the results")
-    parser.add_argument("--jobs", type=int, default=2, help="worker processes")
-    parser.add_argument("--table", action="store_true", help="only print what is there")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # as in the workers: fingerprints name it
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    store = ResultStore(arguments.output / "smaller.jsonl")
-    if not arguments.table:
-        complete(store, experiments(), partial(in_workers, jobs=arguments.jobs))
+    store, jobs, table = command_line("Perplexity of smaller models.", "smaller.jsonl")
+    if not table:
+        complete(store, experiments(), partial(in_workers, jobs=jobs))
     sys.stdout.write("\n".join(tables(store)) + "\n")
 
 
