@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.mamba import modeling_mamba
 
+from layerwise.demo.scan import selective_scan
 from layerwise.errors import InvalidProblemError
 from layerwise.patterns import NM
 from layerwise.problem import LayerProblem
@@ -14,7 +16,7 @@ from layerwise.run.pipeline import ERROR_CORRECTIONS
 from layerwise.run.streams import BATCH
 from tests.models import RANK, random_tokens, tiny_model, weight_of
 from tests.pruning import prune_and_record
-from tests.tolerances import MOMENTS
+from tests.tolerances import FAST_SCAN, MOMENTS
 
 LENGTH = 10
 TOKENS = random_tokens(BATCH + 2, LENGTH)
@@ -131,3 +133,21 @@ def test_rank_that_is_no_multiple_of_m_is_named(monkeypatch: pytest.MonkeyPatch)
     assert "ignore this layer" in message
     problems = prune(monkeypatch, model, "block", ignore="re:.*dt_proj", **options)
     assert len(problems) == 2 * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fast_scan_is_that_of_transformers(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scan that trains the packaged model, on outputs and on gradients."""
+    results = []
+    for scan in (modeling_mamba.mamba_selective_scan, selective_scan):
+        monkeypatch.setattr(modeling_mamba, "mamba_selective_scan", scan)
+        model: Any = tiny_model("mamba").to(dtype)
+        output = model(input_ids=random_tokens(2, 12), use_cache=False).logits.float()
+        output.square().mean().backward()
+        gradient = model.backbone.layers[0].mixer.A_log.grad.float()
+        results.append((output.detach(), gradient))
+    for found, expected in zip(results[1], results[0], strict=True):
+        limit = FAST_SCAN[dtype] * float(expected.abs().max())
+        torch.testing.assert_close(found, expected, rtol=0, atol=limit)

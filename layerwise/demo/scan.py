@@ -69,9 +69,9 @@ def selective_scan(
     delta_bias: Tensor,  # (channel,)
     **_: Any,
 ) -> Tensor:
-    """Take the place of ``modeling_mamba.mamba_selective_scan`` while training."""
+    """Take the place of ``modeling_mamba.mamba_selective_scan``; float32 inside."""
     dt = functional.softplus(dt + delta_bias[:, None])
-    inputs = [tensor.mT.contiguous() for tensor in (x, dt, B, C)]
+    inputs = [tensor.mT.float().contiguous() for tensor in (x, dt, B, C)]
     scan: Any = Scan.apply  # untyped in torch
     rows = [scan(x1, dt1, A.T, B1, C1) for x1, dt1, B1, C1 in zip(*inputs, strict=True)]
     return (torch.stack(rows).mT + D[:, None] * x) * functional.silu(z)
