@@ -12,6 +12,8 @@ l1. For ``f(w) + penalty * ||w||_1`` the scaled residual is dual feasible; prima
 dual bounds the excess of every row.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,67 @@ from layerwise.problem import LayerProblem
 from layerwise.solution import Certificate
 
 ENERGY_FLOOR = 1e-12  # optima below this share of a row's energy count as this share
+
+
+@dataclass(frozen=True, eq=False)
+class RefitState:
+    """Where the rows of a refit stand; every tensor is float64.
+
+    Parameters
+    ----------
+    residual
+        ``T - w G`` of the damped problem, zero off the support, shape (out, in).
+    objective
+        Damped objective, shape (out,).
+    excess
+        Bound ``||L^-1 r||^2`` on what the objective can still lose, shape (out,).
+    relative
+        The excess divided by a lower bound of the optimum, shape (out,).
+    energy
+        Of the dense outputs, shape (out,).
+    """
+
+    residual: Tensor
+    objective: Tensor
+    excess: Tensor
+    relative: Tensor
+    energy: Tensor
+
+    def where(self, chosen: Tensor, other: "RefitState") -> "RefitState":
+        """Return this state in the chosen rows, the other one elsewhere."""
+        return RefitState(
+            torch.where(chosen[:, None], self.residual, other.residual),
+            torch.where(chosen, self.objective, other.objective),
+            torch.where(chosen, self.excess, other.excess),
+            torch.where(chosen, self.relative, other.relative),
+            self.energy,
+        )
+
+
+def refit_state(problem: LayerProblem, weight: Tensor, mask: Tensor) -> RefitState:
+    """Residuals, objectives and certificates of weights on a mask, all at once.
+
+    Cost: one (out, in, in) product and one triangular solve in float64.
+
+    Parameters
+    ----------
+    problem
+        The problem at the damping that was used.
+    weight, mask
+        Shape (out, in), the weight zero off the mask.
+    """
+    factor = problem.factor(torch.float64)
+    gradient = residual(problem, weight)
+    change = problem.weight.double() - weight.double()
+    sides = gradient if problem.shift is None else gradient + problem.shift
+    objective = ((sides * change).sum(dim=1) + problem.drift).clamp(min=0)
+    rest = gradient.mul_(mask)
+    if factor.raised:  # the gram is singular at this damping, and proves nothing
+        excess = torch.full_like(problem.energy, torch.inf)
+        return RefitState(rest, objective, excess, excess, problem.energy)
+    excess = factor.inverse_norms(rest)
+    relative = relative_excess(problem, objective, excess)
+    return RefitState(rest, objective, excess, relative, problem.energy)
 
 
 def refit_excess(problem: LayerProblem, weight: Tensor, mask: Tensor) -> Tensor:
@@ -40,12 +103,7 @@ def refit_excess(problem: LayerProblem, weight: Tensor, mask: Tensor) -> Tensor:
         1e-12 of the row's energy. Rows without residual get 0, and all rows get inf if
         the gram is singular at this damping.
     """
-    factor = problem.factor(torch.float64)
-    if factor.raised:  # the gram is singular at this damping, and proves nothing
-        return torch.full_like(problem.energy, torch.inf)
-    stationarity = torch.where(mask, residual(problem, weight), 0)
-    objective = objective_rows(problem, weight, damped=True)
-    return relative_excess(problem, objective, factor.inverse_norms(stationarity))
+    return refit_state(problem, weight, mask).relative
 
 
 def relative_excess(problem: LayerProblem, objective: Tensor, excess: Tensor) -> Tensor:
@@ -56,7 +114,12 @@ def relative_excess(problem: LayerProblem, objective: Tensor, excess: Tensor) ->
 
 def refit_certificate(problem: LayerProblem, weight: Tensor, mask: Tensor) -> Certificate:
     """Certificate of the worst row of :func:`refit_excess`."""
-    worst = float(refit_excess(problem, weight, mask).max())
+    return certificate_of(refit_excess(problem, weight, mask))
+
+
+def certificate_of(relative: Tensor) -> Certificate:
+    """Certificate of the worst of some rows; see :func:`refit_excess`."""
+    worst = float(relative.max())
     return Certificate("refit", worst, "damped optimum of the row on its mask")
 
 

@@ -40,6 +40,12 @@ class Factor:
         """Whether the damping had to be raised."""
         return self.damping > self.requested
 
+    def holds_in(self, dtype: torch.dtype) -> bool:
+        """Whether the pivots stand out of the rounding of a precision."""
+        diagonal = self.lower.square().sum(dim=1)
+        pivots = self.lower.diagonal().square() / diagonal
+        return float(pivots.min()) > torch.finfo(dtype).eps * len(self.lower)
+
     def solve_rows(self, rows: Tensor) -> Tensor:
         """``rows @ inverse`` for a matrix (m, in) of row vectors."""
         right_sides = rows.to(self.lower.dtype).T

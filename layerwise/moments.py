@@ -12,10 +12,10 @@ precision activations neither overflow nor lose their sums.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from torch import Tensor
 from layerwise.errors import InvalidProblemError
 from layerwise.fluctuation import RunningFluctuation
 from layerwise.linalg import Factor, factorize
+
+Shared = TypeVar("Shared")
 
 MAX_EXPONENT = 120  # 2 to this power is an ordinary number in float32
 CONSTANT_VARIANCE = 1e-6  # of the second moment, whose float32 products round near 1e-7
@@ -63,9 +65,7 @@ class Moments:
     n_tokens: int = 0
     fluctuation: Tensor | None = None
     _scaled: dict[float, "Moments"] = field(default_factory=dict, init=False, repr=False)
-    _factors: dict[tuple[float, torch.dtype, bool], Factor] = field(
-        default_factory=dict, init=False, repr=False
-    )
+    _shared: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("gram", "cross_gram", *VECTORS):
@@ -124,11 +124,27 @@ class Moments:
         `reverse` factors the gram with its channels in reverse order, which gives an
         upper triangular V with ``V V^T`` equal to the gram.
         """
-        key = (damping, dtype, reverse)
-        if key not in self._factors:
+
+        def make() -> Factor:
             gram = self.gram.flip(0, 1) if reverse else self.gram
-            self._factors[key] = factorize(gram, self.mean_diagonal, damping, dtype)
-        return self._factors[key]
+            return factorize(gram, self.mean_diagonal, damping, dtype)
+
+        return self.shared(("factor", damping, dtype, reverse), make)
+
+    def shared(self, key: Hashable, make: Callable[[], Shared]) -> Shared:
+        """What was made of these moments, made once for all matrices that read them.
+
+        Parameters
+        ----------
+        key
+            Names the thing with everything that decides it.
+        make
+            Called if it does not exist yet.
+        """
+        if key not in self._shared:
+            self._shared[key] = make()
+        found: Shared = self._shared[key]
+        return found
 
     def scaled(self, factor: float) -> "Moments":
         """Moments of inputs multiplied by ``sqrt(factor)``; exact for powers of two.

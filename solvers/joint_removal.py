@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import MemoryBudgetError
-from layerwise.solvers.least_squares import LeastSquares, solve_on_supports
+from layerwise.solvers.least_squares import LeastSquares
+from layerwise.solvers.row_systems import solve_on_supports
 
 
 def remove_jointly(

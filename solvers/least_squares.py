@@ -4,13 +4,15 @@ Row i with support S minimises the damped objective over vectors that vanish out
 the change d from any starting point solves ``d_S G_SS = r_S`` with r the residual
 ``T - w G``. Two inner solvers find d, in the precision in which the gram factors:
 
-- direct: gather ``G_SS`` of many rows and factor them as one batch, O(kept^3 / 3) a row;
-- cg: conjugate gradients on all rows at once with the diagonal as preconditioner, one
-  product O(2 in^2) a row and iteration.
+- direct: gather the systems of many rows and factor them as one batch, O(kept^3 / 3) a
+  row, or O(removed^3 / 3) on the complement (:mod:`.row_systems`);
+- cg: conjugate gradients on all rows at once, preconditioned by a model of the gram that
+  is inverted exactly on every support, O(2 in^2) a row and iteration
+  (:mod:`.conjugate_gradients`).
 
-Residuals are float64, and each correction repeats until the certificate
-``||L^-1 r||^2`` of every row is below the tolerance (iterative refinement). Starting at
-the dense weight, a full mask returns it bit for bit.
+Weights and residuals are float64, and each correction repeats until the certificate
+``||L^-1 r||^2`` of every row is below the tolerance (iterative refinement); rows that are
+there leave. Starting at the dense weight, a full mask returns it bit for bit.
 
 References
 ----------
@@ -23,24 +25,41 @@ References
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from layerwise.certificates import refit_certificate, refit_excess
+from layerwise.certificates import (
+    ENERGY_FLOOR,
+    RefitState,
+    certificate_of,
+    refit_state,
+)
+from layerwise.chunks import in_chunks
 from layerwise.errors import MemoryBudgetError
-from layerwise.evaluate import evaluate, residual
+from layerwise.evaluate import evaluate
 from layerwise.patterns import FixedMask
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solvers.conjugate_gradients import Products, SupportSolver, masked_cg
+from layerwise.solvers.options import check_at_least, check_one_of
+from layerwise.solvers.row_systems import solve_on_complements, solve_on_supports
 
-Correction = Callable[[Tensor], Tensor]  # residual (rows, in) -> change (rows, in)
+__all__ = ["LeastSquares", "masked_cg"]
+
+Round = Callable[[RefitState, Tensor], Tensor]  # state, open rows -> changes
 
 REFINEMENTS = 6
-EXPECTED_ITERATIONS = 120  # of cg, for the choice by cost
-BATCH_EFFICIENCY = 4  # a flop of a batched factorization takes this many of a product's
+EXPECTED_ITERATIONS = 30  # of cg, for the choice by cost
+BATCH_EFFICIENCY = 8  # a flop of a batched factorization takes this many of a product's
+PATIENCE = 2.0  # cg may cost this multiple of the direct solver before it gives up
+STALLED = 0.7  # rounds end where no certificate falls below this share of the last
+FIRST_AIM, NEXT_AIM = 1.5, 0.7  # times the tolerance; certificates tighten on the way
 ARRAYS_PER_ROW = 12  # (in,) vectors of float64 that cg and the certificate keep per row
+CACHED_ROWS = 512  # more at a time leave the caches of a processor
+RANK_SHARE, LARGEST_RANK = 32, 256  # the model has in / 32 directions
 
 
 @dataclass(frozen=True)
@@ -56,8 +75,16 @@ class LeastSquares:
         which cg missed the tolerance.
     max_iterations
         Of cg, per correction.
+    rank
+        Directions of the model that preconditions cg; None is a 32nd of the width, 0 the
+        diagonal alone.
+    products
+        Precision of cg's products with the gram: ``"bfloat16"``, ``"float32"``, or
+        ``"auto"``, bfloat16 where the device has units for it. The answer is certified in
+        float64 in every case.
     memory_budget
-        Bytes for the row systems; rows are solved in chunks that fit.
+        Bytes for the row systems; rows are solved in chunks that fit, and chunks that do
+        not fit the device after all are halved.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gram", "mask"})
@@ -66,7 +93,15 @@ class LeastSquares:
     tolerance: float = 1e-8
     method: Literal["auto", "direct", "cg"] = "auto"
     max_iterations: int = 300
+    rank: int | None = None
+    products: Products = "auto"
     memory_budget: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        check_one_of(self, "method", "auto", "direct", "cg")
+        check_one_of(self, "products", "auto", "bfloat16", "float32")
+        if self.rank is not None:
+            check_at_least(self, rank=0)
 
     def can_solve(self, problem: LayerProblem) -> bool:
         """Only a fixed mask leaves a least squares problem."""
@@ -97,72 +132,48 @@ class LeastSquares:
     def _solve(self, problem: LayerProblem, start: Tensor, mask: Tensor) -> Solution:
         damping = problem.factor(torch.float64).damping
         problem = problem.with_damping(damping)
-        weight = torch.where(mask, start.double(), 0)
+        weight = torch.where(mask, start.to(problem.dtype), 0)
+        excess = torch.zeros_like(problem.energy)
         pending = torch.arange(len(weight), device=weight.device)
+        iterations = 0
         for method in self._methods(problem, mask):
-            pending = self._refit(problem, weight, mask, pending, method)
+            refit = _Refit(self, problem, weight, mask, excess, method)
+            in_chunks(pending, self._chunk(problem, mask[pending], method), refit)
+            iterations += refit.iterations
+            pending = (~(excess <= self.tolerance)).nonzero()[:, 0]
             if len(pending) == 0:
                 break
-        weight = weight.to(problem.dtype)
-        certificate = refit_certificate(problem, weight, mask)
-        met = certificate.bound <= self.tolerance
+        certificate = certificate_of(excess)
         return evaluate(
             problem,
             weight,
             mask,
-            Status.OPTIMAL if met else Status.MAX_ITERATIONS,
+            Status.OPTIMAL if len(pending) == 0 else Status.MAX_ITERATIONS,
             certificate=certificate,
+            iterations=iterations,
             stats={"damping": damping},
         )
 
     def _methods(self, problem: LayerProblem, mask: Tensor) -> tuple[str, ...]:
         if self.method != "auto":
             return (self.method,)
-        kept, width = int(mask.sum(dim=1).amax()), problem.shape[1]
-        direct = BATCH_EFFICIENCY * kept**3 / 3
-        cg = EXPECTED_ITERATIONS * 2 * width**2
-        return ("direct",) if direct <= cg else ("cg", "direct")
+        return ("direct",) if direct_pays(problem, mask) else ("cg", "direct")
 
-    def _refit(
-        self,
-        problem: LayerProblem,
-        weight: Tensor,  # (out, in) float64, updated in place
-        mask: Tensor,
-        pending: Tensor,  # (rows,) indices
-        method: str,
-    ) -> Tensor:  # indices of rows that still miss the tolerance
-        """Correct the pending rows chunk by chunk."""
-        missed = []
-        precision = problem.factor().lower.dtype  # float64 where float32 is not enough
-        gram = problem.damped_gram(precision)
-        for rows in torch.split(pending, self._chunk(gram, mask[pending], method)):
-            part = problem.rows(rows)
-            current, kept = weight[rows], mask[rows]
-            correct: Correction | None = None
-            for _ in range(REFINEMENTS):
-                open_rows = refit_excess(part, current, kept) > self.tolerance / 2
-                if not bool(open_rows.any()):
-                    break
-                if correct is None:
-                    correct = (
-                        solve_on_supports(gram, kept)
-                        if method == "direct"
-                        else _conjugate_gradients(gram, kept, self.max_iterations)
-                    )
-                stationarity = torch.where(kept, residual(part, current), 0)
-                current = current + correct(stationarity)
-            weight[rows] = current
-            still_open = refit_excess(part, current, kept) > self.tolerance
-            missed.append(rows[still_open])
-        return torch.cat(missed)
+    def _rank(self, width: int) -> int:
+        return min(width // RANK_SHARE, LARGEST_RANK) if self.rank is None else self.rank
 
-    def _chunk(self, gram: Tensor, mask: Tensor, method: str) -> int:
+    def _chunk(self, problem: LayerProblem, mask: Tensor, method: str) -> int:
         """Rows that fit the memory budget."""
-        per_row = 8 * ARRAYS_PER_ROW * len(gram)
+        width = problem.shape[1]
+        itemsize = _precision(problem).itemsize
+        per_row = 8 * ARRAYS_PER_ROW * width
         if method == "direct":
-            kept = int(mask.sum(dim=1).amax())
-            per_row += 3 * kept**2 * gram.dtype.itemsize
+            per_row += 3 * _smaller_side(mask) ** 2 * itemsize
+        else:
+            per_row += 3 * self._rank(width) ** 2 * itemsize
         chunk = self.memory_budget // per_row
+        if method == "cg" and mask.device.type == "cpu":
+            chunk = min(chunk, CACHED_ROWS)
         if chunk < 1:
             message = (
                 f"one row of this refit needs {per_row} bytes, the memory budget is "
@@ -172,105 +183,125 @@ class LeastSquares:
         return int(chunk)
 
 
-def solve_on_supports(
-    gram: Tensor,  # (in, in)
-    mask: Tensor,  # (rows, in)
-) -> Correction:
-    """Solver of ``d_S G_SS = r_S`` for all rows, each with its own support S.
+class _Refit:
+    """Refit some rows in place by one method; called chunk by chunk."""
 
-    Batched Cholesky of the gathered systems; shorter rows are padded with identity.
-    """
-    width = len(gram)
-    counts = mask.sum(dim=1)
-    size = int(counts.amax())
-    order = torch.argsort(~mask, dim=1, stable=True)[:, :size]  # kept indices first
-    padding = torch.arange(size, device=mask.device) >= counts[:, None]
-    index = order.masked_fill(padding, width)
-    bordered = torch.nn.functional.pad(gram, (0, 1, 0, 1))
-    systems = bordered[index[:, :, None], index[:, None, :]]
-    systems.diagonal(dim1=1, dim2=2).add_(padding.to(gram.dtype))
-    lower, info = torch.linalg.cholesky_ex(systems)
-    if bool((info > 0).any()):
-        lower, info = torch.linalg.cholesky_ex(systems.double())
-        lower[info > 0] = torch.nan  # a failed factor must show in the weights
-    del systems
+    def __init__(
+        self,
+        solver: LeastSquares,
+        problem: LayerProblem,
+        weight: Tensor,  # (out, in), updated
+        mask: Tensor,  # (out, in)
+        excess: Tensor,  # (out,), updated
+        method: str,
+    ) -> None:
+        self._solver, self._problem, self._method = solver, problem, method
+        self._weight, self._mask, self._excess = weight, mask, excess
+        self.iterations = 0
 
-    def correct(residuals: Tensor) -> Tensor:
-        sides = torch.nn.functional.pad(residuals, (0, 1)).gather(1, index)
-        solved = torch.cholesky_solve(sides[:, :, None].to(lower.dtype), lower)[:, :, 0]
-        change = residuals.new_zeros(len(residuals), width + 1)
-        change.scatter_(1, index, solved.to(residuals.dtype))
-        inside: Tensor = change[:, :width]
-        return inside
+    def __call__(self, rows: Tensor) -> None:
+        """Correct the rows until the certificate of each is below the tolerance."""
+        part = self._problem.rows(rows)
+        current, kept = self._weight[rows].double(), self._mask[rows]
+        state = refit_state(part, current, kept)
+        rounds: list[Round] | None = None
+        for _ in range(REFINEMENTS):
+            open_rows = ~(state.relative <= self._solver.tolerance)
+            if not bool(open_rows.any()):
+                break
+            if rounds is None:
+                rounds = self._direct(kept) if self._method == "direct" else self._cg(kept)
+            trial = current + rounds[0](state, open_rows)
+            trial = trial.to(self._problem.dtype).double()  # what will be returned
+            found = refit_state(part, trial, kept)
+            better = found.relative < state.relative
+            helped = bool((found.relative < STALLED * state.relative)[open_rows].any())
+            current = torch.where(better[:, None], trial, current)
+            state = found.where(better, state)
+            if not helped:
+                rounds = rounds[1:]
+                if not rounds:
+                    break
+        self._weight[rows] = current.to(self._weight.dtype)
+        self._excess[rows] = state.relative
 
-    return correct
+    def _direct(self, kept: Tensor) -> list[Round]:
+        moments, damping = self._problem.moments, self._problem.damping
+        precision = _precision(self._problem)
+        if _smaller_side(kept) < int(kept.sum(dim=1).amax()):
+            inverse = moments.shared(
+                ("inverse", damping, precision),
+                lambda: torch.cholesky_inverse(
+                    self._problem.factor(torch.float64).lower
+                ).to(precision),
+            )
+            correct = solve_on_complements(inverse, kept)
+        else:
+            correct = solve_on_supports(self._problem.damped_gram(precision), kept)
+
+        def on_all(state: RefitState, open_rows: Tensor) -> Tensor:
+            return torch.where(open_rows[:, None], correct(state.residual), 0)
+
+        return [on_all]
+
+    def _cg(self, kept: Tensor) -> list[Round]:
+        """Rounds with rounded products, if there are any, and with exact ones."""
+        problem, solver = self._problem, self._solver
+        rank, products = solver._rank(problem.shape[1]), solver.products
+        precision = _precision(problem)
+        system = problem.moments.shared(
+            ("support solver", problem.damping, precision, rank, products),
+            lambda: SupportSolver(problem.damped_gram(precision), rank, products),
+        )
+        limit = solver.max_iterations
+        if solver.method == "auto":
+            worth = PATIENCE * _flops_of_direct(kept) / _flops_of_iteration(problem)
+            limit = min(limit, 1 + int(worth))
+        aim = FIRST_AIM * solver.tolerance
+
+        def on_open(state: RefitState, open_rows: Tensor, *, rounded: bool) -> Tensor:
+            nonlocal aim
+            picked = open_rows.nonzero()[:, 0]
+            step, used = system.solve(
+                kept[picked],
+                state.residual[picked],
+                state.objective[picked],
+                ENERGY_FLOOR * state.energy[picked],
+                state.excess[picked],
+                aim,
+                limit,
+                rounded=rounded,
+            )
+            self.iterations += used
+            aim = NEXT_AIM * solver.tolerance
+            change = torch.zeros_like(state.residual)
+            change[picked] = step
+            return change
+
+        choices = (True, False) if system.can_round else (False,)
+        return [partial(on_open, rounded=rounded) for rounded in choices]
 
 
-def _conjugate_gradients(gram: Tensor, mask: Tensor, max_iterations: int) -> Correction:
-    """Jacobi-preconditioned conjugate gradients on every row, finished rows dropped."""
-    target = 1e-5 if gram.dtype == torch.float32 else 1e-8
-
-    def correct(residuals: Tensor) -> Tensor:
-        scale = residuals.norm(dim=1, keepdim=True)
-        unit = residuals / torch.where(scale > 0, scale, 1)  # float32 keeps small rows
-        change, _ = masked_cg(gram, mask, unit.to(gram.dtype), target, max_iterations)
-        rescaled: Tensor = change.to(residuals.dtype) * scale
-        return rescaled
-
-    return correct
+def direct_pays(problem: LayerProblem, mask: Tensor) -> bool:
+    """Whether factoring the system of every row is expected to be the cheaper way."""
+    return _flops_of_direct(mask) <= EXPECTED_ITERATIONS * _flops_of_iteration(problem)
 
 
-def masked_cg(
-    gram: Tensor,  # (in, in)
-    mask: Tensor,  # (rows, in)
-    sides: Tensor,  # (rows, in), zero off the mask
-    tolerance: float,
-    max_iterations: int,
-) -> tuple[Tensor, int]:  # (rows, in)
-    """Solve ``d_S G_SS = b_S`` for all rows by preconditioned conjugate gradients.
+def _precision(problem: LayerProblem) -> torch.dtype:
+    """Precision of the inner solvers: float64 if the weight or the gram needs it."""
+    factor = problem.factor(torch.float64)
+    return problem.dtype if factor.holds_in(problem.dtype) else torch.float64
 
-    Parameters
-    ----------
-    gram
-        Damped gram, positive definite.
-    mask
-        Support S of each row, True = kept.
-    sides
-        Right-hand sides b.
-    tolerance
-        On the residual norm of each row, relative to its right-hand side.
-    max_iterations
-        Products with the gram, each 2 rows in^2 operations.
 
-    Returns
-    -------
-    tuple
-        Solutions, zero off the mask, and the number of iterations.
-    """
-    solution = torch.zeros_like(sides)
-    inverse_diagonal = 1 / gram.diagonal()
-    goal = tolerance * sides.norm(dim=1)
-    rows = (sides.norm(dim=1) > goal).nonzero()[:, 0]
-    kept, rest, found = mask[rows], sides[rows], solution[rows]
-    direction = rest * inverse_diagonal
-    energy = (rest * direction).sum(dim=1, keepdim=True)
-    iterations = 0
-    while len(rows) and iterations < max_iterations:
-        iterations += 1
-        image = (direction @ gram).masked_fill_(~kept, 0)
-        curvature = (direction * image).sum(dim=1, keepdim=True)
-        step = torch.where(curvature > 0, energy / curvature, 0)
-        found = found + step * direction
-        rest = rest - step * image
-        scaled = rest * inverse_diagonal
-        previous, energy = energy, (rest * scaled).sum(dim=1, keepdim=True)
-        ratio = torch.where(previous > 0, energy / previous, 0)
-        direction = scaled + ratio * direction
-        done = rest.norm(dim=1) <= goal[rows]
-        if bool(done.any()):
-            solution[rows[done]] = found[done]
-            more = ~done
-            rows, kept, rest, found = rows[more], kept[more], rest[more], found[more]
-            direction, energy = direction[more], energy[more]
-    solution[rows] = found
-    return solution, iterations
+def _smaller_side(mask: Tensor) -> int:
+    """Most weights that a row keeps, or that it loses, whichever is less."""
+    kept = mask.sum(dim=1)
+    return min(int(kept.amax()), int((mask.shape[1] - kept).amax()))
+
+
+def _flops_of_direct(mask: Tensor) -> float:
+    return BATCH_EFFICIENCY * _smaller_side(mask) ** 3 / 3
+
+
+def _flops_of_iteration(problem: LayerProblem) -> float:
+    return 2.0 * problem.shape[1] ** 2

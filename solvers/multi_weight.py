@@ -47,11 +47,7 @@ from layerwise.patterns import NM, FixedMask, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution
 from layerwise.solvers.joint_removal import multipliers, remove_jointly
-from layerwise.solvers.least_squares import (
-    BATCH_EFFICIENCY,
-    EXPECTED_ITERATIONS,
-    LeastSquares,
-)
+from layerwise.solvers.least_squares import LeastSquares, direct_pays
 from layerwise.solvers.options import check_at_least, check_one_of
 from layerwise.solvers.sparsegpt import SparseGPT, least_squares_weight
 
@@ -138,13 +134,9 @@ class MultiWeight:
 
     def _refit(self, problem: LayerProblem, kept: Tensor) -> Solution:
         """Optimal weights on a mask; what the closed form missed is solved again."""
-        width = problem.shape[1]
         most_kept, most_removed = (int(m.sum(dim=1).amax()) for m in (kept, ~kept))
-        solve_kept = min(
-            BATCH_EFFICIENCY * most_kept**3 / 3, EXPECTED_ITERATIONS * 2 * width**2
-        )
         weight = problem.weight
-        if BATCH_EFFICIENCY * most_removed**3 / 3 < solve_kept:
+        if most_removed < most_kept and direct_pays(problem, kept):
             factor = problem.factor(torch.float64)
             start = problem.weight.double()
             if problem.shift is not None:

@@ -1,6 +1,7 @@
 """The refit: both inner solvers, unequal rows, memory, and the honesty of its status."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,13 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import layerwise as lw
-from layerwise.errors import InvalidProblemError, MemoryBudgetError
+from layerwise.errors import InvalidProblemError, MemoryBudgetError, UsageError
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import FixedMask, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import Status
+from layerwise.solvers.conjugate_gradients import SupportSolver
 from layerwise.solvers.fista import Fista
-from layerwise.solvers.least_squares import LeastSquares, masked_cg
+from layerwise.solvers.least_squares import LeastSquares
 from tests.problems import PROBLEMS, Layer, layers, make_layer, patterns, uneven_mask
 from tests.reference import Equations
 from tests.tolerances import CLOSED_FORM, EQUIVARIANCE, REFIT_REFERENCE, ROUNDING
@@ -62,7 +64,8 @@ def test_memory_budget_changes_the_chunks_and_not_the_answer(method: Any) -> Non
     whole = lw.solve(problem, LeastSquares(method=method))
     for budget in (8_000, 16_000, 60_000):
         parts = lw.solve(problem, LeastSquares(method=method, memory_budget=budget))
-        torch.testing.assert_close(parts.weight, whole.weight, rtol=0, atol=EQUIVARIANCE)
+        limit = EQUIVARIANCE if method == "direct" else LeastSquares().tolerance ** 0.5
+        torch.testing.assert_close(parts.weight, whole.weight, rtol=0, atol=limit)
         assert parts.status is Status.OPTIMAL
 
 
@@ -83,8 +86,9 @@ def test_memory_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_budget_too_small_for_one_row() -> None:
-    problem = PROBLEMS["plain"].problem(FixedMask(torch.ones(6, 16, dtype=torch.bool)))
-    with pytest.raises(MemoryBudgetError, match=r"needs 7680 bytes.* budget is 100; raise"):
+    problem = PROBLEMS["plain"].problem(FixedMask(torch.arange(96).view(6, 16) % 2 == 0))
+    # vectors, and three 8 x 8 systems
+    with pytest.raises(MemoryBudgetError, match=r"needs 3072 bytes.* budget is 100; raise"):
         lw.solve(problem, LeastSquares(method="direct", memory_budget=100))
 
 
@@ -104,10 +108,10 @@ def test_iterations_too_few_are_admitted() -> None:
 
 
 def test_direct_rescues_rows_that_cg_missed() -> None:
-    # nearly full rows, for which cg is the cheaper choice
+    # wide and half full rows, for which cg is the cheaper choice
     layer = make_layer(62, rows=2, width=220, tokens=400, correlation=0.9)
     mask = torch.ones(layer.shape, dtype=torch.bool)
-    mask[:, ::40] = False
+    mask[:, ::2] = False
     problem = layer.problem(FixedMask(mask))
     assert LeastSquares()._methods(problem, mask) == ("cg", "direct")
     solution = lw.solve(problem, LeastSquares(max_iterations=2))
@@ -211,31 +215,99 @@ def test_closed_form_of_a_joint_removal(data: st.DataObject) -> None:
     torch.testing.assert_close(found, loss, rtol=0, atol=slack)
 
 
-def test_conjugate_gradients_decrease_the_objective() -> None:
-    layer = PROBLEMS["correlated"]
-    mask = uneven_mask(layer)
+@pytest.mark.parametrize("products", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rank", [0, 4, None])
+def test_rounded_products_change_the_way_and_not_the_answer(
+    products: Any, rank: int | None
+) -> None:
+    layer = make_layer(64, rows=9, width=96, tokens=400, condition=300, drift=0.1)
+    layer = layer.to(torch.float32)
+    mask = Unstructured(0.5).mask(layer.weight.abs())
     problem = layer.problem(FixedMask(mask))
-    gram, target = problem.damped()
-    sides = torch.where(mask, target, 0)
-    values = []
-    for limit in range(12):
-        solution, used = masked_cg(gram, mask, sides, 0.0, limit)
-        assert used <= limit
-        assert not solution[~mask].any()
-        values.append(objective_rows(problem, solution, damped=True))
-    slack = ROUNDING * problem.energy
-    for before, after in pairwise(values):
-        assert bool((after <= before + slack).all())
-    assert bool((values[-1] < values[0])[:-1].all())
+    solver = LeastSquares(method="cg", products=products, rank=rank)
+    solution = lw.solve(problem, solver)
+    assert solution.status is Status.OPTIMAL
+    exact = lw.solve(problem, LeastSquares(method="direct"))
+    value, best = (
+        objective_rows(problem, found.weight, damped=True) for found in (solution, exact)
+    )
+    assert bool((value <= best * (1 + solver.tolerance)).all())
 
 
-def test_conjugate_gradients_stop_row_by_row() -> None:
-    gram = torch.diag(torch.arange(1.0, 9.0, dtype=torch.float64))
-    gram[0, 1] = gram[1, 0] = 0.5
-    mask = torch.ones(3, 8, dtype=torch.bool)
-    sides = make_layer(63, rows=3, width=8).weight
-    sides[1] = 0
-    solution, iterations = masked_cg(gram, mask, sides, 1e-12, 100)
-    torch.testing.assert_close(solution, sides @ torch.linalg.inv(gram))
-    assert not solution[1].any()
-    assert iterations <= 9
+@pytest.mark.parametrize("method", ["auto", "cg"])
+def test_rounding_that_breaks_the_gram_is_noticed(method: Any) -> None:
+    """A remainder with eigenvalues below the rounding: exact products take over."""
+    layer = make_layer(65, rows=9, width=96, tokens=400, condition=1e6).to(torch.float32)
+    mask = Unstructured(0.5).mask(layer.weight.abs())
+    problem = layer.problem(FixedMask(mask), damping=1e-7)
+    solver = LeastSquares(method=method, products="bfloat16", tolerance=1e-6, rank=0)
+    start = objective_rows(problem, torch.where(mask, layer.weight, 0), damped=True)
+    solution = lw.solve(problem, solver)
+    assert solution.status is Status.OPTIMAL
+    assert bool((objective_rows(problem, solution.weight, damped=True) < start).all())
+
+
+def test_a_round_that_makes_a_row_worse_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = PROBLEMS["correlated"]
+    problem = layer.problem(FixedMask(uneven_mask(layer)))
+    monkeypatch.setattr(
+        SupportSolver,
+        "solve",
+        lambda _, mask, *args, **options: (torch.where(mask, 1e3, 0.0).double(), 1),
+    )
+    stopped = lw.solve(problem, LeastSquares(method="cg"))
+    masked = torch.where(stopped.mask, layer.weight, 0)
+    torch.testing.assert_close(stopped.weight, masked, rtol=0, atol=0)
+    assert stopped.status is Status.MAX_ITERATIONS
+
+
+@pytest.mark.parametrize(("sparsity", "size"), [(0.2, 8), (0.7, 12)])
+def test_direct_takes_the_smaller_side(
+    sparsity: float, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = make_layer(66, rows=5, width=40, tokens=200, drift=0.2)
+    mask = Unstructured(sparsity).mask(layer.weight.abs())
+    sizes = []
+    factor = torch.linalg.cholesky_ex
+
+    def record(systems: Tensor, **options: Any) -> Any:
+        if systems.dim() == 3:
+            sizes.append(systems.shape[-1])
+        return factor(systems, **options)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", record)
+    solution = lw.solve(layer.problem(FixedMask(mask)), LeastSquares(method="direct"))
+    assert solution.status is Status.OPTIMAL
+    assert sizes == [size]
+
+
+def test_matrices_with_the_same_inputs_share_the_preparation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = make_layer(67, rows=4, width=64, tokens=200)
+    prepared = []
+    prepare = SupportSolver.__init__
+
+    def record(self: SupportSolver, *args: Any) -> None:
+        prepared.append(args)
+        prepare(self, *args)
+
+    monkeypatch.setattr(SupportSolver, "__init__", record)
+    problem = layer.problem(FixedMask(layer.weight > 0))
+    other = replace(problem, weight=problem.weight.flip(0))
+    for question in (problem, other, problem.with_damping(0.1)):
+        lw.solve(question, LeastSquares(method="cg"))
+    assert len(prepared) == 2  # one for each damping
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "qr"}, "method"),
+        ({"products": "int8"}, "products"),
+        ({"rank": -1}, "rank"),
+    ],
+)
+def test_unknown_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        LeastSquares(**options)

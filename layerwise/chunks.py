@@ -1,0 +1,51 @@
+"""Work on rows in chunks that fit the memory."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import MemoryBudgetError
+
+
+def in_chunks(rows: Tensor, size: int, work: Callable[[Tensor], None]) -> None:
+    """Do the work chunk by chunk; where memory runs out, halve the chunks and go on.
+
+    Parameters
+    ----------
+    rows
+        Indices, shape (n,).
+    size
+        Rows per chunk that the memory budget allows.
+    work
+        Called with the indices of a chunk; it must change nothing before it has all that
+        it needs, because a chunk that did not fit is begun again.
+
+    Raises
+    ------
+    MemoryBudgetError
+        If a single row does not fit.
+    """
+    begin = 0
+    while begin < len(rows):
+        try:
+            work(rows[begin : begin + size])
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            if size == 1:
+                message = f"one row of this layer does not fit the memory: {error}"
+                raise MemoryBudgetError(message) from error
+            size = max(1, min(size, len(rows) - begin) // 2)
+        else:
+            begin += size
+            continue
+        if rows.device.type == "cuda":  # outside the handler, which holds on to tensors
+            torch.cuda.empty_cache()
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed; on a CPU torch says so by a message alone."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "can't allocate memory" in str(error)

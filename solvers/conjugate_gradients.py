@@ -1,0 +1,274 @@
+r"""Conjugate gradients on ``d_S G_SS = b_S`` for all rows at once, each with its support.
+
+:func:`masked_cg` is the plain method with the diagonal as preconditioner.
+:class:`SupportSolver` adds what an exact refit of wide layers needs:
+
+- the gram is scaled to unit diagonal, and a model of it (:mod:`.factor_model`) is the
+  preconditioner, exactly inverted on every support;
+- products with the gram may run in bfloat16. Only the remainder ``C - U V U^T`` is
+  rounded: its leading directions and its diagonal stay in the working precision, so what
+  is lost is relative to the small part. Every few iterations the residual is computed
+  again from scratch in the working precision;
+- the direction is made conjugate by the change of the residual, which allows for inexact
+  products [1]_;
+- a row is done when what it can still gain is a given share of its objective. It leaves
+  the batch at the next look, which is taken every few iterations because looking makes a
+  GPU wait.
+
+References
+----------
+.. [1] G. Golub, Q. Ye, "Inexact Preconditioned Conjugate Gradient Method with Inner-Outer
+   Iteration", SIAM J. Scientific Computing 1999.
+.. [2] H. van der Vorst, Q. Ye, "Residual Replacement Strategies for Krylov Subspace
+   Iterative Methods", SIAM J. Scientific Computing 2000.
+"""
+
+from copy import copy
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from layerwise.solvers.factor_model import FactorModel
+
+Products = Literal["auto", "bfloat16", "float32"]
+
+LOOK_EVERY = 4  # iterations between two looks at which rows are done
+REPLACE_EVERY = 12  # iterations between two exact residuals, with rounded products
+NARROW = 512  # below it, other work outweighs the products
+FEWEST_DONE = 0.1  # share of the rows that is worth a smaller batch
+
+
+def masked_cg(
+    gram: Tensor,  # (in, in)
+    mask: Tensor,  # (rows, in)
+    sides: Tensor,  # (rows, in), zero off the mask
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[Tensor, int]:  # (rows, in)
+    """Solve ``d_S G_SS = b_S`` for all rows by preconditioned conjugate gradients.
+
+    Parameters
+    ----------
+    gram
+        Damped gram, positive definite.
+    mask
+        Support S of each row, True = kept.
+    sides
+        Right-hand sides b.
+    tolerance
+        On the residual norm of each row, relative to its right-hand side.
+    max_iterations
+        Products with the gram, each 2 rows in^2 operations.
+
+    Returns
+    -------
+    tuple
+        Solutions, zero off the mask, and the number of iterations.
+    """
+    solution = torch.zeros_like(sides)
+    inverse_diagonal = 1 / gram.diagonal()
+    goal = tolerance * sides.norm(dim=1)
+    rows = (sides.norm(dim=1) > goal).nonzero()[:, 0]
+    kept, rest, found = mask[rows].to(gram.dtype), sides[rows], solution[rows]
+    direction = rest * inverse_diagonal
+    energy = (rest * direction).sum(dim=1, keepdim=True)
+    iterations = 0
+    while len(rows) and iterations < max_iterations:
+        iterations += 1
+        image = (direction @ gram).mul_(kept)
+        curvature = (direction * image).sum(dim=1, keepdim=True)
+        step = torch.where(curvature > 0, energy / curvature, 0)
+        found = found + step * direction
+        rest = rest - step * image
+        scaled = rest * inverse_diagonal
+        previous, energy = energy, (rest * scaled).sum(dim=1, keepdim=True)
+        ratio = torch.where(previous > 0, energy / previous, 0)
+        direction = scaled + ratio * direction
+        done = rest.norm(dim=1) <= goal[rows]
+        if bool(done.any()):
+            solution[rows[done]] = found[done]
+            more = ~done
+            rows, kept, rest, found = rows[more], kept[more], rest[more], found[more]
+            direction, energy = direction[more], energy[more]
+    solution[rows] = found
+    return solution, iterations
+
+
+class SupportSolver:
+    """A gram prepared for systems on many supports.
+
+    Parameters
+    ----------
+    gram
+        Damped gram, positive definite, shape (in, in), in the working precision.
+    rank
+        Of the model that preconditions; 0 leaves the diagonal.
+    products
+        Precision of the products with the gram, ``"float32"`` for the working precision;
+        ``"auto"`` takes bfloat16 where the device has units for it.
+    """
+
+    def __init__(self, gram: Tensor, rank: int, products: Products = "auto") -> None:
+        self.root = gram.diagonal().sqrt()
+        self.gram = gram / self.root / self.root[:, None]
+        self.model = FactorModel.of(self.gram, rank)
+        self._remainder: Tensor | None = None
+        wanted = products == "bfloat16" or (products == "auto" and rounding_pays(gram))
+        if wanted and gram.dtype == torch.float32:
+            basis, values = self.model.basis, self.model.values
+            rest = torch.addmm(self.gram, basis * values, basis.T, alpha=-1)
+            self._diagonal = rest.diagonal().clone()
+            self._remainder = rest.fill_diagonal_(0).to(torch.bfloat16)
+
+    @property
+    def can_round(self) -> bool:
+        """Whether there are products in bfloat16."""
+        return self._remainder is not None
+
+    def product(self, rows: Tensor, out: Tensor, rounded: bool) -> Tensor:
+        """Rows (m, in) times the gram of unit diagonal; rounded, its remainder only."""
+        if not rounded:
+            return torch.mm(rows, self.gram, out=out)
+        assert self._remainder is not None
+        out.copy_(rows.to(torch.bfloat16) @ self._remainder)
+        out.addcmul_(rows, self._diagonal)
+        basis = self.model.basis
+        return out.addmm_((rows @ basis).mul_(self.model.values), basis.T)
+
+    def solve(
+        self,
+        mask: Tensor,  # (rows, in)
+        residuals: Tensor,  # (rows, in), zero off the mask
+        objective: Tensor,  # (rows,)
+        floor: Tensor,  # (rows,)
+        excess: Tensor,  # (rows,)
+        tolerance: float,
+        max_iterations: int,
+        *,
+        rounded: bool,
+    ) -> tuple[Tensor, int]:  # (rows, in)
+        """Change of every row that solves ``d_S G_SS = r_S`` well enough.
+
+        Parameters
+        ----------
+        mask
+            Support S of each row, True = kept.
+        residuals
+            ``r_S``, minus half the gradient of the objective.
+        objective
+            Where each row begins; it falls by ``<d, r>``.
+        floor
+            Objectives below it count as this much.
+        excess
+            Bound on what the objective can lose where each row begins. It is taken to fall
+            in proportion to ``r M^-1 r``, with M the model of the gram.
+        tolerance
+            A row is done when its excess is below this share of its objective.
+        max_iterations
+            Products with the gram.
+        rounded
+            Whether they are rounded to bfloat16.
+
+        Returns
+        -------
+        tuple
+            Changes, zero off the mask, and the number of iterations.
+        """
+        dtype = self.gram.dtype
+        norms = residuals.norm(dim=1)
+        scale = torch.where(norms > 0, norms, 1)  # float32 keeps small rows
+        sides = (residuals / self.root / scale[:, None]).to(dtype)
+        value, least, bound = (
+            (v / scale.square()).to(dtype) for v in (objective, floor, excess)
+        )
+        batch = _Batch(self, mask.to(dtype), sides, value)
+        share = tolerance * torch.where(bound > 0, batch.energy / bound, 1)
+        rounding = torch.finfo(dtype).eps ** 2 * batch.energy  # less cannot be seen
+        solution = torch.zeros_like(sides)
+        rows = torch.arange(len(sides), device=sides.device)
+        iteration = 0
+        while True:
+            if iteration % LOOK_EVERY == 0 or iteration == max_iterations:
+                enough = share * torch.maximum(batch.value, least)
+                done = ~(batch.energy > torch.maximum(enough, rounding))
+                if iteration == max_iterations:
+                    done = torch.ones_like(done)
+                if float(done.float().mean()) >= FEWEST_DONE:
+                    solution[rows[done]] = batch.found[done]
+                    more = ~done
+                    batch = batch.rows(more)
+                    rows, share = rows[more], share[more]
+                    least, rounding = least[more], rounding[more]
+                if len(rows) == 0:
+                    break
+            iteration += 1
+            batch.advance(rounded, exact=iteration % REPLACE_EVERY == 0)
+        return solution.to(residuals.dtype) * scale[:, None] / self.root, iteration
+
+
+class _Batch:
+    """Rows that still iterate, with work space, so that an iteration allocates nothing."""
+
+    def __init__(
+        self,
+        system: SupportSolver,
+        kept: Tensor,  # (rows, in)
+        sides: Tensor,  # (rows, in)
+        value: Tensor,  # (rows,)
+    ) -> None:
+        self._system = system
+        self._inverse = system.model.restricted(kept)
+        self._sides, self._rest = sides, sides.clone()
+        self.value = value
+        self.found = torch.zeros_like(sides)
+        self._allocate()
+        self._inverse.solve(self._rest, self._ahead)
+        self._direction = self._ahead.clone()
+        self.energy = self._dot(self._rest, self._ahead)
+
+    def _allocate(self) -> None:
+        self._ahead = torch.empty_like(self._rest)
+        self._image = torch.empty_like(self._rest)
+        self._products = torch.empty_like(self._rest)
+
+    def _dot(self, left: Tensor, right: Tensor) -> Tensor:  # (rows,)
+        return torch.mul(left, right, out=self._products).sum(dim=1)
+
+    def rows(self, selection: Tensor) -> "_Batch":
+        """Return the batch of some rows."""
+        other = copy(self)
+        other._inverse = self._inverse.rows(selection)
+        for name in ("_sides", "_rest", "_direction", "found", "value", "energy"):
+            setattr(other, name, getattr(self, name)[selection])
+        other._allocate()
+        return other
+
+    def advance(self, rounded: bool, *, exact: bool) -> None:
+        """Make one step; with rounded products the new residual may be `exact`."""
+        system, kept = self._system, self._inverse.kept
+        system.product(self._direction, self._image, rounded).mul_(kept)
+        curvature = self._dot(self._direction, self._image)
+        step = torch.where(curvature > 0, self.energy / curvature, 0)[:, None]
+        self.found.addcmul_(step, self._direction)
+        self.value = self.value - step[:, 0] * self.energy
+        if rounded and exact:
+            torch.addmm(self._sides, self.found, system.gram, alpha=-1, out=self._rest)
+            self._rest.mul_(kept)
+        else:
+            self._rest.addcmul_(step, self._image, value=-1)
+        self._inverse.solve(self._rest, self._ahead)
+        before, self.energy = self.energy, self._dot(self._rest, self._ahead)
+        turned = -step[:, 0] * self._dot(self._image, self._ahead)
+        ratio = torch.where(before > 0, turned / before, 0).clamp_(min=0)
+        self._direction.mul_(ratio[:, None]).add_(self._ahead)
+
+
+def rounding_pays(gram: Tensor) -> bool:
+    """Whether products in bfloat16 are faster: wide grams, and units for it."""
+    if len(gram) < NARROW:
+        return False
+    if gram.device.type == "cuda":
+        return torch.cuda.get_device_capability(gram.device) >= (8, 0)
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)  # no public question
+    return gram.device.type == "cpu" and tiles is not None and bool(tiles())

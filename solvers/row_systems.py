@@ -1,0 +1,62 @@
+"""Systems ``d_S G_SS = r_S`` of many rows by batched Cholesky factorizations.
+
+A row is solved on its support S, or, where fewer weights are gone than kept, on the
+complement P by the closed form of a joint removal: with ``y = r G^-1`` the answer is
+``y - y_P [(G^-1)_PP]^-1 (G^-1)_P``.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Correction = Callable[[Tensor], Tensor]  # residual (rows, in) -> change (rows, in)
+
+
+def solve_on_supports(
+    gram: Tensor,  # (in, in)
+    mask: Tensor,  # (rows, in)
+) -> Correction:
+    """Solver of ``d_S G_SS = r_S`` for all rows, each with its own support S.
+
+    Batched Cholesky of the gathered systems; shorter rows are padded with identity.
+    """
+    width = len(gram)
+    counts = mask.sum(dim=1)
+    size = int(counts.amax())
+    order = torch.argsort(~mask, dim=1, stable=True)[:, :size]  # kept indices first
+    padding = torch.arange(size, device=mask.device) >= counts[:, None]
+    index = order.masked_fill(padding, width)
+    bordered = torch.nn.functional.pad(gram, (0, 1, 0, 1))
+    systems = bordered[index[:, :, None], index[:, None, :]]
+    systems.diagonal(dim1=1, dim2=2).add_(padding.to(gram.dtype))
+    lower, info = torch.linalg.cholesky_ex(systems)
+    if bool((info > 0).any()):
+        lower, info = torch.linalg.cholesky_ex(systems.double())
+        lower[info > 0] = torch.nan  # a failed factor must show in the weights
+    del systems
+
+    def correct(residuals: Tensor) -> Tensor:
+        sides = torch.nn.functional.pad(residuals, (0, 1)).gather(1, index)
+        solved = torch.cholesky_solve(sides[:, :, None].to(lower.dtype), lower)[:, :, 0]
+        change = residuals.new_zeros(len(residuals), width + 1)
+        change.scatter_(1, index, solved.to(residuals.dtype))
+        inside: Tensor = change[:, :width]
+        return inside
+
+    return correct
+
+
+def solve_on_complements(
+    inverse: Tensor,  # (in, in)
+    mask: Tensor,  # (rows, in)
+) -> Correction:
+    """The same answers from the inverse of the gram: O(removed^3 / 3) a row."""
+    pull = solve_on_supports(inverse, ~mask)
+
+    def correct(residuals: Tensor) -> Tensor:
+        free = residuals @ inverse.to(residuals.dtype)
+        bound = pull(torch.where(mask, 0, free)) @ inverse.to(residuals.dtype)
+        return torch.where(mask, free - bound, 0)
+
+    return correct

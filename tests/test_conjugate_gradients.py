@@ -1,0 +1,150 @@
+"""Conjugate gradients on many supports: plain, preconditioned, and rounded."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from layerwise.certificates import RefitState, refit_state
+from layerwise.evaluate import objective_rows
+from layerwise.patterns import FixedMask, Unstructured
+from layerwise.problem import LayerProblem
+from layerwise.solvers.conjugate_gradients import SupportSolver, masked_cg
+from tests.problems import PROBLEMS, make_layer, uneven_mask
+from tests.tolerances import ROUNDING
+
+TOLERANCE = 1e-6
+
+
+def test_conjugate_gradients_decrease_the_objective() -> None:
+    layer = PROBLEMS["correlated"]
+    mask = uneven_mask(layer)
+    problem = layer.problem(FixedMask(mask))
+    gram, target = problem.damped()
+    sides = torch.where(mask, target, 0)
+    values = []
+    for limit in range(12):
+        solution, used = masked_cg(gram, mask, sides, 0.0, limit)
+        assert used <= limit
+        assert not solution[~mask].any()
+        values.append(objective_rows(problem, solution, damped=True))
+    slack = ROUNDING * problem.energy
+    for before, after in pairwise(values):
+        assert bool((after <= before + slack).all())
+    assert bool((values[-1] < values[0])[:-1].all())
+
+
+def test_conjugate_gradients_stop_row_by_row() -> None:
+    gram = torch.diag(torch.arange(1.0, 9.0, dtype=torch.float64))
+    gram[0, 1] = gram[1, 0] = 0.5
+    mask = torch.ones(3, 8, dtype=torch.bool)
+    sides = make_layer(63, rows=3, width=8).weight
+    sides[1] = 0
+    solution, iterations = masked_cg(gram, mask, sides, 1e-12, 100)
+    torch.testing.assert_close(solution, sides @ torch.linalg.inv(gram))
+    assert not solution[1].any()
+    assert iterations <= 9
+
+
+def spiked(dtype: torch.dtype = torch.float32) -> tuple[LayerProblem, Tensor]:
+    """A wide layer whose inputs share a few strong directions."""
+    layer = make_layer(70, rows=20, width=160, tokens=600)
+    mixed = layer.inputs.clone()
+    strong = make_layer(71, rows=160, width=5).weight @ make_layer(72, 5, 600).weight
+    layer = type(layer)(layer.weight, mixed + 3 * strong).to(dtype)
+    mask = Unstructured(0.5).mask(layer.weight.abs())
+    return layer.problem(FixedMask(mask)), mask
+
+
+def corrected(
+    problem: LayerProblem,
+    mask: Tensor,
+    system: SupportSolver,
+    limit: int = 300,
+    *,
+    rounded: bool,
+) -> tuple[RefitState, RefitState, int]:
+    """Before and behind one correction of the masked weight."""
+    weight = torch.where(mask, problem.weight, 0).double()
+    state = refit_state(problem, weight, mask)
+    change, iterations = system.solve(
+        mask,
+        state.residual,
+        state.objective,
+        1e-12 * state.energy,
+        state.excess,
+        TOLERANCE,
+        limit,
+        rounded=rounded,
+    )
+    assert not change[~mask].any()
+    return state, refit_state(problem, weight + change, mask), iterations
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [0, 8])
+def test_correction_solves_every_row(dtype: torch.dtype, rank: int) -> None:
+    problem, mask = spiked(dtype)
+    mask[3], mask[4] = False, True
+    system = SupportSolver(problem.damped_gram(dtype), rank, "float32")
+    _, state, _ = corrected(problem, mask, system, rounded=False)
+    assert float(state.relative.max()) < 10 * TOLERANCE
+    assert state.excess[3] == 0
+
+
+def test_rounded_products_reach_the_same_answer() -> None:
+    problem, mask = spiked()
+    gram = problem.damped_gram(torch.float32)
+    system = SupportSolver(gram, 8, "bfloat16")
+    _, state, _ = corrected(problem, mask, system, rounded=True)
+    assert float(state.relative.max()) < 10 * TOLERANCE
+    rows = problem.weight
+    exact = rows @ (gram / system.root / system.root[:, None])
+    error = system.product(rows, torch.empty_like(rows), True) - exact
+    plain = rows.bfloat16() @ system.gram.bfloat16() - exact
+    assert (
+        0 < float(error.norm()) < float(plain.norm()) / 4
+    )  # only the remainder is rounded
+    assert not SupportSolver(gram.double(), 8, "bfloat16").can_round
+
+
+def test_shared_directions_save_iterations() -> None:
+    problem, mask = spiked()
+    gram = problem.damped_gram(torch.float32)
+    plain, modelled = (
+        corrected(problem, mask, SupportSolver(gram, rank, "float32"), rounded=False)[2]
+        for rank in (0, 8)
+    )
+    assert modelled <= plain / 2
+
+
+def test_objective_falls_with_every_iteration() -> None:
+    problem, mask = spiked(torch.float64)
+    system = SupportSolver(problem.damped_gram(torch.float64), 8)
+    values = [
+        corrected(problem, mask, system, limit, rounded=False)[1].objective
+        for limit in range(1, 7)
+    ]
+    for before, after in pairwise(values):
+        assert bool((after < before).all())
+
+
+def test_converged_rows_stay_converged() -> None:
+    """Iterations behind the last digit of the precision do no harm."""
+    problem, mask = spiked()
+    weight = torch.where(mask, problem.weight, 0).double()
+    system = SupportSolver(problem.damped_gram(torch.float32), 8, "float32")
+    state = refit_state(problem, weight, mask)
+    change, iterations = system.solve(
+        mask,
+        state.residual,
+        state.objective,
+        0 * state.energy,
+        state.excess,
+        0.0,
+        500,
+        rounded=False,
+    )
+    assert iterations < 100
+    assert float(refit_state(problem, weight + change, mask).relative.max()) < TOLERANCE
