@@ -6,8 +6,8 @@ The objective ``||W X - What Xhat||_F^2 / tokens`` depends on the inputs only th
     cross_gram  C = X Xhat^T / tokens         (in, in), not symmetric; C = G if Xhat = X
     drift       ||W (X - Xhat)||^2 / tokens   (out,), per matrix, zero if Xhat = X
 
-This is the only module that touches activations. Chunks are scaled by a power of two,
-multiplied in float32 (float64 for float64 inputs) and summed in float64, so half
+Chunks of activations are scaled by a power of two, multiplied in float32 (float64 for
+float64 inputs, see :mod:`layerwise.gram` for bfloat16) and summed in float64, so half
 precision activations neither overflow nor lose their sums.
 """
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from layerwise.errors import InvalidProblemError
 from layerwise.fluctuation import RunningFluctuation
+from layerwise.gram import add_gram, mirrored, precision_of, product
 from layerwise.linalg import Factor, factorize
 
 Shared = TypeVar("Shared")
@@ -245,7 +246,7 @@ class MomentAccumulator:
             if self._cross is not None:
                 message = "an accumulator takes pruned inputs in every update or in none"
                 raise InvalidProblemError(message)
-            self._gram += _descale((dense.T @ dense).double(), 2 * exponent)
+            add_gram(self._gram, dense, 2.0 ** (2 * exponent))
         else:
             pruned, pruned_exponent = self._prepare(pruned_inputs, "pruned inputs")
             if pruned.shape != dense.shape:
@@ -278,8 +279,8 @@ class MomentAccumulator:
                 f"{self.n_tokens + row}, channel {channel}"
             )
             raise InvalidProblemError(message)
-        product = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-        tokens = tokens.to(self._gram.device, product)
+        device = self._gram.device
+        tokens = tokens.to(device, precision_of(tokens, device))
         exponent = math.frexp(float(largest))[1]
         exponent = max(-MAX_EXPONENT, min(MAX_EXPONENT, exponent))
         return _descale(tokens, -exponent), exponent
@@ -292,11 +293,14 @@ class MomentAccumulator:
                 message = "an accumulator takes pruned inputs in every update or in none"
                 raise InvalidProblemError(message)
             self._cross = torch.zeros_like(self._gram)
-        self._gram += _descale((pruned.T @ pruned).double(), 2 * pruned_exponent)
-        cross = (dense.T @ pruned).double()
-        self._cross += _descale(cross, exponent + pruned_exponent)
+        add_gram(self._gram, pruned, 2.0 ** (2 * pruned_exponent))
+        cross_scale = 2.0 ** (exponent + pruned_exponent)
+        self._cross.add_(product(dense, pruned), alpha=cross_scale)
         self._pruned_sum += _descale(pruned.double().sum(dim=0), pruned_exponent)
-        change = dense - _descale(pruned, pruned_exponent - exponent)
+        precision = torch.promote_types(dense.dtype, torch.float32)  # a difference rounds
+        change = dense.to(precision) - _descale(
+            pruned.to(precision), pruned_exponent - exponent
+        )
         for weight, drift in zip(self._weights, self._drift, strict=True):
             outputs = (change @ weight.to(change.dtype).T).double()
             drift += _descale(outputs.square().sum(dim=0), 2 * exponent)
@@ -308,7 +312,7 @@ class MomentAccumulator:
             raise InvalidProblemError(message)
         n, cross = self.n_tokens, self._cross
         return Moments(
-            self._gram / n,
+            mirrored(self._gram) / n,
             None if cross is None else cross / n,
             self._sum / n,
             None if cross is None else self._pruned_sum / n,

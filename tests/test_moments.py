@@ -9,10 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from layerwise import gram
 from layerwise.errors import InvalidProblemError
+from layerwise.gram import BLOCKS, NARROW, add_gram, exact_bfloat16, mirrored
 from layerwise.moments import MomentAccumulator, Moments
+from layerwise.patterns import Unstructured
 from tests.problems import DEAD_CHANNEL, PROBLEMS, Layer, layers, make_layer
-from tests.tolerances import MOMENTS
+from tests.tolerances import MOMENTS, ROUNDING
 
 
 def collect(layer: Layer, cuts: tuple[int, ...] = ()) -> tuple[Moments, Tensor | None]:
@@ -305,3 +308,39 @@ def test_scaled_moments_are_shared() -> None:
     assert moments.scaled(4.0).factor(0.01, torch.float64) is moments.scaled(4.0).factor(
         0.01, torch.float64
     )
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_wide_grams_are_built_from_their_upper_triangle(tokens: int) -> None:
+    """More than one block of columns, the last one shorter."""
+    width = BLOCKS * NARROW + 50
+    inputs = make_layer(68, rows=1, width=width, tokens=tokens).inputs
+    total = torch.zeros(width, width, dtype=torch.float64)
+    add_gram(total, inputs.T, 0.25)
+    add_gram(total, inputs.T, 0.75)
+    block = max(NARROW, -(-width // BLOCKS))
+    assert not total[block:, :block].any()
+    expected = inputs @ inputs.T
+    limit = ROUNDING * float(expected.abs().max())
+    torch.testing.assert_close(mirrored(total), expected, rtol=0, atol=limit)
+
+
+def test_products_in_bfloat16_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device that adds up products of bfloat16 in float32."""
+    assert not exact_bfloat16(torch.device("cpu"))
+    seen: list[torch.dtype] = []
+    multiply = torch.mm
+
+    def mm(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
+        seen.extend((left.dtype, right.dtype, out_dtype))
+        return multiply(left.float(), right.float())
+
+    layer = make_layer(69, rows=3, width=12, tokens=60, drift=0.3).to(torch.bfloat16)
+    assert layer.pruned_inputs is not None
+    expected = layer.problem(Unstructured(0.5))
+    monkeypatch.setattr(gram, "exact_bfloat16", lambda _: True)
+    monkeypatch.setattr(torch, "mm", mm)
+    found = layer.problem(Unstructured(0.5))
+    assert set(seen) == {torch.bfloat16, torch.float32}
+    for name in ("gram", "cross_gram", "drift"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))

@@ -5,7 +5,7 @@ The published code (IST-DASLab/sparsegpt, Apache-2.0) is not part of this reposi
     git clone https://github.com/IST-DASLab/sparsegpt PEER
     python -m tests.benchmarks.sparsegpt_race PEER
 
-One 1024 x 1024 layer with correlated inputs, half of the weights of the whole layer
+One square layer with correlated inputs, half of the weights of the whole layer
 removed, masks chosen per block of 128 columns. Runs alternate; the table shows the
 minimum of each and their ratio, and the objective of the weights that each returned.
 """
@@ -82,10 +82,11 @@ def main() -> None:
         description="Race of our SparseGPT against the published one."
     )
     parser.add_argument("peer", type=Path, help="clone of IST-DASLab/sparsegpt")
-    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--width", type=int, default=2048, help="of a square layer")
+    parser.add_argument("--runs", type=int, default=5)
     arguments = parser.parse_args()
     peer = load_peer(arguments.peer)
-    problem = make_problem(1024, 8192)
+    problem = make_problem(arguments.width, 4 * arguments.width)
     rows: dict[str, SimpleNamespace] = {}
     for _ in range(arguments.runs):
         for name, (weight, seconds) in {

@@ -1,0 +1,66 @@
+"""Products of activations: the upper triangle alone, and half precision where exact.
+
+The product of two bfloat16 numbers is a float32 number, so grams of bfloat16 activations
+lose nothing in tensor cores that add up in float32.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+BLOCKS = 8  # of columns: 9/16 of the products of a full square remain
+NARROW = 128  # columns that are not worth two products
+
+
+def add_gram(total: Tensor, tokens: Tensor, scale: float) -> None:
+    """Add ``scale * tokens^T tokens`` to the upper triangle of a sum.
+
+    Parameters
+    ----------
+    total
+        Shape (in, in), float64; what is below the diagonal is undefined.
+    tokens
+        Shape (n, in).
+    scale
+        A power of two.
+    """
+    width = tokens.shape[1]
+    block = max(NARROW, -(-width // BLOCKS))
+    for begin in range(0, width, block):
+        rows = slice(begin, begin + block)
+        found = product(tokens[:, rows], tokens[:, begin:])
+        total[rows, begin:].add_(found, alpha=scale)
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """Symmetric matrix with the upper triangle of a sum."""
+    upper = total.triu()
+    return upper + upper.triu(1).T
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left^T right`` of activations (n, a) and (n, b): float64, or else float32."""
+    if left.dtype == right.dtype == torch.bfloat16:
+        return torch.mm(left.T, right, out_dtype=torch.float32)
+    precision = torch.promote_types(left.dtype, right.dtype)
+    precision = torch.promote_types(precision, torch.float32)
+    return left.to(precision).T @ right.to(precision)
+
+
+def precision_of(tokens: Tensor, device: torch.device) -> torch.dtype:
+    """Precision in which activations are multiplied on a device."""
+    if tokens.dtype == torch.bfloat16 and exact_bfloat16(device):
+        return torch.bfloat16
+    return torch.float64 if tokens.dtype == torch.float64 else torch.float32
+
+
+@cache
+def exact_bfloat16(device: torch.device) -> bool:
+    """Whether a device adds up products of bfloat16 in float32 and gives them as such."""
+    some = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        torch.mm(some, some, out_dtype=torch.float32)
+    except (RuntimeError, TypeError):  # not on CPUs
+        return False
+    return True
