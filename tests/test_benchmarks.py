@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from layerwise.demo import MODELS, model_path
 from layerwise.moments import MomentAccumulator
@@ -16,7 +17,7 @@ from layerwise.run.pipeline import ERROR_CORRECTIONS
 from layerwise.run.results import ResultStore
 from layerwise.run.storage import Checkpoint
 from layerwise.solve import solve
-from tests.benchmarks import alps_race, captured, held_out, perplexity_grid
+from tests.benchmarks import alps_race, captured, held_out, perplexity_grid, refit_race
 from tests.benchmarks.captured import CapturedLayer
 from tests.benchmarks.perplexity_grid import Results, canonical, complete, experiments
 
@@ -280,3 +281,34 @@ def test_race_refuses_blocks_that_no_model_has(
         alps_race.main(["PEER", "CACHE", "--block", "3"])
     assert "invalid choice: 3" in capsys.readouterr().err
     assert raced == []
+
+
+def test_peers_of_the_refit_race_find_the_refit() -> None:
+    problem = refit_race.make_problem(layer().held_out_moments.gram, 6, 0.01, 0.5)
+    found = solve(problem, "least-squares")
+    systems = refit_race.systems_of(problem, 6)
+    for peer in refit_race.PEERS.values():
+        kept = found.weight.gather(1, systems[2])
+        torch.testing.assert_close(peer(*systems), kept, rtol=0, atol=1e-4)
+
+
+def test_refit_race_tells_every_spectrum_and_sparsity(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, str]] = []
+
+    def small(width: int, name: str) -> Tensor:
+        asked.append((width, name))
+        return layer().held_out_moments.gram
+
+    monkeypatch.setattr(refit_race, "realistic_gram", small)
+    monkeypatch.setattr(refit_race, "SHAPES", ((6, 16),))
+    monkeypatch.setattr(refit_race, "CROSSOVER", ((16, 4),))
+    lines = refit_race.race(1)
+    assert len(lines) == 2 + len(refit_race.LAYERS) * len(refit_race.DAMPINGS)
+    assert {name for _, name in asked} == set(refit_race.LAYERS.values())
+    assert all(line.count("x") >= 3 for line in lines[2:])
+    table = refit_race.crossover(1)
+    rows = len(refit_race.DAMPINGS) * len(refit_race.SPARSITIES)
+    assert len(table) == 2 + rows
+    assert all(line.rstrip(" |").endswith(("direct", "cg")) for line in table[2:])

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor
@@ -60,49 +61,57 @@ def seconds_of(solver: LeastSquares, problem: LayerProblem) -> tuple[float, int,
     return seconds, found.iterations, found.certificate.bound
 
 
-def batched(gram: Tensor, sides: Tensor, index: Tensor) -> None:
-    """All rows in one call of torch."""
+def batched(gram: Tensor, sides: Tensor, index: Tensor) -> Tensor:
+    """Kept weights of all rows by one call of torch."""
     systems = gram[index[:, :, None], index[:, None, :]]
     lower = torch.linalg.cholesky_ex(systems)[0]
-    torch.cholesky_solve(sides.gather(1, index)[:, :, None], lower)
+    return torch.cholesky_solve(sides.gather(1, index)[:, :, None], lower)[:, :, 0]
 
 
-def looped(gram: Tensor, sides: Tensor, index: Tensor) -> None:
-    """Row by row in torch."""
+def looped(gram: Tensor, sides: Tensor, index: Tensor) -> Tensor:
+    """Kept weights row by row in torch."""
+    found = []
     for side, kept in zip(sides, index, strict=True):
         lower = torch.linalg.cholesky_ex(gram[kept[:, None], kept])[0]
-        torch.cholesky_solve(side[kept][:, None], lower)
+        found.append(torch.cholesky_solve(side[kept][:, None], lower)[:, 0])
+    return torch.stack(found)
 
 
-def by_scipy(gram: Tensor, sides: Tensor, index: Tensor) -> None:
-    """Row by row in scipy."""
+def by_scipy(gram: Tensor, sides: Tensor, index: Tensor) -> Tensor:
+    """Kept weights row by row in scipy."""
     matrix, targets = gram.numpy(), sides.numpy()
+    found = []
     for side, kept in zip(targets, index.numpy(), strict=True):
         factor = scipy.linalg.cho_factor(
             matrix[kept[:, None], kept], lower=True, check_finite=False, overwrite_a=True
         )
-        scipy.linalg.cho_solve(factor, side[kept], check_finite=False)
+        found.append(scipy.linalg.cho_solve(factor, side[kept], check_finite=False))
+    return torch.from_numpy(np.stack(found))
 
 
-PEERS: Mapping[str, Callable[[Tensor, Tensor, Tensor], None]] = MappingProxyType(
+PEERS: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = MappingProxyType(
     {"torch batched": batched, "torch looped": looped, "scipy": by_scipy}
 )
 
 
 def seconds_of_peers(problem: LayerProblem) -> dict[str, float]:
     """Seconds that every peer would need for all rows."""
-    mask = problem.pattern.mask(problem.weight)
-    rows = len(mask)
+    rows = len(problem.weight)
     count = min(PEER_ROWS, rows)
-    index = mask[:count].nonzero()[:, 1].view(count, -1)
-    gram = problem.damped_gram(torch.float32)
-    sides = problem.target[:count].float()
+    systems = systems_of(problem, count)
     found = {}
     for name, peer in PEERS.items():
         start = time.perf_counter()
-        peer(gram, sides, index)
+        peer(*systems)
         found[name] = (time.perf_counter() - start) * rows / count
     return found
+
+
+def systems_of(problem: LayerProblem, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Damped gram, right-hand sides and kept indices of the first rows."""
+    mask = problem.pattern.mask(problem.weight)[:count]
+    gram, target = problem.damped()
+    return gram, target[:count], mask.nonzero()[:, 1].view(count, -1)
 
 
 def race(repeats: int) -> list[str]:
