@@ -39,14 +39,15 @@ class Certificate:
     ----------
     kind
         ``"refit"``: excess over the best weights on the same mask; ``"l1"``: duality gap
-        of the l1 problem; ``"support"``: excess over the best mask and weights.
+        of the l1 problem; ``"support"``: excess over the best mask and weights;
+        ``"optimum"``: share of the objective that the best mask and weights could save.
     bound
         The bound, scale-free.
     relative_to
         What the bound was divided by, in words.
     """
 
-    kind: Literal["refit", "l1", "support"]
+    kind: Literal["refit", "l1", "support", "optimum"]
     bound: float
     relative_to: str
 
