@@ -38,6 +38,7 @@ from layerwise.splits import (
 
 EPSILON = torch.finfo(torch.float64).eps
 ROUNDS = 3  # of splits, each better for the relaxed answer to the one before
+INSIDE = 0.98  # of the largest multiple of the diagonal: a split with room to move
 LARGEST_COUNT = 70  # masks of a block that are tried: 4:8
 CHUNK_NUMBERS = 2**24  # in a batch of matrices
 
@@ -138,20 +139,20 @@ class _SplitProblem:
 
     def bounds(self) -> Iterator[Tensor]:
         """Bounds from splits and directions, each valid."""
-        start = proven_split(self.gram, smallest_share(self.gram, 1))
-        if start is None:
-            return
-        split, directions = start, []
+        largest = proven_split(self.gram, smallest_share(self.gram, 1))
+        split = None if largest is None else INSIDE * largest
+        directions = []
         for index in range(ROUNDS):
+            if split is None:
+                return
             direction, importance = self._relaxed(split[:, 0, 0])
             directions.append(direction)
             yield self.evaluate(split, direction)
-            target = weighted_split(self.gram, split, importance[:, None, None])
-            mixed = torch.lerp(split, target, 1 / (index + 2))
-            proven = proven_split(self.gram, mixed)
-            if proven is None:
-                return
-            split = proven
+            # the best bound is concave in D, with `importance` as its slope: Frank-Wolfe
+            better = weighted_split(self.gram, split[:, 0, 0], importance)[:, None, None]
+            split = proven_split(self.gram, torch.lerp(split, better, 1 / (index + 2)))
+        assert largest is not None
+        yield self.evaluate(largest, directions[0])
         pattern = self.pattern
         if isinstance(pattern, NM) and comb(pattern.m, pattern.n) <= LARGEST_COUNT:
             blocks = proven_split(self.gram, smallest_share(self.gram, pattern.m))

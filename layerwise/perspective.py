@@ -23,6 +23,7 @@ PENALTY = 3.0  # of ADMM; D is the identity
 CHECKED = 10  # iterations between two estimates of the bound
 ROOT_STEPS = 4  # per iteration, from the root of the one before
 RELAXATION = 1.6
+TINY = 1e-30  # below the entries of any row but zeros
 SMALLEST_SHARE = 1e-6  # entries with less are zero
 
 
@@ -44,7 +45,7 @@ def relax(
 
     Cost: one (out, in, in) product per iteration, and one float64 inverse.
     """
-    shifted = remainder.double()
+    shifted = remainder.to(torch.float64, copy=True)
     shifted.diagonal().add_(PENALTY)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted)).mul_(PENALTY)
     inverse = inverse.to(weight.dtype)
@@ -93,11 +94,10 @@ def _shares(
     """
     sizes = _grouped(centre, pattern).abs()
     kept = _kept(pattern, sizes.shape[1])
-    tiny = torch.finfo(sizes.dtype).tiny
-    low = 1 / sizes.amax(dim=1, keepdim=True).clamp(min=tiny)
+    low = 1 / sizes.amax(dim=1, keepdim=True).clamp(min=TINY)
     high = torch.full_like(low, torch.inf)
     if root is None:
-        root = (1 + PENALTY) / sizes.mean(dim=1, keepdim=True).clamp(min=tiny)
+        root = (1 + PENALTY) / sizes.mean(dim=1, keepdim=True).clamp(min=TINY)
     root = torch.maximum(root, low)
     for _ in range(ROOT_STEPS):
         raw = (sizes * root - 1) / PENALTY
@@ -106,7 +106,7 @@ def _shares(
         low = torch.where(excess < 0, root, low)
         high = torch.where(excess > 0, root, high)
         slope = torch.where(raw == share, sizes, 0).sum(dim=1, keepdim=True) / PENALTY
-        step = root - excess / slope.clamp(min=tiny)
+        step = root - excess / slope.clamp(min=TINY)
         middle = torch.where(torch.isinf(high), 2 * low, (low + high) / 2)
         inside = (step > low) & (step < high)
         root = torch.where(excess == 0, root, torch.where(inside, step, middle))

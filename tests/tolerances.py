@@ -151,3 +151,16 @@ WARM_START = 0.01
 
 # Float64 updates by factors of full rank against a dense second moment: the factors round.
 FULL_RANK = 1e-9
+
+# -- lower bounds ----------------------------------------------------------------------
+
+# Bound over the optimum of grams without a remainder: D falls short of the gram by the
+# millionth that proves it, times the square of what the direction misses.
+NEARLY_EXACT = 1e-5
+
+# Bound of the direction that forty steps find over the best bound of that split.
+RELAXED = 0.98
+
+# Median of bound over optimum on grams with damping 0.01, measured 0.67 to 0.92; and for a
+# layer of three rows.
+TYPICAL_BOUND = 0.5

@@ -32,13 +32,13 @@ COLUMNS = tuple(product(PATTERNS, DAMPINGS))
 def gaps(
     layer: CapturedLayer, pattern: str, damping: float, method: str = METHOD
 ) -> tuple[float, float, float, float]:
-    """Gap of the layer, median over its rows, seconds of the method and of the bounds."""
+    """Gap of the layer, median of its rows, CPU seconds of the method and the bounds."""
     problem = layer.problem(parse_pattern(pattern), damping)
-    begin = time.perf_counter()
+    begin = time.process_time()
     weight = solve(problem, method).weight
-    solved = time.perf_counter()
+    solved = time.process_time()
     bounds = lower_bounds(problem, weight)
-    bounded = time.perf_counter()
+    bounded = time.process_time()
     values = objective_rows(problem, weight, damped=True)
     of_layer = 1 - float(bounds.sum() / values.sum())
     of_rows = float((1 - bounds / values).quantile(0.5))
@@ -48,12 +48,14 @@ def gaps(
 def table(layers: Sequence[CapturedLayer], method: str = METHOD) -> Iterator[str]:
     """Lines of a Markdown table."""
     heads = " | ".join(f"{pattern}, {damping:g}" for pattern, damping in COLUMNS)
-    yield f"| layer | shape | {heads} | {method}, s | bounds, s |"
+    yield f"| layer | shape | {heads} | {method}, CPU s | bounds, CPU s |"
     yield "|---" * (4 + len(COLUMNS)) + "|"
     for layer in layers:
         found = [gaps(layer, *column, method) for column in COLUMNS]
         cells = " | ".join(f"{of_layer:.1%} / {rows:.1%}" for of_layer, rows, *_ in found)
-        solving, bounding = (sum(result[i] for result in found) / len(found) for i in (2, 3))
+        solving, bounding = (
+            sum(result[i] for result in found) / len(found) for i in (2, 3)
+        )
         shape = " x ".join(map(str, layer.weight.shape))
         yield f"| {layer.name} | {shape} | {cells} | {solving:.1f} | {bounding:.2f} |"
 

@@ -1,0 +1,369 @@
+"""Lower bounds: below every enumerated optimum, and equal to it where they must be."""
+
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+import layerwise as lw
+from layerwise.certificates import least_squares_minimum
+from layerwise.errors import InvalidProblemError
+from layerwise.evaluate import objective_rows
+from layerwise.lower_bounds import lower_bounds, proven_gap
+from layerwise.moments import Moments
+from layerwise.patterns import NM, Columns, FixedMask, Pattern, Unstructured
+from layerwise.perspective import relax
+from layerwise.problem import LayerProblem
+from layerwise.splits import (
+    proven_split,
+    remainder,
+    smallest_share,
+    weighted_split,
+)
+from tests.benchmarks.optimality import SPECTRA, enumerated_optimum, problems
+from tests.problems import DEAD_CHANNEL, PROBLEMS, Layer, make_layer
+from tests.reference import Equations
+from tests.tolerances import (
+    CLARABEL_OPTIONS,
+    CLOSED_FORM,
+    L1_REFERENCE,
+    NEARLY_EXACT,
+    RELAXED,
+    ROUNDING,
+    TYPICAL_BOUND,
+)
+
+every_spectrum = pytest.mark.parametrize("spectrum", SPECTRA)
+DRIFTED = ("drifted", "correlated", "condition-1e8", "odd-width", "one-row")
+
+
+def diagonal_problem(rows: int, width: int, pattern: Pattern) -> LayerProblem:
+    generator = torch.Generator().manual_seed(5)
+    gram = torch.rand(width, generator=generator, dtype=torch.float64).exp().diag()
+    weight = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    return LayerProblem.from_moments(weight, Moments(gram), pattern=pattern, damping=0.0)
+
+
+# --- validity ----------------------------------------------------------------------------
+
+
+@every_spectrum
+@pytest.mark.parametrize(
+    ("pattern", "width"),
+    [(Unstructured(0.5), 12), (Unstructured(0.7), 14), (NM(2, 4), 16), (NM(1, 4), 12)],
+    ids=str,
+)
+@pytest.mark.parametrize("damping", [0.01, 1e-4])
+def test_never_above_the_best_mask(
+    spectrum: str, pattern: Pattern, width: int, damping: float
+) -> None:
+    """2080 rows in all."""
+    (problem,) = problems(spectrum, pattern, 1, rows=65, width=width)
+    problem = problem.with_damping(damping)
+    optimum = enumerated_optimum(problem)[0]
+    bound = lower_bounds(problem)
+    assert bound.shape == (65,)
+    assert bound.dtype == torch.float64
+    assert bool((bound <= optimum).all())
+    assert bool((bound > 0).all())
+    if damping == 0.01:
+        assert float((bound / optimum).median()) > TYPICAL_BOUND
+
+
+def test_float32_weights_and_a_start_are_no_danger() -> None:
+    (problem,) = problems("MLP-like", Unstructured(0.5), 1, rows=20)
+    weight = problem.weight.float()
+    problem = LayerProblem.from_moments(weight, problem.moments, pattern=Unstructured(0.5))
+    optimum = enumerated_optimum(problem)[0]
+    for start in (lw.solve(problem, "alps").weight, lw.solve(problem, "wanda").weight):
+        bound = lower_bounds(problem, start)
+        assert bool((bound <= optimum).all())
+        assert float((bound / optimum).median()) > TYPICAL_BOUND
+
+
+@pytest.mark.parametrize("name", DRIFTED)
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+def test_never_above_the_best_mask_with_other_inputs(name: str, pattern: Pattern) -> None:
+    """C != G: the bound rests on the unconstrained minimum, which is not zero."""
+    layer = PROBLEMS[name]
+    layer = layer.columns(torch.arange(min(8, layer.shape[1])))
+    if isinstance(pattern, NM) and layer.shape[1] % 4:
+        pattern = Unstructured(0.7)
+    problem = layer.problem(pattern)
+    bound = lower_bounds(problem)
+    optimum = Equations(layer).enumerated_minimum(pattern)
+    slack = ROUNDING * layer.energy
+    assert float(bound.sum()) <= optimum + slack
+    minimum = least_squares_minimum(problem)
+    assert bool((bound >= minimum - slack).all())
+    assert float(bound.sum()) > float(minimum.sum())  # more than the floor
+
+
+@pytest.mark.parametrize(
+    "name", ["dead-channel", "few-tokens", "duplicate-channel", "outlier-float32"]
+)
+@pytest.mark.parametrize("damping", [0.0, 1e-8, 0.01])
+def test_hard_grams(name: str, damping: float) -> None:
+    layer = PROBLEMS[name].columns(torch.arange(8))
+    assert name != "dead-channel" or DEAD_CHANNEL < 8
+    problem = layer.problem(Unstructured(0.5), damping)
+    bound = lower_bounds(problem)
+    assert bool((bound >= 0).all())
+    optimum = Equations(layer, damping).enumerated_minimum(Unstructured(0.5))
+    assert float(bound.sum()) <= optimum + ROUNDING * layer.energy
+
+
+def test_one_budget_for_the_layer() -> None:
+    layer = make_layer(71, rows=3, width=8)
+    pattern = Unstructured(0.5, "layer")
+    bound = lower_bounds(layer.problem(pattern))
+    assert bound.shape == (1,)
+    optimum = Equations(layer).enumerated_minimum(pattern)
+    assert TYPICAL_BOUND * optimum < float(bound) <= optimum
+    by_row = Equations(layer).enumerated_minimum(Unstructured(0.5))
+    assert optimum < by_row  # so a bound of every row would not be one of the layer
+
+
+def test_one_row_with_one_budget_is_that_row() -> None:
+    layer = make_layer(72, rows=1, width=8)
+    whole = lower_bounds(layer.problem(Unstructured(0.5, "layer")))
+    assert torch.equal(whole, lower_bounds(layer.problem(Unstructured(0.5))))
+
+
+# --- where the bound is the optimum ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [Unstructured(0.5), NM(2, 4), NM(4, 8), Unstructured(0.5, "layer")],
+    ids=str,
+)
+def test_diagonal_grams_are_exact(pattern: Pattern) -> None:
+    """And still from below, compared in exact arithmetic."""
+    problem = diagonal_problem(250, 8, pattern)
+    weight, gains = problem.weight, problem.weight.square() * problem.gram.diagonal()
+    exact = []
+    diagonal = [Fraction(value) for value in problem.gram.diagonal().tolist()]
+    for row, gone in zip(weight.tolist(), (~pattern.mask(gains)).tolist(), strict=True):
+        terms = zip(row, diagonal, gone, strict=True)
+        exact.append(sum(Fraction(w) ** 2 * d for w, d, g in terms if g))
+    bound = lower_bounds(problem)
+    if isinstance(pattern, Unstructured) and pattern.group == "layer":
+        exact = [sum(exact)]
+    assert all(Fraction(b) <= e for b, e in zip(bound.tolist(), exact, strict=True))
+    expected = torch.tensor([float(e) for e in exact], dtype=torch.float64)
+    torch.testing.assert_close(bound, expected, rtol=NEARLY_EXACT, atol=0)
+
+
+def test_block_diagonal_grams_are_exact_for_their_groups() -> None:
+    generator = torch.Generator().manual_seed(9)
+    parts = torch.randn(3, 4, 6, generator=generator, dtype=torch.float64)
+    gram = torch.block_diag(*(parts @ parts.mT))
+    weight = torch.randn(40, 12, generator=generator, dtype=torch.float64)
+    problem = LayerProblem.from_moments(weight, Moments(gram), pattern=NM(2, 4))
+    optimum = enumerated_optimum(problem)[0]
+    bound = lower_bounds(problem)
+    assert bool((bound <= optimum).all())
+    torch.testing.assert_close(bound, optimum, rtol=NEARLY_EXACT, atol=0)
+
+
+@pytest.mark.parametrize("name", ["plain", "drifted", "correlated"])
+def test_nothing_removed_is_the_least_squares_minimum(name: str) -> None:
+    layer = PROBLEMS[name]
+    for pattern in (
+        Unstructured(0),
+        Unstructured(0, "layer"),
+        FixedMask(torch.ones(layer.shape, dtype=torch.bool)),
+    ):
+        problem = layer.problem(pattern)
+        found = lower_bounds(problem).sum()
+        expected = least_squares_minimum(problem).sum()
+        atol = ROUNDING * layer.energy
+        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", ["plain", "drifted", "correlated", "condition-1e8"])
+def test_fixed_masks_are_exact(name: str) -> None:
+    layer = PROBLEMS[name]
+    equations = Equations(layer)
+    for mask in (
+        make_layer(73, *layer.shape).weight > 0,
+        torch.zeros(layer.shape, dtype=torch.bool),
+    ):
+        expected = torch.from_numpy(equations.objective_rows(equations.least_squares(mask)))
+        bound = lower_bounds(layer.problem(FixedMask(mask)))
+        slack = ROUNDING * layer.energy
+        assert bool((bound <= expected + slack).all())
+        torch.testing.assert_close(
+            bound, expected, rtol=CLOSED_FORM[torch.float64], atol=slack
+        )
+
+
+# --- behaviour ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["plain", "drifted"])
+def test_more_zeros_raise_the_bound(name: str) -> None:
+    layer = PROBLEMS[name]
+    found = [
+        lower_bounds(layer.problem(Unstructured(s))) for s in (0, 0.2, 0.4, 0.6, 0.8, 0.95)
+    ]
+    for lower, higher in pairwise(found):
+        assert bool((lower < higher).all())
+
+
+def test_powers_of_two_change_nothing() -> None:
+    layer = PROBLEMS["drifted"]
+    for pattern in (Unstructured(0.5), NM(2, 4)):
+        expected = lower_bounds(layer.problem(pattern))
+        for exponent in (-40, 40):
+            found = lower_bounds(layer.scaled(2.0**exponent).problem(pattern))
+            torch.testing.assert_close(found * 4.0**-exponent, expected)
+
+
+def test_rows_and_layers_of_zeros() -> None:
+    (problem,) = problems("MLP-like", Unstructured(0.5), 1)
+    weight = problem.weight.clone()
+    weight[2] = 0
+    problem = LayerProblem.from_moments(weight, problem.moments, pattern=Unstructured(0.5))
+    bound, optimum = lower_bounds(problem), enumerated_optimum(problem)[0]
+    assert bool((bound <= optimum).all())
+    assert float((bound / optimum).nanmedian()) > TYPICAL_BOUND
+    nothing = LayerProblem.from_moments(
+        0 * weight, problem.moments, pattern=Unstructured(0.5)
+    )
+    assert not lower_bounds(nothing).any()
+    assert proven_gap(nothing, lw.solve(nothing, "wanda")).bound == 0
+
+
+def test_columns_are_refused() -> None:
+    with pytest.raises(InvalidProblemError, match="columns"):
+        lower_bounds(PROBLEMS["plain"].problem(Columns(8)))
+
+
+def test_gap_of_a_solution() -> None:
+    (problem,) = problems("real-ish", Unstructured(0.5), 1)
+    optimum = float(enumerated_optimum(problem)[0].sum())
+    for method in ("magnitude", "wanda", "best"):
+        solution = lw.solve(problem, method)
+        value = float(objective_rows(problem, solution.weight, damped=True).sum())
+        certificate = proven_gap(problem, solution)
+        assert certificate.kind == "optimum"
+        assert 1 - optimum / value <= certificate.bound < 1
+        bound = lower_bounds(problem, solution.weight).sum()
+        assert certificate.bound == pytest.approx(1 - float(bound) / value)
+    dense = problem.with_pattern(Unstructured(0))
+    assert proven_gap(dense, lw.solve(dense, "wanda")).bound == 0
+
+
+# --- splits ------------------------------------------------------------------------------
+
+
+def is_semidefinite(gram: Tensor, split: Tensor) -> bool:
+    """Whether ``H - D`` is, in exact arithmetic, by elimination."""
+    parts = torch.block_diag(*split).tolist()
+    rows = [
+        [Fraction(whole) - Fraction(part) for whole, part in zip(*pair, strict=True)]
+        for pair in zip(gram.tolist(), parts, strict=True)
+    ]
+    for step in range(len(rows)):
+        pivot = rows[step][step]
+        if pivot < 0 or (pivot == 0 and any(rows[step][step + 1 :])):
+            return False
+        for below in range(step + 1, len(rows)):
+            factor = rows[below][step] / pivot if pivot else Fraction(0)
+            for column in range(step, len(rows)):
+                rows[below][column] -= factor * rows[step][column]
+    return True
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_remainders_are_semidefinite_in_exact_arithmetic(size: int) -> None:
+    """Splits that touch the boundary up to rounding, of grams next to singular ones."""
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        tall = torch.randn(8, 7, generator=generator, dtype=torch.float64)
+        for ridge in (1e-12, 1e-8, 1e-2):
+            gram = tall @ tall.T / 8 + ridge * torch.eye(8, dtype=torch.float64)
+            gram = (gram + gram.T) / 2
+            touching = smallest_share(gram, size)
+            split = proven_split(gram, touching)
+            assert split is not None
+            assert is_semidefinite(gram, split)
+
+
+def test_splits_that_go_too_far_are_shrunk() -> None:
+    gram = SPECTRA["power-law 1"](torch.Generator().manual_seed(1), 12)
+    share = smallest_share(gram, 1)
+    found = proven_split(gram, 50 * share)
+    assert found is not None
+    assert bool((torch.linalg.eigvalsh(remainder(gram, found)) > 0).all())
+    assert proven_split(0 * gram, share) is None
+
+
+@every_spectrum
+def test_a_sweep_raises_the_barrier_problem(spectrum: str) -> None:
+    gram = SPECTRA[spectrum](torch.Generator().manual_seed(2), 12)
+    importance = 1 + torch.rand(12, generator=torch.Generator().manual_seed(3)).double()
+    start = 0.98 * smallest_share(gram, 1)[:, 0, 0]
+    nu = float(importance @ start) / 12
+    found = weighted_split(gram, start, importance)
+
+    def value(diagonal: Tensor) -> float:
+        return float(importance @ diagonal + nu * torch.logdet(gram - diagonal.diag()))
+
+    assert value(found) > value(start)
+    assert bool((found > 0).all())
+    # the last entry is the best one for all the others, or the smallest that is allowed
+    for factor in (1.01,) if spectrum == "real-ish" else (0.99, 1.01):
+        other = found.clone()
+        other[-1] *= factor
+        assert value(other) < value(found)
+
+
+def test_panels_do_not_change_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    gram = SPECTRA["MLP-like"](torch.Generator().manual_seed(2), 12)
+    importance = torch.rand(12, generator=torch.Generator().manual_seed(4)).double()
+    start = 0.98 * smallest_share(gram, 1)[:, 0, 0]
+    whole = weighted_split(gram, start, importance)
+    monkeypatch.setattr("layerwise.splits.PANEL", 5)
+    torch.testing.assert_close(weighted_split(gram, start, importance), whole)
+
+
+# --- relaxation --------------------------------------------------------------------------
+
+
+def test_relaxation_finds_the_best_direction() -> None:
+    """Against CVXPY: the perspective relaxation is a second-order cone program."""
+    cvxpy = pytest.importorskip("cvxpy")
+    gram = SPECTRA["power-law 1"](torch.Generator().manual_seed(6), 10)
+    root = (0.98 * smallest_share(gram, 1)[:, 0, 0]).sqrt()
+    left = remainder(gram, root.square()[:, None, None]) / root / root[:, None]
+    weight = torch.randn(3, 10, generator=torch.Generator().manual_seed(7)).double()
+    pattern = Unstructured(0.5)
+    start = torch.where(pattern.mask(weight.abs()), weight, 0)
+    direction = relax(left, weight, start, pattern).direction
+    image = direction @ left
+    gains = (weight - image).square()
+    lost = torch.where(pattern.mask(gains), 0, gains).sum(dim=1)
+    found = lost - (image * (image + direction)).sum(dim=1)
+    lower = torch.linalg.cholesky(left).T.numpy()
+    for row in range(3):
+        w = weight[row].numpy()
+        v, z, t = (cvxpy.Variable(10) for _ in range(3))
+        cones = [cvxpy.quad_over_lin(v[j], z[j]) <= t[j] for j in range(10)]
+        cost = cvxpy.sum_squares(lower @ (v - w)) + cvxpy.sum(t) - 2 * w @ v + w @ w
+        model = cvxpy.Problem(
+            cvxpy.Minimize(cost), [*cones, z >= 0, z <= 1, cvxpy.sum(z) <= 5]
+        )
+        model.solve(solver=cvxpy.CLARABEL, **CLARABEL_OPTIONS)
+        upper = model.value * (1 + L1_REFERENCE)
+        assert RELAXED * model.value <= float(found[row]) <= upper
+
+
+def test_shape_of_a_layer_is_no_shape_of_a_row() -> None:
+    layer = Layer(make_layer(74, rows=5, width=7).weight, make_layer(74, 5, 7).inputs)
+    for pattern in (Unstructured(0.3), Unstructured(0.3, "layer")):
+        assert bool(torch.isfinite(lower_bounds(layer.problem(pattern))).all())
