@@ -245,7 +245,7 @@ def _bound_on_mask(problem: LayerProblem, kept: Tensor) -> Tensor:
 
 def _chunks(rows: Tensor, kept: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
     size = max(1, CHUNK_NUMBERS // width**2)
-    yield from zip(rows.split(size), kept.split(size), strict=True)
+    yield from zip(torch.split(rows, size), torch.split(kept, size), strict=True)
 
 
 def _total(rows: Tensor, pattern: Pattern) -> Tensor:

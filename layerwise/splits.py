@@ -33,7 +33,8 @@ def smallest_share(gram: Tensor, size: int) -> Tensor:
     factors = torch.linalg.cholesky(blocks)
     half = _solve_blocks(factors, gram)
     share = torch.linalg.eigvalsh(_solve_blocks(factors, half.T))[0]
-    return blocks * share.clamp(min=0)
+    largest: Tensor = blocks * share.clamp(min=0)
+    return largest
 
 
 def weighted_split(gram: Tensor, diagonal: Tensor, importance: Tensor) -> Tensor:

@@ -158,6 +158,9 @@ FULL_RANK = 1e-9
 # millionth that proves it, times the square of what the direction misses.
 NEARLY_EXACT = 1e-5
 
+# Best bound of a split by CLARABEL at its default tolerances of 1e-8.
+PERSPECTIVE = 1e-6
+
 # Bound of the direction that forty steps find over the best bound of that split.
 RELAXED = 0.98
 
