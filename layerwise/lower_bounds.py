@@ -17,6 +17,8 @@ off. That R is semi-definite is proven by a factorization with a margin.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from math import comb
 
@@ -24,9 +26,9 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import InvalidProblemError
-from layerwise.evaluate import objective_rows, residual
+from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, FixedMask, Pattern, Unstructured
-from layerwise.perspective import has_one_budget, relax
+from layerwise.perspective import has_one_budget, relax, shared_inverse
 from layerwise.problem import LayerProblem
 from layerwise.solution import Certificate, Solution
 from layerwise.splits import (
@@ -37,13 +39,20 @@ from layerwise.splits import (
 )
 
 EPSILON = torch.finfo(torch.float64).eps
+TINY = 1e-30  # importance where nothing is important: no row loses anything
 ROUNDS = 3  # of splits, each better for the relaxed answer to the one before
 INSIDE = 0.98  # of the largest multiple of the diagonal: a split with room to move
 LARGEST_COUNT = 70  # masks of a block that are tried: 4:8
-CHUNK_NUMBERS = 2**24  # in a batch of matrices
+MEMORY_BUDGET = 1 << 30
+TEMPORARIES = 16  # float64 matrices of the size of a chunk
 
 
-def lower_bounds(problem: LayerProblem, weight: Tensor | None = None) -> Tensor:
+def lower_bounds(
+    problem: LayerProblem,
+    weight: Tensor | None = None,
+    *,
+    memory_budget: int = MEMORY_BUDGET,
+) -> Tensor:
     """Lower bounds of the damped objective over all masks of the pattern and all weights.
 
     Parameters
@@ -52,6 +61,9 @@ def lower_bounds(problem: LayerProblem, weight: Tensor | None = None) -> Tensor:
         Rows that each have their pattern, one budget for the layer, or a fixed mask.
     weight
         Feasible weights (out, in) to start from; better bounds, never other guarantees.
+    memory_budget
+        Bytes for the rows that are worked on together, beside some copies of weight and
+        gram. One budget for the layer needs all its rows at once.
 
     Returns
     -------
@@ -65,27 +77,29 @@ def lower_bounds(problem: LayerProblem, weight: Tensor | None = None) -> Tensor:
     InvalidProblemError
         For patterns of whole columns, whose rows are not independent.
     """
-    if isinstance(problem.pattern, FixedMask):
-        return _bound_on_mask(problem, problem.pattern.kept.to(problem.weight.device))
-    if not isinstance(problem.pattern, Unstructured | NM):
+    if not isinstance(problem.pattern, Unstructured | NM | FixedMask):
         message = (
             f"lower bounds are for 0.5, n:m and fixed masks, not for {problem.pattern}: "
             "with whole columns the rows share one choice"
         )
         raise InvalidProblemError(message)
-    factor = problem.factor(torch.float64)
-    if factor.raised:
-        return _total(torch.zeros_like(problem.energy), problem.pattern)
-    split = _SplitProblem(problem, weight)
-    # the unconstrained minimum: the free weights, less what rounding left them to gain
-    gain = factor.inverse_norms(residual(problem, split.minimizer))
-    best = _total(split.base - 2 * gain - split.rounding, problem.pattern).clamp(min=0)
-    for bound in split.bounds():
-        best = torch.maximum(best, bound)
+    none = _total(torch.zeros_like(problem.energy), problem.pattern)
+    if problem.factor(torch.float64).raised:
+        return none
+    scaled = _ScaledProblem(problem, memory_budget)
+    if scaled.largest is None:
+        return none
+    if isinstance(problem.pattern, FixedMask):
+        return scaled.bound_on_mask(problem.pattern.kept.to(problem.weight.device))
+    best = none
+    for bound in scaled.bounds(scaled.largest, weight):
+        best = torch.maximum(best, torch.where(torch.isfinite(bound), bound, 0))
     return best
 
 
-def proven_gap(problem: LayerProblem, solution: Solution) -> Certificate:
+def proven_gap(
+    problem: LayerProblem, solution: Solution, *, memory_budget: int = MEMORY_BUDGET
+) -> Certificate:
     """Largest share of a solution's damped objective that any other answer could save.
 
     Parameters
@@ -94,176 +108,245 @@ def proven_gap(problem: LayerProblem, solution: Solution) -> Certificate:
         The problem at the damping that was used.
     solution
         Its weights are judged, and their mask starts the search for the bound.
+    memory_budget
+        See :func:`lower_bounds`.
 
     Returns
     -------
     Certificate
-        Of kind ``"optimum"``: ``(objective - lower bound) / objective``, summed over rows;
+        Of kind ``"support"``: ``(objective - lower bound) / objective``, summed over rows;
         1 if nothing is proven and 0 if the answer is the best one.
     """
-    value = float(objective_rows(problem, solution.weight, damped=True).sum())
-    bound = float(lower_bounds(problem, solution.weight).sum())
-    gap = max(0.0, 1 - bound / value) if value > 0 else 0.0
-    return Certificate("optimum", gap, "damped objective of the answer")
+    gap = proven_gap_of(problem, solution.weight, memory_budget=memory_budget)
+    return Certificate("support", gap, "damped objective of the answer")
 
 
-class _SplitProblem:
+def proven_gap_of(
+    problem: LayerProblem, weight: Tensor, *, memory_budget: int = MEMORY_BUDGET
+) -> float:
+    """Gap of :func:`proven_gap` for weights (out, in), whoever found them."""
+    value = float(objective_rows(problem, weight, damped=True).sum())
+    if value == 0:
+        return 0.0
+    bound = float(lower_bounds(problem, weight, memory_budget=memory_budget).sum())
+    return min(1.0, max(0.0, 1 - bound / value))
+
+
+@dataclass(frozen=True, eq=False)
+class _Split:
+    """A split ``H = D + R`` and what its evaluation reads, computed once for all rows."""
+
+    blocks: Tensor  # D, (blocks, size, size)
+    inverse: Tensor  # of the blocks
+    left: Tensor  # R, (in, in)
+    condition: Tensor  # largest condition number of a block, ()
+
+    @classmethod
+    def of(cls, gram: Tensor, blocks: Tensor) -> "_Split":
+        values = torch.linalg.eigvalsh(blocks)
+        condition = (values[:, -1] / values[:, 0]).max()
+        return cls(blocks, torch.linalg.inv(blocks), remainder(gram, blocks), condition)
+
+    @cached_property
+    def size_of_left(self) -> Tensor:
+        """Absolute values of R."""
+        return self.left.abs()
+
+
+class _ScaledProblem:
     """The problem around its free minimiser, columns scaled by powers of two.
 
     The scaling is exact and brings the diagonal of the gram near one, so that a margin on
     it is a margin in norm.
     """
 
-    def __init__(self, problem: LayerProblem, weight: Tensor | None) -> None:
+    def __init__(self, problem: LayerProblem, memory_budget: int) -> None:
         self.pattern = problem.pattern
-        dense = problem.weight.double()
+        dense, shift = problem.weight.double(), problem.shift
         free = dense
-        if problem.shift is not None:
-            free = dense + problem.factor(torch.float64).solve_rows(problem.shift)
+        if shift is not None:
+            free = dense + problem.factor(torch.float64).solve_rows(shift)
         gram = problem.damped_gram(torch.float64)
         scale = torch.exp2(-(gram.diagonal().log2() / 2).round())
-        self.gram = gram * scale * scale[:, None]
-        self.minimizer, self.free = free, free / scale
-        self.left = residual(problem, free) * scale  # what rounding left of the gradient
-        change = ((dense - free) / scale).abs()
-        moved = change @ self.gram.abs()
-        if problem.shift is not None:
-            moved = moved + problem.shift.abs() * scale
-        self.moved = moved
+        gram = gram * scale * scale[:, None]
+        self.gram = (gram + gram.T) / 2  # the objective reads no more of it
+        self.scale, self.dense, self.free = scale, dense / scale, free / scale
+        self.shift = None if shift is None else shift * scale
+        self.drift = problem.drift
         self.base = objective_rows(problem, free, damped=True)
-        unit = (len(gram) + 8) * EPSILON
-        self.rounding = unit * (2 * (change * moved).sum(dim=1) + problem.drift)
-        if weight is None:
-            weight = torch.where(self.pattern.mask(self.free.abs()), free, 0)
-        self.start = weight.double() / scale
+        self.unit = (len(gram) + 8) * EPSILON
+        self.left, self.moved, self.rounding = self._slope(slice(None), self.free)
+        rows = len(dense)
+        if not has_one_budget(problem.pattern):
+            rows = max(1, memory_budget // (8 * TEMPORARIES * len(gram)))
+        self.chunks = [slice(at, at + rows) for at in range(0, len(dense), rows)]
+        self.budget = memory_budget
 
-    def bounds(self) -> Iterator[Tensor]:
+    @cached_property
+    def largest(self) -> Tensor | None:
+        """Largest multiple of the diagonal that is proven, or None."""
+        return proven_split(self.gram, smallest_share(self.gram, 1))
+
+    def _slope(self, rows: slice, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Minus half the gradient, the size of its terms, and rounding of the objective."""
+        change = self.dense[rows] - weight
+        slope = change @ self.gram
+        moved = change.abs() @ self.gram.abs()
+        if self.shift is not None:
+            slope, moved = slope + self.shift[rows], moved + self.shift[rows].abs()
+        terms = 2 * (change.abs() * moved).sum(dim=1) + self.drift[rows]
+        return slope, moved, self.unit * terms
+
+    def bounds(self, largest: Tensor, weight: Tensor | None) -> Iterator[Tensor]:
         """Bounds from splits and directions, each valid."""
-        largest = proven_split(self.gram, smallest_share(self.gram, 1))
-        split = None if largest is None else INSIDE * largest
+        if weight is None:
+            start = torch.where(self.pattern.mask(self.free.abs()), self.free, 0)
+        else:
+            start = weight.double() / self.scale
+        of_largest = _Split.of(self.gram, largest)
+        yield self.evaluate(of_largest, torch.zeros_like(self.free))  # the free minimum
+        split: Tensor | None = INSIDE * largest
         directions = []
         for index in range(ROUNDS):
             if split is None:
                 return
-            direction, importance = self._relaxed(split[:, 0, 0])
+            prepared = _Split.of(self.gram, split)
+            direction, importance = self._relaxed(prepared, start)
             directions.append(direction)
-            yield self.evaluate(split, direction)
+            yield self.evaluate(prepared, direction)
             # the best bound is concave in D, with `importance` as its slope: Frank-Wolfe
             better = weighted_split(self.gram, split[:, 0, 0], importance)[:, None, None]
             split = proven_split(self.gram, torch.lerp(split, better, 1 / (index + 2)))
-        assert largest is not None
-        yield self.evaluate(largest, directions[0])
+        yield self.evaluate(of_largest, directions[0])
         pattern = self.pattern
         if isinstance(pattern, NM) and comb(pattern.m, pattern.n) <= LARGEST_COUNT:
             blocks = proven_split(self.gram, smallest_share(self.gram, pattern.m))
             if blocks is not None:
+                prepared = _Split.of(self.gram, blocks)
                 for direction in directions:
-                    yield self.evaluate(blocks, direction)
+                    yield self.evaluate(prepared, direction)
 
-    def _relaxed(self, diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    def _relaxed(self, split: _Split, start: Tensor) -> tuple[Tensor, Tensor]:
         """Direction y of the relaxation, and what each entry of D would add to it."""
+        diagonal = split.blocks[:, 0, 0]
         root = diagonal.sqrt()
-        left = remainder(self.gram, diagonal[:, None, None]) / root / root[:, None]
-        weight, start = self.free * root, self.start * root
-        size = weight.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-        relaxed = relax(
-            left.float(), (weight / size).float(), (start / size).float(), self.pattern
-        )
-        importance = relaxed.importance / diagonal
-        importance = importance + 1e-3 * importance.mean()
-        return relaxed.direction.double() * size / root, importance
+        inverse = shared_inverse(split.left / root / root[:, None]).float()
+        size = (self.free * root).abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+        root = root / size
+        directions, importance = [], torch.zeros_like(diagonal)
+        for rows in self.chunks:
+            weight, begin = self.free[rows] * root, start[rows] * root
+            relaxed = relax(inverse, weight.float(), begin.float(), self.pattern)
+            directions.append(relaxed.direction.double() / root)
+            importance += relaxed.importance
+        importance = importance / diagonal
+        floor = 1e-3 * importance.mean() + TINY
+        return torch.cat(directions), importance + floor
 
-    def evaluate(self, split: Tensor, direction: Tensor) -> Tensor:
+    def evaluate(self, split: _Split, direction: Tensor) -> Tensor:
         """Bound for one split and one y per row, less its rounding."""
-        left = remainder(self.gram, split)
-        image = direction @ left
-        pull = image - self.left
-        reach = direction.abs() @ left.abs() + self.left.abs() + self.moved
-        step = _times_blocks(pull, torch.linalg.inv(split))
-        centre = self.free - step
+        values = [self._evaluate(split, direction[rows], rows) for rows in self.chunks]
+        return _total(torch.cat(values), self.pattern)
+
+    def _evaluate(self, split: _Split, direction: Tensor, rows: slice) -> Tensor:
+        """Bound of some rows.
+
+        ``reach`` times `unit` bounds the error of every entry of the linear term. It moves
+        the minimum by as much, times how far the minimiser is from w: in a block it is
+        nearer to its centre in the norm of D than zero is, which is feasible.
+        """
+        free = self.free[rows]
+        image = direction @ split.left
+        pull = image - self.left[rows]
+        reach = direction.abs() @ split.size_of_left
+        reach += self.left[rows].abs() + self.moved[rows]
+        step = _times_blocks(pull, split.inverse)
+        centre = free - step
         separable, magnitude = _smallest(centre, split, self.pattern)
         taken = (pull * step).sum(dim=1)
-        value = self.base - (direction * image).sum(dim=1) - taken + separable
-        unit = (len(left) + 8) * EPSILON
-        sizes = direction.abs() + 2 * (centre.abs() + self.free.abs() + step.abs())
-        rounding = (reach * sizes).sum(dim=1)
-        rounding += _condition(split) * (taken.abs() + magnitude)
-        rounding += _condition(split) * _quadratic(self.free, split)
-        value = value - 4 * unit * rounding - self.rounding
-        return _total(value, self.pattern)
+        value = self.base[rows] - (direction * image).sum(dim=1) - taken + separable
+        slack = self.unit * _times_blocks(reach, split.inverse.abs())
+        far = _over_blocks(centre.abs() + free.abs() + step.abs() + slack, split)
+        rounding = (reach * (direction.abs() + 2 * far)).sum(dim=1)
+        terms = taken.abs() + magnitude + _quadratic(free, split)
+        rounding += split.condition.square() * terms + self.base[rows]
+        return value - 4 * self.unit * rounding - self.rounding[rows]
+
+    def bound_on_mask(self, kept: Tensor) -> Tensor:
+        """Objective of the best weights on the mask, less what they may still gain; (out,).
+
+        They gain at most ``s D^-1 s`` for a gradient ``-2 s``, because H is at least D.
+        Cost: one factorization per row, O(out in^3), in float64.
+        """
+        assert self.largest is not None
+        diagonal = self.largest[:, 0, 0]
+        eye = torch.eye(len(diagonal), dtype=torch.float64, device=diagonal.device)
+        count = max(1, self.budget // (24 * len(diagonal) ** 2))
+        values = []
+        for at in range(0, len(kept), count):
+            rows, on = slice(at, at + count), kept[at : at + count]
+            both = on[:, :, None] & on[:, None, :]
+            lower = torch.linalg.cholesky(torch.where(both, self.gram, eye))
+            weight = torch.where(on, self.dense[rows], 0)
+            for _ in range(2):  # the second step corrects the rounding of the first
+                slope = torch.where(on, self._slope(rows, weight)[0], 0)
+                step = torch.cholesky_solve(slope[:, :, None], lower)[:, :, 0]
+                weight = weight + torch.where(on, step, 0)
+            slope, moved, rounding = self._slope(rows, weight)
+            change = self.dense[rows] - weight
+            shift = 0 if self.shift is None else self.shift[rows]
+            value = (change * (slope + shift)).sum(dim=1) + self.drift[rows]
+            missed = torch.where(on, slope.abs() + self.unit * moved, 0)
+            gain = (missed.square() / diagonal).sum(dim=1)
+            values.append(value - (1 + self.unit) * gain - 4 * rounding)
+        bound = torch.cat(values)
+        return torch.where(torch.isfinite(bound), bound, 0).clamp(min=0)
 
 
-def _smallest(centre: Tensor, split: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def _smallest(centre: Tensor, split: _Split, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """Minimum over masks of ``(v - t) D (v - t)^T``, and the size of its terms; (out,)."""
-    if split.shape[1] == 1:
-        gains = centre.square() * split[:, 0, 0]
+    if split.blocks.shape[1] == 1:
+        gains = centre.square() * split.blocks[:, 0, 0]
         lost = torch.where(pattern.mask(gains), 0, gains)
         return lost.sum(dim=1), gains.sum(dim=1)
     assert isinstance(pattern, NM)
     blocks = centre.reshape(len(centre), -1, pattern.m)
-    inverse = torch.linalg.inv(split)
     best = torch.full_like(blocks[:, :, 0], torch.inf)
     for gone in combinations(range(pattern.m), pattern.m - pattern.n):
         # the kept rest follows: what is left of D is the inverse of a block of its inverse
-        chosen = torch.tensor(gone, dtype=torch.long, device=split.device)
-        rest = torch.linalg.inv(inverse[:, chosen[:, None], chosen])
+        chosen = torch.tensor(gone, dtype=torch.long, device=centre.device)
+        rest = torch.linalg.inv(split.inverse[:, chosen[:, None], chosen])
         part = blocks[:, :, chosen]
         lost = torch.einsum("rbp,bpq,rbq->rb", part, rest, part)
         best = torch.minimum(best, lost)
     return best.sum(dim=1), _quadratic(centre, split)
 
 
-def _bound_on_mask(problem: LayerProblem, kept: Tensor) -> Tensor:
-    """Objective of the best weights on the mask, less what they may still gain; (out,).
-
-    Cost: one factorization per row, O(out in^3), in float64.
-    """
-    factor = problem.factor(torch.float64)
-    if factor.raised:
-        return torch.zeros_like(problem.energy)
-    gram, width = problem.damped_gram(torch.float64), problem.shape[1]
-    eye = torch.eye(width, dtype=torch.float64, device=gram.device)
-    weight = torch.where(kept, problem.weight.double(), 0)
-    for _ in range(2):  # the second step corrects the rounding of the first
-        slope = torch.where(kept, residual(problem, weight), 0)
-        steps = []
-        for rows, on in _chunks(slope, kept, width):
-            matrices = torch.where(on[:, :, None] & on[:, None, :], gram, eye)
-            lower = torch.linalg.cholesky(matrices)
-            steps.append(torch.cholesky_solve(rows[:, :, None], lower)[:, :, 0])
-        weight = weight + torch.cat(steps)
-    slope = torch.where(kept, residual(problem, weight), 0)
-    value = objective_rows(problem, weight, damped=True)
-    change = (problem.weight.double() - weight).abs()
-    moved = change @ gram.abs()
-    if problem.shift is not None:
-        moved += 2 * problem.shift.abs()
-    rounding = (change * moved).sum(dim=1) + problem.drift
-    rounding *= 4 * (width + 8) * EPSILON
-    return (value - 2 * factor.inverse_norms(slope) - rounding).clamp(min=0)
-
-
-def _chunks(rows: Tensor, kept: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
-    size = max(1, CHUNK_NUMBERS // width**2)
-    yield from zip(torch.split(rows, size), torch.split(kept, size), strict=True)
-
-
 def _total(rows: Tensor, pattern: Pattern) -> Tensor:
-    return rows.sum(0, keepdim=True) if has_one_budget(pattern) else rows
+    """Bounds as they are returned: for one budget their sum, less its rounding."""
+    if not has_one_budget(pattern):
+        return rows
+    rounding = len(rows) * EPSILON * rows.abs().sum(0, keepdim=True)
+    return rows.sum(0, keepdim=True) - rounding
 
 
 def _times_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
     """``rows @ B`` for a block diagonal B."""
     size = blocks.shape[1]
+    if size == 1:
+        return rows * blocks[:, 0, 0]
     parts = rows.reshape(len(rows), -1, size)
     return torch.einsum("rbp,bpq->rbq", parts, blocks).reshape(rows.shape)
 
 
-def _quadratic(rows: Tensor, blocks: Tensor) -> Tensor:
-    return (rows * _times_blocks(rows, blocks)).sum(dim=1)
+def _over_blocks(sizes: Tensor, split: _Split) -> Tensor:
+    """Bound on every entry of a block: the sum of the block, in the norm of D."""
+    width = split.blocks.shape[1]
+    if width == 1:
+        return sizes
+    sums = sizes.reshape(len(sizes), -1, width).sum(dim=2, keepdim=True)
+    return (split.condition.sqrt() * sums).expand(-1, -1, width).reshape(sizes.shape)
 
 
-def _condition(blocks: Tensor) -> float:
-    """Largest squared condition number: what inverses of blocks of inverses amplify."""
-    values = torch.linalg.eigvalsh(blocks)
-    return float((values[:, -1] / values[:, 0]).max()) ** 2
+def _quadratic(rows: Tensor, split: _Split) -> Tensor:
+    return (rows * _times_blocks(rows, split.blocks)).sum(dim=1)

@@ -32,23 +32,27 @@ class Relaxed:
     """Best point found: the direction ``y = v - w``, and how much each d_j would add."""
 
     direction: Tensor  # (out, in)
-    importance: Tensor  # (in,): mean over rows of v^2 (1 / z - 1)
+    importance: Tensor  # (in,), float64: sum over rows of v^2 (1 / z - 1)
+
+
+def shared_inverse(remainder: Tensor) -> Tensor:
+    """``p (R + p I)^-1`` for penalty p, shape (in, in), float64: what ADMM multiplies by."""
+    shifted = remainder.clone()
+    shifted.diagonal().add_(PENALTY)
+    return torch.cholesky_inverse(torch.linalg.cholesky(shifted)).mul_(PENALTY)
 
 
 def relax(
-    remainder: Tensor,  # (in, in)
+    inverse: Tensor,  # (in, in)
     weight: Tensor,  # (out, in)
     start: Tensor,  # (out, in)
     pattern: Pattern,
 ) -> Relaxed:
     """Solve the relaxation approximately, in the precision of the weight.
 
-    Cost: one (out, in, in) product per iteration, and one float64 inverse.
+    `inverse` is that of :func:`shared_inverse`, `start` where ADMM begins. Cost: one
+    (out, in, in) product per iteration.
     """
-    shifted = remainder.to(torch.float64, copy=True)
-    shifted.diagonal().add_(PENALTY)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted)).mul_(PENALTY)
-    inverse = inverse.to(weight.dtype)
     sparse, dual = start, torch.zeros_like(start)
     root, share = None, torch.ones_like(start)
     best: Tensor | None = None
@@ -68,7 +72,7 @@ def relax(
         sparse = centre * share / (1 + PENALTY * share)
         dual = dual + mixed - sparse
     spread = sparse.square() * (1 / share.clamp(min=SMALLEST_SHARE) - 1)
-    return Relaxed(direction, spread.double().mean(dim=0))
+    return Relaxed(direction, spread.sum(dim=0, dtype=torch.float64))
 
 
 def has_one_budget(pattern: Pattern) -> bool:

@@ -39,15 +39,14 @@ class Certificate:
     ----------
     kind
         ``"refit"``: excess over the best weights on the same mask; ``"l1"``: duality gap
-        of the l1 problem; ``"support"``: excess over the best mask and weights;
-        ``"optimum"``: share of the objective that the best mask and weights could save.
+        of the l1 problem; ``"support"``: excess over the best mask and weights.
     bound
         The bound, scale-free.
     relative_to
         What the bound was divided by, in words.
     """
 
-    kind: Literal["refit", "l1", "support", "optimum"]
+    kind: Literal["refit", "l1", "support"]
     bound: float
     relative_to: str
 

@@ -14,27 +14,51 @@ semidefinite program, the dual of a relaxation of the max-cut kind. Its barrier 
 has a closed form for one entry at a time, and the inverse of R follows by products.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 BARRIER = 1.0  # nu over the mean of c d
 SMALLEST_SHARE = 0.02  # of its room is what an entry has at least
 PANEL = 64  # columns that are updated together
-SHARES = (1, 1 - 1e-6, 1 - 1e-4, 0.99, 0.9, 0.5, 0.1, 0.01)  # of a split
+SHARES = (1, 1 - 1e-6, 1 - 1e-4, 0.999, 0.99, 0.9, 0.5, 0.1, 0.01)  # of a split
+LANCZOS_STEPS = 40
 
 
 def smallest_share(gram: Tensor, size: int) -> Tensor:
     """Split ``D = share * blocks of H`` with the largest share, shape (blocks, size, size).
 
     For one column per block it is the smallest eigenvalue of the gram scaled to a unit
-    diagonal, times the diagonal. Cost: one eigenvalue decomposition.
+    diagonal, times the diagonal. It comes out a little too large, or zero for a singular
+    gram: :func:`proven_split` is to follow. Cost: O(in^3), one factorization.
     """
     blocks = _blocks_of(gram, size).clone()
     factors = torch.linalg.cholesky(blocks)
     half = _solve_blocks(factors, gram)
-    share = torch.linalg.eigvalsh(_solve_blocks(factors, half.T))[0]
-    largest: Tensor = blocks * share.clamp(min=0)
+    share = _smallest_eigenvalue(_solve_blocks(factors, half.T))
+    largest: Tensor = blocks * share
     return largest
+
+
+def _smallest_eigenvalue(matrix: Tensor) -> Tensor:
+    """Smallest eigenvalue from above, by Lanczos steps on the inverse; zero if singular."""
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) != 0:
+        return matrix.new_zeros(())
+    width, steps = len(matrix), min(LANCZOS_STEPS, len(matrix))
+    row = 1 + torch.arange(width, dtype=matrix.dtype, device=matrix.device) / width
+    basis = matrix.new_zeros(steps, width)
+    projected = matrix.new_zeros(steps, steps)
+    for step in range(steps):
+        size = row.norm()
+        for _ in range(2):  # against all rows before, twice for the sake of rounding
+            row = row - (basis @ row) @ basis
+        # a row within the span of those before leaves zero, and no trace in `projected`
+        left = row.norm()
+        basis[step] = torch.where(left > 1e-10 * size, row / left, 0)
+        row = torch.cholesky_solve(basis[step, :, None], lower)[:, 0]
+        projected[:, step] = basis @ row
+    return 1 / torch.linalg.eigvalsh(projected, UPLO="U")[-1]
 
 
 def weighted_split(gram: Tensor, diagonal: Tensor, importance: Tensor) -> Tensor:
@@ -63,21 +87,32 @@ def weighted_split(gram: Tensor, diagonal: Tensor, importance: Tensor) -> Tensor
     found = diagonal.clone()
     for begin in range(0, len(gram), PANEL):
         own = slice(begin, begin + PANEL)
-        panel = inverse[own, own].clone()
-        for index in range(len(panel)):
-            column = begin + index
-            room = found[column] + 1 / panel[index, index]
-            best = torch.maximum(room - nu / importance[column], SMALLEST_SHARE * room)
-            change = best - found[column]
-            found[column] = best
-            scale = change / (1 - change * panel[index, index])
-            panel += scale * torch.outer(panel[:, index], panel[index])
+        change = _panel_change(inverse[own, own], diagonal[own], importance[own], nu)
+        found[own] += change
         # the same changes at once for the rest of the inverse
-        change = (found - diagonal)[own]
         eye = torch.eye(len(change), dtype=gram.dtype, device=gram.device)
         core = torch.linalg.solve(eye - change[:, None] * inverse[own, own], change.diag())
-        inverse = inverse + inverse[:, own] @ core @ inverse[own]
+        inverse = inverse.addmm(inverse[:, own] @ core, inverse[own])
     return found
+
+
+def _panel_change(
+    inverse: Tensor, diagonal: Tensor, importance: Tensor, nu: float
+) -> Tensor:
+    """Change of some entries of D, one after the other; all arguments are their parts.
+
+    On the CPU, where a small step takes the least time, whatever the device.
+    """
+    panel = inverse.detach().cpu().numpy().copy()
+    before, weights = diagonal.cpu().numpy(), importance.cpu().numpy()
+    changes = np.zeros_like(before)
+    for index in range(len(panel)):
+        room = before[index] + 1 / panel[index, index]
+        best = max(room - nu / weights[index], SMALLEST_SHARE * room)
+        changes[index] = best - before[index]
+        scale = changes[index] / (1 - changes[index] * panel[index, index])
+        panel += scale * np.outer(panel[:, index], panel[index])
+    return torch.from_numpy(changes).to(diagonal.device)
 
 
 def proven_split(gram: Tensor, split: Tensor) -> Tensor | None:
@@ -85,13 +120,14 @@ def proven_split(gram: Tensor, split: Tensor) -> Tensor | None:
 
     A Cholesky factorization that succeeds is exact for a matrix that differs by at most
     ``(in + 1) eps sqrt(r_ii r_jj)`` in its entries, so by ``in (in + 1) eps max(r_ii)`` in
-    norm. Twice that is taken from the diagonal first: success is then a proof. None if the
-    gram itself is too close to singular, or D is not positive. The diagonal of `gram`
-    should be near one.
+    norm, with eps twice the unit of rounding. More than twice that is taken from the
+    diagonal first, which leaves room for the rounding of ``H - D`` and of the gram's own
+    diagonal: success is then a proof. None if the gram itself is too close to singular, or
+    D is not positive. The diagonal of `gram` should be near one.
     """
     width = len(gram)
     unit = torch.finfo(torch.float64).eps
-    margin = 2 * width * (width + 1) * unit * float(gram.diagonal().max())
+    margin = 2 * (width + 1) ** 2 * unit * float(gram.diagonal().max())
     if not bool((split.diagonal(dim1=1, dim2=2) > 0).all()):  # NaN as well
         return None
     for share in SHARES:

@@ -2,12 +2,13 @@
 
     python -m tests.benchmarks.proven_gaps FOLDER
 
-Two of the captured layers of every packaged model, at 50 % and 2:4, with two dampings: the
-share of the damped objective that any other mask and weights could save at most, for the
-layer and the median of its rows. `FOLDER` caches the layers.
+The captured layers of every packaged model, at 50 % and 2:4, with two dampings: the share
+of the damped objective that any other mask and weights could save at most, for the layer
+and the median of its rows. `FOLDER` caches the layers.
 """
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,12 +21,11 @@ from layerwise.evaluate import objective_rows
 from layerwise.lower_bounds import lower_bounds
 from layerwise.patterns import parse_pattern
 from layerwise.solve import solve
-from tests.benchmarks.captured import LINEARS, CapturedLayer, captured_layers
+from tests.benchmarks.captured import CapturedLayer, captured_layers
 
 PATTERNS = ("0.5", "2:4")
 DAMPINGS = (0.01, 1e-4)
 METHOD = "best"
-CHOSEN = {name for linears in LINEARS.values() for name in (linears[0], linears[-1])}
 COLUMNS = tuple(product(PATTERNS, DAMPINGS))
 
 
@@ -50,14 +50,22 @@ def table(layers: Sequence[CapturedLayer], method: str = METHOD) -> Iterator[str
     heads = " | ".join(f"{pattern}, {damping:g}" for pattern, damping in COLUMNS)
     yield f"| layer | shape | {heads} | {method}, CPU s | bounds, CPU s |"
     yield "|---" * (4 + len(COLUMNS)) + "|"
+    seen: list[list[tuple[float, float, float, float]]] = []
     for layer in layers:
-        found = [gaps(layer, *column, method) for column in COLUMNS]
-        cells = " | ".join(f"{of_layer:.1%} / {rows:.1%}" for of_layer, rows, *_ in found)
-        solving, bounding = (
-            sum(result[i] for result in found) / len(found) for i in (2, 3)
-        )
+        seen.append([gaps(layer, *column, method) for column in COLUMNS])
         shape = " x ".join(map(str, layer.weight.shape))
-        yield f"| {layer.name} | {shape} | {cells} | {solving:.1f} | {bounding:.2f} |"
+        yield f"| {layer.name} | {shape} | {_cells(seen[-1])}"
+    middle = [
+        tuple(statistics.median(figures) for figures in zip(*column, strict=True))
+        for column in zip(*seen, strict=True)
+    ]
+    yield f"| median | | {_cells(middle)}"
+
+
+def _cells(found: Sequence[Sequence[float]]) -> str:
+    shares = " | ".join(f"{of_layer:.1%} / {rows:.1%}" for of_layer, rows, *_ in found)
+    solving, bounding = (sum(one[i] for one in found) / len(found) for i in (2, 3))
+    return f"{shares} | {solving:.1f} | {bounding:.2f} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,11 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="folder of the cache")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    layers = [
-        layer
-        for layer in captured_layers(options.folder)
-        if any(layer.name.endswith(name) for name in CHOSEN)
-    ]
+    layers = captured_layers(options.folder)
     sys.stdout.write("Gap of the layer / median gap of its rows:\n\n")
     for line in table(layers):
         sys.stdout.write(line + "\n")
