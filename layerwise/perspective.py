@@ -18,7 +18,7 @@ from torch import Tensor
 
 from layerwise.patterns import NM, Pattern, Unstructured
 
-ITERATIONS = 40
+ITERATIONS = 20
 PENALTY = 3.0  # of ADMM; D is the identity
 CHECKED = 10  # iterations between two estimates of the bound
 ROOT_STEPS = 4  # per iteration, from the root of the one before
@@ -36,7 +36,7 @@ class Relaxed:
 
 
 def shared_inverse(remainder: Tensor) -> Tensor:
-    """``p (R + p I)^-1`` for penalty p, shape (in, in), float64: what ADMM multiplies by."""
+    """``p (R + p I)^-1`` for penalty p, (in, in), float64: what ADMM multiplies by."""
     shifted = remainder.clone()
     shifted.diagonal().add_(PENALTY)
     return torch.cholesky_inverse(torch.linalg.cholesky(shifted)).mul_(PENALTY)

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BARRIER = 1.0  # nu over the mean of c d
+BARRIER = 0.3  # nu over the mean of c d
+SWEEPS = 2
 SMALLEST_SHARE = 0.02  # of its room is what an entry has at least
 PANEL = 64  # columns that are updated together
 SHARES = (1, 1 - 1e-6, 1 - 1e-4, 0.999, 0.99, 0.9, 0.5, 0.1, 0.01)  # of a split
@@ -58,11 +59,12 @@ def _smallest_eigenvalue(matrix: Tensor) -> Tensor:
         basis[step] = torch.where(left > 1e-10 * size, row / left, 0)
         row = torch.cholesky_solve(basis[step, :, None], lower)[:, 0]
         projected[:, step] = basis @ row
-    return 1 / torch.linalg.eigvalsh(projected, UPLO="U")[-1]
+    largest: Tensor = torch.linalg.eigvalsh(projected, UPLO="U")[-1]
+    return 1 / largest
 
 
 def weighted_split(gram: Tensor, diagonal: Tensor, importance: Tensor) -> Tensor:
-    """Diagonal D with a larger ``<c, d>``: one sweep over its entries.
+    """Diagonal D with a larger ``<c, d>``: sweeps over its entries.
 
     Everything else fixed, an entry d may grow to ``room = d + 1 / (R^-1)_jj``, and is best
     at ``room - nu / c``.
@@ -85,9 +87,9 @@ def weighted_split(gram: Tensor, diagonal: Tensor, importance: Tensor) -> Tensor
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(left))
     nu = BARRIER * float(importance @ diagonal) / len(gram)
     found = diagonal.clone()
-    for begin in range(0, len(gram), PANEL):
+    for begin in list(range(0, len(gram), PANEL)) * SWEEPS:
         own = slice(begin, begin + PANEL)
-        change = _panel_change(inverse[own, own], diagonal[own], importance[own], nu)
+        change = _panel_change(inverse[own, own], found[own], importance[own], nu)
         found[own] += change
         # the same changes at once for the rest of the inverse
         eye = torch.eye(len(change), dtype=gram.dtype, device=gram.device)

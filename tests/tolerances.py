@@ -161,9 +161,9 @@ NEARLY_EXACT = 1e-5
 # Best bound of a split by CLARABEL at its default tolerances of 1e-8.
 PERSPECTIVE = 1e-6
 
-# Bound of the direction that forty steps find over the best bound of that split.
+# Bound of the direction that twenty steps find over the best bound of that split.
 RELAXED = 0.98
 
-# Median of bound over optimum on grams with damping 0.01, measured 0.67 to 0.92; and for a
+# Median of bound over optimum on grams with damping 0.01, measured 0.75 to 0.95; and for a
 # layer of three rows.
-TYPICAL_BOUND = 0.5
+TYPICAL_BOUND = 0.6
