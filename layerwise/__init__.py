@@ -8,6 +8,7 @@ pruned. Importing this package loads torch and nothing heavier.
 from typing import TYPE_CHECKING, Any
 
 from layerwise.errors import LayerwiseError
+from layerwise.lower_bounds import lower_bounds, proven_gap
 from layerwise.moments import MomentAccumulator, Moments
 from layerwise.patterns import NM, Columns, FixedMask, Unstructured
 from layerwise.problem import LayerProblem
@@ -40,6 +41,8 @@ __all__ = [
     "Unstructured",
     "chain",
     "load",
+    "lower_bounds",
+    "proven_gap",
     "prune_model",
     "retrain_model",
     "solve",

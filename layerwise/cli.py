@@ -90,6 +90,10 @@ def prune(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the calibration windows.")] = None,
     damping: Annotated[float | None, typer.Option(help="Relative ridge.")] = None,
+    certify: Annotated[
+        bool | None,
+        typer.Option(help="Bound the distance from the best mask and weights."),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Hyper-parameter name=value.")
     ] = None,
@@ -125,6 +129,7 @@ def prune(
         "ignore": ignore or None,
         "seed": seed,
         "damping": damping,
+        "certify": certify,
         "options": _options(set_ or [], effort) or None,
     }
     flags = {name: value for name, value in given.items() if value is not None}
@@ -184,6 +189,7 @@ def _prune(
             ignore=recipe.ignore,
             seed=recipe.seed,
             damping=recipe.damping,
+            certify=recipe.certify,
             options=recipe.options,
             device=device,
             memory_budget=memory_budget,

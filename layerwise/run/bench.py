@@ -30,7 +30,7 @@ from layerwise.run.structure import leaving
 
 STAGES: tuple[str, ...] = (
     *("load", "hash", "capture", "gradients", "survey"),
-    *("forward", "gram", "solve", "write"),
+    *("forward", "gram", "solve", "certify", "write"),
 )
 REST = "rest"
 LONGEST = 512  # of the default sequence length

@@ -17,7 +17,7 @@ With ``none`` and ``block`` the blocks are independent of each other, and
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from layerwise.adapters import Adapter, Stage
 from layerwise.errors import LayerwiseError
 from layerwise.evaluate import relative_error
+from layerwise.lower_bounds import MEMORY_BUDGET, proven_gap_of
 from layerwise.moments import MomentAccumulator
 from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
@@ -45,7 +46,10 @@ OnLayer = Callable[[LayerRecord], None]  # told about every matrix that is done
 
 @dataclass(frozen=True)
 class Task:
-    """What to do to every block."""
+    """What to do to every block.
+
+    `certify` asks for the proven gap of every matrix, within `memory_budget` bytes.
+    """
 
     adapter: Adapter
     solver: Any
@@ -53,6 +57,8 @@ class Task:
     damping: float
     error_correction: ErrorCorrection
     device: torch.device
+    certify: bool = False
+    memory_budget: int = MEMORY_BUDGET
 
     @property
     def staged(self) -> bool:
@@ -237,6 +243,9 @@ def _solve_stage(
             seconds = time.perf_counter() - start
             error = relative_error(problem, stored)
             record = record_of(task, full_name, problem, solution, stored, error, seconds)
+        if task.certify:
+            with naming(full_name), timed("certify"):
+                record = certified(task, record, problem, stored)
         weight.copy_(stored)  # last: the problem reads the dense weight
         result.weights[name], result.masks[name] = stored.cpu(), solution.mask.cpu()
         result.records.append(record)
@@ -273,6 +282,15 @@ def record_of(
         iterations=solution.iterations,
         seconds=seconds,
     )
+
+
+def certified(
+    task: Task, record: LayerRecord, problem: LayerProblem, stored: Tensor
+) -> LayerRecord:
+    """Record with the proven gap of the stored weights, at the damping that was used."""
+    used = problem.with_damping(record.damping)
+    gap = proven_gap_of(used, stored, memory_budget=task.memory_budget)
+    return replace(record, proven_gap=gap)
 
 
 class naming:  # noqa: N801 - reads as a statement: with naming(layer)

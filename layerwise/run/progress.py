@@ -14,7 +14,7 @@ from rich.progress import (
 )
 
 from layerwise.run.prune import PruneReport
-from layerwise.run.records import LayerRecord
+from layerwise.run.records import LayerRecord, in_percent
 
 
 def layer_line(record: LayerRecord) -> str:
@@ -28,6 +28,8 @@ def layer_line(record: LayerRecord) -> str:
         f"rank {record.rank}/{record.shape[1]}",
         f"{record.seconds:.2f} s",
     ]
+    if record.proven_gap is not None:
+        parts.insert(4, f"proven within {in_percent(record.proven_gap)} of the optimum")
     if record.certificate is not None:
         parts.insert(4, f"{record.certificate_kind} <= {record.certificate:.1e}")
     return "  ".join(parts)
@@ -99,6 +101,8 @@ class RichProgress:
         if record.damping_raised or record.status == "max_iterations":
             self._console.print(layer_line(record), markup=False, highlight=False)
         text = f"{record.name}  error {record.relative_error:.4f}"
+        if record.proven_gap is not None:
+            text += f"  within {in_percent(record.proven_gap)}"
         self._progress.update(self._task, advance=1, description=text)
 
     def on_finish(self, report: PruneReport) -> None:
@@ -114,7 +118,10 @@ class RichProgress:
 def summary_line(report: PruneReport) -> str:
     """Totals of a run in one line."""
     where = "" if report.output_dir is None else f", written to {report.output_dir}"
+    proven, gap = "", report.median_proven_gap
+    if gap is not None:
+        proven = f", proven within {in_percent(gap)} of the optimum (median)"
     return (
         f"{len(report.records)} layers, sparsity {report.sparsity:.4f}, mean relative "
-        f"error {report.mean_relative_error:.4f}, {report.seconds:.1f} s{where}"
+        f"error {report.mean_relative_error:.4f}{proven}, {report.seconds:.1f} s{where}"
     )

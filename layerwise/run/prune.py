@@ -27,11 +27,13 @@ from layerwise.run.output import (
 from layerwise.run.perplexity import evaluation_mode
 from layerwise.run.pipeline import ErrorCorrection, Task
 from layerwise.run.recipe import OptionValue, Recipe, options_of
-from layerwise.run.records import LayerRecord
+from layerwise.run.records import LayerRecord, median_gap
 from layerwise.run.settings import (
     as_entries,
+    budget_of_bounds,
     check_error_correction,
     check_storable,
+    choose_certify,
     choose_device,
     choose_pattern,
     choose_sequence_length,
@@ -105,6 +107,11 @@ class PruneReport:
         return sum(record.relative_error for record in self.records) / len(self.records)
 
     @property
+    def median_proven_gap(self) -> float | None:
+        """Median over the matrices whose gap was proven; None if there are none."""
+        return median_gap(self.records)
+
+    @property
     def sparsity(self) -> float:
         """Fraction of zeros over all pruned matrices."""
         sizes = [record.shape[0] * record.shape[1] for record in self.records]
@@ -129,6 +136,7 @@ def prune_model(
     ignore: str | Sequence[str] = ("lm_head",),
     seed: int = 0,
     damping: float = 0.01,
+    certify: bool | None = None,
     options: dict[str, OptionValue] | None = None,
     allocation: str | None = None,
     format: str | None = None,
@@ -177,6 +185,10 @@ def prune_model(
         Of the calibration windows; the global generators are not touched.
     damping
         Ridge towards the dense weight, relative to the mean diagonal of the gram.
+    certify
+        Whether to bound, for every layer, how far its damped objective can be above that of
+        the best mask and weights, whatever the method (:func:`layerwise.proven_gap`). By
+        default only for ``effort="thorough"``. Not for smaller models.
     options
         Hyper-parameters of a method given by name, such as ``{"block_size": 64}``.
     allocation, format, unit
@@ -186,7 +198,8 @@ def prune_model(
     device
         Where blocks are computed; ``"auto"`` takes a GPU if there is one.
     memory_budget
-        Bytes for the row systems of refits; methods without them need none.
+        Bytes for the row systems of refits, and for the rows of `certify`; methods
+        without them need none.
     output_dir
         New folder for the pruned checkpoint; work happens in ``output_dir.partial``.
     resume
@@ -215,6 +228,7 @@ def prune_model(
     structure = choose_structure(resolve(method), sparsity, pattern, given)
     chosen = structure or choose_pattern(sparsity, pattern)
     solver = choose_solver(method, chosen, damping, options, memory_budget)
+    certified = choose_certify(certify, solver, chosen)
     check_error_correction(error_correction)
     output = None if output_dir is None else Path(output_dir)
     if output is not None:
@@ -238,10 +252,20 @@ def prune_model(
         seed=seed,
         vocab_size=embedding_rows(model),
     )
-    task = Task(adapter, solver, chosen, damping, error_correction, choose_device(device))
+    task = Task(
+        adapter,
+        solver,
+        chosen,
+        damping,
+        error_correction,
+        choose_device(device),
+        certify=certified,
+        memory_budget=budget_of_bounds(memory_budget),
+    )
     if isinstance(selection, ChannelSelection):
         task = structured_task(task, model, selection)
     recipe = _recipe(task, calibration, tokens, selection, seed, source)
+    recipe = recipe.model_copy(update={"certify": certify})
     journal = None
     if output is not None:
         with stage("hash"):

@@ -56,6 +56,7 @@ class Recipe(BaseModel):
     ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
     seed: int = 0
     damping: float = 0.01
+    certify: bool | None = None
     options: dict[str, OptionValue] = Field(default_factory=dict)
 
     @classmethod

@@ -1,6 +1,9 @@
 """What is known about a pruned layer: one line of ``layers.jsonl``."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 
@@ -30,6 +33,9 @@ class LayerRecord:
         Of the inputs: rank of their gram, channels that are always zero, tokens seen.
     iterations, seconds
         Of the solver.
+    proven_gap
+        Share of the damped objective of the stored weights that any other mask and weights
+        could save at most, see :func:`layerwise.proven_gap`; None if it was not asked for.
     """
 
     name: str
@@ -48,6 +54,7 @@ class LayerRecord:
     n_tokens: int
     iterations: int
     seconds: float
+    proven_gap: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -57,3 +64,14 @@ class LayerRecord:
     def from_dict(cls, values: dict[str, Any]) -> "LayerRecord":
         """Inverse of :meth:`to_dict`."""
         return cls(**{**values, "shape": tuple(values["shape"])})
+
+
+def median_gap(records: Iterable[LayerRecord]) -> float | None:
+    """Median proven gap of the matrices that have one."""
+    gaps = [record.proven_gap for record in records if record.proven_gap is not None]
+    return median(gaps) if gaps else None
+
+
+def in_percent(gap: float) -> str:
+    """A proven gap in percent, rounded up: what is shown is proven as well."""
+    return f"{math.ceil(1000 * gap) / 10:.1f} %"

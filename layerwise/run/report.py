@@ -29,7 +29,7 @@ from layerwise.run.page import (
 )
 from layerwise.run.plots import kinds_figure, methods_figure
 from layerwise.run.recipe import Recipe
-from layerwise.run.records import LayerRecord
+from layerwise.run.records import LayerRecord, in_percent, median_gap
 
 RECIPE = "recipe.yaml"
 
@@ -55,6 +55,11 @@ best zeros and weights. <b>Marked</b>: damping that had to be raised, inputs of 
 rank, channels that are always zero.</p></div>
 """
 
+GAP_EXPLANATION = """<p class="soft"><b>Proven gap</b>: the share of the damped objective of
+the stored weights that any other zeros and weights could save at most; a large one says
+nothing against the answer.</p>"""
+
+GAP_COLUMN, BEFORE_GAP = "proven gap", "damping"
 METHOD_COLUMNS = ("method", "perplexity", "increase %", "mean relative error", "seconds")
 LAYER_COLUMNS = (
     "layer",
@@ -216,9 +221,12 @@ def run_page(folder: Path) -> str:
         message = f"{folder / FOLDER / LAYERS} is damaged: it lists no layer"
         raise DataError(message)
     model = recipe.model or folder.absolute().name
-    numeric = [column not in ("layer", "status") for column in LAYER_COLUMNS]
-    rows = "\n".join(map(_layer_row, records))
-    layers = table(LAYER_COLUMNS, numeric, f"<tbody>{rows}</tbody>")
+    columns = list(LAYER_COLUMNS)
+    if proven := median_gap(records) is not None:
+        columns.insert(columns.index(BEFORE_GAP), GAP_COLUMN)
+    numeric = [column not in ("layer", "status") for column in columns]
+    rows = "\n".join(_layer_row(record, proven) for record in records)
+    layers = table(columns, numeric, f"<tbody>{rows}</tbody>")
     recipe_box = scrollable("recipe", f"<pre>{escape(recipe.to_yaml())}</pre>")
     body = f"""<h1>{breakable(model)}</h1>
 <p class="soft">Pruned by <code>{breakable(recipe.method)}</code>,
@@ -229,6 +237,7 @@ def run_page(folder: Path) -> str:
 {kinds_figure(records, "plot")}</section></div>
 <h2>Layers</h2>
 {RUN_EXPLANATION}
+{GAP_EXPLANATION if proven else ""}
 {_retrained(manifest)}
 {scrollable("figures of every layer", layers)}
 <h2>Recipe</h2>
@@ -257,6 +266,7 @@ def _summary(manifest: Manifest, recipe: Recipe, records: Sequence[LayerRecord])
         "mean relative error": f"<b>{decimal(mean, 4)}</b>",
         "worst relative error": f"{decimal(worst.relative_error, 4)} in "
         f"<code>{breakable(worst.name)}</code>",
+        "proven gap": f"median {_gap(median_gap(records))}",
         "status": escape(", ".join(f"{n} {status}" for status, n in statuses.items())),
         "damping raised": _affected(records, lambda record: record.damping_raised),
         "rank deficient": _affected(records, _is_deficient),
@@ -264,6 +274,8 @@ def _summary(manifest: Manifest, recipe: Recipe, records: Sequence[LayerRecord])
         "time in the solver": f"{sum(r.seconds for r in records):,.1f} s",
         "versions": escape(", ".join(versions)),
     }
+    if median_gap(records) is None:
+        del rows["proven gap"]
     return "\n".join(f"<dt>{term}</dt><dd>{value}</dd>" for term, value in rows.items())
 
 
@@ -294,7 +306,8 @@ def _affected(
     return foldable(f"{count} of {len(records)}", names)
 
 
-def _layer_row(record: LayerRecord) -> str:
+def _layer_row(record: LayerRecord, proven: bool) -> str:
+    """Row of the table; `proven` where it has a column of proven gaps."""
     rows, width = record.shape
     certificate = MISSING
     if record.certificate is not None:
@@ -306,12 +319,17 @@ def _layer_row(record: LayerRecord) -> str:
         number(decimal(record.relative_error, 4)),
         f"<td>{escape(_words(record.status))}</td>",
         number(certificate),
+        *([number(_gap(record.proven_gap))] if proven else []),
         number(f"{record.damping:g}", "warn" if record.damping_raised else ""),
         number(f"{record.rank} / {width}", "warn" if _is_deficient(record) else ""),
         number(str(record.dead_channels), "warn" if record.dead_channels else ""),
         number(f"{record.seconds:.3f}"),
     ]
     return f"<tr>{''.join(cells)}</tr>"
+
+
+def _gap(gap: float | None) -> str:
+    return MISSING if gap is None else in_percent(gap)
 
 
 def _is_deficient(record: LayerRecord) -> bool:

@@ -7,13 +7,21 @@ import torch
 from torch import nn
 
 from layerwise.errors import UsageError
+from layerwise.lower_bounds import MEMORY_BUDGET
 from layerwise.moments import Moments
-from layerwise.patterns import NM, Columns, Pattern, Unstructured, parse_pattern
+from layerwise.patterns import (
+    NM,
+    Columns,
+    FixedMask,
+    Pattern,
+    Unstructured,
+    parse_pattern,
+)
 from layerwise.problem import LayerProblem
 from layerwise.run.pipeline import ERROR_CORRECTIONS
 from layerwise.run.recipe import OptionValue, configure, with_memory_budget, with_warm_start
 from layerwise.run.structure import Structure
-from layerwise.solve import refuse_unless_solvable
+from layerwise.solve import refuse_unless_solvable, steps_of
 
 ROUNDING = 1e-9  # of a sparsity such as 1 - 2 / 5
 # FISTAPruner starts from SparseGPT on OPT and from Wanda on every LLaMA
@@ -67,6 +75,26 @@ def choose_solver(
             LayerProblem.from_moments(weight, moments, pattern=pattern, damping=damping),
         )
     return solver
+
+
+def choose_certify(asked: bool | None, solver: Any, pattern: Pattern | Structure) -> bool:
+    """Whether to prove gaps: as asked, or where the effort is thorough."""
+    bounded = isinstance(pattern, NM | Unstructured | FixedMask)
+    if asked is None:
+        efforts = [getattr(step, "effort", None) for step in steps_of(solver)]
+        return bounded and "thorough" in efforts
+    if asked and not bounded:
+        message = (
+            "certify bounds the best mask of 0.5 or n:m; the columns of a smaller model "
+            "have no such bound: leave certify out"
+        )
+        raise UsageError(message)
+    return asked
+
+
+def budget_of_bounds(memory_budget: int | None) -> int:
+    """Bytes for the rows of lower bounds."""
+    return MEMORY_BUDGET if memory_budget is None else memory_budget
 
 
 def with_published_start(
