@@ -477,6 +477,25 @@ def test_effort_is_an_option_of_the_method(in_workshop: Path) -> None:
     assert recipe["options"] == {"effort": "fast"}
 
 
+@pytest.mark.parametrize(
+    ("method", "flag", "proven"),
+    [
+        ("wanda", "--certify", True),
+        ("best", None, True),
+        ("best", "--no-certify", False),
+    ],
+)
+def test_gaps_are_proven_if_asked_for_or_thorough(
+    method: str, flag: str | None, proven: bool, in_workshop: Path
+) -> None:
+    effort = "thorough" if method == "best" else None
+    few = {"--targets": "re:.*1.*q_proj", "--method": method, "--effort": effort}
+    assert run([*flags(few), *([flag] if flag else [])]) == 0
+    for record in read_layers(Path("out")):
+        assert (record.proven_gap is not None) == proven
+    assert ("proven gap" in Path("out/layerwise/report.html").read_text()) == proven
+
+
 def test_flags_win_over_the_recipe(in_workshop: Path) -> None:
     changes = {"--recipe": "recipe.yaml", "--sparsity": None, "--n-sequences": None}
     assert run(flags({**changes, "--method": "magnitude"})) == 0

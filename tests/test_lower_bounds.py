@@ -13,6 +13,7 @@ import layerwise as lw
 from layerwise.certificates import least_squares_minimum
 from layerwise.errors import InvalidProblemError
 from layerwise.evaluate import objective_rows
+from layerwise.linalg import Factor
 from layerwise.lower_bounds import lower_bounds, proven_gap
 from layerwise.moments import Moments
 from layerwise.patterns import NM, Columns, FixedMask, Pattern, Unstructured
@@ -280,6 +281,28 @@ def test_chunks_of_rows_change_nothing(
     fixed = problem.with_pattern(FixedMask(pattern.mask(problem.weight.abs())))
     torch.testing.assert_close(lower_bounds(fixed, memory_budget=1), lower_bounds(fixed))
     assert layer.shape[0] > 2
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+def test_an_inexact_minimiser_is_no_danger(
+    pattern: Pattern, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient that it leaves is part of the bound."""
+    layer = PROBLEMS["drifted"].columns(torch.arange(8))
+    problem = layer.problem(pattern)
+    expected = lower_bounds(problem)
+    exact = Factor.solve_rows
+    monkeypatch.setattr(
+        Factor, "solve_rows", lambda self, rows: exact(self, rows) * (1 + 1e-3)
+    )
+    found = lower_bounds(problem)
+    optimum = Equations(layer).enumerated_minimum(pattern)
+    assert float(found.sum()) <= optimum
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0)
+    # with nothing removed, what it misses is known
+    dense = problem.with_pattern(Unstructured(0))
+    slack = ROUNDING * layer.energy
+    assert bool((lower_bounds(dense) <= least_squares_minimum(dense) + slack).all())
 
 
 def test_one_budget_needs_all_rows_at_once() -> None:
