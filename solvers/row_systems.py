@@ -56,7 +56,7 @@ def solve_on_complements(
 
     def correct(residuals: Tensor) -> Tensor:
         free = residuals @ inverse.to(residuals.dtype)
-        bound = pull(torch.where(mask, 0, free)) @ inverse.to(residuals.dtype)
+        bound = pull(free) @ inverse.to(residuals.dtype)
         return torch.where(mask, free - bound, 0)
 
     return correct

@@ -24,7 +24,11 @@ BANNED = {
     "demo": (),
     "cli": (),
 }
-DEMO_MAY_IMPORT = ("layerwise.errors", "layerwise.demo")
+DEMO_MAY_IMPORT = (
+    "layerwise.errors",
+    "layerwise.demo",
+    "layerwise.adapters.selective_scan",  # trains the packaged Mamba
+)
 # cvxpy is imported inside the one function that needs it, and for its type
 MAY_NAME_CVXPY = {"layerwise/cvxpy_model.py", "layerwise/problem.py"}
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import layerwise as lw
+from layerwise.certificates import refit_certificate
 from layerwise.errors import InvalidProblemError, MemoryBudgetError, UsageError
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import FixedMask, Unstructured
@@ -259,6 +260,19 @@ def test_a_round_that_makes_a_row_worse_is_dropped(monkeypatch: pytest.MonkeyPat
     masked = torch.where(stopped.mask, layer.weight, 0)
     torch.testing.assert_close(stopped.weight, masked, rtol=0, atol=0)
     assert stopped.status is Status.MAX_ITERATIONS
+
+
+@pytest.mark.parametrize("method", ["direct", "cg"])
+def test_certified_is_what_is_returned(method: Any) -> None:
+    """Float32 weights, whose rounding a tolerance beyond their precision must show."""
+    layer = make_layer(63, rows=6, width=32, tokens=200, drift=0.2).to(torch.float32)
+    mask = Unstructured(0.5).mask(layer.weight.abs())
+    problem = layer.problem(FixedMask(mask))
+    solution = lw.solve(problem, LeastSquares(method=method, tolerance=1e-20))
+    certificate = refit_certificate(problem, solution.weight, mask)
+    assert solution.certificate is not None
+    assert solution.certificate.bound == pytest.approx(certificate.bound, rel=1e-6)
+    assert solution.status is Status.MAX_ITERATIONS
 
 
 @pytest.mark.parametrize(("sparsity", "size"), [(0.2, 8), (0.7, 12)])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.models.mamba import modeling_mamba
 
-from layerwise.demo.scan import selective_scan
+from layerwise.adapters.selective_scan import fast_scan
 from layerwise.errors import InvalidProblemError
 from layerwise.patterns import NM
 from layerwise.problem import LayerProblem
@@ -16,6 +16,7 @@ from layerwise.run.pipeline import ERROR_CORRECTIONS
 from layerwise.run.streams import BATCH
 from tests.models import RANK, random_tokens, tiny_model, weight_of
 from tests.pruning import prune_and_record
+from tests.retraining import pruned_model, retrain
 from tests.tolerances import FAST_SCAN, MOMENTS
 
 LENGTH = 10
@@ -136,18 +137,52 @@ def test_rank_that_is_no_multiple_of_m_is_named(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fast_scan_is_that_of_transformers(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The scan that trains the packaged model, on outputs and on gradients."""
+def test_fast_scan_is_that_of_transformers(dtype: torch.dtype) -> None:
+    """The scan that trains Mamba on a CPU, on outputs and on gradients."""
     results = []
-    for scan in (modeling_mamba.mamba_selective_scan, selective_scan):
-        monkeypatch.setattr(modeling_mamba, "mamba_selective_scan", scan)
+    for device in ("meta", "cpu"):  # only on a CPU it takes the place of the other
         model: Any = tiny_model("mamba").to(dtype)
-        output = model(input_ids=random_tokens(2, 12), use_cache=False).logits.float()
+        with fast_scan(model, torch.device(device)):
+            output = model(input_ids=random_tokens(2, 12), use_cache=False).logits.float()
         output.square().mean().backward()
         gradient = model.backbone.layers[0].mixer.A_log.grad.float()
         results.append((output.detach(), gradient))
     for found, expected in zip(results[1], results[0], strict=True):
         limit = FAST_SCAN[dtype] * float(expected.abs().max())
         torch.testing.assert_close(found, expected, rtol=0, atol=limit)
+        assert not torch.equal(found, expected) or dtype == torch.bfloat16
+
+
+def test_fast_scan_leaves_alone_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    original = modeling_mamba.mamba_selective_scan
+
+    def record(*args: Any, **options: Any) -> Any:
+        asked.append(options)
+        return original(*args, **options)
+
+    monkeypatch.setattr(modeling_mamba, "mamba_selective_scan", record)
+    model: Any = tiny_model("mamba")
+    with torch.no_grad(), fast_scan(model, torch.device("cpu")):
+        model(input_ids=random_tokens(2, 12), use_cache=False)
+        assert not asked
+        model(input_ids=random_tokens(2, 12), use_cache=True)
+    assert asked
+    assert modeling_mamba.mamba_selective_scan is record
+    with fast_scan(tiny_model("llama"), torch.device("cpu")):
+        assert modeling_mamba.mamba_selective_scan is record
+
+
+@pytest.mark.parametrize("objective", ["tokens", "block"])
+def test_mamba_is_retrained_with_the_fast_scan(
+    objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, masks = pruned_model("mamba")
+    dense = tiny_model("mamba") if objective == "block" else None
+
+    def refuse(*args: Any, **options: Any) -> None:
+        message = "the slow scan"
+        raise AssertionError(message)
+
+    monkeypatch.setattr(modeling_mamba, "mamba_selective_scan", refuse)
+    retrain(model, masks=masks, dense=dense, parameters="norms", objective=objective)

@@ -22,7 +22,6 @@ import math
 import time
 from pathlib import Path
 from typing import Any, Final
-from unittest import mock
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -34,10 +33,9 @@ from transformers import (
     OPTConfig,
     PreTrainedTokenizerFast,
 )
-from transformers.models.mamba import modeling_mamba
 
+from layerwise.adapters.selective_scan import fast_scan
 from layerwise.demo import MODELS, calibration_text, evaluation_text
-from layerwise.demo.scan import selective_scan
 
 CONTEXT: Final = 256  # tokens
 BATCH: Final = 8  # windows of CONTEXT tokens per step
@@ -178,7 +176,7 @@ def main() -> None:
             torch.manual_seed(arguments.seed)
             model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
         print(f"{name}: {model.num_parameters()} parameters")
-        with mock.patch.object(modeling_mamba, "mamba_selective_scan", selective_scan):
+        with fast_scan(model, torch.device("cpu")):
             train(model, tokens, arguments.steps or STEPS[name], arguments.seed)
         folder = arguments.output / name
         model.bfloat16().save_pretrained(folder)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.adapters.selective_scan import fast_scan
 from layerwise.recovery.output import write_retrained
 from layerwise.recovery.pruned import Pruned
 from layerwise.recovery.records import UnitRecord
@@ -195,12 +196,14 @@ def retrain_model(
     listeners = tuple(callbacks)
     run = Runner(pruned, batches, chosen, journal, listeners)
     try:
-        if original is None:
-            values, records = run.tokens(
-                settings.choice, settings.training(width), checkpointing
-            )
-        else:
-            values, records = run.blocks(settings.reconstruction(width, chosen), original)
+        with fast_scan(model, chosen):
+            if original is None:
+                values, records = run.tokens(
+                    settings.choice, settings.training(width), checkpointing
+                )
+            else:
+                task = settings.reconstruction(width, chosen)
+                values, records = run.blocks(task, original)
     except BaseException:
         if journal is not None:
             journal.discard_if_empty()

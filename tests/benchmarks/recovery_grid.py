@@ -11,16 +11,13 @@ and every objective; OPT and Mamba at 50 % with a few of them. Results are kept 
 import json
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from itertools import product
 from typing import Any
-from unittest import mock
 
 import torch
 
-from layerwise.demo.scan import selective_scan
 from layerwise.patterns import parse_pattern
 from layerwise.recovery.retrain import retrain_model
 from layerwise.run.experiment import LENGTH, N_SEQUENCES, PackagedModel
@@ -130,20 +127,19 @@ def answer(cell: Cell) -> dict[str, Any]:
     result: dict[str, Any] = {}
     if (row := cell.row) is not None:
         whole = row.objective == "tokens"
-        with _fast_scan(cell.model):
-            report = retrain_model(
-                network,
-                parameters=row.parameters,
-                objective=row.objective,
-                rank=row.rank,
-                masks=masks,
-                dense=None if whole else home.checkpoint.load_model(),
-                calibration=home.calibration,
-                steps=STEPS if whole else UNIT_STEPS,
-                learning_rate=None if whole else UNIT_RATES,
-                n_sequences=WINDOWS if whole else UNIT_WINDOWS,
-                sequence_length=LENGTH,
-            )
+        report = retrain_model(
+            network,
+            parameters=row.parameters,
+            objective=row.objective,
+            rank=row.rank,
+            masks=masks,
+            dense=None if whole else home.checkpoint.load_model(),
+            calibration=home.calibration,
+            steps=STEPS if whole else UNIT_STEPS,
+            learning_rate=None if whole else UNIT_RATES,
+            n_sequences=WINDOWS if whole else UNIT_WINDOWS,
+            sequence_length=LENGTH,
+        )
         own = dict(network.named_parameters())
         kept = all(
             torch.equal(own[name] != 0, mask & (own[name] != 0))
@@ -157,15 +153,6 @@ def answer(cell: Cell) -> dict[str, Any]:
         }
     value = perplexity(network, home.evaluation, sequence_length=LENGTH)
     return {"perplexity": value, **result}
-
-
-def _fast_scan(model: str) -> Any:
-    """Train Mamba by the scan that the packaged model was trained with."""
-    if model != "mamba":
-        return nullcontext()
-    from transformers.models.mamba import modeling_mamba
-
-    return mock.patch.object(modeling_mamba, "mamba_selective_scan", selective_scan)
 
 
 def complete(store: ResultStore, jobs: int) -> None:
