@@ -69,11 +69,11 @@ class FactorModel:
             basis = torch.linalg.qr(gram @ basis)[0]
         values, vectors = torch.linalg.eigh(basis.T @ (gram @ basis))
         values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
-        count = 0
-        level = 1.0
-        for found in values.cumsum(0).tolist():  # the rest is what they leave of the trace
-            rest = max(width - found, 0.0) / max(width - count - 1, 1)
-            if float(values[count]) <= LEADING * rest or rest == 0.0:
+        count, level, found = 0, 1.0, 0.0
+        for value in values.tolist():
+            found += value
+            rest = max(width - found, 0.0) / max(width - count - 1, 1)  # of the trace
+            if value <= LEADING * rest or rest == 0.0:
                 break
             count, level = count + 1, rest
         return cls(basis @ vectors[:, :count], values[:count] - level, level)
