@@ -59,7 +59,7 @@ STALLED = 0.7  # rounds end where no certificate falls below this share of the l
 FIRST_AIM, NEXT_AIM = 1.5, 0.7  # times the tolerance; certificates tighten on the way
 ARRAYS_PER_ROW = 12  # (in,) vectors of float64 that cg and the certificate keep per row
 CACHED_ROWS = 512  # more at a time leave the caches of a processor
-RANK_SHARE, LARGEST_RANK = 32, 256  # the model has in / 32 directions
+RANK_SHARE, LARGEST_RANK = 64, 256  # the model has in / 64 directions
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class LeastSquares:
     max_iterations
         Of cg, per correction.
     rank
-        Directions of the model that preconditions cg; None is a 32nd of the width, 0 the
+        Directions of the model that preconditions cg; None is a 64th of the width, 0 the
         diagonal alone.
     products
         Precision of cg's products with the gram: ``"bfloat16"``, ``"float32"``, or
@@ -197,7 +197,8 @@ class _Refit:
     ) -> None:
         self._solver, self._problem, self._method = solver, problem, method
         self._weight, self._mask, self._excess = weight, mask, excess
-        self.iterations = 0
+        self.iterations = 0  # of the chunk that took most
+        self._of_chunk = 0
 
     def __call__(self, rows: Tensor) -> None:
         """Correct the rows until the certificate of each is below the tolerance."""
@@ -205,6 +206,7 @@ class _Refit:
         current, kept = self._weight[rows].double(), self._mask[rows]
         state = refit_state(part, current, kept)
         rounds: list[Round] | None = None
+        self._of_chunk = 0
         for _ in range(REFINEMENTS):
             open_rows = ~(state.relative <= self._solver.tolerance)
             if not bool(open_rows.any()):
@@ -272,7 +274,8 @@ class _Refit:
                 limit,
                 rounded=rounded,
             )
-            self.iterations += used
+            self._of_chunk += used
+            self.iterations = max(self.iterations, self._of_chunk)
             aim = NEXT_AIM * solver.tolerance
             change = torch.zeros_like(state.residual)
             change[picked] = step

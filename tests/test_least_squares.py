@@ -67,6 +67,7 @@ def test_memory_budget_changes_the_chunks_and_not_the_answer(method: Any) -> Non
         parts = lw.solve(problem, LeastSquares(method=method, memory_budget=budget))
         limit = EQUIVARIANCE if method == "direct" else LeastSquares().tolerance ** 0.5
         torch.testing.assert_close(parts.weight, whole.weight, rtol=0, atol=limit)
+        assert parts.iterations <= whole.iterations  # of one chunk, not of their sum
         assert parts.status is Status.OPTIMAL
 
 
