@@ -241,7 +241,7 @@ class MomentAccumulator:
         For the fluctuation the last dimension but one counts the tokens of a sequence.
         """
         dense, exponent = self._prepare(inputs, "inputs")
-        self._sum += _descale(dense.double().sum(dim=0), exponent)
+        self._sum += _descale(dense.sum(dim=0, dtype=torch.float64), exponent)
         if pruned_inputs is None:
             if self._cross is not None:
                 message = "an accumulator takes pruned inputs in every update or in none"
@@ -296,14 +296,16 @@ class MomentAccumulator:
         add_gram(self._gram, pruned, 2.0 ** (2 * pruned_exponent))
         cross_scale = 2.0 ** (exponent + pruned_exponent)
         self._cross.add_(product(dense, pruned), alpha=cross_scale)
-        self._pruned_sum += _descale(pruned.double().sum(dim=0), pruned_exponent)
+        self._pruned_sum += _descale(
+            pruned.sum(dim=0, dtype=torch.float64), pruned_exponent
+        )
         precision = torch.promote_types(dense.dtype, torch.float32)  # a difference rounds
         change = dense.to(precision) - _descale(
             pruned.to(precision), pruned_exponent - exponent
         )
         for weight, drift in zip(self._weights, self._drift, strict=True):
             outputs = (change @ weight.to(change.dtype).T).double()
-            drift += _descale(outputs.square().sum(dim=0), 2 * exponent)
+            drift += _descale(outputs.square_().sum(dim=0), 2 * exponent)
 
     def moments(self) -> Moments:
         """Averages of everything added so far."""

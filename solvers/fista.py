@@ -34,13 +34,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from layerwise.evaluate import evaluate, objective_rows
+from layerwise.evaluate import evaluate, objective_rows, residual
 from layerwise.patterns import NM, FixedMask, Pattern
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Solver, Status
-from layerwise.solvers.lasso import LassoResult, Metric, Quadratic, lasso
-from layerwise.solvers.least_squares import LeastSquares, masked_cg
+from layerwise.solvers.lasso import L1Path, LassoResult, Method, Metric, Quadratic, lasso
+from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.magnitude import Magnitude
+from layerwise.solvers.polish import polish
 from layerwise.solvers.sparsegpt import SparseGPT
 from layerwise.solvers.wanda import Wanda
 
@@ -103,8 +104,9 @@ class Fista:
     rounding: Literal["saliency", "magnitude"] = "saliency"
     patience: int = 3
     max_rounds: int = 16
-    tolerance: float = 0.03
+    tolerance: float = 1e-3
     max_iterations: int = 500
+    method: Method = "auto"
     metric: Metric = "auto"
     restart: bool = True
     polish: int = 8
@@ -147,22 +149,20 @@ class Fista:
         problem = problem.with_damping(damping)
         begin = initial or self._start().solve(problem)
         mask = problem.pattern.mask(begin.weight.abs() + begin.mask)
-        quadratic = Quadratic(problem, self.metric)
+        path = L1Path(problem, self.metric, self.method, restart=self.restart)
+        quadratic = path.quadratic
         best = self._round_off(quadratic, begin.weight, mask)
         history: list[Mapping[str, float]] = []
         steps, failures = 0, 0
         if isinstance(problem.pattern, FixedMask):
             return self._finish(problem, best, steps, history)
         search = PenaltySearch(_first_penalty(problem))
-        current = best.weight if self.from_best else quadratic.dense
+        path.start(best.weight if self.from_best else quadratic.dense)
         for _ in range(self.max_rounds):
-            current, iterations = quadratic.minimize(
-                search.penalty,
-                best.weight if self.from_best else current,
-                self.tolerance,
-                self.max_iterations,
-                restart=self.restart,
-            )
+            if self.from_best:
+                path.start(best.weight)
+            point = path.minimize(search.penalty, self.tolerance, self.max_iterations)
+            current, iterations = path.weight(point), point.iterations
             steps += iterations
             mask = problem.pattern.mask(self._scores(quadratic, current))
             found = self._round_off(quadratic, current, mask)
@@ -192,12 +192,12 @@ class Fista:
         """Round to the mask, polish, and measure."""
         problem = quadratic.problem
         rounded = torch.where(mask, weight.to(quadratic.dense.dtype), 0)
-        total = float(objective_rows(problem, rounded, damped=True).sum()) ** 0.5
+        rest = residual(problem, rounded)
+        total = _objective(problem, rounded, rest) ** 0.5
         if not self.polish:
             return _Candidate(rounded, mask, total**2, total)
-        sides = torch.where(mask, quadratic.residual(rounded), 0)
-        step, _ = masked_cg(quadratic.gram, mask, sides, 0.0, self.polish)
-        polished = rounded + step
+        sides = rest.to(rounded.dtype)
+        polished = rounded + polish(quadratic.gram, mask, sides, self.polish)
         objective = float(objective_rows(problem, polished, damped=True).sum())
         if not objective < total**2:  # float32 on a gram that needs float64
             return _Candidate(rounded, mask, total**2, total)
@@ -228,6 +228,7 @@ def fista_paper() -> Fista:
         max_rounds=30,
         tolerance=0,
         max_iterations=20,
+        method="fista",
         metric="gram",
         restart=False,
         polish=0,
@@ -278,6 +279,13 @@ def _first_penalty(problem: LayerProblem) -> float:
     if not bool(removed.any()):
         return float(scores.max()) * 1e-6
     return max(float(scores[removed].mean()), float(scores.max()) * 1e-6)
+
+
+def _objective(problem: LayerProblem, weight: Tensor, rest: Tensor) -> float:
+    """Damped objective of weights whose float64 residual is known."""
+    change = problem.weight.double() - weight.double()
+    slope = rest if problem.shift is None else rest + problem.shift
+    return float(((change * slope).sum(dim=1) + problem.drift).clamp(min=0).sum())
 
 
 def _rounding_error(quadratic: Quadratic, weight: Tensor, mask: Tensor) -> float:

@@ -1,20 +1,9 @@
-r"""The convex l1 problem of a layer, solved by FISTA to a duality gap.
+r"""The convex l1 problem of a layer, solved to a duality gap.
 
-Accelerated proximal gradient steps in a diagonal metric d,
-
-.. math:: U_{k+1} = S_{p / (2 L d)} \big(Y_k + R(Y_k) / (L d)\big), \quad R(Y) = T - Y G,
-
-with S the soft threshold and p the penalty. Rows are independent: each has its own
-momentum, which restarts where it points uphill [2]_, and leaves the iteration when its
-duality gap is small. Residuals are linear, so ``R(Y_k)`` costs nothing and an iteration
-is one product with the gram. The result is always U, never the extrapolated Y.
-
-References
-----------
-.. [1] A. Beck, M. Teboulle, "A Fast Iterative Shrinkage-Thresholding Algorithm for
-   Linear Inverse Problems", SIAM J. Imaging Sciences 2009, section 4.
-.. [2] B. O'Donoghue, E. Candes, "Adaptive Restart for Accelerated Gradient Schemes",
-   Foundations of Computational Mathematics 2015, section 3.2 (gradient restart).
+:math:`\min_U f(U) + p \sum_{ij} |U_{ij}|` with f the damped objective: alternating
+directions (:mod:`layerwise.solvers.l1_splitting`) until the gap of every row is proven;
+rows that are still open after some steps are finished by FISTA
+(:mod:`layerwise.solvers.l1_fista`). The result is always exactly sparse.
 """
 
 from dataclasses import dataclass
@@ -24,17 +13,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from layerwise.certificates import l1_bounds, l1_dual, least_squares_minimum
+from layerwise.certificates import l1_bounds
 from layerwise.errors import InvalidProblemError
-from layerwise.linalg import largest_eigenvalue, smallest_eigenvalue
 from layerwise.problem import LayerProblem
 from layerwise.solution import Status
+from layerwise.solvers.l1_fista import run_fista
+from layerwise.solvers.l1_quadratic import STEP_MARGIN, Metric, Quadratic
+from layerwise.solvers.l1_splitting import Splitting
+from layerwise.solvers.l1_state import Point
 
-Metric = Literal["auto", "gram", "diagonal"]
+__all__ = ["STEP_MARGIN", "L1Path", "LassoResult", "Metric", "Quadratic", "lasso"]
 
-GAP_EVERY = 5  # iterations between two evaluations of the gap
-STEP_MARGIN = 1.02  # power iteration sees the largest eigenvalue from below
-STEP_GROWTH = 1.5  # where a step turns out too long after all
+Method = Literal["auto", "splitting", "fista"]
+
+SPLITTING_STEPS = 100  # of "auto", before FISTA takes over
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,20 +37,27 @@ class LassoResult:
     ----------
     weight
         Shape (out, in): the iterate after the soft threshold, exactly sparse.
+    subgradient
+        Shape (out, in): half a subgradient of the penalty at `weight`. It is the dual
+        point behind the gap, see :func:`layerwise.certificates.l1_bounds`.
     primal
         ``damped objective + penalty * sum|weight|``, float64.
     gap
         ``(primal - dual) / primal``: proven bound on the relative suboptimality.
     iterations
-        Products with the gram.
+        Steps, each one product with a matrix of the size of the gram.
+    checks
+        Evaluations of the gap, each a product with the gram and a triangular solve.
     status
         ``OPTIMAL`` if the gap is below the tolerance, else ``MAX_ITERATIONS``.
     """
 
     weight: Tensor
+    subgradient: Tensor
     primal: float
     gap: float
     iterations: int
+    checks: int
     status: Status
 
 
@@ -69,6 +68,7 @@ def lasso(
     initial: Tensor | None = None,
     tolerance: float = 1e-4,
     max_iterations: int = 2000,
+    method: Method = "auto",
     metric: Metric = "auto",
     restart: bool = True,
 ) -> LassoResult:
@@ -77,7 +77,8 @@ def lasso(
     .. math:: \min_{\hat W} f(\hat W) + \text{penalty} \sum_{ij} |\hat W_{ij}|
 
     with f the damped objective, not halved: from ``penalty = 2 max|T|`` on the solution
-    is zero. The pattern of the problem is ignored.
+    is zero. The pattern of the problem is ignored. Cost: one (out, in, in) product per
+    iteration and, for alternating directions, one factorization and inverse of the gram.
 
     Parameters
     ----------
@@ -88,149 +89,102 @@ def lasso(
     initial
         Start, shape (out, in); the dense weight by default.
     tolerance
-        Relative duality gap of every row; 0 runs all iterations.
+        Relative duality gap of every row; 0 runs all iterations, of FISTA.
     max_iterations
-        Products with the gram.
+        Most steps.
+    method
+        ``"splitting"`` (alternating directions), ``"fista"``, or the first and then the
+        second for rows that are still open after 100 steps.
     metric
         ``"gram"`` (one step length), ``"diagonal"`` (scaled by diag(gram)), or the one
         with the smaller condition number.
     restart
-        Whether a row's momentum restarts where it points uphill.
+        Whether the momentum of a row of FISTA restarts where it points uphill.
     """
     if penalty < 0:
         message = f"penalty must not be negative, got {penalty}"
         raise InvalidProblemError(message)
     scaled, exponent = problem.normalized()
-    quadratic = Quadratic(scaled.factorized()[0], metric)
-    start = problem.weight if initial is None else initial
+    path = L1Path(scaled.factorized()[0], metric, method, restart=restart)
+    path.start(problem.weight if initial is None else initial)
     unit_penalty = penalty * 2.0**-exponent
-    weight, iterations = quadratic.minimize(
-        unit_penalty, start, tolerance, max_iterations, restart=restart
-    )
-    bounds = l1_bounds(quadratic.problem, weight, unit_penalty)
-    primal, dual = (float(rows.sum()) for rows in bounds)
-    gap = (primal - dual) / primal if primal > 0 else 0.0
-    status = Status.OPTIMAL if gap <= tolerance else Status.MAX_ITERATIONS
-    return LassoResult(weight, primal * 2.0**exponent, gap, iterations, status)
+    found = path.minimize(unit_penalty, tolerance, max_iterations)
+    return path.certify(found, unit_penalty, tolerance, exponent)
 
 
-class Quadratic:
-    """The smooth part of the l1 problem, prepared once for many penalties."""
+class L1Path:
+    """The l1 problems of a layer for many penalties, each started from the one before.
 
-    def __init__(self, problem: LayerProblem, metric: Metric) -> None:
-        self.problem = problem
-        self.gram, self.target = problem.damped()
-        self.dense = problem.weight.to(problem.dtype)
-        shift = problem.shift
-        self.shift = (
-            torch.zeros_like(self.dense) if shift is None else shift.to(problem.dtype)
-        )
-        minimum = least_squares_minimum(problem)
-        self.minimum = minimum.to(problem.dtype)
-        self.excess_of_dense = (problem.drift - minimum).to(problem.dtype)
-        self.scale, self.lipschitz = self._metric(metric)
+    Parameters
+    ----------
+    problem
+        At a damping at which its gram factors.
+    metric, method, restart
+        See :func:`lasso`.
+    """
 
-    @cached_property
-    def saliency(self) -> Tensor:
-        """``1 / sqrt([G^-1]_jj)``, shape (in,)."""
-        return self.problem.factor().inverse_diagonal().rsqrt().to(self.dense.dtype)
-
-    def _metric(self, metric: Metric) -> tuple[Tensor, float]:
-        """Diagonal d and step bound L with ``gram <= L diag(d)``."""
-        diagonal = self.gram.diagonal().clone()
-        choices = {
-            "gram": torch.ones_like(diagonal) * diagonal.mean(),
-            "diagonal": diagonal,
-        }
-        if metric != "auto":
-            choices = {metric: choices[metric]}
-        factor = self.problem.factor()
-        best = (torch.ones_like(diagonal), float("inf"), float("inf"))
-        for scale in choices.values():
-            root = scale.sqrt()
-            largest = largest_eigenvalue(self.gram / root / root[:, None])
-            condition = largest / smallest_eigenvalue(factor, 1 / root)
-            if condition < best[2]:
-                best = (scale, largest, condition)
-        return best[0], best[1] * STEP_MARGIN
-
-    def residual(self, weight: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        """``T - weight G`` for some rows, written around the dense weight."""
-        return torch.addmm(self.shift[rows], self.dense[rows] - weight, self.gram)
-
-    def minimize(
+    def __init__(
         self,
-        penalty: float,
-        start: Tensor,
-        tolerance: float,
-        max_iterations: int,
+        problem: LayerProblem,
+        metric: Metric = "auto",
+        method: Method = "auto",
         *,
         restart: bool = True,
-    ) -> tuple[Tensor, int]:
-        """FISTA from `start`; returns the thresholded iterate and the iterations."""
-        result = start.to(self.dense.dtype).clone()
-        rows = torch.arange(len(result), device=result.device)
-        iterate, rest = result.clone(), self.residual(result)
-        last, last_rest = iterate, rest
-        momentum = torch.ones(len(rows), 1, dtype=result.dtype, device=result.device)
-        ahead = torch.zeros_like(momentum)
-        iteration = 0
-        for iteration in range(1, max_iterations + 1):
-            point = iterate + ahead * (iterate - last)
-            point_rest = rest + ahead * (rest - last_rest)
-            last, last_rest = iterate, rest
-            iterate, rest = self._step(point, point_rest, penalty, rows)
-            grown = (1 + (1 + 4 * momentum.square()).sqrt()) / 2
-            ahead, momentum = (momentum - 1) / grown, grown
-            if restart:
-                uphill = ((point - iterate) * self.scale * (iterate - last)).sum(dim=1) > 0
-                ahead[uphill], momentum[uphill] = 0, 1
-            if tolerance > 0 and (iteration % GAP_EVERY == 0 or iteration == 1):
-                done = self._gap(iterate, rest, penalty, rows) <= tolerance
-                if bool(done.any()):
-                    result[rows[done]] = iterate[done]
-                    more = ~done
-                    rows, iterate, rest, last, last_rest, momentum, ahead = (
-                        tensor[more]
-                        for tensor in (
-                            rows,
-                            iterate,
-                            rest,
-                            last,
-                            last_rest,
-                            momentum,
-                            ahead,
-                        )
-                    )
-                    if len(rows) == 0:
-                        break
-        result[rows] = iterate
-        return result, iteration
+    ) -> None:
+        self.quadratic = Quadratic(problem, metric)
+        self.method, self.restart = method, restart
+        self._scaled = self._subgradient = self.quadratic.scaled_dense
 
-    def _step(
-        self, point: Tensor, point_rest: Tensor, penalty: float, rows: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Proximal gradient step, shortened until the quadratic model majorises."""
-        while True:
-            length = self.lipschitz * self.scale
-            moved = point + point_rest / length
-            trial = moved.sign() * (moved.abs() - penalty / (2 * length)).clamp_(min=0)
-            rest = self.residual(trial, rows)
-            change = trial - point
-            curvature = (change * (point_rest - rest)).sum()
-            model = (change.square() * length).sum()
-            if bool(curvature <= model * (1 + 1e-5)):
-                return trial, rest
-            self.lipschitz *= STEP_GROWTH
+    @cached_property
+    def _splitting(self) -> Splitting:
+        return Splitting(self.quadratic)
 
-    def _gap(self, weight: Tensor, rest: Tensor, penalty: float, rows: Tensor) -> Tensor:
-        """Relative duality gap of some rows, in the working precision."""
-        change = self.dense[rows] - weight
-        excess = (change * (rest + self.shift[rows])).sum(dim=1) + self.excess_of_dense[
-            rows
-        ]
-        above = excess + penalty * weight.abs().sum(dim=1)
-        inner = (weight * rest).sum(dim=1)
-        dual = l1_dual(excess.clamp(min=0), inner, rest.abs().amax(dim=1), penalty)
-        primal = (above + self.minimum[rows]).clamp(min=torch.finfo(above.dtype).tiny)
-        return (above - dual) / primal
+    def start(self, weight: Tensor) -> None:
+        """Start the next problem at some weights; its residual is the first dual point."""
+        quadratic = self.quadratic
+        self._scaled = weight.to(quadratic.dense.dtype) * quadratic.root
+        self._subgradient = quadratic.residual(self._scaled)
+
+    def minimize(self, penalty: float, tolerance: float, max_iterations: int) -> Point:
+        """Solve for one penalty; the next one starts where this one ends."""
+        quadratic = self.quadratic
+        bound = quadratic.bound(penalty)
+        rows = torch.arange(len(self._scaled), device=self._scaled.device)
+        subgradient = torch.clamp(self._subgradient, -bound, bound)
+        point = Point(self._scaled.clone(), subgradient, rows)
+        if self.method != "fista" and tolerance > 0:
+            steps = max_iterations
+            if self.method == "auto":
+                steps = min(steps, SPLITTING_STEPS)
+            point = self._splitting.run(penalty, point, tolerance, steps)
+        left = max_iterations - point.iterations
+        if self.method != "splitting" and left > 0 and len(point.open):
+            point = run_fista(
+                quadratic, penalty, point, tolerance, left, restart=self.restart
+            )
+        self._scaled, self._subgradient = point.scaled, point.subgradient
+        return point
+
+    def weight(self, point: Point) -> Tensor:
+        """Weights of a point, shape (out, in)."""
+        return point.scaled / self.quadratic.root
+
+    def certify(
+        self, point: Point, penalty: float, tolerance: float, exponent: int = 0
+    ) -> LassoResult:
+        """Result with its gap evaluated anew, in float64; scaled back by ``2^exponent``."""
+        weight = self.weight(point)
+        subgradient = point.subgradient * self.quadratic.root
+        bounds = l1_bounds(self.quadratic.problem, weight, penalty, subgradient)
+        primal, dual = (float(rows.sum()) for rows in bounds)
+        gap = (primal - dual) / primal if primal > 0 else 0.0
+        unit = 2.0**exponent
+        return LassoResult(
+            weight=weight,
+            subgradient=subgradient * unit,
+            primal=primal * unit,
+            gap=gap,
+            iterations=point.iterations,
+            checks=point.checks,
+            status=Status.OPTIMAL if gap <= tolerance else Status.MAX_ITERATIONS,
+        )

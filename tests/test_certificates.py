@@ -105,8 +105,10 @@ def test_l1_bounds_meet_at_the_optimum(name: str) -> None:
     problem = PROBLEMS[name].problem(EVERYTHING)
     penalty = 0.2 * float(problem.target.abs().max())
     result = lasso(problem, penalty, tolerance=LASSO_GAP, max_iterations=LASSO_ITERATIONS)
-    primal, dual = l1_bounds(problem, result.weight, penalty)
+    primal, dual = l1_bounds(problem, result.weight, penalty, result.subgradient)
     assert bool((dual >= (1 - 2 * LASSO_GAP) * primal).all())
+    scaled = l1_bounds(problem, result.weight, penalty)[1]  # of the residual alone
+    assert bool((scaled <= dual).all())
     assert bool((dual <= primal * (1 + ROUNDING)).all())
     smooth = objective_rows(problem, result.weight, damped=True)
     expected = smooth + penalty * result.weight.abs().sum(dim=1)

@@ -59,13 +59,14 @@ def test_iterates_are_those_of_the_textbook(name: str) -> None:
     problem = PROBLEMS[name].problem(EVERYTHING)
     penalty = penalty_of(problem, 0.1)
     quadratic = Quadratic(problem, "gram")
-    lipschitz = quadratic.lipschitz * float(quadratic.scale[0])
+    lipschitz = quadratic.lipschitz * float(quadratic.root[0]) ** 2
     for steps in (1, 2, 3, 10, 30):
         result = lasso(
             problem,
             penalty,
             tolerance=0,
             max_iterations=steps,
+            method="fista",
             metric="gram",
             restart=False,
         )
@@ -85,7 +86,7 @@ def test_distance_to_the_optimum_falls_as_promised(name: str) -> None:
     best = lasso(problem, penalty, tolerance=LASSO_GAP, max_iterations=LASSO_ITERATIONS)
     assert best.status is Status.OPTIMAL
     quadratic = Quadratic(problem, "gram")
-    lipschitz = 2 * quadratic.lipschitz * float(quadratic.scale[0])
+    lipschitz = 2 * quadratic.lipschitz * float(quadratic.root[0]) ** 2
     start = float((problem.weight - best.weight).square().sum())
     for steps in (1, 4, 16, 64):
         primal = lasso(
@@ -101,14 +102,24 @@ def test_distance_to_the_optimum_falls_as_promised(name: str) -> None:
 
 
 @pytest.mark.parametrize("metric", ["auto", "gram", "diagonal"])
-@pytest.mark.parametrize("restart", [True, False])
-def test_gap_that_is_asked_for_is_reached(metric: Any, restart: bool) -> None:
+@pytest.mark.parametrize(
+    ("method", "restart"),
+    [("auto", True), ("splitting", True), ("fista", True), ("fista", False)],
+)
+def test_gap_that_is_asked_for_is_reached(
+    metric: Any, method: Any, restart: bool
+) -> None:
     problem = PROBLEMS["correlated"].problem(EVERYTHING)
     penalty = penalty_of(problem, 0.1)
     counts = []
     for tolerance in (1e-2, 1e-4, 1e-6):
         result = lasso(
-            problem, penalty, tolerance=tolerance, metric=metric, restart=restart
+            problem,
+            penalty,
+            tolerance=tolerance,
+            method=method,
+            metric=metric,
+            restart=restart,
         )
         assert result.status is Status.OPTIMAL
         assert 0 <= result.gap <= tolerance
@@ -129,7 +140,9 @@ def test_restart_needs_fewer_iterations() -> None:
     problem = PROBLEMS["correlated"].problem(EVERYTHING)
     penalty = penalty_of(problem, 0.1)
     with_restart, without = (
-        lasso(problem, penalty, tolerance=LASSO_GAP, restart=restart).iterations
+        lasso(
+            problem, penalty, tolerance=LASSO_GAP, method="fista", restart=restart
+        ).iterations
         for restart in (True, False)
     )
     assert with_restart < without
@@ -139,7 +152,11 @@ def test_rows_restart_and_stop_on_their_own() -> None:
     layer = PROBLEMS["correlated"]
     problem = layer.problem(EVERYTHING)
     penalty = penalty_of(problem, 0.1)
-    for options in ({"tolerance": 0.0, "max_iterations": 60}, {"tolerance": 1e-6}):
+    for options in (
+        {"tolerance": 0.0, "max_iterations": 60},
+        {"tolerance": 1e-6, "method": "fista"},
+        {"tolerance": 1e-6, "method": "splitting"},
+    ):
         together = lasso(problem, penalty, **options)  # type: ignore[arg-type]
         alone = [
             lasso(layer.rows(torch.tensor([row])).problem(EVERYTHING), penalty, **options)  # type: ignore[arg-type]

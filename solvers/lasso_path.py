@@ -1,0 +1,155 @@
+r"""The l1 problem whose penalty is not known but whose share of zeros is.
+
+The share of zeros grows with the logarithm of the penalty, almost linearly around a half.
+A secant on that scale, kept inside its bracket, needs few penalties; each starts at the
+solution of the one before. Until the share is near, a loose gap is enough: only the last
+one or two problems are solved to the gap that is asked for.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from layerwise.errors import InvalidProblemError
+from layerwise.patterns import Unstructured
+from layerwise.problem import LayerProblem
+from layerwise.solvers.l1_quadratic import Metric
+from layerwise.solvers.l1_state import Point
+from layerwise.solvers.lasso import L1Path, LassoResult, Method
+
+LOOSE_GAP = 1e-2  # until the share of zeros is near
+NEAR = 4  # times the accuracy asked for
+SLOPE = 0.2  # share of zeros per unit of log penalty near a half, the first guess
+SLOPE_RANGE = 8  # how far a measured slope may be from it
+LARGEST_STEP = math.log(4)
+MOST_PENALTIES = 25
+
+
+@dataclass(frozen=True, eq=False)
+class SparseLasso:
+    """Solution of an l1 problem with the share of zeros that was asked for.
+
+    Parameters
+    ----------
+    result
+        Solution and certificate at the last penalty.
+    penalty
+        That penalty, in units of :func:`layerwise.solvers.lasso.lasso`.
+    sparsity
+        Share of zeros of the weights.
+    penalties
+        Number of penalties tried.
+    iterations, checks
+        Of all penalties together, as in :class:`LassoResult`.
+    """
+
+    result: LassoResult
+    penalty: float
+    sparsity: float
+    penalties: int
+    iterations: int
+    checks: int
+
+
+def lasso_to_sparsity(
+    problem: LayerProblem,
+    sparsity: float,
+    *,
+    tolerance: float = 1e-3,
+    accuracy: float = 1e-3,
+    max_iterations: int = 2000,
+    method: Method = "auto",
+    metric: Metric = "auto",
+) -> SparseLasso:
+    """Solve the l1 problem at the penalty at which a given share of weights is zero.
+
+    Parameters
+    ----------
+    problem
+        The layer; its pattern is ignored.
+    sparsity
+        Share of zeros of the whole matrix, more than 0 and less than 1.
+    tolerance
+        Relative duality gap of every row at the penalty that is returned.
+    accuracy
+        Largest difference between the share of zeros and `sparsity`.
+    max_iterations
+        Most steps per penalty.
+    method, metric
+        See :func:`layerwise.solvers.lasso.lasso`.
+
+    Returns
+    -------
+    SparseLasso
+        If no penalty reaches the accuracy, as on a few weights only, the last one tried.
+    """
+    if not 0 < sparsity < 1:
+        message = f"sparsity must be more than 0 and less than 1, got {sparsity}"
+        raise InvalidProblemError(message)
+    scaled, exponent = problem.normalized()
+    posed = scaled.factorized()[0]
+    path = L1Path(posed, metric, method)
+    path.start(posed.weight)
+    search = ShareSearch(math.log(penalty_of_diagonal(posed, sparsity)), sparsity)
+    gap = max(tolerance, LOOSE_GAP)
+    iterations = checks = 0
+    for penalties in range(1, MOST_PENALTIES + 1):
+        penalty = math.exp(search.log_penalty)
+        point = path.minimize(penalty, gap, max_iterations)
+        iterations, checks = iterations + point.iterations, checks + point.checks
+        share = zeros(point)
+        missed = abs(share - sparsity)
+        if missed <= accuracy and gap == tolerance:
+            break
+        if missed > accuracy:
+            search.update(share)
+        if missed <= NEAR * accuracy or penalties >= MOST_PENALTIES // 2:
+            gap = tolerance
+    result = path.certify(point, penalty, tolerance, exponent)
+    return SparseLasso(
+        result, penalty * 2.0**exponent, share, penalties, iterations, checks
+    )
+
+
+class ShareSearch:
+    """Secant on the logarithm of the penalty, its slope kept within reason.
+
+    There is no bracket: shares at a loose gap are a little wrong, and a wrong end would
+    lock the search out of the answer.
+
+    Parameters
+    ----------
+    log_penalty
+        First guess.
+    sparsity
+        Share of zeros to reach.
+    """
+
+    def __init__(self, log_penalty: float, sparsity: float) -> None:
+        self.log_penalty = log_penalty
+        self._sparsity, self._slope = sparsity, SLOPE
+        self._last: tuple[float, float] | None = None
+
+    def update(self, share: float) -> None:
+        """Move to the next penalty."""
+        here = self.log_penalty
+        if self._last is not None and here != self._last[0]:
+            slope = (share - self._last[1]) / (here - self._last[0])
+            self._slope = min(max(slope, SLOPE / SLOPE_RANGE), SLOPE * SLOPE_RANGE)
+        self._last = (here, share)
+        step = (self._sparsity - share) / self._slope
+        self.log_penalty = here + min(max(step, -LARGEST_STEP), LARGEST_STEP)
+
+
+def penalty_of_diagonal(problem: LayerProblem, sparsity: float) -> float:
+    """Penalty at which a diagonal gram would give about this share of zeros."""
+    scores = 2 * problem.gram.diagonal() * problem.weight.double().abs()
+    removed = ~Unstructured(sparsity, "layer").mask(scores.to(problem.dtype))
+    floor = max(float(scores.max()) * 1e-6, torch.finfo(problem.dtype).tiny)
+    return max(float(scores[removed].mean()), floor) if bool(removed.any()) else floor
+
+
+def zeros(point: Point) -> float:
+    """Share of zeros of the weights of a point."""
+    return float((point.scaled == 0).double().mean())
