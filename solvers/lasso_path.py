@@ -21,7 +21,9 @@ from layerwise.solvers.lasso import L1Path, LassoResult, Method
 LOOSE_GAP = 1e-2  # until the share of zeros is near
 NEAR = 4  # times the accuracy asked for
 SLOPE = 0.2  # share of zeros per unit of log penalty near a half, the first guess
-SLOPE_RANGE = 8  # how far a measured slope may be from it
+SLOPE_RANGE = 4  # how far a measured slope may be from it
+PATIENCE = 6  # penalties after which the gap is tightened: a share of zeros that depends
+SHARPEST_GAP = 1e-6  # on where the iteration started would mislead the secant
 LARGEST_STEP = math.log(4)
 MOST_PENALTIES = 25
 
@@ -100,12 +102,14 @@ def lasso_to_sparsity(
         iterations, checks = iterations + point.iterations, checks + point.checks
         share = zeros(point)
         missed = abs(share - sparsity)
-        if missed <= accuracy and gap == tolerance:
+        if missed <= accuracy and gap <= tolerance:
             break
         if missed > accuracy:
             search.update(share)
-        if missed <= NEAR * accuracy or penalties >= MOST_PENALTIES // 2:
+        if gap > tolerance and (missed <= NEAR * accuracy or penalties >= PATIENCE):
             gap = tolerance
+        elif penalties >= PATIENCE:
+            gap = max(gap / 4, SHARPEST_GAP)
     result = path.certify(point, penalty, tolerance, exponent)
     return SparseLasso(
         result, penalty * 2.0**exponent, share, penalties, iterations, checks

@@ -38,7 +38,13 @@ def _documented() -> Iterator[str]:
                     yield f"{path}.{name}"
 
 
-NAMES = sorted({*_documented(), "layerwise.solvers.lasso.lasso"})
+NAMES = sorted(
+    {
+        *_documented(),
+        "layerwise.solvers.lasso.lasso",
+        "layerwise.solvers.lasso_path.lasso_to_sparsity",
+    }
+)
 
 
 def test_every_public_name_is_looked_at() -> None:

@@ -106,9 +106,7 @@ def test_distance_to_the_optimum_falls_as_promised(name: str) -> None:
     ("method", "restart"),
     [("auto", True), ("splitting", True), ("fista", True), ("fista", False)],
 )
-def test_gap_that_is_asked_for_is_reached(
-    metric: Any, method: Any, restart: bool
-) -> None:
+def test_gap_that_is_asked_for_is_reached(metric: Any, method: Any, restart: bool) -> None:
     problem = PROBLEMS["correlated"].problem(EVERYTHING)
     penalty = penalty_of(problem, 0.1)
     counts = []
@@ -157,9 +155,9 @@ def test_rows_restart_and_stop_on_their_own() -> None:
         {"tolerance": 1e-6, "method": "fista"},
         {"tolerance": 1e-6, "method": "splitting"},
     ):
-        together = lasso(problem, penalty, **options)  # type: ignore[arg-type]
+        together = lasso(problem, penalty, **options)
         alone = [
-            lasso(layer.rows(torch.tensor([row])).problem(EVERYTHING), penalty, **options)  # type: ignore[arg-type]
+            lasso(layer.rows(torch.tensor([row])).problem(EVERYTHING), penalty, **options)
             for row in range(len(layer.weight))
         ]
         weights = torch.cat([result.weight for result in alone])

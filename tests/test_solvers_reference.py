@@ -18,7 +18,6 @@ from tests.problems import PROBLEMS, Layer, layers, make_layer
 from tests.reference import Equations, scip_minimum
 from tests.tolerances import (
     CLOSED_FORM,
-    EXPLICIT,
     L1_REFERENCE,
     L1_STATIONARITY,
     LASSO_GAP,

@@ -177,7 +177,7 @@ def race_peer(
     design = np.asfortranarray(lower.T.numpy())
     gram, target = few.damped_gram(torch.float64), few.damped()[1].double()
     sides = torch.linalg.solve_triangular(lower, target.T, upper=False).T.contiguous()
-    solve.gram = np.asfortranarray(gram.numpy())  # type: ignore[attr-defined]
+    solve.gram = np.ascontiguousarray(gram.numpy())  # type: ignore[attr-defined]
     alpha = penalty / 2 / len(gram)  # they minimise ||y - X w||^2 / 2n + alpha |w|
     gap = seconds = math.inf
     solve(design, sides[0].numpy(), alpha, 1e-2)  # compiled where a peer compiles
