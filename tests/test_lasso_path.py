@@ -71,6 +71,9 @@ def test_any_subgradient_gives_a_lower_bound(name: str) -> None:
         for weight in (problem.weight, best.weight, noise):
             dual = l1_bounds(problem, weight, penalty, size * penalty * noise)[1]
             assert bool((dual <= least * (1 + ROUNDING)).all())
+    nothing = torch.zeros_like(problem.weight)
+    dual = l1_bounds(problem, nothing, penalty, residual(problem, nothing))[1]
+    assert bool((dual <= least * (1 + ROUNDING)).all())
 
 
 def test_gap_of_the_iteration_is_that_of_the_certificate() -> None:
