@@ -39,8 +39,9 @@ from layerwise.evaluate import evaluate
 from layerwise.patterns import FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Status
-from layerwise.solvers.least_squares import LeastSquares, masked_cg
+from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.options import check_at_least, check_positive
+from layerwise.solvers.polish import polish
 
 Finish = Literal["exact", "cg"]
 
@@ -48,7 +49,7 @@ RHO_EVERY = 3  # steps between two changes of rho
 BUSY, LIVELY, SETTLED = 0.1, 0.005, 3e-4  # shares of the support that changed
 PATIENT_STEPS = 30
 LARGEST_RHO = 1e6
-FINISH_ITERATIONS, FINISH_TOLERANCE = 10, 1e-4
+FINISH_ITERATIONS = 10
 
 
 class Scaled:
@@ -221,8 +222,7 @@ class ALPS:
         if self.finish == "exact":
             weight = scaled.unscaled(copy, mask)
             return replace(refit.refit(problem, weight, mask), iterations=steps)
-        sides = torch.where(mask, scaled.residual(copy), 0)
-        change, _ = masked_cg(scaled.gram, mask, sides, FINISH_TOLERANCE, FINISH_ITERATIONS)
+        change = polish(scaled.gram, mask, scaled.residual(copy), FINISH_ITERATIONS)
         weight = scaled.unscaled(copy + change, mask)
         return evaluate(
             problem, weight, mask, Status.FEASIBLE, iterations=steps, stats=stats

@@ -1,7 +1,6 @@
-r"""Conjugate gradients on ``d_S G_SS = b_S`` for all rows at once, each with its support.
+r"""Conjugate gradients on ``d_S G_SS = r_S`` for all rows at once, each with its support.
 
-:func:`masked_cg` is the plain method with the diagonal as preconditioner.
-:class:`SupportSolver` adds what an exact refit of wide layers needs:
+What they add to the plain method (:mod:`.polish`), for the exact refit of wide layers:
 
 - the gram is scaled to unit diagonal, and a model of it (:mod:`.factor_model`) is the
   preconditioner, exactly inverted on every support;
@@ -37,62 +36,6 @@ LOOK_EVERY = 4  # iterations between two looks at which rows are done
 REPLACE_EVERY = 12  # iterations between two exact residuals, with rounded products
 NARROW = 512  # below it, other work outweighs the products
 FEWEST_DONE = 0.1  # share of the rows that is worth a smaller batch
-
-
-def masked_cg(
-    gram: Tensor,  # (in, in)
-    mask: Tensor,  # (rows, in)
-    sides: Tensor,  # (rows, in), zero off the mask
-    tolerance: float,
-    max_iterations: int,
-) -> tuple[Tensor, int]:  # (rows, in)
-    """Solve ``d_S G_SS = b_S`` for all rows by preconditioned conjugate gradients.
-
-    Parameters
-    ----------
-    gram
-        Damped gram, positive definite.
-    mask
-        Support S of each row, True = kept.
-    sides
-        Right-hand sides b.
-    tolerance
-        On the residual norm of each row, relative to its right-hand side.
-    max_iterations
-        Products with the gram, each 2 rows in^2 operations.
-
-    Returns
-    -------
-    tuple
-        Solutions, zero off the mask, and the number of iterations.
-    """
-    solution = torch.zeros_like(sides)
-    inverse_diagonal = 1 / gram.diagonal()
-    goal = tolerance * sides.norm(dim=1)
-    rows = (sides.norm(dim=1) > goal).nonzero()[:, 0]
-    kept, rest, found = mask[rows].to(gram.dtype), sides[rows], solution[rows]
-    direction = rest * inverse_diagonal
-    energy = (rest * direction).sum(dim=1, keepdim=True)
-    iterations = 0
-    while len(rows) and iterations < max_iterations:
-        iterations += 1
-        image = (direction @ gram).mul_(kept)
-        curvature = (direction * image).sum(dim=1, keepdim=True)
-        step = torch.where(curvature > 0, energy / curvature, 0)
-        found = found + step * direction
-        rest = rest - step * image
-        scaled = rest * inverse_diagonal
-        previous, energy = energy, (rest * scaled).sum(dim=1, keepdim=True)
-        ratio = torch.where(previous > 0, energy / previous, 0)
-        direction = scaled + ratio * direction
-        done = rest.norm(dim=1) <= goal[rows]
-        if bool(done.any()):
-            solution[rows[done]] = found[done]
-            more = ~done
-            rows, kept, rest, found = rows[more], kept[more], rest[more], found[more]
-            direction, energy = direction[more], energy[more]
-    solution[rows] = found
-    return solution, iterations
 
 
 class SupportSolver:

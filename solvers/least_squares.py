@@ -43,11 +43,9 @@ from layerwise.evaluate import evaluate
 from layerwise.patterns import FixedMask
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Status
-from layerwise.solvers.conjugate_gradients import Products, SupportSolver, masked_cg
+from layerwise.solvers.conjugate_gradients import Products, SupportSolver
 from layerwise.solvers.options import check_at_least, check_one_of
 from layerwise.solvers.row_systems import solve_on_complements, solve_on_supports
-
-__all__ = ["LeastSquares", "masked_cg"]
 
 Round = Callable[[RefitState, Tensor], Tensor]  # state, open rows -> changes
 

@@ -1,7 +1,5 @@
 """The l1 engine: its two iterations, its dual point, and the search for a sparsity."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -15,8 +13,6 @@ from layerwise.solvers import l1_fista
 from layerwise.solvers.l1_state import CHECK_EVERY
 from layerwise.solvers.lasso import L1Path, Quadratic, lasso
 from layerwise.solvers.lasso_path import ShareSearch, lasso_to_sparsity
-from layerwise.solvers.least_squares import masked_cg
-from layerwise.solvers.polish import polish
 from tests.problems import PROBLEMS, make_layer
 from tests.tolerances import EQUIVARIANCE, LASSO_GAP, ROUNDING
 
@@ -165,16 +161,3 @@ def test_secant_finds_the_share_of_a_line() -> None:
         share = 0.1 + 0.3 * search.log_penalty
         search.update(share)
     assert search.log_penalty == pytest.approx(4 / 3)
-
-
-def test_polish_is_conjugate_gradients() -> None:
-    layer = make_layer(83, rows=8, width=24, tokens=60)
-    problem = replace(layer.problem(EVERYTHING))
-    gram = problem.damped()[0]
-    mask = Unstructured(0.5).mask(problem.weight.abs())
-    rest = residual(problem, torch.where(mask, problem.weight, 0))
-    sides = torch.where(mask, rest, 0)
-    expected, _ = masked_cg(gram, mask, sides, 0.0, 5)
-    found = polish(gram, mask, rest, 5)
-    assert not found[~mask].any()
-    torch.testing.assert_close(found, expected, rtol=0, atol=EQUIVARIANCE)
