@@ -51,17 +51,28 @@ class Machine:
     ----------
     device
         Where the run computes.
+    gemm_size
+        Order of the square matrices; by default large ones for the device.
+    copy_bytes
+        Bytes that are copied; by default many for the device.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        gemm_size: int | None = None,
+        copy_bytes: int | None = None,
+    ) -> None:
         self._device = device
+        self._gemm_size = gemm_size or GEMM_SIZE.get(device.type, 1024)
+        self._copy_bytes = copy_bytes or COPY_BYTES.get(device.type, 1 << 28)
         self.gemm_rates: dict[torch.dtype, float] = {}
         self._copy_rate = 0.0
 
     def gemm_rate(self, dtype: torch.dtype) -> float:
         """Operations per second of the fastest of a few square products."""
         if dtype not in self.gemm_rates:
-            n = GEMM_SIZE.get(self._device.type, 1024)
+            n = self._gemm_size
             a, b = (torch.ones(n, n, dtype=dtype, device=self._device) for _ in range(2))
             out = torch.empty_like(a)
             self.gemm_rates[dtype] = 2 * n**3 / self._best(lambda: torch.mm(a, b, out=out))
@@ -71,7 +82,7 @@ class Machine:
     def copy_rate(self) -> float:
         """Bytes per second of the fastest of a few copies, read and written ones."""
         if not self._copy_rate:
-            size = COPY_BYTES.get(self._device.type, 1 << 28)
+            size = self._copy_bytes
             a = torch.ones(size, dtype=torch.uint8, device=self._device)
             b = torch.empty_like(a)
             self._copy_rate = 2 * size / self._best(lambda: b.copy_(a))

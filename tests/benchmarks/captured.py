@@ -111,15 +111,18 @@ def captured_layers(
     block
         Block of the layers, counted from 0; of Mamba the next block serves too.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     return [
-        layer for model in MODELS for layer in _of_model(folder, model, n_sequences, block)
+        layer
+        for model in MODELS
+        for layer in layers_of_model(folder, model, n_sequences, block)
     ]
 
 
-def _of_model(
-    folder: Path, model: str, n_sequences: int, block: int
+def layers_of_model(
+    folder: Path, model: str, n_sequences: int = N_SEQUENCES, block: int = BLOCK
 ) -> Iterator[CapturedLayer]:
+    """Those of :func:`captured_layers` that belong to one model."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"captured-{model}-block{block}-{n_sequences}.safetensors"
     wanted = identity(model, n_sequences, block)
     if not _fits(path, wanted):

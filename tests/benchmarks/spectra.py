@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.benchmarks.captured import captured_layers
+from tests.benchmarks.captured import layers_of_model
 
 STEEP = "opt/model.decoder.layers.1.self_attn.out_proj"
 FLAT = "llama/model.layers.1.mlp.down_proj"
@@ -24,16 +24,24 @@ MIDDLE = "llama/model.layers.1.self_attn.o_proj"
 def spectrum_of(layer: str) -> tuple[Tensor, Tensor]:
     """Eigenvalues of the gram of unit diagonal, descending, and its diagonal, ascending."""
     folder = Path(tempfile.gettempdir()) / "layerwise-captured"
-    (found,) = [known for known in captured_layers(folder) if known.name == layer]
+    model = layer.partition("/")[0]
+    (found,) = [one for one in layers_of_model(folder, model) if one.name == layer]
     gram = found.moments.gram
+    live = gram.diagonal() > 0  # some inputs of fc2 are zero in every token
+    gram = gram[live][:, live]
     diagonal = gram.diagonal()
     unit = gram / diagonal.sqrt() / diagonal.sqrt()[:, None]
     values = torch.linalg.eigvalsh(unit).flip(0).clamp(min=1e-9)
     return values, (diagonal / diagonal.mean()).sort().values
 
 
-def realistic_gram(width: int, layer: str = STEEP, seed: int = 0) -> Tensor:
-    """Gram of a given width, shape (width, width), float64, like that of a layer."""
+def realistic_gram(
+    width: int, layer: str = STEEP, seed: int = 0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Gram of a given width, shape (width, width), float64, like that of a layer.
+
+    Cost: a QR of a (width, width) matrix. Random numbers are those of the device.
+    """
     values, scales = spectrum_of(layer)
     known = np.log((np.arange(len(values)) + 0.5) / len(values))
     asked = np.log((np.arange(width) + 0.5) / width)
@@ -41,14 +49,15 @@ def realistic_gram(width: int, layer: str = STEEP, seed: int = 0) -> Tensor:
     slope = (logs[4] - logs[0]) / (known[4] - known[0])
     wanted = np.interp(asked, known, logs)
     wanted += np.where(asked < known[0], slope * (asked - known[0]), 0)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (width, width)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
     basis = torch.linalg.qr(noise)[0]
-    eigenvalues = torch.from_numpy(np.exp(wanted))
+    eigenvalues = torch.from_numpy(np.exp(wanted)).to(device)
     gram = (basis * (eigenvalues / eigenvalues.mean())) @ basis.T
     places = np.linspace(0, 1, width)
     sizes = np.interp(places, np.linspace(0, 1, len(scales)), scales.numpy())
-    order = torch.randperm(width, generator=generator)
-    root = torch.from_numpy(sizes)[order].sqrt() / gram.diagonal().sqrt()
+    order = torch.randperm(width, generator=generator, device=device)
+    root = torch.from_numpy(sizes).to(device)[order].sqrt() / gram.diagonal().sqrt()
     scaled: Tensor = root[:, None] * gram * root
     return scaled
