@@ -118,7 +118,7 @@ def test_restoration_by_hand() -> None:
     assert all(unit.figures["certified"] for unit in units)
 
 
-# --- the runner ----------------------------------------------------------------------------
+# --- the runner ----------------------------------------------------------------------
 
 
 def good(block: Block, rates: Rates, tokens: int) -> Iterator[Unit]:
@@ -224,7 +224,7 @@ def test_stages_need_a_prepared_block(
 
 
 def test_the_small_programme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "SMALL", (TINY, opt("tiny opt", 16, 2)))
+    monkeypatch.setattr(gpu, "SMALL", (opt("tiny opt", 16, 2), TINY))
     monkeypatch.setattr(gpu, "SMALL_RESTORED", restored("tiny 30b", 16, 24, 2))
     monkeypatch.setattr(gpu, "SMALL_TOKENS", 64)
     monkeypatch.setattr(gpu, "SMALL_GEMM", 16)
@@ -236,10 +236,10 @@ def test_the_small_programme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ran = [(one["model"], one["stage"]) for one in found["stages"]]
     names = ["preparation", *(one.name for one in STAGES)]
     assert ran == [
-        *(("tiny", name) for name in names),
         *(("tiny opt", name) for name in names),
         ("tiny 30b", "preparation"),
         ("tiny 30b", "restoration"),
+        *(("tiny", name) for name in names),
     ]
     assert found["not_done"] == []
     assert set(found["ceilings"]) == {"bfloat16", "tf32", "float32", "float64", "copy"}

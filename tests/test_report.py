@@ -373,7 +373,7 @@ def test_unusual_models_are_drawn(layout: str) -> None:
     ("low", "high"), [(0.1, 0.1), (0.11, 0.19), (0.04, 0.9), (1e-9, 3.0), (1e-300, 1e300)]
 )
 def test_ticks_enclose_the_data(low: float, high: float) -> None:
-    ticks = plots._log_ticks(low, high)
+    ticks = plots.log_ticks(low, high)
     assert 1 <= len(ticks) <= MAX_TICKS
     assert ticks == sorted(ticks)
     assert ticks[0] <= low

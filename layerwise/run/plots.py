@@ -168,7 +168,7 @@ def _draw_axes(
     spans: Sequence[tuple[float, float, str]],
     axis: str,
 ) -> None:
-    ticks = _log_ticks(min(errors), max(errors))
+    ticks = log_ticks(min(errors), max(errors))
     axes.set_yscale("log")
     axes.set_ylim(min(ticks[0], min(errors)) / 1.06, max(ticks[-1], max(errors)) * 1.06)
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -190,7 +190,7 @@ def _draw_axes(
 
 def _draw_series(axes: Any, series: Series, index: int) -> None:
     every = -(-len(series.positions) // MAX_MARKERS)
-    colour, marker, dash = _look(index)
+    colour, marker, dash = look(index)
     repeated = len(set(series.positions)) < len(series.positions)  # several experts
     pattern = tuple(float(part) for part in dash.split())
     axes.plot(
@@ -207,13 +207,13 @@ def _draw_series(axes: Any, series: Series, index: int) -> None:
     )
 
 
-def _look(index: int) -> tuple[str, str, str]:
+def look(index: int) -> tuple[str, str, str]:
     """Colour, marker and dashes of a series; the first 63 series all differ."""
     dash = DASHES[index // len(COLOURS) % len(DASHES)]
     return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)], dash
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
+def log_ticks(low: float, high: float) -> list[float]:
     """Round numbers that enclose [low, high], at most `MAX_TICKS`."""
     exponents = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
     ticks: list[float] = []
@@ -241,7 +241,7 @@ def _inline(svg: str, key: str, label: str) -> str:
 
 def _swatch(matplotlib: Any, index: int) -> str:
     """Line and marker of a series, for the legend."""
-    colour, marker, dash = _look(index)
+    colour, marker, dash = look(index)
     style = matplotlib.markers.MarkerStyle(marker)
     outline = style.get_path().transformed(style.get_transform().scale(SWATCH_MARKER))
     points = " ".join(f"{x:.4g},{-y:.4g}" for x, y in outline.to_polygons()[0])

@@ -1,6 +1,6 @@
-"""Tables on the terminal: solvers, the demonstration, speed, stages of a run."""
+"""Tables on the terminal: solvers, the demonstration, speed, stages of a run, races."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -8,6 +8,7 @@ from rich.table import Table
 from layerwise.run.bench import Bench
 from layerwise.run.catalogue import Entry
 from layerwise.run.demo import Comparison
+from layerwise.run.race import Race
 from layerwise.run.speed import Speed
 
 
@@ -108,12 +109,42 @@ def print_bench(bench: Bench) -> None:
     console = _console()
     console.print(bench.title, highlight=False)
     console.print(table)
-    rates = [
-        f"{str(dtype).removeprefix('torch.')} {rate / 1e9:.4g} GFLOP/s"
-        for dtype, rate in bench.gemm_rates.items()
-    ]
-    rates.append(f"copy {bench.copy_rate / 1e9:.3g} GB/s")
-    console.print(f"measured: {', '.join(rates)}", highlight=False)
+    names = {str(t).removeprefix("torch."): rate for t, rate in bench.gemm_rates.items()}
+    console.print(_measured(names, bench.copy_rate), highlight=False)
+
+
+def print_race(race: Race) -> None:
+    """One line per method, a section per layer."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("layer")
+    table.add_column("method")
+    headings = ["seconds", "iterations", "matmul", "bandwidth", "error", "certificate"]
+    gaps = any(lap.gap is not None for lap in race.laps)
+    for heading in (*headings, *(["gap"] if gaps else [])):
+        table.add_column(heading, justify="right")
+    for index, lap in enumerate(race.laps):
+        again = index > 0 and race.laps[index - 1].layer == lap.layer
+        proof = lap.certificate
+        table.add_row(
+            "" if again else f"{lap.layer} ({lap.rows} x {lap.width})",
+            lap.method,
+            f"{lap.seconds:.3f}",
+            str(lap.iterations or ""),
+            f"{lap.matmul_share:.1%}",
+            f"{lap.bandwidth_share:.1%}",
+            f"{lap.relative_error:.4f}",
+            "" if proof is None else f"{proof['kind']} {proof['bound']:.1e}",
+            *([] if lap.gap is None else [f"{lap.gap:.1%}"]),
+        )
+    console = _console()
+    console.print(race.title, highlight=False)
+    console.print(table)
+    console.print(_measured(race.gemm_rates, race.copy_rate), highlight=False)
+
+
+def _measured(gemm_rates: Mapping[str, float], copy_rate: float) -> str:
+    rates = [f"{name} {rate / 1e9:.4g} GFLOP/s" for name, rate in gemm_rates.items()]
+    return f"measured: {', '.join(rates)}, copy {copy_rate / 1e9:.3g} GB/s"
 
 
 def _factor(value: float) -> str:

@@ -115,9 +115,8 @@ class Programme:
         if self._device.type != "cuda":
             self.record["ceilings_note"] = "a CPU has no TF32: its rate is that of float32"
         for precision, rate in asdict(rates).items():
-            say(
-                f"ceiling {precision}: {rate:.4g} {'B' if precision == 'copy' else 'FLOP'}/s"
-            )
+            unit = "B/s" if precision == "copy" else "FLOP/s"
+            say(f"ceiling {precision}: {rate:.4g} {unit}")
         return rates
 
     def run(self, layers: LayerSet, stages: Sequence[Stage], rates: Rates) -> None:
@@ -284,15 +283,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("there is no GPU: --small runs on a CPU")
     programme = Programme(options.output, torch.device(found), options.small)
     rates = programme.measure()
-    for layers in SMALL if options.small else FULL:
+    *first, largest = SMALL if options.small else FULL
+    for layers in first:
         programme.run(layers, STAGES, rates)
-    last = SMALL_RESTORED if options.small else FULL_RESTORED
-    programme.run(last, (RESTORATION,), rates)
+    restored = SMALL_RESTORED if options.small else FULL_RESTORED
+    programme.run(restored, (RESTORATION,), rates)
+    programme.run(largest, STAGES, rates)
     programme.write()
-    seconds = programme.record["seconds"]
-    say(
-        f"{seconds:.0f} s in all, {options.output}; not done: {programme.failed or 'nothing'}"
-    )
+    seconds, lost = programme.record["seconds"], programme.failed or "nothing"
+    say(f"{seconds:.0f} s in all, {options.output}; not done: {lost}")
     return 1 if programme.failed else 0
 
 

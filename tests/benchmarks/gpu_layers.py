@@ -152,16 +152,15 @@ class Block:
         return Unstructured(SPARSITY).mask(self._weights[group.name].abs() * sizes)
 
 
-WARM_UP = llama("warm-up", 256, 64, 512, 1)
 FULL = (
-    WARM_UP,
+    llama("warm-up", 512, 128, 1024, 1),  # as wide as products in bfloat16 need
     opt("opt-125m", 768, 12),
     llama("llama-3-8b", 4096, 1024, 14336, 32),
 )
 SMALL = (
-    WARM_UP,
-    opt("opt-125m / 4", 192, 12),
-    llama("llama-3-8b / 16", 256, 64, 896, 32),
+    llama("warm-up", 64, 16, 128, 1),
+    opt("opt-125m / 6", 128, 12),
+    llama("llama-3-8b / 32", 128, 32, 448, 32),
 )
 FULL_RESTORED = restored("llama-30b", 6656, 17920, 60)
 SMALL_RESTORED = restored("llama-30b / 16", 416, 1120, 60)

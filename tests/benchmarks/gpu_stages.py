@@ -9,6 +9,7 @@ import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -132,7 +133,7 @@ def gram(block: Block, rates: Rates, tokens: int) -> Iterator[Unit]:
         while left:
             now = min(left, TOKENS_AT_ONCE)
             chunk = torch.randn(now, group.width, dtype=torch.bfloat16, device=block.device)
-            seconds += timed(block.device, lambda c=chunk: accumulator.update(c))[1]
+            seconds += timed(block.device, partial(accumulator.update, chunk))[1]
             left -= now
         seconds += timed(block.device, accumulator.moments)[1]
         floor = tokens * group.width * (group.width + 1.0) / rate
