@@ -103,6 +103,7 @@ class SparseGPT:
         result, error = torch.empty_like(start), torch.empty_like(start)
         carry = torch.zeros_like(start)  # A^T
         mask = torch.ones_like(start, dtype=torch.bool)
+        pivots = upper.diagonal().tolist()  # once: a GPU is waited for
         for begin in range(0, width, block_size):
             end = min(begin + block_size, width)
             if not isinstance(problem.pattern, NM):
@@ -113,10 +114,18 @@ class SparseGPT:
                 panel = slice(left, right)
                 if isinstance(problem.pattern, NM):
                     _sweep_groups(
-                        problem.pattern, upper, start, carry, result, error, mask, panel
+                        problem.pattern,
+                        pivots,
+                        upper,
+                        start,
+                        carry,
+                        result,
+                        error,
+                        mask,
+                        panel,
                     )
                 else:
-                    _sweep_columns(upper, start, carry, result, error, mask, panel)
+                    _sweep_columns(pivots, upper, start, carry, result, error, mask, panel)
                 # effect of the panel on the rest of its block, of the block on the rest
                 carry[right:end].addmm_(upper[panel, right:end].T, error[panel])
             carry[end:].addmm_(upper[begin:end, end:].T, error[begin:end])
@@ -133,6 +142,7 @@ def least_squares_weight(problem: LayerProblem, factor: Factor) -> Tensor:  # (o
 
 
 def _sweep_columns(
+    pivots: list[float],  # diagonal of V
     upper: Tensor,
     start: Tensor,
     carry: Tensor,
@@ -143,9 +153,8 @@ def _sweep_columns(
 ) -> None:
     """Fix the weights of a few neighbouring columns, one after the other."""
     stop = columns.stop
-    pivots = upper.diagonal()[columns].tolist()
-    for index, pivot in zip(range(columns.start, stop), pivots, strict=True):
-        torch.add(start[index], carry[index], alpha=1 / pivot, out=result[index])
+    for index in range(columns.start, stop):
+        torch.add(start[index], carry[index], alpha=1 / pivots[index], out=result[index])
         result[index].masked_fill_(~mask[index], 0)
         torch.sub(start[index], result[index], out=error[index])
         carry[index + 1 : stop].addr_(upper[index, index + 1 : stop], error[index])
@@ -153,6 +162,7 @@ def _sweep_columns(
 
 def _sweep_groups(
     pattern: NM,
+    pivots: list[float],
     upper: Tensor,
     start: Tensor,
     carry: Tensor,
@@ -166,7 +176,7 @@ def _sweep_groups(
         group = slice(begin, begin + pattern.m)
         scores = _removal_scores(upper, start, carry, group)
         mask[group] = keep_largest(scores.T, pattern.m - pattern.n).T
-        _sweep_columns(upper, start, carry, result, error, mask, group)
+        _sweep_columns(pivots, upper, start, carry, result, error, mask, group)
         rest = slice(group.stop, panel.stop)
         carry[rest].addmm_(upper[group, rest].T, error[group])
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from layerwise.moments import MomentAccumulator
 from tests.benchmarks import gpu, gpu_layers, gpu_stages
 from tests.benchmarks.captured import layers_of
 from tests.benchmarks.gpu_layers import Block, Group, LayerSet, llama, opt, restored
@@ -84,14 +85,14 @@ def test_floors_of_stacked_groups_by_hand(name: str, block: Block) -> None:
 
 def test_gram_takes_all_tokens(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    update = gpu_stages.MomentAccumulator.update
+    update = MomentAccumulator.update
 
     def count(self: Any, inputs: Tensor) -> None:
         assert inputs.dtype == torch.bfloat16
         seen.append(len(inputs))
         update(self, inputs)
 
-    monkeypatch.setattr(gpu_stages.MomentAccumulator, "update", count)
+    monkeypatch.setattr(MomentAccumulator, "update", count)
     monkeypatch.setattr(gpu_stages, "TOKENS_AT_ONCE", 40)
     units = list(stage("gram").run(block, RATES, 100))
     assert seen == [40, 40, 20] * 4

@@ -64,7 +64,7 @@ class OperationCount:
         return Work(dict(self._flops), self._bytes)
 
     def __enter__(self) -> "OperationCount":
-        self._mode.__enter__()
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
@@ -73,7 +73,7 @@ class OperationCount:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._mode.__exit__(kind, error, trace)
+        self._mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
     def _add(self, operation: Any, args: Any, read: Any, written: Any) -> None:
         packet = operation.overloadpacket
@@ -87,9 +87,9 @@ class OperationCount:
         self._bytes += sum(tensor.nbytes for tensor in _tensors((read, written)))
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, add: Callable[[Any, Any, Any, Any], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._add = add
 
     def __torch_dispatch__(

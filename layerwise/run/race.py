@@ -26,7 +26,7 @@ from layerwise.run.layer_files import StoredLayer, read_layers
 from layerwise.run.operations import OperationCount
 from layerwise.run.random_layers import layers_of_shape, layers_of_sizes
 from layerwise.run.settings import choose_device, choose_pattern
-from layerwise.solution import Solution, requirements
+from layerwise.solution import Certificate, Solution, requirements
 from layerwise.solve import refuse_unless_solvable, resolve, solve, steps_of
 
 NOT_THERE = frozenset({"mean", "fluctuation", "gradient"})
@@ -208,7 +208,7 @@ def _race_on(
                 iterations=found.iterations,
                 relative_error=found.relative_error,
                 status=found.status.value,
-                certificate=proof and {"kind": proof.kind, "bound": proof.bound},
+                certificate=None if proof is None else _as_json(proof),
                 gap=proven,
                 flops={_name(dtype): count for dtype, count in work.flops.items()},
                 bytes=work.bytes,
@@ -277,6 +277,10 @@ def _refuse(racer: Any, problem: LayerProblem) -> None:
 def _gap(problem: LayerProblem, found: Solution, bound: float) -> float:
     value = float(objective_rows(problem, found.weight, damped=True).sum())
     return max(0.0, 1 - bound / value) if value > 0 else 0.0
+
+
+def _as_json(proof: Certificate) -> dict[str, Any]:
+    return {"kind": proof.kind, "bound": proof.bound}
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -81,7 +81,8 @@ def _of_stages(
 def random_weight(rows: int, width: int, device: torch.device, seed: int) -> Tensor:
     """Weight of independent normal numbers, float32, shape (rows, width)."""
     generator = torch.Generator(device).manual_seed(seed)
-    return torch.randn(rows, width, generator=generator, device=device) / width**0.5
+    weight = torch.randn(rows, width, generator=generator, device=device)
+    return weight.div_(width**0.5)
 
 
 def random_gram(width: int, device: torch.device, seed: int) -> Tensor:
@@ -93,7 +94,8 @@ def random_gram(width: int, device: torch.device, seed: int) -> Tensor:
 
     basis = torch.linalg.qr(normal(width, width))[0]
     values = 1 / torch.arange(1, width + 1, dtype=torch.float64, device=device)
-    gram = (basis * values) @ basis.T
+    gram: Tensor = (basis * values) @ basis.T
     scales = (SPREAD * normal(width)).exp()
     gram = scales[:, None] * gram * scales
-    return gram * (width / gram.diagonal().sum())
+    trace = float(gram.diagonal().sum())
+    return gram * (width / trace)

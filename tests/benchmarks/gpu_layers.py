@@ -143,7 +143,7 @@ class Block:
     def matrices(self, group: Group) -> Iterator[LayerProblem]:
         """Every matrix of a group as a problem; they share their moments."""
         moments = self.moments(group)
-        for weight in self._weights[group.name].split(list(group.rows)):
+        for weight in torch.split(self._weights[group.name], list(group.rows)):
             yield LayerProblem.from_moments(weight, moments, pattern=Unstructured(SPARSITY))
 
     def wanda_mask(self, group: Group) -> Tensor:

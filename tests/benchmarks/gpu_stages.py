@@ -9,7 +9,6 @@ import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -106,11 +105,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(device: torch.device, work: Callable[[], Found]) -> tuple[Found, float]:
+def timed(
+    device: torch.device, work: Callable[..., Found], *args: Any, **options: Any
+) -> tuple[Found, float]:
     """Result and seconds."""
     synchronize(device)
     start = time.perf_counter()
-    found = work()
+    found = work(*args, **options)
     synchronize(device)
     return found, time.perf_counter() - start
 
@@ -133,7 +134,7 @@ def gram(block: Block, rates: Rates, tokens: int) -> Iterator[Unit]:
         while left:
             now = min(left, TOKENS_AT_ONCE)
             chunk = torch.randn(now, group.width, dtype=torch.bfloat16, device=block.device)
-            seconds += timed(block.device, partial(accumulator.update, chunk))[1]
+            seconds += timed(block.device, accumulator.update, chunk)[1]
             left -= now
         seconds += timed(block.device, accumulator.moments)[1]
         floor = tokens * group.width * (group.width + 1.0) / rate
@@ -147,7 +148,7 @@ def refit(block: Block, rates: Rates, _: int) -> Iterator[Unit]:
     )
     for group in block.layers.groups:
         problem = block.problem(group, FixedMask(block.wanda_mask(group)))
-        found, seconds = timed(block.device, lambda p=problem: solver.solve(p))
+        found, seconds = timed(block.device, solver.solve, problem)
         block.answers[group.name] = found.weight
         assert found.certificate is not None
         figures = {
@@ -164,12 +165,14 @@ def sparsegpt(block: Block, rates: Rates, _: int) -> Iterator[Unit]:
     """Factor, choose and sweep, groups stacked."""
     for group in block.layers.groups:
         problem = block.problem(group)
-
-        def factor(problem: LayerProblem = problem) -> None:
-            problem.moments.factor(problem.damping, problem.dtype, reverse=True)
-
-        factoring = timed(block.device, factor)[1]
-        (weight, _mask), sweep = timed(block.device, lambda p=problem: SparseGPT().find(p))
+        factoring = timed(
+            block.device,
+            problem.moments.factor,
+            problem.damping,
+            problem.dtype,
+            reverse=True,
+        )[1]
+        (weight, _mask), sweep = timed(block.device, SparseGPT().find, problem)
         value = float(objective_rows(problem, weight).sum() / problem.energy.sum())
         floor = group.width**3 / 3 + _product(problem) / 2
         figures = {
@@ -186,9 +189,7 @@ def fista(block: Block, rates: Rates, _: int) -> Iterator[Unit]:
     search = optional("layerwise.solvers.lasso_path", "lasso_to_sparsity")
     for group in block.layers.groups:
         for index, problem in enumerate(block.matrices(group)):
-            found, seconds = timed(
-                block.device, lambda p=problem: search(p, 0.5, tolerance=GAP)
-            )
+            found, seconds = timed(block.device, search, problem, 0.5, tolerance=GAP)
             figures = {
                 "gap": found.result.gap,
                 "certified": found.result.gap <= GAP,
@@ -210,8 +211,7 @@ def bounds(block: Block, rates: Rates, _: int) -> Iterator[Unit]:
         if weight is None:
             weight = torch.where(block.wanda_mask(group), problem.weight, 0)
         found, seconds = timed(
-            block.device,
-            lambda p=problem, w=weight: lower_bounds(p, w, memory_budget=budget),
+            block.device, lower_bounds, problem, weight, memory_budget=budget
         )
         value = objective_rows(problem, weight, damped=True)
         figures = {"proven_gap": 1 - float(found.sum() / value.sum())}
@@ -226,10 +226,7 @@ def restoration(block: Block, rates: Rates, _: int) -> Iterator[Unit]:
         problem = block.problem(group, Columns(count))
         kept = torch.ones(group.width, dtype=torch.bool, device=block.device)
         kept[problem.gram.diagonal().argsort()[:count]] = False
-        found, seconds = timed(
-            block.device,
-            lambda p=problem, k=kept: refit_columns(p, k, REFIT_TOLERANCE),
-        )
+        found, seconds = timed(block.device, refit_columns, problem, kept, REFIT_TOLERANCE)
         bound = found[1].bound
         left = group.width - count
         work = left**3 / 3 + 2.0 * problem.shape[0] * left**2
@@ -241,7 +238,7 @@ def restoration(block: Block, rates: Rates, _: int) -> Iterator[Unit]:
 def preparation(block: Block, rates: Rates, _: int) -> Iterator[Unit]:
     """Random weights, and grams with the spectra of captured ones; not a result."""
     for group in block.layers.groups:
-        seconds = timed(block.device, lambda g=group: block.prepare(g))[1]
+        seconds = timed(block.device, block.prepare, group)[1]
         yield Unit(group.name, sum(group.rows), group.width, seconds, 0.0)
 
 
