@@ -25,6 +25,7 @@ Deviations: (1) counts are exact by a running floor, where the published rule
 (3) any gram and cross-gram, by starting from W_ls.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,10 +35,11 @@ from torch import Tensor
 from layerwise.errors import InvalidProblemError
 from layerwise.evaluate import evaluate
 from layerwise.linalg import Factor
-from layerwise.patterns import NM, FixedMask, Unstructured, keep_largest
+from layerwise.patterns import NM, FixedMask, Pattern, Unstructured, keep_largest
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Status
 
+WIDEST_FUSED = 128  # columns of a block whose errors fit into the registers of a GPU
 PANEL = 16  # columns swept one by one before their effect is applied as a product
 
 
@@ -104,12 +106,18 @@ class SparseGPT:
         carry = torch.zeros_like(start)  # A^T
         mask = torch.ones_like(start, dtype=torch.bool)
         pivots = upper.diagonal().tolist()  # once: a GPU is waited for
+        fused = _fused_sweep(start, problem.pattern, block_size)
         for begin in range(0, width, block_size):
             end = min(begin + block_size, width)
             if not isinstance(problem.pattern, NM):
                 block = slice(begin, end)
                 mask[block] = _block_mask(problem, upper, start, carry, block)
-            for left in range(begin, end, panel_size):
+            if fused is not None:
+                fused(upper, start, carry, result, error, mask, slice(begin, end))
+                panels = range(0)
+            else:
+                panels = range(begin, end, panel_size)
+            for left in panels:
                 right = min(left + panel_size, end)
                 panel = slice(left, right)
                 if isinstance(problem.pattern, NM):
@@ -139,6 +147,22 @@ def least_squares_weight(problem: LayerProblem, factor: Factor) -> Tensor:  # (o
         return start
     step = factor.solve_rows(problem.shift.flip(1)).flip(1)
     return start + step.to(problem.dtype)
+
+
+def _fused_sweep(
+    like: Tensor, pattern: Pattern, block_size: int
+) -> Callable[..., None] | None:
+    """One kernel for a block, on GPUs with Triton; None for the loop over its columns.
+
+    n:m groups choose their masks on the way, which the kernel cannot.
+    """
+    if not like.is_cuda or block_size > WIDEST_FUSED or isinstance(pattern, NM):
+        return None
+    try:
+        from layerwise.solvers.sweep_kernel import sweep_block
+    except ImportError:
+        return None
+    return sweep_block
 
 
 def _sweep_columns(
