@@ -14,7 +14,7 @@ from layerwise.moments import MomentAccumulator
 from tests.benchmarks import gpu, gpu_layers, gpu_stages
 from tests.benchmarks.captured import layers_of
 from tests.benchmarks.gpu_layers import Block, Group, LayerSet, llama, opt, restored
-from tests.benchmarks.gpu_stages import STAGES, AbsentError, Rates, Stage, Unit
+from tests.benchmarks.gpu_stages import STAGES, Rates, Stage, Unit
 
 CPU = torch.device("cpu")
 RATES = Rates(1e6, 2e6, 3e6, 4e6, 5e6)
@@ -146,12 +146,6 @@ def slow(block: Block, rates: Rates, tokens: int) -> Iterator[Unit]:
         raise ValueError(message) from error
 
 
-def absent(block: Block, rates: Rates, tokens: int) -> Iterator[Unit]:
-    message = "this checkout has no such thing"
-    raise AbsentError(message)
-    yield
-
-
 def run(tmp_path: Path, *stages: Stage, layers: LayerSet = TINY) -> gpu.Programme:
     programme = gpu.Programme(tmp_path / "out.json", CPU, small=True)
     programme.run(layers, stages, RATES)
@@ -184,7 +178,6 @@ def test_a_missed_target_is_said(
     [
         (bad, "failed", "ValueError: no luck"),
         (slow, "stopped", "share of 0 s"),
-        (absent, "absent", "no such thing"),
     ],
 )
 def test_what_did_not_finish_is_recorded(
@@ -198,10 +191,10 @@ def test_what_did_not_finish_is_recorded(
     assert words in first["error"]
     assert "model_seconds" not in first
     assert "target_met" not in first
-    assert len(first["units"]) == (status != "absent")
+    assert len(first["units"]) == 1
     assert second["status"] == "done"
     assert f"*** tiny one: {status.upper()}" in capsys.readouterr().out
-    assert programme.failed == ([] if status == "absent" else ["tiny one"])
+    assert programme.failed == ["tiny one"]
 
 
 def test_nothing_starts_when_the_time_is_over(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ see `shared/performance.md` for the counts. Preparation is outside of the times,
 device has finished whenever a clock is read.
 """
 
-import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,9 +19,10 @@ from layerwise.moments import MomentAccumulator
 from layerwise.patterns import Columns, FixedMask
 from layerwise.problem import LayerProblem
 from layerwise.solvers.column_refit import refit_columns
+from layerwise.solvers.lasso_path import lasso_to_sparsity
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.sparsegpt import SparseGPT
-from tests.benchmarks.gpu_layers import Block, Group
+from tests.benchmarks.gpu_layers import SPARSITY, Block, Group
 
 REFIT_TOLERANCE = 1e-6
 GAP = 1e-3  # of the l1 problems
@@ -33,10 +33,6 @@ TOKENS_AT_ONCE = 16384
 MEMORY_BUDGET: Mapping[str, int] = MappingProxyType({"cpu": 1 << 30, "cuda": 16 << 30})
 
 Found = TypeVar("Found")
-
-
-class AbsentError(Exception):
-    """A part of the library that this checkout does not have."""
 
 
 @dataclass(frozen=True)
@@ -116,15 +112,6 @@ def timed(
     return found, time.perf_counter() - start
 
 
-def optional(module: str, name: str) -> Any:
-    """Part of the library that may not be there yet."""
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        message = f"this checkout has no {module}.{name}"
-        raise AbsentError(message) from error
-
-
 def gram(block: Block, rates: Rates, tokens: int) -> Iterator[Unit]:
     """Moments of bfloat16 activations, chunk by chunk."""
     rate = rates.bfloat16 if block.device.type == "cuda" else rates.float32
@@ -186,10 +173,11 @@ def sparsegpt(block: Block, rates: Rates, _: int) -> Iterator[Unit]:
 
 def fista(block: Block, rates: Rates, _: int) -> Iterator[Unit]:
     """Certified l1 problem of every matrix, its penalty searched for half zeros."""
-    search = optional("layerwise.solvers.lasso_path", "lasso_to_sparsity")
     for group in block.layers.groups:
         for index, problem in enumerate(block.matrices(group)):
-            found, seconds = timed(block.device, search, problem, 0.5, tolerance=GAP)
+            found, seconds = timed(
+                block.device, lasso_to_sparsity, problem, SPARSITY, tolerance=GAP
+            )
             figures = {
                 "gap": found.result.gap,
                 "certified": found.result.gap <= GAP,
@@ -297,7 +285,6 @@ __all__ = [
     "PREPARATION",
     "RESTORATION",
     "STAGES",
-    "AbsentError",
     "Block",
     "Group",
     "Rates",
