@@ -208,8 +208,9 @@ class MomentAccumulator:
     width
         Number of input channels.
     weights
-        The matrices that read these inputs, each (out, in); their drift is accumulated
-        when a pruned stream is given.
+        The matrices that read these inputs, each (out, in), whose drift can be asked for
+        when a pruned stream is given. It comes from the gram of the difference of the
+        two streams, which all of them share.
     device
         Where the sums live; chunks are moved there.
     fluctuation
@@ -232,7 +233,7 @@ class MomentAccumulator:
         self._gram, self._sum = zeros(width, width), zeros(width)
         self._cross: Tensor | None = None
         self._pruned_sum = zeros(width)
-        self._drift = [zeros(weight.shape[0]) for weight in self._weights]
+        self._drift = zeros(width, width) if self._weights else None
         self._fluctuation = RunningFluctuation(width, device) if fluctuation else None
 
     def update(self, inputs: Tensor, pruned_inputs: Tensor | None = None) -> None:
@@ -299,13 +300,11 @@ class MomentAccumulator:
         self._pruned_sum += _descale(
             pruned.sum(dim=0, dtype=torch.float64), pruned_exponent
         )
-        precision = torch.promote_types(dense.dtype, torch.float32)  # a difference rounds
-        change = dense.to(precision) - _descale(
-            pruned.to(precision), pruned_exponent - exponent
-        )
-        for weight, drift in zip(self._weights, self._drift, strict=True):
-            outputs = (change @ weight.to(change.dtype).T).double()
-            drift += _descale(outputs.square_().sum(dim=0), 2 * exponent)
+        if self._drift is not None:
+            precision = torch.promote_types(dense.dtype, torch.float32)  # it rounds
+            other = _descale(pruned.to(precision), pruned_exponent - exponent)
+            change = dense.to(precision).sub(other)
+            add_gram(self._drift, change, 2.0 ** (2 * exponent))
 
     def moments(self) -> Moments:
         """Averages of everything added so far."""
@@ -324,7 +323,11 @@ class MomentAccumulator:
 
     def drift(self, index: int) -> Tensor | None:
         """Row sums of ``(W (X - Xhat))^2 / tokens`` of one matrix; None if Xhat = X."""
-        return None if self._cross is None else self._drift[index] / self.n_tokens
+        if self._cross is None or self._drift is None:
+            return None
+        weight = self._weights[index].double()
+        rows = ((weight @ mirrored(self._drift)) * weight).sum(dim=1)
+        return rows.clamp(min=0) / self.n_tokens
 
 
 def _descale(values: Tensor, exponent: int) -> Tensor:

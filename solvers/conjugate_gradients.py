@@ -28,6 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from layerwise.gram import exact_bfloat16
 from layerwise.solvers.factor_model import FactorModel
 
 Products = Literal["auto", "bfloat16", "float32"]
@@ -74,7 +75,11 @@ class SupportSolver:
         if not rounded:
             return torch.mm(rows, self.gram, out=out)
         assert self._remainder is not None
-        out.copy_(rows.to(torch.bfloat16) @ self._remainder)
+        half = rows.to(torch.bfloat16)
+        if exact_bfloat16(rows.device):
+            out = torch.mm(half, self._remainder, out_dtype=torch.float32)
+        else:
+            out.copy_(half @ self._remainder)
         out.addcmul_(rows, self._diagonal)
         basis = self.model.basis
         return out.addmm_((rows @ basis).mul_(self.model.values), basis.T)
@@ -139,7 +144,7 @@ class SupportSolver:
                     done = torch.ones_like(done)
                 if float(done.float().mean()) >= FEWEST_DONE:
                     solution[rows[done]] = batch.found[done]
-                    more = ~done
+                    more = (~done).nonzero()[:, 0]  # a mask would be counted at each use
                     batch = batch.rows(more)
                     rows, share = rows[more], share[more]
                     least, rounding = least[more], rounding[more]
@@ -190,7 +195,7 @@ class _Batch:
     def advance(self, rounded: bool, *, exact: bool) -> None:
         """Make one step; with rounded products the new residual may be `exact`."""
         system, kept = self._system, self._inverse.kept
-        system.product(self._direction, self._image, rounded).mul_(kept)
+        self._image = system.product(self._direction, self._image, rounded).mul_(kept)
         curvature = self._dot(self._direction, self._image)
         step = torch.where(curvature > 0, self.energy / curvature, 0)[:, None]
         self.found.addcmul_(step, self._direction)
