@@ -12,8 +12,9 @@ from torch import Tensor
 from layerwise.adapters import get_adapter
 from layerwise.errors import InvalidProblemError, SolveError
 from layerwise.problem import LayerProblem
+from layerwise.run import dense_side
 from layerwise.run.pipeline import ERROR_CORRECTIONS
-from layerwise.run.prune import PruneReport
+from layerwise.run.prune import PruneReport, prune_model
 from layerwise.run.streams import BATCH
 from layerwise.solve import solve
 from tests.models import (
@@ -270,3 +271,62 @@ def test_the_model_is_left_as_it_was_found(monkeypatch: pytest.MonkeyPatch) -> N
         assert not module._forward_pre_hooks
     assert all("forward" not in vars(block) for block in blocks_of(model))
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_dense_inputs_come_from_one_pass_where_they_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights, passes = [], []
+    for store in (0, dense_side.STORE):
+        asked: list[str] = []
+
+        original = dense_side.inputs_of
+
+        def count(*args: Any, asked: list[str] = asked, run: Any = original) -> Any:
+            asked.append(args[3].linears[0])
+            return run(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dense_side, "inputs_of", count)
+            patch.setattr(dense_side, "STORE", store)
+            model = tiny_model("llama", layers=2)
+            report = prune_model(
+                model,
+                "sparsegpt",
+                sparsity=0.3,
+                calibration=TOKENS,
+                n_sequences=len(TOKENS),
+                sequence_length=LENGTH,
+            )
+        weights.append(report.model.state_dict())
+        passes.append(len(asked))
+    assert passes == [2 * 4, 0]  # blocks times stages
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+
+
+def test_stored_inputs_are_those_that_the_linear_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A block that goes on in place, behind its linears."""
+
+    def shrink(_: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        args[0].mul_(0.5)
+
+    results = []
+    for store in (0, dense_side.STORE):
+        model = tiny_model("llama", layers=1)
+        for name in ("self_attn.q_proj", "mlp.gate_proj"):
+            model.model.layers[0].get_submodule(name).register_forward_hook(shrink)
+        with monkeypatch.context() as patch:
+            patch.setattr(dense_side, "STORE", store)
+            report = prune_model(
+                model,
+                "wanda",
+                sparsity=0.5,
+                calibration=TOKENS,
+                n_sequences=len(TOKENS),
+                sequence_length=LENGTH,
+            )
+        results.append([record.relative_error for record in report.records])
+    assert results[0] == results[1]

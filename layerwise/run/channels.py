@@ -7,7 +7,6 @@ exactly zero, which makes the block compute what the smaller one will
 (:mod:`layerwise.run.surgery`).
 """
 
-import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from layerwise.evaluate import relative_error
 from layerwise.moments import MomentAccumulator
 from layerwise.patterns import FixedMask, Pattern
 from layerwise.problem import LayerProblem
+from layerwise.run.dense_side import DenseSide
 from layerwise.run.pipeline import (
     BlockInputs,
     OnLayer,
@@ -120,6 +120,16 @@ class ChannelTask(Task):
         accumulators = collect_at_once(self, replace(inputs, stages=stages))
         return dict(zip(names, accumulators, strict=True))
 
+    def dense_side(self, inputs: BlockInputs) -> DenseSide:
+        """The block as it is, for the inputs of the consumers that will be restored."""
+        stages = tuple(
+            Stage((name,))
+            for site in self.sites.get(inputs.name, ())
+            if self.keep[site.name] < site.rounds
+            for name in site.coupling.consumers
+        )
+        return DenseSide(self, inputs, stages)
+
     def solver_of(self, site: Site, consumer: str) -> Any:
         """The method, without its bias where the layer cannot have one."""
         if consumer == site.main and self.holds_bias:
@@ -148,7 +158,7 @@ class Restoration:
     ) -> None:
         self._task, self._inputs, self._on_layer = task, inputs, on_layer
         self._collected = collected
-        self._dense = None if collected is not None else copy.deepcopy(inputs.block)
+        self._dense = None if collected is not None else task.dense_side(inputs)
         self._same = inputs.pruned is inputs.dense  # until the first weight is written
         self.result = PrunedBlock()
 

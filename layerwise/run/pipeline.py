@@ -14,9 +14,8 @@ With ``none`` and ``block`` the blocks are independent of each other, and
 :func:`prune_block` is a pure function of a block and its inputs.
 """
 
-import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -31,6 +30,7 @@ from layerwise.moments import MomentAccumulator
 from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.calibration import Calibration
+from layerwise.run.dense_side import DenseSide, inputs_of
 from layerwise.run.records import LayerRecord
 from layerwise.run.stopwatch import stage as timed
 from layerwise.run.streams import Call, Tap, behind, visit_inputs
@@ -124,7 +124,7 @@ def prune_block(
         for stage, accumulator in zip(inputs.stages, accumulators, strict=True):
             _solve_stage(task, inputs, stage, accumulator, result, on_layer)
         return result
-    dense = copy.deepcopy(inputs.block)
+    dense = DenseSide(task, inputs, inputs.stages)
     for index, stage in enumerate(inputs.stages):
         same = index == 0 and inputs.pruned is inputs.dense
         accumulator = collect_pair(task, inputs, dense, stage, same=same)
@@ -165,37 +165,21 @@ def _named_update(
 
 
 def collect_pair(
-    task: Task, inputs: BlockInputs, dense: nn.Module, stage: Stage, *, same: bool
+    task: Task, inputs: BlockInputs, dense: DenseSide, stage: Stage, *, same: bool
 ) -> MomentAccumulator:
     """Moments of one stage from the dense and the partly pruned block, side by side."""
     accumulator = _accumulator(task, inputs, stage)
     update = _named_update(inputs, stage, accumulator)
-    seen = _inputs_of(task, inputs, dense, stage, inputs.dense)
     with timed("forward"):
+        seen = dense.inputs_of(stage)
         if same:
             for batch in seen:
                 update(batch)
         else:
-            seen_pruned = _inputs_of(task, inputs, inputs.block, stage, inputs.pruned)
-            for batch, pruned_batch in zip(seen, seen_pruned, strict=True):
+            pruned = inputs_of(task.device, inputs, inputs.block, stage, inputs.pruned)
+            for batch, pruned_batch in zip(seen, pruned, strict=True):
                 update(batch, pruned_batch)
     return accumulator
-
-
-def _inputs_of(
-    task: Task,
-    inputs: BlockInputs,
-    block: nn.Module,
-    stage: Stage,
-    hidden: Sequence[Tensor],
-) -> Iterator[Tensor]:
-    """Inputs of one stage of a block, batch by batch."""
-    seen: list[Tensor] = []
-    taps = [Tap(stage, seen.append)]
-    for _ in visit_inputs(
-        block, taps, inputs.calls, hidden, task.device, inputs.name, stop=True
-    ):
-        yield seen.pop()
 
 
 def _accumulator(task: Task, inputs: BlockInputs, stage: Stage) -> MomentAccumulator:
