@@ -1,7 +1,7 @@
 """Stages of the GPU programme: what is timed, and the least that it could take.
 
 A floor is counted work over the rates that the programme measured on the same machine,
-see `shared/performance.md` for the counts. Preparation is outside of the times, and the
+every stage says which. Preparation is outside of the times, and the
 device has finished whenever a clock is read.
 """
 
@@ -26,7 +26,7 @@ from tests.benchmarks.gpu_layers import SPARSITY, Block, Group
 
 REFIT_TOLERANCE = 1e-6
 GAP = 1e-3  # of the l1 problems
-REFIT_PRODUCTS = 30  # with the gram, one row of the floor of `performance.md`
+REFIT_PRODUCTS = 30  # with the gram that the floor of a refit counts
 L1_PRODUCTS, BOUND_PRODUCTS = 200, 50
 COLUMNS_REMOVED = 0.2
 TOKENS_AT_ONCE = 16384
