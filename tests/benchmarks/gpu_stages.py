@@ -1,8 +1,8 @@
 """Stages of the GPU programme: what is timed, and the least that it could take.
 
-A floor is counted work over the rates that the programme measured on the same machine,
-every stage says which. Preparation is outside of the times, and the
-device has finished whenever a clock is read.
+A floor is counted work over the rates that the programme measured on the same machine;
+every stage says what it counts. Preparation is outside of the times, and the device has
+finished whenever a clock is read.
 """
 
 import time
