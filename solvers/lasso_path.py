@@ -95,14 +95,15 @@ def lasso_to_sparsity(
     path.start(posed.weight)
     search = ShareSearch(math.log(penalty_of_diagonal(posed, sparsity)), sparsity)
     gap = max(tolerance, LOOSE_GAP)
-    iterations = checks = 0
-    for penalties in range(1, MOST_PENALTIES + 1):
+    iterations = checks = penalties = 0
+    while True:
+        penalties += 1
         penalty = math.exp(search.log_penalty)
         point = path.minimize(penalty, gap, max_iterations)
         iterations, checks = iterations + point.iterations, checks + point.checks
         share = zeros(point)
         missed = abs(share - sparsity)
-        if missed <= accuracy and gap <= tolerance:
+        if missed <= accuracy and gap <= tolerance or penalties == MOST_PENALTIES:
             break
         if missed > accuracy:
             search.update(share)

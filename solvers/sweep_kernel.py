@@ -9,8 +9,8 @@ with PyTorch for NVIDIA GPUs.
 """
 
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 TILE = 32  # rows of the layer per program
@@ -43,7 +43,8 @@ def sweep_block(
     """
     columns, rows = block.stop - block.start, start.shape[1]
     local = upper[block, block]
-    _sweep[(triton.cdiv(rows, TILE),)](
+    launch = _sweep[(triton.cdiv(rows, TILE),)]  # pyright: ignore[reportIndexIssue]
+    launch(
         local,
         start[block],
         carry[block],

@@ -61,10 +61,11 @@ def _stages(shape: str) -> list[list[tuple[str, int, int]]]:
         model = AutoModelForCausalLM.from_config(config)
     adapter = adapter_of(model)
     ((name, block),) = adapter.blocks_of(model).items()
-    return [
-        [(linear, *matrix(adapter.linear(block, linear)).shape) for linear in stage.linears]
-        for stage in adapter.stages_of(name)
-    ]
+    sizes = []
+    for stage in adapter.stages_of(name):
+        found = {n: matrix(adapter.linear(block, n)).shape for n in stage.linears}
+        sizes.append([(n, shape[0], shape[1]) for n, shape in found.items()])
+    return sizes
 
 
 def _of_stages(

@@ -221,7 +221,7 @@ def run_page(folder: Path) -> str:
         message = f"{folder / FOLDER / LAYERS} is damaged: it lists no layer"
         raise DataError(message)
     model = recipe.model or folder.absolute().name
-    columns = list(LAYER_COLUMNS)
+    columns: list[str] = list(LAYER_COLUMNS)
     if proven := median_gap(records) is not None:
         columns.insert(columns.index(BEFORE_GAP), GAP_COLUMN)
     numeric = [column not in ("layer", "status") for column in columns]
