@@ -103,7 +103,7 @@ def lasso_to_sparsity(
         iterations, checks = iterations + point.iterations, checks + point.checks
         share = zeros(point)
         missed = abs(share - sparsity)
-        if missed <= accuracy and gap <= tolerance or penalties == MOST_PENALTIES:
+        if (missed <= accuracy and gap <= tolerance) or penalties == MOST_PENALTIES:
             break
         if missed > accuracy:
             search.update(share)
