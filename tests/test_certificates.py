@@ -12,6 +12,7 @@ from layerwise.certificates import (
     least_squares_minimum,
     refit_certificate,
     refit_excess,
+    refit_state,
 )
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import FixedMask, Unstructured
@@ -151,3 +152,28 @@ def test_certificate_of_a_solution_survives_the_front_door() -> None:
     recomputed = refit_certificate(problem, solution.weight, mask)
     # both are rounding errors squared, so only their size can be compared
     assert max(solution.certificate.bound, recomputed.bound) <= ROUNDING
+
+
+def test_ten_thousand_bounds_are_not_below_the_excess() -> None:
+    """``r_S (G^-1)_SS r_S`` against ``r_S (G_SS)^-1 r_S``, solved row by row."""
+    width, rows = 20, 500
+    for seed in range(20):
+        condition = 10.0 ** (seed % 7)
+        layer = make_layer(
+            seed, rows, width, 60, drift=0.1 * (seed % 2), condition=condition
+        )
+        kept = torch.rand(rows, width, generator=torch.Generator().manual_seed(seed)) > 0.4
+        problem = layer.problem(FixedMask(kept), damping=10.0 ** -(seed % 5))
+        weight = torch.where(kept, layer.weight, 0)
+        state = refit_state(problem, weight, kept)
+        both = kept[:, :, None] & kept[:, None, :]
+        eye = torch.eye(width, dtype=torch.float64)
+        systems = torch.where(both, problem.damped_gram(torch.float64), eye)
+        solved = torch.linalg.solve(systems, state.residual)
+        excess = (state.residual * solved).sum(dim=1)
+        assert bool((state.excess >= excess * (1 - ROUNDING)).all())
+        assert bool((excess > 0).any())
+        # and the excess is what the best weights on the support really save
+        best = objective_rows(problem, weight + torch.where(kept, solved, 0), damped=True)
+        slack = ROUNDING * problem.energy
+        assert bool(((state.objective - excess - best).abs() <= slack).all())
