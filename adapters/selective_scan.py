@@ -5,8 +5,8 @@ For every sequence, channel and state ::
     h[t] = exp(dt[t] A) h[t - 1] + dt[t] B[t] x[t],    y[t] = C[t] h[t]
 
 One sequence at a time fits into the cache, and its backward pass is written out, so
-that no step is recorded or copied: training takes a twentieth of the time that the
-recurrence of transformers needs. The numbers are the same.
+that no step is recorded or copied, as the recurrence of transformers does. The numbers
+are the same.
 
 References
 ----------

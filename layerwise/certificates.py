@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerwise.evaluate import objective_rows, residual
+from layerwise.evaluate import objective_from_residual, objective_rows, residual
 from layerwise.problem import LayerProblem
 from layerwise.solution import Certificate
 
@@ -74,9 +74,7 @@ def refit_state(problem: LayerProblem, weight: Tensor, mask: Tensor) -> RefitSta
     """
     factor = problem.factor(torch.float64)
     gradient = residual(problem, weight)
-    change = problem.weight.double() - weight.double()
-    sides = gradient if problem.shift is None else gradient + problem.shift
-    objective = ((sides * change).sum(dim=1) + problem.drift).clamp(min=0)
+    objective = objective_from_residual(problem, weight, gradient)
     rest = gradient.mul_(mask)
     if factor.raised:  # the gram is singular at this damping, and proves nothing
         excess = torch.full_like(problem.energy, torch.inf)
@@ -91,10 +89,8 @@ def refit_excess(problem: LayerProblem, weight: Tensor, mask: Tensor) -> Tensor:
 
     Parameters
     ----------
-    problem
-        The problem at the damping that was used.
-    weight, mask
-        Shape (out, in), the weight zero off the mask.
+    problem, weight, mask
+        See :func:`refit_state`.
 
     Returns
     -------

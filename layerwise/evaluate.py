@@ -62,6 +62,17 @@ def residual(problem: LayerProblem, weight: Tensor) -> Tensor:
     return result if problem.shift is None else result + problem.shift
 
 
+def objective_from_residual(
+    problem: LayerProblem,
+    weight: Tensor,  # (out, in)
+    rest: Tensor,  # (out, in)
+) -> Tensor:  # (out,)
+    """Damped objective of weights whose :func:`residual` is known: no product."""
+    change = problem.weight.double() - weight.double()
+    slope = rest if problem.shift is None else rest + problem.shift
+    return ((change * slope).sum(dim=1) + problem.drift).clamp(min=0)
+
+
 def best_bias(problem: CenteredProblem, weight: Tensor) -> Tensor:
     """``W mu - What muhat``, shape (out,), float64: the bias with the smallest error."""
     moments = problem.moments

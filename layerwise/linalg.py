@@ -104,10 +104,9 @@ def factorize(
     for precision, rung in rungs:
         matrix = damped(gram, mean_diagonal, rung, precision)
         lower, info = torch.linalg.cholesky_ex(matrix)
-        if int(info) == 0:
-            pivots = lower.diagonal().square() / matrix.diagonal()
-            if float(pivots.min()) > torch.finfo(precision).eps * len(matrix):
-                return Factor(lower, rung, damping)
+        found = Factor(lower, rung, damping)
+        if int(info) == 0 and found.holds_in(precision):
+            return found
     message = (
         "the gram is indefinite: its Cholesky factorization fails even at damping 1; "
         "check the calibration activations for overflow"

@@ -34,7 +34,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from layerwise.evaluate import evaluate, objective_rows, residual
+from layerwise.evaluate import (
+    evaluate,
+    objective_from_residual,
+    objective_rows,
+    residual,
+)
 from layerwise.patterns import NM, FixedMask, Pattern
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Solver, Status
@@ -191,7 +196,7 @@ class Fista:
         problem = quadratic.problem
         rounded = torch.where(mask, weight.to(quadratic.dense.dtype), 0)
         rest = residual(problem, rounded)
-        total = _objective(problem, rounded, rest) ** 0.5
+        total = float(objective_from_residual(problem, rounded, rest).sum()) ** 0.5
         if not self.polish:
             return _Candidate(rounded, mask, total**2, total)
         sides = rest.to(rounded.dtype)
@@ -277,13 +282,6 @@ def _first_penalty(problem: LayerProblem) -> float:
     if not bool(removed.any()):
         return float(scores.max()) * 1e-6
     return max(float(scores[removed].mean()), float(scores.max()) * 1e-6)
-
-
-def _objective(problem: LayerProblem, weight: Tensor, rest: Tensor) -> float:
-    """Damped objective of weights whose float64 residual is known."""
-    change = problem.weight.double() - weight.double()
-    slope = rest if problem.shift is None else rest + problem.shift
-    return float(((change * slope).sum(dim=1) + problem.drift).clamp(min=0).sum())
 
 
 def _rounding_error(quadratic: Quadratic, weight: Tensor, mask: Tensor) -> float:

@@ -77,6 +77,11 @@ class Quadratic:
         return self.factor.inverse_diagonal().rsqrt().to(self.dense.dtype)
 
     @cached_property
+    def scaled_target(self) -> Tensor:
+        """T in the metric, shape (out, in): the residual at zero."""
+        return self.residual(torch.zeros_like(self.scaled_dense))
+
+    @cached_property
     def _of_dense(self) -> tuple[Tensor, Tensor]:
         """Least squares minimum, and the excess of the dense weight over it; (out,)."""
         minimum = least_squares_minimum(self.problem)

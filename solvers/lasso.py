@@ -6,7 +6,7 @@ rows that are still open after some steps are finished by FISTA
 (:mod:`layerwise.solvers.l1_fista`). The result is always exactly sparse.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -152,6 +152,8 @@ class L1Path:
         rows = torch.arange(len(self._scaled), device=self._scaled.device)
         subgradient = torch.clamp(self._subgradient, -bound, bound)
         point = Point(self._scaled.clone(), subgradient, rows)
+        if tolerance > 0:
+            point = self._without_zero_rows(point, bound)
         if self.method != "fista" and tolerance > 0:
             steps = max_iterations
             if self.method == "auto":
@@ -164,6 +166,16 @@ class L1Path:
             )
         self._scaled, self._subgradient = point.scaled, point.subgradient
         return point
+
+    def _without_zero_rows(self, point: Point, bound: Tensor) -> Point:
+        """Rows whose target is a subgradient at zero: their exact solution is zero."""
+        target = self.quadratic.scaled_target
+        zero = (target.abs() <= bound).all(dim=1)
+        scaled = torch.where(zero[:, None], 0, point.scaled)
+        subgradient = torch.where(zero[:, None], target, point.subgradient)
+        return replace(
+            point, scaled=scaled, subgradient=subgradient, open=point.open[~zero]
+        )
 
     def weight(self, point: Point) -> Tensor:
         """Weights of a point, shape (out, in)."""
