@@ -325,6 +325,10 @@ class LayerProblem:
             energy=self.energy * scale,
             gradient_norm=gradient_norm,
         )
+        known = {name: vars(self)[name] for name in OF_THE_DATA if name in vars(self)}
+        vars(scaled).update(
+            {n: None if value is None else value * scale for n, value in known.items()}
+        )
         return scaled, exponent
 
     def to_cvxpy(self) -> "cvxpy.Problem":

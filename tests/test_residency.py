@@ -1,5 +1,6 @@
 """A streamed model gives the bytes of the model in memory, and has one block at a time."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from layerwise.errors import DataError
-from layerwise.run import hidden_store, prune
+from layerwise.run import prune
 from layerwise.run.hidden_store import HiddenStore, choose_store
 from layerwise.run.pipeline import ERROR_CORRECTIONS
 from layerwise.run.prune import prune_model
@@ -232,7 +233,7 @@ def test_full_disk_is_an_error_that_says_so(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hidden_store.os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(DataError, match=r"16 bytes needed.*No space left"):
         HiddenStore(tmp_path).keep([torch.zeros(4)])
     assert list(tmp_path.iterdir()) == []
