@@ -179,8 +179,8 @@ def test_no_jobs() -> None:
 
 
 def test_late_and_repeated_results_are_ignored() -> None:
-    script = Script(2, [[Done(A, 1), Done(A, 1)], [Done(A, 5), Failed(A, ValueError())]])
-    script._script += [[Lost(A, "of old age")], [Done(B, 2)]]
+    late: list[Event] = [Done(A, 5), Failed(A, ValueError()), Lost(A, "of old age")]
+    script = Script(2, [[Done(A, 1), Done(A, 1)], late, [Done(B, 2)]])
     assert run_script(script, "ab") == [("a", 1), ("b", 2)]
     assert script.starts == [A, B]
 
@@ -350,10 +350,10 @@ def test_straggler_that_wins_after_all() -> None:
 
 
 def test_straggler_waits_for_jobs_that_were_never_started() -> None:
-    script = Script(2, [[Done(B, 2)], [Done(C, 3)], [Done(Attempt("d", 0), 4)]])
-    script._script += [[Done(A_AGAIN, 1)]]
+    last = Attempt("d", 0)
+    script = Script(2, [[Done(B, 2)], [Done(C, 3)], [Done(last, 4)], [Done(A_AGAIN, 1)]])
     assert len(run_script(script, "abcd", Rules())) == 4
-    assert script.starts == [A, B, C, Attempt("d", 0), A_AGAIN]
+    assert script.starts == [A, B, C, last, A_AGAIN]
 
 
 def test_loss_of_one_of_two_attempts_is_no_reason_for_a_third() -> None:
