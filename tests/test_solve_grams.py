@@ -2,7 +2,7 @@
 
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from layerwise.run.gram_folder import file_sha256
 from layerwise.run.journal import read_layers, read_masks
 from layerwise.run.layer_jobs import LayerJob, forget_files, solve_layer
 from layerwise.run.prune import prune_model
+from layerwise.run.records import LayerRecord
 from layerwise.run.solve_grams import solve_grams
 from layerwise.run.verify import verify
 from layerwise.solvers import get_solver
@@ -50,9 +51,21 @@ TOKENS: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module")
+def few(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Grams of two layers of OPT."""
+    folder = tmp_path_factory.mktemp("few") / "grams"
+    collect_grams(workshop / "opt", folder, targets="re:.*q_proj", **TOKENS)
+    return folder
+
+
 @pytest.fixture
 def grams(workshop: Path) -> Path:
     return workshop / "llama-grams"
+
+
+def without_time(records: Iterable[LayerRecord]) -> list[LayerRecord]:
+    return [replace(record, seconds=0.0) for record in records]
 
 
 # --- the same as a prune ---------------------------------------------------------------
@@ -65,7 +78,7 @@ def grams(workshop: Path) -> Path:
         ("llama", "wanda+least-squares", 0.5, {"group": "layer", "damping": 0.1}),
         ("gpt2", "dsnot", 0.5, {}),
         ("opt", "fista-paper", "4:8", {"options": {"max_rounds": 2}}),
-        ("llama", "alps", 0.6, {"certify": True}),
+        ("llama", "alps", 0.6, {"options": {"iterations": 20}}),
     ],
 )
 def test_bytes_of_a_prune(
@@ -101,11 +114,25 @@ def test_bytes_of_a_prune(
     for name in ("recipe.yaml", "layerwise/manifest.json", "config.json"):
         other = tmp_path / "pruned" / name
         assert (folder / name).read_text() == other.read_text(), name
-    expected = [replace(record, seconds=0.0) for record in report.records]
-    assert [replace(record, seconds=0.0) for record in sweep.records] == expected
-    assert [replace(record, seconds=0.0) for record in read_layers(folder)] == expected
+    assert without_time(sweep.records) == without_time(report.records)
+    assert without_time(read_layers(folder)) == without_time(report.records)
     assert all(check.holds for check in verify(folder))
     assert not (folder / "layerwise" / "blocks").exists()
+
+
+def test_proven_gaps_of_a_prune(workshop: Path, few: Path) -> None:
+    sweep = solve_grams(few, "wanda", 0.5, certify=True)
+    report = prune_model(
+        workshop / "opt",
+        "wanda",
+        0.5,
+        error_correction="none",
+        certify=True,
+        targets="re:.*q_proj",
+        **TOKENS,
+    )
+    assert all(record.proven_gap for record in sweep.records)
+    assert without_time(sweep.records) == without_time(report.records)
 
 
 def test_weights_without_a_model(grams: Path, tmp_path: Path) -> None:
@@ -399,23 +426,23 @@ def test_refusals(
 
 
 def test_command(
-    workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    workshop: Path, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["solve", str(workshop / "opt-grams"), "--method", "wanda"]
-    figures = ["--method", "sparsegpt", "--sparsity", "2:4", "--certify", "--json"]
-    out = tmp_path / "figures.json"
-    assert run([*arguments, "--sparsity", "0.5", *figures, str(out)]) == 0
+    arguments = ["solve", str(few), "--method", "wanda", "--sparsity", "0.5"]
+    more = ["--method", "sparsegpt", "--sparsity", "2:4", "--certify"]
+    figures = tmp_path / "figures.json"
+    assert run([*arguments, *more, "--json", str(figures)]) == 0
     printed = capsys.readouterr()
-    found = json.loads(out.read_text())
-    assert len(found["records"]) == 4 * 12
+    found = json.loads(figures.read_text())
+    assert len(found["records"]) == 4 * 2
     assert len(found["summary"]) == 4
     for row in found["summary"]:
         assert f"{row['mean_relative_error']:.4f}" in printed.out
         assert 0 < row["median_proven_gap"] < 1
     assert "proven within" in printed.out
-    assert "[48/48]" in printed.err
-    more = ["--sparsity", "0.5", "--model", str(workshop / "opt")]
-    assert run([*arguments, *more, "--output", str(tmp_path / "out")]) == 0
+    assert "[8/8]" in printed.err
+    arguments += ["--model", str(workshop / "opt")]
+    assert run([*arguments, "--output", str(tmp_path / "out")]) == 0
     assert run(["verify", str(tmp_path / "out")]) == 0
-    assert run([*arguments, *more]) == 2
+    assert run(arguments) == 2
     assert "give an output" in capsys.readouterr().err
