@@ -50,6 +50,12 @@ class DataError(LayerwiseError):
     exit_code: ClassVar[int] = 6
 
 
+class WorkerError(LayerwiseError, RuntimeError):
+    """Workers are lost again and again, or cannot start; what is finished is kept."""
+
+    exit_code: ClassVar[int] = 7
+
+
 class Interrupted(LayerwiseError):
     """The run was stopped; what is finished is kept and the run can be resumed."""
 

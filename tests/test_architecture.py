@@ -12,7 +12,7 @@ LINKS = {("layerwise", "solvers"), ("layerwise", "adapters")}  # to the folders 
 
 SOLVERS, ADAPTERS, SOLVE = "layerwise.solvers", "layerwise.adapters", "layerwise.solve"
 APPLICATION = ("layerwise.run", "layerwise.recovery", "layerwise.cli", "layerwise.demo")
-HEAVY = ("transformers", "cvxpy", "pydantic", "typer", "datasets")
+HEAVY = ("transformers", "cvxpy", "pydantic", "typer", "datasets", "ray")
 BANNED = {
     "core": (SOLVERS, ADAPTERS, SOLVE, *APPLICATION, *HEAVY),
     "solve": (ADAPTERS, *APPLICATION, *HEAVY),

@@ -172,7 +172,8 @@ def test_every_package_is_declared() -> None:
         for name, folder in FOLDERS.items()
     }
     found |= {
-        f"layerwise.{path.parent.name}" for path in ROOT.glob("layerwise/*/__init__.py")
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in (ROOT / "layerwise").rglob("__init__.py")
     }
     assert declared == found
 
