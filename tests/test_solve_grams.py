@@ -230,6 +230,34 @@ def test_methods_and_patterns_do_not_share_what_they_computed(
     assert len({address for _, address in found}) == 2 * 8
 
 
+@pytest.mark.slow
+def test_workers_give_the_same(
+    workshop: Path, grams: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["solve", str(grams), "--method", "sparsegpt", "--sparsity", "2:4"]
+    arguments += ["--model", str(workshop / "llama"), "--threads", "1"]
+    assert run([*arguments, "--output", str(tmp_path / "one")]) == 0
+    assert run([*arguments, "--output", str(tmp_path / "two"), "--workers", "2"]) == 0
+    assert shard_hashes(tmp_path / "one") == shard_hashes(tmp_path / "two")
+    one, two = (read_layers(tmp_path / name) for name in ("one", "two"))
+    assert without_time(one) == without_time(two)
+    assert run([*arguments, "--output", str(tmp_path / "no"), "--workers", "0"]) == 2
+    assert "workers must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_errors_of_workers_are_ours(grams: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "grams"
+    folder.mkdir()
+    for path in grams.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    edit_file(folder, "00001-03.safetensors", gram=torch.full((24, 24), torch.nan))
+    with pytest.raises(DataError, match=r"00001-03.safetensors: gram contains nan"):
+        solve_grams(folder, "wanda", 0.5, workers=2, threads=1, output_dir=tmp_path / "out")
+    done = tmp_path / "out.partial" / "layerwise" / "blocks"
+    assert len(list(done.iterdir())) == LAYERS - 1
+
+
 # --- interrupted -----------------------------------------------------------------------
 
 
@@ -280,11 +308,11 @@ def trust(folder: Path, name: str = FIRST) -> None:
     edit_manifest(folder, lambda content: content["files"][name].update(sha256=digest))
 
 
-def edit_file(folder: Path, **changes: torch.Tensor | None) -> None:
-    tensors: dict[str, Any] = load_file(folder / FIRST) | changes
+def edit_file(folder: Path, file: str = FIRST, **changes: torch.Tensor | None) -> None:
+    tensors: dict[str, Any] = load_file(folder / file) | changes
     kept = {name: value for name, value in tensors.items() if value is not None}
-    save_file(kept, folder / FIRST)
-    trust(folder)
+    save_file(kept, folder / file)
+    trust(folder, file)
 
 
 def cut(folder: Path) -> None:
@@ -407,6 +435,8 @@ def test_another_model(workshop: Path, grams: Path, tmp_path: Path) -> None:
         ({"model": "llama"}, UsageError, "give an output"),
         ({"sparsities": [0.5, 0.6], "output_dir": "out"}, UsageError, "not of 2"),
         ({"output_dir": ".."}, UsageError, "no name of its own"),
+        ({"workers": 0}, UsageError, "workers must be at least 1"),
+        ({"workers": 2, "threads": 0}, UsageError, "threads must be at least 1"),
         ({"device": "abacus"}, UsageError, "cannot be used"),
     ],
 )

@@ -97,8 +97,9 @@ def solve(
     model: Annotated[
         str | None, typer.Option(help="Its checkpoint: OUTPUT becomes a pruned copy.")
     ] = None,
+    workers: Annotated[int, typer.Option(help="Processes that share the layers.")] = 1,
     device: Device = "auto",
-    threads: Threads = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each worker.")] = None,
     memory_budget: Annotated[int | None, typer.Option(help="Bytes for refits.")] = None,
     resume: Resume = True,
     force: Force = False,
@@ -108,7 +109,8 @@ def solve(
     from layerwise.run.solve_grams import solve_grams
     from layerwise.run.tables import print_sweep
 
-    set_threads(threads)
+    if workers == 1:
+        set_threads(threads)
     with progress_on(PlainProgress, RichProgress) as progress:
         sweep = solve_grams(
             grams,
@@ -120,12 +122,15 @@ def solve(
             certify=certify,
             memory_budget=memory_budget,
             device=device,
+            workers=workers,
+            threads=threads,
             output_dir=output,
             model=model,
             resume=resume,
             force=force,
             on_start=progress.on_start,
             on_layer=progress.on_layer,
+            on_note=progress.on_note,
         )
     print_sweep(sweep)
     if json_ is not None:

@@ -6,6 +6,7 @@ jobs should come in the order of the files.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from layerwise.run.journal import MASK, WEIGHT
 from layerwise.run.layer_files import StoredLayer, read_file
 from layerwise.run.pipeline import Task, solve_matrix
 from layerwise.run.records import LayerRecord
+from layerwise.run.workers.messages import Place
 
 NO_MODEL = Adapter("stored layers", "", ())
 
@@ -94,6 +96,15 @@ def solve_layer(job: LayerJob) -> LayerRecord:
         records = json.dumps([solved.record.to_dict()])
         atomic_write(job.target, save(tensors, metadata={"records": records}))
     return solved.record
+
+
+def open_layers(place: Place) -> Callable[[LayerJob], LayerRecord]:
+    """Work of a process: jobs, done on the device that it was given."""
+    return partial(_solve_at, place.device)
+
+
+def _solve_at(device: str, job: LayerJob) -> LayerRecord:
+    return solve_layer(replace(job, device=device))
 
 
 def forget_files() -> None:

@@ -6,7 +6,7 @@ depend on each other, so every layer, method and pattern is a job of its own
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from layerwise.patterns import Pattern, Unstructured
 from layerwise.run.gram_folder import GramManifest, read_manifest
 from layerwise.run.journal import check_output
 from layerwise.run.layer_files import missing_statistic, read_file
-from layerwise.run.layer_jobs import LayerJob, forget_files, solve_layer
+from layerwise.run.layer_jobs import LayerJob, forget_files, open_layers, solve_layer
 from layerwise.run.recipe import OptionValue, takes_option
 from layerwise.run.records import LayerRecord
 from layerwise.run.settings import (
@@ -31,6 +31,9 @@ from layerwise.run.settings import (
 )
 from layerwise.run.solved_folder import SolvedFolder, recipe_of
 from layerwise.run.sweep import Sweep
+from layerwise.run.workers.executor import Job
+from layerwise.run.workers.processes import local_workers
+from layerwise.run.workers.schedule import run_jobs
 from layerwise.solve import resolve, solver_name
 
 OnLayer = Callable[[LayerRecord], None]
@@ -47,12 +50,15 @@ def solve_grams(
     certify: bool | None = None,
     memory_budget: int | None = None,
     device: str | torch.device = "auto",
+    workers: int = 1,
+    threads: int | None = None,
     output_dir: str | Path | None = None,
     model: str | Path | None = None,
     resume: bool = True,
     force: bool = False,
     on_start: Callable[[int], None] = lambda n_jobs: None,
     on_layer: OnLayer = lambda record: None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> Sweep:
     """Prune the layers of a gram folder by every method at every sparsity.
 
@@ -70,6 +76,11 @@ def solve_grams(
         As in :func:`layerwise.prune_model`.
     options
         Hyper-parameters; each goes to the methods that have it, and one must.
+    workers
+        Processes that share the layers; 1 is this one.
+    threads
+        CPU threads of each worker, by default those of this process shared out. Without
+        workers it is this process that decides.
     output_dir
         New folder for the pruned weights; only for one method and one sparsity.
     model
@@ -81,6 +92,8 @@ def solve_grams(
         Replace a finished `output_dir`.
     on_start, on_layer
         Told the number of layers to solve, and every one that is done.
+    on_note
+        Told in one line about every layer that a lost worker has to be solved for again.
 
     Returns
     -------
@@ -95,6 +108,8 @@ def solve_grams(
         If the folder is damaged, or `model` is another one.
     SolveError
         If a layer failed numerically.
+    WorkerError
+        If workers are lost again and again.
     """
     start = time.perf_counter()
     folder = Path(grams)
@@ -104,6 +119,7 @@ def solve_grams(
     asked = [sparsities] if isinstance(sparsities, float | str) else list(sparsities)
     _check_target(output, model, len(names) * len(asked), force)
     chosen = choose_device(device)
+    each = _threads(workers, threads)
     patterns = [_pattern(sparsity, group) for sparsity in asked]
     manifest = read_manifest(folder)
     studies = _studies(
@@ -120,7 +136,14 @@ def solve_grams(
     if output is not None:
         recipe = recipe_of(manifest, studies[0].solver, patterns[0], damping, certify)
         solved = SolvedFolder(
-            output, folder, manifest, recipe, model, chosen, resume=resume, force=force
+            output,
+            folder,
+            manifest,
+            recipe,
+            model,
+            {"device": chosen.type, "threads": each if chosen.type == "cpu" else None},
+            resume=resume,
+            force=force,
         )
     jobs = [
         LayerJob(
@@ -140,10 +163,28 @@ def solve_grams(
     ]
     on_start(len(jobs))
     done: dict[tuple[str, str, str], LayerRecord] = {}
+
+    def on_done(record: LayerRecord) -> None:
+        done[record.method, record.pattern, record.name] = record
+        on_layer(record)
+
     try:
-        for record in _run(jobs, solved):
-            done[record.method, record.pattern, record.name] = record
-            on_layer(record)
+        left = _unfinished(jobs, solved, on_done)
+        if workers == 1:
+            for job in left:
+                on_done(solve_layer(job))
+        elif left:
+            run_jobs(
+                (Job(key, job) for key, job in enumerate(left)),
+                local_workers(
+                    open_layers,
+                    workers,
+                    threads=each,
+                    device="auto" if device == "auto" else str(chosen),
+                ),
+                on_done=lambda job, record: on_done(record),
+                on_note=on_note,
+            )
     except BaseException:
         if solved is not None:
             solved.journal.discard_if_empty()
@@ -157,7 +198,7 @@ def solve_grams(
         folder,
         damping,
         str(chosen),
-        torch.get_num_threads(),
+        each,
         tuple(done[key] for key in order),
         time.perf_counter() - start,
         output,
@@ -264,8 +305,28 @@ def _check_target(
     check_output(output, force=force)
 
 
-def _run(jobs: Sequence[LayerJob], solved: SolvedFolder | None) -> Iterator[LayerRecord]:
-    """Records of all jobs, those that a resumed run has finished included."""
+def _threads(workers: int, threads: int | None) -> int:
+    """CPU threads of each worker."""
+    if workers < 1:
+        message = f"workers must be at least 1, got {workers}"
+        raise UsageError(message)
+    if workers == 1:
+        return torch.get_num_threads()
+    if threads is not None and threads < 1:
+        message = f"threads must be at least 1, got {threads}"
+        raise UsageError(message)
+    return threads or max(1, torch.get_num_threads() // workers)
+
+
+def _unfinished(
+    jobs: Sequence[LayerJob], solved: SolvedFolder | None, on_done: OnLayer
+) -> list[LayerJob]:
+    """Jobs that a resumed run has left; those that it has finished are reported."""
+    left = []
     for job in jobs:
-        finished = None if solved is None else solved.finished(job.name)
-        yield finished or solve_layer(job)
+        record = None if solved is None else solved.finished(job.name)
+        if record is None:
+            left.append(job)
+        else:
+            on_done(record)
+    return left

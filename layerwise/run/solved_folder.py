@@ -6,7 +6,9 @@ weights in the files of the gram folder, by the name of the layer; with it, ever
 a prune without error correction would have written.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -60,8 +62,8 @@ class SolvedFolder:
         Of the prune that gives the same weights.
     model
         The checkpoint to copy, or None.
-    device
-        Where layers are solved.
+    machine
+        What of the machine decides the bytes: kind of device, threads.
     resume, force
         Whether to continue a partial folder, and to replace a finished one.
 
@@ -80,7 +82,7 @@ class SolvedFolder:
         manifest: GramManifest,
         recipe: Recipe,
         model: str | Path | None,
-        device: torch.device,
+        machine: Mapping[str, Any],
         *,
         resume: bool,
         force: bool,
@@ -95,8 +97,7 @@ class SolvedFolder:
             "grams": file_sha256(grams / MANIFEST),
             "checkpoint": model is not None,
             "versions": versions(),
-            "device": device.type,
-            "threads": torch.get_num_threads() if device.type == "cpu" else None,
+            **machine,
         }
         self.journal = Journal(output, identity, force=force, resume=resume)
         self._index = {name: i for i, (_, name, _) in enumerate(manifest.layers())}
