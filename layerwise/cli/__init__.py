@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import layerwise
-from layerwise.cli import bench, demo, inspect, prune, retrain
+from layerwise.cli import bench, demo, grams, inspect, prune, retrain
 from layerwise.cli.signals import stopping_on_sigterm
 from layerwise.errors import LayerwiseError, UsageError
 
@@ -20,6 +20,8 @@ DEBUG = "--debug"
 COMMANDS = (  # in the order of --help
     prune.prune,
     retrain.retrain,
+    grams.calibrate,
+    grams.solve,
     inspect.evaluate,
     inspect.verify,
     inspect.report,

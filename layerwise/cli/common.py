@@ -19,10 +19,12 @@ Resume = Annotated[bool, typer.Option(help="Continue OUTPUT.partial.")]
 Force = Annotated[bool, typer.Option(help="Replace an existing OUTPUT.")]
 
 
-def set_threads(threads: int | None) -> None:
-    """Use so many CPU threads; None leaves the choice to PyTorch."""
+def set_threads(threads: int | None, workers: int = 1) -> None:
+    """Use so many CPU threads per worker; None divides those that PyTorch takes."""
     import torch
 
+    if threads is None and workers > 1:
+        threads = max(1, torch.get_num_threads() // workers)
     if threads is not None:
         if threads < 1:
             message = f"--threads must be at least 1, got {threads}"

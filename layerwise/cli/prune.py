@@ -78,6 +78,10 @@ def prune(
     activations: Annotated[
         str, typer.Option(help="Kept in memory, on disk, or auto: where there is room.")
     ] = "auto",
+    workers: Annotated[int, typer.Option(help="Blocks that are pruned side by side.")] = 1,
+    ray: Annotated[
+        str | None, typer.Option(help="Workers on Ray: local, or the address of a cluster.")
+    ] = None,
     resume: Resume = True,
     force: Force = False,
 ) -> None:
@@ -107,11 +111,13 @@ def prune(
     flags = {name: value for name, value in given.items() if value is not None}
     base = Recipe.read(recipe).model_dump(exclude_unset=True) if recipe else {}
     arguments = Recipe.check({**base, **flags}, "the command line")
-    set_threads(threads)
+    set_threads(threads, workers)
     machine = {
         "device": device,
         "memory_budget": memory_budget,
         "activations": activations,
+        "workers": workers,
+        "ray": ray,
         "resume": resume,
         "force": force,
     }

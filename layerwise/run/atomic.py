@@ -7,6 +7,7 @@ cut the name points at complete content as well.
 
 import errno
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -37,7 +38,9 @@ def atomic_write(path: Path, data: Content, *, size: int | None = None) -> None:
         The file system refuses (full, read-only, no permission, input or output
         error). The old content is intact and no temporary file is left.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    # machines that share a disk may have processes of one number
+    own = f"{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = path.with_name(f".{path.name}.{own}{TEMPORARY_SUFFIX}")
     needed = len(data) if isinstance(data, bytes) else size
     try:
         try:

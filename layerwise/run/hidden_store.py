@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import DataError, UsageError
+from layerwise.run.calibration import Calibration
+from layerwise.run.pipeline import Task
 
 Activations = Literal["auto", "memory", "disk"]
 LARGEST_SHARE = 4  # of what is free, its inverse: more than that goes to the disk
@@ -90,11 +92,15 @@ def choose_store(
     return HiddenStore(folder if to_disk and hasattr(os, "posix_fallocate") else None)
 
 
-def hidden_bytes(model: Any, n_tokens: int, error_correction: str) -> int:
-    """Bytes of the hidden states of all tokens in front of a block and behind it."""
+def hidden_store(
+    asked: str, folder: Path | None, model: Any, tokens: Calibration, task: Task
+) -> HiddenStore:
+    """Store for the hidden states of all tokens in front of a block and behind it."""
     embedding = model.get_input_embeddings().weight
-    streams = 2 if error_correction == "full" else 1
-    return int(2 * streams * n_tokens * embedding.shape[1] * embedding.element_size())
+    streams = 2 if task.error_correction == "full" else 1
+    vectors = 2 * streams * tokens.tokens.numel()
+    needed = vectors * embedding.shape[1] * embedding.element_size()
+    return choose_store(asked, folder, needed, free_memory())
 
 
 def free_memory() -> int | None:

@@ -165,18 +165,8 @@ class Journal:
         return block
 
     def write_block(self, index: int, block: PrunedBlock) -> None:
-        """Store a finished block; after this call it survives anything.
-
-        Its file is named after its content, so that writing it again changes nothing.
-        """
-        tensors = {WEIGHT + name: weight for name, weight in block.weights.items()}
-        tensors |= {MASK + name: pack_mask(mask) for name, mask in block.masks.items()}
-        tensors |= {BIAS + name: bias for name, bias in block.biases.items()}
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        records = json.dumps([record.to_dict() for record in block.records])
-        content = save(tensors, metadata={"records": records})
-        name = f"{index:05d}-{hashlib.sha256(content).hexdigest()[:DIGITS]}.safetensors"
-        atomic_write(self.blocks / name, content)
+        """Store a finished block; after this call it survives anything."""
+        write_block(self.blocks, index, block)
 
     def read_tensor(self, kind: str, index: int, linear: str) -> Tensor:
         """One weight or mask (``WEIGHT``, ``MASK``) of a finished block."""
@@ -261,6 +251,21 @@ class Journal:
         """Remove the partial folder of a run that stopped before its first block."""
         if not any((self._ours / BLOCKS).glob("*.safetensors")):
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def write_block(folder: Path, index: int, block: PrunedBlock) -> None:
+    """Store a finished block in a folder, by a name that tells its content.
+
+    Two processes that do the same block write the same file.
+    """
+    tensors = {WEIGHT + name: weight for name, weight in block.weights.items()}
+    tensors |= {MASK + name: pack_mask(mask) for name, mask in block.masks.items()}
+    tensors |= {BIAS + name: bias for name, bias in block.biases.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    records = json.dumps([record.to_dict() for record in block.records])
+    content = save(tensors, metadata={"records": records})
+    name = f"{index:05d}-{hashlib.sha256(content).hexdigest()[:DIGITS]}.safetensors"
+    atomic_write(folder / name, content)
 
 
 def _check_content(path: Path) -> None:

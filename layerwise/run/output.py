@@ -150,7 +150,7 @@ def write_output(
         names = checkpoint_names(model, source)
     pruned = {name: names[name] for name in weights}
     journal.write_masks(masks, {name: model.get_parameter(name).shape for name in masks})
-    _write_rest(
+    write_rest(
         journal,
         outcome,
         source,
@@ -199,10 +199,10 @@ def write_smaller_output(
     if (found := outcome.allocation) is not None:
         smaller.predicted_loss, smaller.price = found.error, found.price
     source = outcome.source or written
-    _write_rest(journal, outcome, source, pruned={}, untouched=untouched, smaller=smaller)
+    write_rest(journal, outcome, source, pruned={}, untouched=untouched, smaller=smaller)
 
 
-def _write_rest(
+def write_rest(
     journal: Journal, outcome: Outcome, source: Checkpoint, **claims: Any
 ) -> None:
     """Log, recipe, model card, and the manifest with its claims."""

@@ -17,6 +17,7 @@ With ``none`` and ``block`` the blocks are independent of each other, and
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,7 +27,7 @@ from layerwise.adapters import Adapter, Stage
 from layerwise.errors import LayerwiseError
 from layerwise.evaluate import relative_error
 from layerwise.lower_bounds import MEMORY_BUDGET, proven_gap_of
-from layerwise.moments import MomentAccumulator
+from layerwise.moments import MomentAccumulator, Moments
 from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.allocator import trim_memory
@@ -212,44 +213,80 @@ def _solve_stage(
     on_layer: OnLayer,
 ) -> None:
     """Solve the problems of a stage, which share their moments, and write the weights."""
-    pattern = task.pattern
-    assert isinstance(pattern, Pattern)
     trim_memory()
     with naming(f"{inputs.name}.{stage.linears[0]}"), timed("gram"):
         moments, exponent = accumulator.release()
     for index, name in enumerate(stage.linears):
-        full_name = f"{inputs.name}.{name}"
         weight = task.adapter.weight(inputs.block, name)
         gradient_norm = inputs.gradients.get(name)
         if gradient_norm is not None:  # in the units of the moments
             scale = 2.0 ** (-exponent // 2)
             gradient_norm = gradient_norm.to(weight.device).double() * scale
-        start = time.perf_counter()
-        with naming(full_name), timed("solve"):
-            problem = LayerProblem.from_moments(
-                weight.contiguous(),  # solvers see one layout, however it is stored
-                moments,
-                pattern=pattern,
-                damping=task.damping,
-                drift=accumulator.drift(index) if task.staged else None,
-                gradient_norm=gradient_norm,
-            )
-            solution = solve(problem, task.solver)
-            stored = solution.weight.to(weight.dtype)
-            seconds = time.perf_counter() - start
-            error = solution.relative_error
-            if not torch.equal(stored.to(solution.weight.dtype), solution.weight):
-                error = relative_error(problem, stored)
-            record = record_of(task, full_name, problem, solution, stored, error, seconds)
-        if task.certify:
-            with naming(full_name), timed("certify"):
-                record = certified(task, record, problem, stored)
-        weight.copy_(stored)  # last: the problem reads the dense weight
-        result.weights[name], result.masks[name] = stored.cpu(), solution.mask.cpu()
-        result.records.append(record)
-        del problem, solution  # before the memory of the next ones is needed
-        trim_memory()
-        on_layer(record)
+        pose = partial(_pose, task, weight, moments, accumulator, index, gradient_norm)
+        solved = solve_matrix(task, f"{inputs.name}.{name}", pose)
+        weight.copy_(solved.weight)  # last: the problem reads the dense weight
+        result.weights[name] = solved.weight.cpu()
+        result.masks[name] = solved.mask.cpu()
+        result.records.append(solved.record)
+        trim_memory()  # before that of the next matrix is needed
+        on_layer(solved.record)
+
+
+def _pose(
+    task: Task,
+    weight: Tensor,
+    moments: Moments,
+    accumulator: MomentAccumulator,
+    index: int,
+    gradient_norm: Tensor | None,
+) -> LayerProblem:
+    """Problem of one matrix of a stage."""
+    assert isinstance(task.pattern, Pattern)
+    return LayerProblem.from_moments(
+        weight.contiguous(),  # solvers see one layout, however it is stored
+        moments,
+        pattern=task.pattern,
+        damping=task.damping,
+        drift=accumulator.drift(index) if task.staged else None,
+        gradient_norm=gradient_norm,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class SolvedMatrix:
+    """One pruned matrix: stored weight and mask, (out, in), and its figures."""
+
+    weight: Tensor
+    mask: Tensor
+    record: LayerRecord
+
+
+def solve_matrix(task: Task, name: str, pose: Callable[[], LayerProblem]) -> SolvedMatrix:
+    """Pose and solve the problem of one matrix, as a task says.
+
+    Parameters
+    ----------
+    task
+        Method and damping; whether to prove a gap.
+    name
+        Full name of the layer.
+    pose
+        Makes the problem. It counts for the time of the layer.
+    """
+    start = time.perf_counter()
+    with naming(name), timed("solve"):
+        problem = pose()
+        solution = solve(problem, task.solver)
+        stored = solution.weight.to(problem.weight.dtype)
+        seconds = time.perf_counter() - start
+        error = solution.relative_error
+        if not torch.equal(stored.to(solution.weight.dtype), solution.weight):
+            error = relative_error(problem, stored)
+        record = record_of(task, name, problem, solution, stored, error, seconds)
+    if task.certify:
+        with naming(name), timed("certify"):
+            record = certified(task, record, problem, stored)
+    return SolvedMatrix(stored, solution.mask, record)
 
 
 def record_of(

@@ -18,12 +18,7 @@ from torch import Tensor, nn
 from layerwise.patterns import NM, Pattern
 from layerwise.run.architecture import adapter_of, note_on
 from layerwise.run.calibration import Calibration, token_windows
-from layerwise.run.hidden_store import (
-    HiddenStore,
-    choose_store,
-    free_memory,
-    hidden_bytes,
-)
+from layerwise.run.hidden_store import hidden_store
 from layerwise.run.journal import MASK, WEIGHT, Journal, check_output, read_masks
 from layerwise.run.lazy import LazyTensors
 from layerwise.run.output import (
@@ -32,6 +27,7 @@ from layerwise.run.output import (
     write_output,
     write_smaller_output,
 )
+from layerwise.run.parallel import ParallelRun, Workers
 from layerwise.run.perplexity import evaluation_mode
 from layerwise.run.pipeline import ErrorCorrection, Task
 from layerwise.run.recipe import OptionValue, Recipe, options_of
@@ -162,6 +158,8 @@ def prune_model(
     device: str | torch.device = "auto",
     memory_budget: int | None = None,
     activations: str = "auto",
+    workers: int = 1,
+    ray: str | None = None,
     output_dir: str | Path | None = None,
     resume: bool = True,
     force: bool = False,
@@ -224,6 +222,12 @@ def prune_model(
     activations
         Where the hidden states between two blocks are kept: ``"memory"``, ``"disk"`` (in
         files that are mapped into memory) or ``"auto"``, the disk where memory is short.
+    workers
+        Processes that prune blocks side by side, on one GPU each where there are several;
+        only for ``"none"`` and ``"block"``. Each uses as many CPU threads as this process
+        is set to, and the result is the same for any number.
+    ray
+        Address of a Ray cluster for the workers, or ``"local"``, instead of processes.
     output_dir
         New folder for the pruned checkpoint; work happens in ``output_dir.partial``.
     resume
@@ -258,8 +262,13 @@ def prune_model(
     if output is not None:
         check_output(output, force=force)
         check_storable(chosen)
+    streamed = output is not None and can_stream(chosen, solver)
+    crew = Workers(workers, ray)
+    crew.check(
+        error_correction,
+        streamable=streamed and not isinstance(model_or_path, nn.Module),
+    )
     with stage("load"):
-        streamed = output is not None and can_stream(chosen, solver)
         source, residency = _open(model_or_path, streamed=streamed)
         model = residency.model
         with residency.whole():
@@ -307,16 +316,30 @@ def prune_model(
         for listener in listeners:
             listener.on_layer(record)
 
+    def on_note(text: str) -> None:
+        for listener in listeners:
+            _tell(listener, [text])
+
     smaller = isinstance(selection, ChannelSelection)
     before = digests(model) if smaller and journal is not None else {}
     try:
-        store = _hidden_store(activations, journal, task, tokens, model)
+        folder = None if journal is None else journal.blocks
+        store = hidden_store(activations, folder, model, tokens, task)
         with evaluation_mode(model):
             task = task.prepared(model, selection, tokens)
             if isinstance(task, StructuredTask) and task.allocation is not None:
                 for listener in listeners:
                     _tell(listener, task.notes())
-            blocks = walk(residency, selection, task, tokens, journal, on_layer, store)
+            if crew.are_others:
+                assert isinstance(selection, Selection)
+                assert journal is not None
+                assert source is not None
+                parallel = ParallelRun(
+                    residency, selection, task, tokens, journal, store, source.path
+                )
+                blocks = parallel.walk(crew, on_layer, on_note)
+            else:
+                blocks = walk(residency, selection, task, tokens, journal, on_layer, store)
     except BaseException:
         if journal is not None:
             journal.discard_if_empty()
@@ -376,15 +399,6 @@ def _open(
         return None, InMemory(model_or_path)
     source = Checkpoint.open(model_or_path)
     return source, open_resident(source, streamed=streamed)
-
-
-def _hidden_store(
-    asked: str, journal: Journal | None, task: Task, tokens: Calibration, model: Any
-) -> HiddenStore:
-    """Where the hidden states between blocks are kept."""
-    folder = None if journal is None else journal.blocks
-    needed = hidden_bytes(model, tokens.tokens.numel(), task.error_correction)
-    return choose_store(asked, folder, needed, free_memory())
 
 
 def _own_tokenizer(source: Checkpoint | None, calibration: Any) -> Any:

@@ -22,14 +22,12 @@ from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.atomic import atomic_write
 from layerwise.run.floor import Machine, Work
-from layerwise.run.layer_files import StoredLayer, read_layers
+from layerwise.run.layer_files import StoredLayer, missing_statistic, read_layers
 from layerwise.run.operations import OperationCount
 from layerwise.run.random_layers import layers_of_shape, layers_of_sizes
 from layerwise.run.settings import choose_device, choose_pattern
-from layerwise.solution import Certificate, Solution, requirements
-from layerwise.solve import refuse_unless_solvable, resolve, solve, steps_of
-
-NOT_THERE = frozenset({"mean", "fluctuation", "gradient"})
+from layerwise.solution import Certificate, Solution
+from layerwise.solve import refuse_unless_solvable, resolve, solve
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ def race(
     machine = Machine(chosen)
     laps = []
     for entry in entries:
-        found = _race_on(_on(entry, chosen), racers, pattern, damping, machine, gap)
+        found = _race_on(entry.on(chosen), racers, pattern, damping, machine, gap)
         laps += found
     return Race(
         f"{given[0]}: {sparsity}, damping {damping:g}",
@@ -251,27 +249,14 @@ def _cold(problem: LayerProblem) -> LayerProblem:
     return replace(problem, moments=replace(problem.moments))
 
 
-def _on(layer: StoredLayer, device: torch.device) -> StoredLayer:
-    moments = layer.moments
-    cross = moments.cross_gram
-    moved = replace(
-        moments,
-        gram=moments.gram.to(device),
-        cross_gram=None if cross is None else cross.to(device),
-    )
-    energy = None if layer.energy is None else layer.energy.to(device)
-    return StoredLayer(layer.name, layer.weight.to(device), moved, energy)
-
-
 def _refuse(racer: Any, problem: LayerProblem) -> None:
     refuse_unless_solvable(racer, problem)
-    for step in steps_of(racer):
-        if missing := sorted(NOT_THERE & requirements(step)):
-            message = (
-                f"{step.name} needs the {missing[0]} of the inputs, which a race on grams "
-                "does not have: time it with layerwise bench MODEL"
-            )
-            raise UsageError(message)
+    if missing := missing_statistic(racer, problem.moments):
+        message = (
+            f"{missing}, which a race on grams does not have: time it with layerwise bench "
+            f"MODEL"
+        )
+        raise UsageError(message)
 
 
 def _gap(problem: LayerProblem, found: Solution, bound: float) -> float:

@@ -127,6 +127,15 @@ def configure(method: Any, options: Mapping[str, OptionValue]) -> Any:
     return solver
 
 
+def takes_option(method: Any, name: str) -> bool:
+    """Whether :func:`configure` could apply an option of this name to a method."""
+    solver = resolve(method)
+    if isinstance(solver, Chain):
+        return any(takes_option(step, name) for step in solver.steps)
+    step, _, field = name.rpartition(".")
+    return step in ("", solver_name(solver)) and field in _fields(solver)
+
+
 def with_memory_budget(solver: Any, budget: int) -> Any:
     """Give the budget to every step that builds systems in memory; others need none."""
     return _apply(solver, "", "memory_budget", budget)[0]
@@ -146,7 +155,7 @@ def _apply(solver: Any, step: str, field: str, value: OptionValue) -> tuple[Any,
         results = [_apply(part, step, field, value) for part in solver.steps]
         steps = tuple(part for part, _ in results)
         return dataclasses.replace(solver, steps=steps), sum(hits for _, hits in results)
-    if step not in ("", solver_name(solver)) or field not in _fields(solver):
+    if not takes_option(solver, f"{step}.{field}" if step else field):
         return solver, 0
     return dataclasses.replace(solver, **{field: _checked(solver, field, value)}), 1
 

@@ -111,8 +111,15 @@ class Streamed:
         self._before = [n for n in self._around if id(self._empty[n]) not in unused]
 
     @classmethod
-    def open(cls, checkpoint: Checkpoint) -> "Streamed | None":
+    def open(cls, checkpoint: Checkpoint, *, trusted: bool = False) -> "Streamed | None":
         """Skeleton of a checkpoint, after every tensor was looked at once.
+
+        Parameters
+        ----------
+        checkpoint
+            The folder.
+        trusted
+            Whether somebody has looked at the tensors already.
 
         Returns
         -------
@@ -134,8 +141,9 @@ class Streamed:
         if not _one_to_one(checkpoint, model):
             return None
         _read_buffers(checkpoint, model)
-        for name, tensor in checkpoint.tensors():
-            check_finite(tensor, name, checkpoint)
+        if not trusted:
+            for name, tensor in checkpoint.tensors():
+                check_finite(tensor, name, checkpoint)
         return cls(checkpoint, model)
 
     @contextmanager
@@ -214,9 +222,11 @@ def can_stream(pattern: Pattern | Structure, solver: Any) -> bool:
     return not isinstance(pattern, Structure) and required_gradient(solver) is None
 
 
-def open_resident(checkpoint: Checkpoint, *, streamed: bool) -> Residency:
+def open_resident(
+    checkpoint: Checkpoint, *, streamed: bool, trusted: bool = False
+) -> Residency:
     """Model of a checkpoint: streamed if that is wanted and possible, else in memory."""
-    found = Streamed.open(checkpoint) if streamed else None
+    found = Streamed.open(checkpoint, trusted=trusted) if streamed else None
     return InMemory(checkpoint.load_model()) if found is None else found
 
 

@@ -105,6 +105,11 @@ def with_published_start(
     SparseGPT prunes no columns, so there the start is Wanda's for every model.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", "")
+    return with_start_of_family(solver, model_type, pattern)
+
+
+def with_start_of_family(solver: Any, model_type: str, pattern: Pattern | Structure) -> Any:
+    """Give ``fista-paper`` the warm start that the paper has for a family of models."""
     start = PUBLISHED_STARTS.get(model_type, "wanda")
     if isinstance(pattern, Columns | Structure):
         start = "wanda"

@@ -1,4 +1,4 @@
-"""Tables on the terminal: solvers, the demonstration, speed, stages of a run, races."""
+"""Tables on the terminal: solvers, the demonstration, speed, stages of a run, contests."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +9,9 @@ from layerwise.run.bench import Bench
 from layerwise.run.catalogue import Entry
 from layerwise.run.demo import Comparison
 from layerwise.run.race import Race
+from layerwise.run.records import in_percent
 from layerwise.run.speed import Speed
+from layerwise.run.sweep import Sweep
 
 
 def print_solvers(entries: Sequence[Entry]) -> None:
@@ -140,6 +142,31 @@ def print_race(race: Race) -> None:
     console.print(race.title, highlight=False)
     console.print(table)
     console.print(_measured(race.gemm_rates, race.copy_rate), highlight=False)
+
+
+def print_sweep(sweep: Sweep) -> None:
+    """One line per method and sparsity, a section per method."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("method")
+    table.add_column("sparsity")
+    rows = sweep.rows()
+    gaps = any(row.median_proven_gap is not None for row in rows)
+    headings = ["layers", "mean error", "median error", "seconds"]
+    for heading in (*headings, *(["proven within"] if gaps else [])):
+        table.add_column(heading, justify="right")
+    for index, row in enumerate(rows):
+        again = index > 0 and rows[index - 1].method == row.method
+        gap = row.median_proven_gap
+        table.add_row(
+            "" if again else row.method,
+            row.pattern,
+            str(row.n_layers),
+            f"{row.mean_relative_error:.4f}",
+            f"{row.median_relative_error:.4f}",
+            f"{row.seconds:.2f}",
+            *([] if not gaps else ["" if gap is None else in_percent(gap)]),
+        )
+    _console().print(table)
 
 
 def _measured(gemm_rates: Mapping[str, float], copy_rate: float) -> str:
