@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from layerwise.cli import run
 from layerwise.errors import DataError, InvalidProblemError, UsageError
 from layerwise.patterns import Unstructured
-from layerwise.run import layer_jobs
+from layerwise.run import layer_jobs, pipeline
 from layerwise.run import solve_grams as module
 from layerwise.run.collect_grams import collect_grams
 from layerwise.run.gram_folder import file_sha256
@@ -223,7 +223,7 @@ def test_methods_and_patterns_do_not_share_what_they_computed(
         return original(task, name, lambda: problem)
 
     kept: list[Any] = []  # so that no address is used twice
-    original = layer_jobs.solve_matrix
+    original = pipeline.solve_matrix
     monkeypatch.setattr(layer_jobs, "solve_matrix", spy)
     solve_grams(grams, "wanda", [0.5, 0.25])
     assert len(set(found)) == 2 * 8

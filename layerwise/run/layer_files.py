@@ -85,9 +85,18 @@ class StoredLayer:
 
 def moments_on(moments: Moments, device: torch.device) -> Moments:
     """Return the moments on a device, without anything that was computed of them."""
-    values = {field: getattr(moments, field) for field in MOMENTS}
-    there = {f: None if value is None else value.to(device) for f, value in values.items()}
-    return replace(moments, **there)
+
+    def there(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(device)
+
+    return replace(
+        moments,
+        gram=moments.gram.to(device),
+        cross_gram=there(moments.cross_gram),
+        input_mean=there(moments.input_mean),
+        pruned_input_mean=there(moments.pruned_input_mean),
+        fluctuation=there(moments.fluctuation),
+    )
 
 
 def missing_statistic(solver: Any, moments: Moments) -> str | None:

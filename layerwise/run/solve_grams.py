@@ -116,7 +116,7 @@ def solve_grams(
     output = None if output_dir is None else Path(output_dir)
     single = isinstance(methods, str) or callable(getattr(methods, "solve", None))
     names = [methods] if single else list(methods)
-    asked = [sparsities] if isinstance(sparsities, float | str) else list(sparsities)
+    asked = [sparsities] if isinstance(sparsities, int | float | str) else [*sparsities]
     _check_target(output, model, len(names) * len(asked), force)
     chosen = choose_device(device)
     each = _threads(workers, threads)
