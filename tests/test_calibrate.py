@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from layerwise.cli import run
 from layerwise.errors import DataError, UnsupportedModelError, UsageError
+from layerwise.moments import even_exponent
 from layerwise.run import collect_grams as module
 from layerwise.run.collect_grams import collect_grams
 from layerwise.run.gram_folder import file_sha256, read_manifest
@@ -63,12 +64,13 @@ def test_stored_problems_are_those_of_a_prune(
     assert set(stored) == set(posed)
     for name, problem in posed.items():
         layer, moments = stored[name], problem.moments
+        given = layer.moments.scaled(2.0 ** -even_exponent(layer.moments.mean_diagonal))
         assert layer.weight.dtype == problem.weight.dtype
         assert torch.equal(layer.weight, problem.weight)
-        assert torch.equal(layer.moments.gram, moments.gram)
-        assert layer.moments.input_mean is not None
+        assert torch.equal(given.gram, moments.gram)
+        assert given.input_mean is not None
         assert moments.input_mean is not None
-        assert torch.equal(layer.moments.input_mean, moments.input_mean)
+        assert torch.equal(given.input_mean, moments.input_mean)
         assert layer.moments.fluctuation is not None
         assert layer.moments.n_tokens == moments.n_tokens == CALIBRATION.numel()
 

@@ -198,15 +198,18 @@ def test_a_job_is_pure(grams: Path, tmp_path: Path) -> None:
         solver=get_solver("sparsegpt"),
         pattern=Unstructured(0.5),
         damping=0.01,
-        target=tmp_path / "one.safetensors",
+        folder=tmp_path,
+        index=7,
     )
     one = replace(solve_layer(job), seconds=0.0)
-    content = load_file(tmp_path / "one.safetensors")
+    (path,) = tmp_path.glob("00007-*.safetensors")
+    content = load_file(path)
     forget_files()
-    (tmp_path / "one.safetensors").unlink()
+    path.unlink()
     again = solve_layer(pickle.loads(pickle.dumps(job)))
     assert replace(again, seconds=0.0) == one
-    for name, tensor in load_file(tmp_path / "one.safetensors").items():
+    (path,) = tmp_path.glob("00007-*.safetensors")
+    for name, tensor in load_file(path).items():
         assert torch.equal(tensor, content[name])
 
 

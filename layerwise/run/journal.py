@@ -256,7 +256,7 @@ class Journal:
 def write_block(folder: Path, index: int, block: PrunedBlock) -> None:
     """Store a finished block in a folder, by a name that tells its content.
 
-    Two processes that do the same block write the same file.
+    Two processes that do the same block write files that differ in their seconds alone.
     """
     tensors = {WEIGHT + name: weight for name, weight in block.weights.items()}
     tensors |= {MASK + name: pack_mask(mask) for name, mask in block.masks.items()}

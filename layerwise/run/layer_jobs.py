@@ -5,7 +5,6 @@ pickled, and doing it twice gives the same. A process keeps the last file that i
 jobs should come in the order of the files.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -13,17 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from layerwise.adapters import Adapter
 from layerwise.lower_bounds import MEMORY_BUDGET
 from layerwise.moments import Moments
 from layerwise.patterns import Pattern
-from layerwise.run.atomic import atomic_write
-from layerwise.run.bitmask import pack_mask
-from layerwise.run.journal import MASK, WEIGHT
+from layerwise.run.journal import write_block
 from layerwise.run.layer_files import StoredLayer, read_file
-from layerwise.run.pipeline import Task, solve_matrix
+from layerwise.run.pipeline import PrunedBlock, Task, solve_matrix
 from layerwise.run.records import LayerRecord
 from layerwise.run.workers.messages import Place
 
@@ -44,8 +40,8 @@ class LayerJob:
         Whether to prove a gap, within so many bytes.
     device
         Where to compute.
-    target
-        File for weight, mask and figures, as a block of a
+    folder, index
+        Where weight, mask and figures are written, as a block of a
         :class:`~layerwise.run.journal.Journal`; None: only the figures are wanted.
     """
 
@@ -57,7 +53,8 @@ class LayerJob:
     certify: bool = False
     memory_budget: int = MEMORY_BUDGET
     device: str = "cpu"
-    target: Path | None = None
+    folder: Path | None = None
+    index: int = 0
 
     @property
     def variant(self) -> tuple[Any, ...]:
@@ -88,13 +85,11 @@ def solve_layer(job: LayerJob) -> LayerRecord:
     )
     layer = _layers(job.file, device).of(job.variant)[job.name]
     solved = solve_matrix(task, job.name, partial(layer.problem, job.pattern, job.damping))
-    if job.target is not None:
-        tensors = {
-            WEIGHT + job.name: solved.weight.cpu().contiguous(),
-            MASK + job.name: pack_mask(solved.mask.cpu()),
-        }
-        records = json.dumps([solved.record.to_dict()])
-        atomic_write(job.target, save(tensors, metadata={"records": records}))
+    if job.folder is not None:
+        block = PrunedBlock(
+            {job.name: solved.weight.cpu()}, {job.name: solved.mask.cpu()}, [solved.record]
+        )
+        write_block(job.folder, job.index, block)
     return solved.record
 
 

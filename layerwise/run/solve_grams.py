@@ -155,7 +155,8 @@ def solve_grams(
             certify=study.certify,
             memory_budget=budget_of_bounds(memory_budget),
             device=str(chosen),
-            target=None if solved is None else solved.target(name),
+            folder=None if solved is None else solved.journal.blocks,
+            index=0 if solved is None else solved.index(name),
         )
         for file, stage in manifest.files.items()
         for study in studies

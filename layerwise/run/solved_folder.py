@@ -18,8 +18,14 @@ from layerwise.errors import DataError
 from layerwise.patterns import NM, Pattern
 from layerwise.run.atomic import atomic_write
 from layerwise.run.calibration import Calibration
-from layerwise.run.gram_folder import MANIFEST, GramManifest, StageFile, file_sha256
-from layerwise.run.journal import BLOCKS, FOLDER, Journal
+from layerwise.run.gram_folder import (
+    MANIFEST,
+    GramManifest,
+    StoredMatrix,
+    file_sha256,
+)
+from layerwise.run.journal import MASK, WEIGHT, Journal
+from layerwise.run.lazy import LazyTensors
 from layerwise.run.output import Outcome, tensor_hashes, versions, write_rest
 from layerwise.run.recipe import Recipe, options_of
 from layerwise.run.records import LayerRecord
@@ -102,10 +108,9 @@ class SolvedFolder:
         self.journal = Journal(output, identity, force=force, resume=resume)
         self._index = {name: i for i, (_, name, _) in enumerate(manifest.layers())}
 
-    def target(self, name: str) -> Path:
-        """File for the result of a layer, a block of the journal."""
-        folder = self.journal.folder / FOLDER / BLOCKS
-        return folder / f"{self._index[name]:05d}.safetensors"
+    def index(self, name: str) -> int:
+        """Number of a layer, which is that of its block in the journal."""
+        return self._index[name]
 
     def finished(self, name: str) -> LayerRecord | None:
         """Figures of a layer that is done, or None."""
@@ -120,61 +125,54 @@ class SolvedFolder:
             self._write_checkpoint(self._source)
         self.journal.finish()
 
-    def _read(self, name: str) -> tuple[Tensor, Tensor, LayerRecord]:
-        block = self.journal.read_block(self._index[name])
-        if block is None or name not in block.weights:
-            message = f"{self.target(name)} does not hold {name}; run the command again"
-            raise DataError(message)
-        return block.weights[name], block.masks[name], block.records[0]
+    def _tensor(self, kind: str, name: str) -> Tensor:
+        """Weight or mask of a layer, (out, in)."""
+        return self.journal.read_tensor(kind, self._index[name], name)
+
+    def _stored(self, kind: str, layers: Mapping[str, StoredMatrix]) -> LazyTensors:
+        """Weights or masks by parameter, as the checkpoint has them."""
+
+        def read(parameter: str) -> Tensor:
+            name = parameter.removesuffix(".weight")
+            tensor = self._tensor(kind, name)
+            return tensor.T.contiguous() if layers[name].transposed else tensor
+
+        return LazyTensors([f"{name}.weight" for name in layers], read)
+
+    def _records(self) -> list[LayerRecord]:
+        found = [self.finished(name) for name in self._index]
+        return [record for record in found if record is not None]
 
     def _write_weights(self) -> None:
         """Files like those of the gram folder, matrices (out, in)."""
-        masks: dict[str, Tensor] = {}
-        records: list[LayerRecord] = []
         for file, stage in self._manifest.files.items():
-            weights = self._collect(stage, masks, records)
+            weights = {f"{n}.weight": self._tensor(WEIGHT, n) for n in stage.layers}
             atomic_write(self.journal.folder / file, save(weights))
+        names = [f"{name}.weight" for name in self._index]
+        masks = LazyTensors(names, lambda n: self._tensor(MASK, n.removesuffix(".weight")))
         self.journal.write_masks(masks)
-        self.journal.write_layers(records)
+        self.journal.write_layers(self._records())
         recipe = self._recipe.to_yaml().encode()
         atomic_write(self.journal.folder / "recipe.yaml", recipe)
-
-    def _collect(
-        self, stage: StageFile, masks: dict[str, Tensor], records: list[LayerRecord]
-    ) -> dict[str, Tensor]:
-        """Weights of a stage by parameter; masks and records join those of the others."""
-        weights = {}
-        for name in stage.layers:
-            weight, mask, record = self._read(name)
-            weights[f"{name}.weight"], masks[f"{name}.weight"] = weight, mask
-            records.append(record)
-        return weights
 
     def _write_checkpoint(self, source: Checkpoint) -> None:
         """The source with the pruned tensors, as they are stored there."""
         manifest, folder = self._manifest, self.journal.folder
-        stored: dict[str, Tensor] = {}
-        masks: dict[str, Tensor] = {}
-        records: list[LayerRecord] = []
-        pruned: dict[str, str] = {}
-        for _, name, layer in manifest.layers():
-            weight, mask, record = self._read(name)
-            if layer.transposed:
-                weight, mask = weight.T.contiguous(), mask.T.contiguous()
-            stored[layer.tensor] = weight
-            masks[f"{name}.weight"] = mask
-            pruned[f"{name}.weight"] = layer.tensor
-            records.append(record)
-        write_checkpoint(source, folder, stored, overwrite=True)
-        self.journal.write_masks(masks)
+        layers = {name: layer for _, name, layer in manifest.layers()}
+        pruned = {f"{name}.weight": layer.tensor for name, layer in layers.items()}
+        weights = self._stored(WEIGHT, layers)
+        places = {tensor: parameter for parameter, tensor in pruned.items()}
+        replaced = LazyTensors(places, lambda tensor: weights[places[tensor]])
+        write_checkpoint(source, folder, replaced, overwrite=True)
+        self.journal.write_masks(self._stored(MASK, layers))
         nothing = torch.empty(0, dtype=torch.int64)  # the windows themselves are not stored
         tokens = Calibration(nothing, manifest.calibration, manifest.calibration_sha256)
         write_rest(
             self.journal,
-            Outcome(self._recipe, tokens, records, source, None),
+            Outcome(self._recipe, tokens, self._records(), source, None),
             source,
             pruned=pruned,
-            transposed=[f"{n}.weight" for _, n, one in manifest.layers() if one.transposed],
+            transposed=[f"{n}.weight" for n, one in layers.items() if one.transposed],
             untouched=tensor_hashes(source, set(source.weight_map) - set(pruned.values())),
         )
 
