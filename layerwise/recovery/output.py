@@ -15,7 +15,7 @@ from layerwise.run.atomic import atomic_write
 from layerwise.run.journal import FINGERPRINT, FOLDER, Journal
 from layerwise.run.output import MANIFEST
 from layerwise.run.quoting import one_line
-from layerwise.run.storage import checkpoint_names, write_checkpoint
+from layerwise.run.storage import Checkpoint, checkpoint_names, write_checkpoint
 
 RECORDS = "retraining.jsonl"
 SETTINGS = "retrain.yaml"
@@ -59,8 +59,10 @@ def write_retrained(
     atomic_write(folder / FOLDER / RECORDS, lines.encode())
     text = yaml.safe_dump(dict(settings), sort_keys=False)
     atomic_write(folder / SETTINGS, text.encode())
+    written = Checkpoint.open(folder)
     claims = manifest.model_copy(
         update={
+            "shards": written.sha256(written.shards),
             "retrained": sorted({*manifest.retrained, *stored}),
             "untouched": {n: h for n, h in manifest.untouched.items() if n not in stored},
         }

@@ -40,3 +40,18 @@ def untouched(checkpoint: Checkpoint, manifest: Manifest, changed: set[str]) -> 
     extra = [f"{name}: was not in the source" for name in names - set(manifest.untouched)]
     claim = f"{len(manifest.untouched)} other tensors have the bytes of the source"
     return Check(claim, tuple(differs + sorted(extra)))
+
+
+def shards(checkpoint: Checkpoint, manifest: Manifest) -> Check:
+    """Every file with tensors, byte by byte."""
+    present = checkpoint.sha256(checkpoint.shards)
+    differs = [
+        f"{name}: {'other bytes' if name in present else 'is missing'}"
+        for name, digest in manifest.shards.items()
+        if present.get(name) != digest
+    ]
+    extra = [
+        f"{name}: the run did not write it" for name in present.keys() - manifest.shards
+    ]
+    claim = f"{len(manifest.shards)} files with tensors are as the run wrote them"
+    return Check(claim, tuple(differs + sorted(extra)))

@@ -54,6 +54,7 @@ class Manifest(BaseModel):
     pruned: dict[str, str]  # parameter name -> tensor name in the checkpoint
     transposed: list[str] = []  # pruned parameters that are stored as (in, out)
     untouched: dict[str, str]  # tensor name -> sha256 of its bytes in the source
+    shards: dict[str, str] = {}  # file name -> sha256, of what the run wrote
     retrained: list[str] = []  # tensors that `layerwise retrain` changed
     source: dict[str, str]  # file name -> sha256
     calibration: str
@@ -209,7 +210,9 @@ def write_rest(
     folder, recipe, tokens = journal.folder, outcome.recipe, outcome.tokens
     journal.write_layers(list(outcome.records))
     atomic_write(folder / "recipe.yaml", recipe.to_yaml().encode())
+    written = Checkpoint.open(folder)
     manifest = Manifest(
+        shards=written.sha256(written.shards),
         sparsity=str(recipe.sparsity),
         group=recipe.group,
         source=source.sha256(),

@@ -146,10 +146,11 @@ class Checkpoint:
                 message = f"cannot read {self.path / shard}: {one_line(error)}"
                 raise DataError(message) from error
 
-    def sha256(self) -> dict[str, str]:
-        """Hash of every file that belongs to the checkpoint, by file name."""
+    def sha256(self, names: Iterable[str] | None = None) -> dict[str, str]:
+        """Hash of some files, or of every file that belongs to the checkpoint, by name."""
         hashes = {}
-        for name in sorted([*self.side_files(), *self.shards]):
+        chosen = [*self.side_files(), *self.shards] if names is None else names
+        for name in sorted(chosen):
             try:
                 with (self.path / name).open("rb") as stream:
                     hashes[name] = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from layerwise.errors import DataError, InvalidProblemError, LayerwiseError
 from layerwise.patterns import Pattern, parse_pattern
-from layerwise.run.checks import Check, untouched
+from layerwise.run.checks import Check, shards, untouched
 from layerwise.run.journal import FOLDER, read_layers, read_masks
 from layerwise.run.output import MANIFEST, Manifest
 from layerwise.run.storage import Checkpoint
@@ -68,6 +68,7 @@ def verify(folder: Path) -> list[Check]:
         Check(f"every mask satisfies the pattern {pattern}", tuple(found.pattern)),
         Check("every pruned weight is finite", tuple(found.infinite)),
         untouched(checkpoint, manifest, set(manifest.pruned.values())),
+        shards(checkpoint, manifest),
         _opens(checkpoint),
     ]
 

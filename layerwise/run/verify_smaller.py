@@ -14,7 +14,7 @@ from torch import nn
 
 from layerwise.adapters import Adapter, get_adapter
 from layerwise.errors import DataError, LayerwiseError
-from layerwise.run.checks import Check, untouched
+from layerwise.run.checks import Check, shards, untouched
 from layerwise.run.journal import FOLDER, read_layers
 from layerwise.run.loading import load_model
 from layerwise.run.output import Manifest
@@ -39,6 +39,7 @@ def verify_smaller(
         _shapes(checkpoint, smaller),
         _finite(checkpoint, smaller),
         untouched(checkpoint, manifest, set(smaller.changed)),
+        shards(checkpoint, manifest),
         opens,
     ]
     if model is not None:
