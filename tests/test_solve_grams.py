@@ -296,6 +296,18 @@ def test_an_interrupted_solve_continues(
     assert shard_hashes(tmp_path / "out") == shard_hashes(tmp_path / "whole")
 
 
+def test_a_solve_that_fails_at_once_leaves_nothing(
+    grams: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(job: LayerJob) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "solve_layer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        solve_grams(grams, "wanda", 0.5, output_dir=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- hostile folders -------------------------------------------------------------------
 
 
