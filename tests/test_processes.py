@@ -283,6 +283,7 @@ def test_worker_that_does_not_start_is_no_loss_and_not_tried_for_ever() -> None:
     ]
     assert executor.wait(None) == [Lost(A, "it burns")]
     assert puppets.sent == [("worker 3", "x")]
+    assert puppets.stopped == ["worker 1", "worker 2", "worker 3"]
     executor.start(A, "x")
     for number in (4, 5, 6):
         said: Message = NotReady(broken)

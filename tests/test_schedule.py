@@ -266,13 +266,24 @@ def test_error_of_a_job_keeps_its_type_and_stops_the_run() -> None:
     ]
 
 
-def test_after_an_error_nothing_is_tried_again_and_the_first_is_raised() -> None:
+def test_after_an_error_nothing_is_started_and_the_first_is_raised() -> None:
+    taken: list[str] = []
+    notes: list[str] = []
+
+    def jobs() -> Iterator[Job]:
+        for key in "abcde":
+            taken.append(key)
+            yield Job(key)
+
     script = Script(
         3, [[Failed(B, DataError("b"))], [Lost(A, "")], [Failed(C, DataError("c"))]]
     )
+    rules = Rules(look_ahead=0)
     with pytest.raises(DataError, match="b"):
-        run_script(script, "abcd")
+        run_jobs(jobs(), script, on_done=lambda *_: None, rules=rules, on_note=notes.append)
+    assert taken == ["a", "b", "c"]
     assert script.starts == [A, B, C]
+    assert notes == ["job b failed: b; 2 running jobs are finished first"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted("stopped")])

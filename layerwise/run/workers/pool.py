@@ -94,12 +94,12 @@ class Pool(Generic[Handle]):
     def start(self, attempt: Attempt, payload: Any) -> None:
         """Hand an attempt to a worker that is ready, or to one that is started for it."""
         free = [slot for slot in self._slots if slot.attempt is None]
-        slot = max(free, key=lambda slot: (slot.ready, slot.handle is not None))
+        slot = max(free, key=lambda slot: slot.handle is not None)
         slot.attempt, slot.payload = attempt, payload
-        if slot.ready and slot.handle is not None:
-            self._backend.send(slot.handle, payload)
-        elif slot.handle is None:
+        if slot.handle is None:
             self._launch(slot)
+        else:  # ready, for a worker that starts has an attempt
+            self._backend.send(slot.handle, payload)
 
     def wait(self, timeout: float | None) -> list[Event]:
         """Block until something happened to an attempt, or ``timeout`` seconds passed.

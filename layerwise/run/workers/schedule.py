@@ -194,7 +194,7 @@ class _Run:
 
     def _start_stragglers_again(self) -> float | None:
         """Use slots that would idle; return the seconds until the next job is late."""
-        if self._waiting or not self._seconds or self._error is not None:
+        if not self._seconds or self._error is not None:
             return None
         typical = median(self._seconds)
         late = max(self._rules.straggler_factor * typical, self._rules.straggler_seconds)
