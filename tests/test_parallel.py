@@ -5,7 +5,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
@@ -83,27 +82,29 @@ class Failing:
         return solution
 
 
-@contextmanager
-def killing(every: float) -> Iterator[list[int]]:
-    """Kill one of the workers, over and over again, and remember which."""
-    killed: list[int] = []
-    over = threading.Event()
+class Killer:
+    """Kills all workers in the middle of a block, and remembers what was said."""
 
-    def kill() -> None:
-        while not over.wait(every):
-            workers = [p for p in active_children() if p.name.startswith("layerwise")]
-            fresh = [p.pid for p in workers if p.pid not in killed]
-            if fresh and len(killed) < 3 and fresh[0] is not None:
-                killed.append(fresh[0])
-                os.kill(fresh[0], signal.SIGKILL)
+    def __init__(self) -> None:
+        self.layers, self.killed, self.notes = 0, list[int](), list[str]()
 
-    thread = threading.Thread(target=kill)
-    thread.start()
-    try:
-        yield killed
-    finally:
-        over.set()
-        thread.join()
+    def on_note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def on_start(self, n_layers: int) -> None: ...
+
+    def on_layer(self, record: Any) -> None:
+        self.layers += 1
+        if self.layers == 7:  # the next block takes a second
+            threading.Timer(0.5, self.kill).start()
+
+    def kill(self) -> None:
+        for worker in active_children():
+            if worker.name.startswith("layerwise") and worker.pid is not None:
+                self.killed.append(worker.pid)
+                os.kill(worker.pid, signal.SIGKILL)
+
+    def on_finish(self, report: Any) -> None: ...
 
 
 @pytest.mark.parametrize(("mode", "count"), [("none", 2), ("block", 3)])
@@ -122,23 +123,12 @@ def test_any_number_of_workers_writes_the_same_bytes(
 
 def test_killed_workers_change_nothing(source: Path, tmp_path: Path) -> None:
     prune(source, tmp_path / "serial", method=Slow())
-    notes: list[str] = []
-
-    class Notes:
-        def on_note(self, text: str) -> None:
-            notes.append(text)
-
-        def on_start(self, n_layers: int) -> None: ...
-
-        def on_layer(self, record: Any) -> None: ...
-
-        def on_finish(self, report: Any) -> None: ...
-
-    with killing(4.5) as killed:
-        prune(source, tmp_path / "out", method=Slow(), workers=2, callbacks=[Notes()])
-    assert killed
-    assert any("lost its worker" in note for note in notes) or len(killed) > len(notes)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "serial")
+    killer = Killer()
+    out = tmp_path / "out"
+    prune(source, out, method=Slow(), workers=2, callbacks=[killer])
+    assert len(killer.killed) == 2
+    assert any("lost its worker" in note for note in killer.notes)
+    assert files_of(out) == files_of(tmp_path / "serial")
 
 
 def test_a_run_of_one_kind_is_continued_by_the_other(source: Path, tmp_path: Path) -> None:

@@ -351,6 +351,7 @@ def prune_model(
     masks: Mapping[str, Tensor] = {}
     with stage("write"):
         if isinstance(selection, ChannelSelection):
+            masks = selection.by_parameter([block.masks for block in blocks])
             cuts = selection.cuts(blocks)
             make_smaller(model, adapter, cuts, selection.structure)
             left = parameters_of(selection.blocks) / selection.total

@@ -20,6 +20,7 @@ from layerwise.run.residency import Residency
 from layerwise.run.rewrite import set_bias
 from layerwise.run.stopwatch import stage
 from layerwise.run.streams import BATCH, capture
+from layerwise.run.structure import Structure
 from layerwise.run.targets import Choice
 
 
@@ -54,6 +55,8 @@ def walk(
     dense = store.keep(stream.hidden)
     stream.hidden.clear()
     pruned = dense
+    # channels are cut at the end; everything else is read again from the journal
+    in_memory = journal is None or isinstance(task.pattern, Structure)
     done: list[PrunedBlock] = []
     for index, (name, block) in enumerate(selection.blocks.items()):
         inputs = BlockInputs(
@@ -87,7 +90,7 @@ def walk(
                 else:
                     pruned = next_dense
                 dense = next_dense
-        done.append(result if journal is None else result.without_tensors())
+        done.append(result if in_memory else result.without_tensors())
     return done
 
 
