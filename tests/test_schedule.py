@@ -271,19 +271,18 @@ def test_after_an_error_nothing_is_started_and_the_first_is_raised() -> None:
     notes: list[str] = []
 
     def jobs() -> Iterator[Job]:
-        for key in "abcde":
+        for key in "abcdef":
             taken.append(key)
             yield Job(key)
 
-    script = Script(
-        3, [[Failed(B, DataError("b"))], [Lost(A, "")], [Failed(C, DataError("c"))]]
-    )
+    last = Failed(Attempt("d", 0), DataError("d"))
+    script = Script(4, [[Failed(B, DataError("b"))], [Lost(A, ""), Done(C, 3)], [last]])
     rules = Rules(look_ahead=0)
     with pytest.raises(DataError, match="b"):
         run_jobs(jobs(), script, on_done=lambda *_: None, rules=rules, on_note=notes.append)
-    assert taken == ["a", "b", "c"]
-    assert script.starts == [A, B, C]
-    assert notes == ["job b failed: b; 2 running jobs are finished first"]
+    assert taken == ["a", "b", "c", "d"]
+    assert script.starts == [A, B, C, last.attempt]
+    assert notes == ["job b failed: b; 3 running jobs are finished first"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted("stopped")])
