@@ -1,0 +1,145 @@
+"""A model without memory, run: what its blocks need on their way, and what is in them.
+
+Parameters are tensors that have a shape and no storage, so a model of any size can be run.
+Shapes are all that comes out. The bytes that are alive inside a block are counted at the
+tensors, operation by operation, as a CPU would run them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from layerwise.adapters import ADAPTERS, Adapter, get_adapter
+from layerwise.adapters.auto import discover
+from layerwise.run.perplexity import evaluation_mode
+from layerwise.run.streams import capture
+
+PROBE = (2, 8)  # sequences, tokens of each
+LENGTHS = (32, 64)  # of the passes from which the growth with the length is found
+
+
+@contextmanager
+def without_memory(model: nn.Module) -> Iterator[None]:
+    """Let a model on the meta device run, and make tensors without storage inside."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    swapped: list[tuple[dict[str, Any], str, Any]] = []
+    made: dict[int, nn.Parameter] = {}  # tied parameters stay tied
+    with mode:
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) not in made:
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    made[id(parameter)] = nn.Parameter(empty, parameter.is_floating_point())
+                swapped.append((module._parameters, name, parameter))
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    swapped.append((module._buffers, name, buffer))
+        for holder, name, tensor in swapped:
+            holder[name] = made.get(id(tensor))
+            if holder[name] is None:
+                holder[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        try:
+            yield
+        finally:
+            for holder, name, tensor in swapped:
+                holder[name] = tensor
+
+
+def adapter_without_memory(model: Any) -> Adapter:
+    """Declared adapter of a model on the meta device, or one that is found by running it.
+
+    What is found is not proven here, as a run proves it, because there are no numbers.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model has no declared adapter and none can be found.
+    """
+    model_type = str(getattr(model.config, "model_type", ""))
+    if model_type in ADAPTERS:
+        return get_adapter(model_type)
+    with without_memory(model), evaluation_mode(model):
+        return discover(model, torch.zeros(PROBE, dtype=torch.long))
+
+
+def working_set(model: nn.Module, adapter: Adapter) -> tuple[float, float]:
+    """Bytes per token, and per pair of tokens, of one sequence inside a block.
+
+    The largest of all blocks that differ, for a pass to the end of the block; its input
+    does not count, its output does.
+    """
+    short, long = LENGTHS
+    peaks = [_peak(model, adapter, length) for length in LENGTHS]
+    quadratic = max(0.0, (peaks[1] / long - peaks[0] / short) / (long - short))
+    linear = peaks[1] / long - quadratic * long
+    return linear, quadratic
+
+
+def _peak(model: nn.Module, adapter: Adapter, length: int) -> int:
+    """Most bytes that are alive inside a block for one sequence."""
+    blocks = adapter.blocks_of(model)
+    kinds: dict[tuple[Any, ...], int] = {}  # shapes of a block -> its first index
+    for index, block in enumerate(blocks.values()):
+        shapes = tuple((n, tuple(p.shape)) for n, p in block.named_parameters())
+        kinds.setdefault((type(block), shapes), index)
+    peak = 0
+    with without_memory(model), evaluation_mode(model):
+        tokens = torch.zeros(1, length, dtype=torch.long)
+        stream = capture(model, list(blocks.values()), [tokens])
+        hidden = stream.hidden[0]
+        members = list(blocks.values())
+        for index in kinds.values():
+            with torch.no_grad(), LiveBytes() as live:
+                stream.calls[index][0].run(members[index], hidden, hidden.device)
+            peak = max(peak, live.peak)
+    return peak
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Context that follows the storages that operations inside it make.
+
+    Attributes
+    ----------
+    peak
+        Most bytes that were alive at a time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        known = {_storage(t) for t in _tensors((args, list((kwargs or {}).values())))}
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            if (key := _storage(tensor)) not in known:
+                storage = tensor.untyped_storage()
+                self._alive[key] = StorageWeakRef(storage), storage.nbytes()
+        alive = {k: v for k, v in self._alive.items() if not v[0].expired()}
+        self._alive = alive
+        self.peak = max(self.peak, sum(size for _, size in alive.values()))
+        return result
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Tensors in nested tuples and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
