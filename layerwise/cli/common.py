@@ -1,0 +1,65 @@
+"""What several commands share: options, threads, progress, hyper-parameters."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from layerwise.errors import UsageError
+
+Folder = Annotated[Path, typer.Argument(help="Folder written by `layerwise prune`.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
+Resume = Annotated[bool, typer.Option(help="Continue OUTPUT.partial.")]
+Force = Annotated[bool, typer.Option(help="Replace an existing OUTPUT.")]
+
+
+def set_threads(threads: int | None) -> None:
+    """Use so many CPU threads; None leaves the choice to PyTorch."""
+    import torch
+
+    if threads is not None:
+        if threads < 1:
+            message = f"--threads must be at least 1, got {threads}"
+            raise UsageError(message)
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def progress_on(plain: Any, rich: Any) -> Iterator[Any]:
+    """A bar on a terminal, lines elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield plain(sys.stderr)
+        return
+    progress = rich(console)
+    try:
+        yield progress
+    finally:
+        progress.close()
+
+
+def method_options(set_: list[str], effort: str | None) -> dict[str, Any]:
+    """Hyper-parameters of the method; `--effort` is one of them with a flag of its own."""
+    return _assignments(set_) | ({"effort": effort} if effort else {})
+
+
+def _assignments(items: list[str]) -> dict[str, Any]:
+    """``name=value`` pairs, values read as YAML scalars."""
+    found = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            message = f"--set takes name=value, got {item!r}"
+            raise UsageError(message)
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            message = f"--set {name} takes one number or word, got {value!r}"
+            raise UsageError(message) from None
+    return found

@@ -1,0 +1,116 @@
+"""Commands that look and change nothing: evaluate, verify, report, solvers."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from layerwise.cli.common import Folder
+from layerwise.errors import DataError, UsageError, VerificationError
+
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the hub.")]
+
+
+def evaluate(
+    model: Model,
+    dataset: Annotated[
+        str | None, typer.Option(help="wikitext2, c4, FILE.txt, FILE.jsonl:field.")
+    ] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Size, memory, latency and tokens per second.")
+    ] = False,
+    compare: Annotated[
+        str | None, typer.Option(help="Another model, measured in turns with this one.")
+    ] = None,
+) -> None:
+    """Token perplexity over non-overlapping windows, and what the model costs to run."""
+    from layerwise.run.settings import choose_device
+
+    if dataset is None and not speed:
+        message = "nothing to evaluate: give --dataset, --speed, or both"
+        raise UsageError(message)
+    if compare is not None and not speed:
+        message = "--compare compares speeds: give --speed as well"
+        raise UsageError(message)
+    chosen = choose_device(device)
+    checkpoint, network = _load(model, chosen)
+    if dataset is not None:
+        _perplexity(model, checkpoint, network, dataset, sequence_length)
+    if speed:
+        _speed(model, network, compare, chosen)
+
+
+def _load(model: str, device: Any) -> tuple[Any, Any]:
+    """Checkpoint and its model on a device."""
+    from layerwise.run.storage import Checkpoint
+
+    checkpoint = Checkpoint.open(model)
+    return checkpoint, checkpoint.load_model(device)
+
+
+def _perplexity(
+    model: str, checkpoint: Any, network: Any, dataset: str, sequence_length: int | None
+) -> None:
+    from layerwise.run.calibration import evaluation_text
+    from layerwise.run.perplexity import perplexity
+    from layerwise.run.settings import choose_sequence_length, embedding_rows
+    from layerwise.run.tokens import encode
+
+    length = choose_sequence_length(network, sequence_length)
+    tokenizer = checkpoint.load_tokenizer()
+    if tokenizer is None:
+        message = f"{model} has no tokenizer, which a text needs"
+        raise DataError(message)
+    tokens = encode(evaluation_text(dataset), tokenizer, embedding_rows(network))
+    value = perplexity(network, tokens, sequence_length=length)
+    windows = len(tokens) // length
+    typer.echo(f"perplexity {value:.4f}  ({dataset}, {windows} windows of {length} tokens)")
+
+
+def _speed(model: str, network: Any, compare: str | None, device: Any) -> None:
+    from layerwise.run.speed import measure_speed
+    from layerwise.run.tables import print_speed
+
+    names, networks = [model], [network]
+    if compare is not None:
+        names, networks = [*names, compare], [*networks, _load(compare, device)[1]]
+    print_speed(names, measure_speed(networks))
+
+
+def verify(folder: Folder) -> None:
+    """Check zeros, pattern, untouched bytes, and that stock transformers opens it."""
+    from layerwise.run.verify import verify as check_folder
+
+    checks = check_folder(folder)
+    for check in checks:
+        typer.echo(f"{'ok  ' if check.holds else 'FAIL'}  {check.claim}")
+        for problem in check.problems[:5]:
+            typer.echo(f"        {problem}")
+        if len(check.problems) > 5:
+            typer.echo(f"        and {len(check.problems) - 5} more")
+    failed = sum(not check.holds for check in checks)
+    if failed:
+        message = f"{folder}: {failed} of {len(checks)} checks failed"
+        raise VerificationError(message)
+
+
+def report(
+    folder: Folder,
+    output: Annotated[Path | None, typer.Option(help="HTML file to write.")] = None,
+) -> None:
+    """Write one self-contained HTML page about a pruned model."""
+    from layerwise.run.report import run_page, write_report
+
+    path = output or folder / "layerwise" / "report.html"
+    write_report(path, run_page(folder))
+    typer.echo(f"wrote {path}")
+
+
+def solvers() -> None:
+    """List the methods: what each requires and handles."""
+    from layerwise.run.catalogue import catalogue
+    from layerwise.run.tables import print_solvers
+
+    print_solvers(catalogue())

@@ -1,0 +1,134 @@
+"""Signals: a command that is told to stop ends in order, and the same one continues."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import layerwise
+from layerwise.cli import run
+from layerwise.cli.signals import stopping_on_sigterm
+from layerwise.demo import model_path
+from layerwise.errors import Interrupted
+from tests.models import shard_hashes, tiny_text
+
+# prunes with the command line, but rests after its first block until a signal comes
+RESTING = """
+import sys, time
+from layerwise.cli import run
+from layerwise.run.journal import Journal
+
+def rest(journal, index, block, write=Journal.write_block):
+    write(journal, index, block)
+    print("resting", flush=True)
+    time.sleep(60)
+
+Journal.write_block = rest
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a text and the result of a prune that nothing stopped."""
+    folder = tmp_path_factory.mktemp("signals")
+    (folder / "text.txt").write_text(tiny_text())
+    assert run(prune(folder, "whole")) == 0
+    return folder
+
+
+def prune(folder: Path, output: str) -> list[str]:
+    arguments = f"prune {model_path('opt')} --method sparsegpt --sparsity 0.5 --threads 1"
+    sizes = "--n-sequences 2 --sequence-length 16"
+    files = ["--calibration", str(folder / "text.txt"), "--output", str(folder / output)]
+    return [*arguments.split(), *sizes.split(), *files]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [
+        (
+            signal.SIGTERM,
+            75,
+            "layerwise: stopped; finished blocks are kept and the same command continues",
+        ),
+        (signal.SIGINT, 130, "layerwise: interrupted; finished blocks are kept"),
+    ],
+)
+def test_prune_is_stopped_in_order_and_continued(
+    number: signal.Signals, code: int, line: str, undisturbed: Path
+) -> None:
+    arguments = prune(undisturbed, "out")
+    process = subprocess.Popen(
+        [sys.executable, "-c", RESTING, *arguments],
+        env=os.environ | {"PYTHONPATH": str(Path(layerwise.__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "resting\n"
+    process.send_signal(number)
+    _, error = process.communicate(timeout=50)
+    assert process.returncode == code
+    assert error.splitlines()[-1] == line
+    assert "Traceback" not in error
+    partial, output = undisturbed / "out.partial", undisturbed / "out"
+    assert not output.exists()
+    blocks = [path.name for path in (partial / "layerwise" / "blocks").iterdir()]
+    assert blocks == ["00000.safetensors"]
+    assert run(arguments) == 0
+    assert shard_hashes(output) == shard_hashes(undisturbed / "whole")
+    shutil.rmtree(output)
+
+
+def stop_twice() -> None:
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except Exception as error:  # a library that tries again
+        pytest.fail(f"SIGTERM was taken for {error!r}")
+    finally:
+        signal.raise_signal(signal.SIGTERM)  # impatience: tidying up goes on
+
+
+def test_handler_raises_and_the_old_one_comes_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    expected = pytest.raises(Interrupted, match="the same command continues")
+    with expected, stopping_on_sigterm():
+        stop_twice()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("outcome", ["success", "failure"])
+def test_run_restores_the_handler(outcome: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def own(number: int, frame: object) -> None:
+        raise AssertionError
+
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        run(["--version"] if outcome == "success" else ["verify", "nowhere"])
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with stopping_on_sigterm():
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_another_thread_may_run_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(run(["--version"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
