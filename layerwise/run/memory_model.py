@@ -130,6 +130,8 @@ class RunShape:
         Processes that prune blocks at the same time.
     on_disk
         Whether hidden states between the blocks are files.
+    streamed
+        Whether one block at a time is in memory, and not the whole model.
     """
 
     n_sequences: int
@@ -140,6 +142,7 @@ class RunShape:
     workspace: Workspace | None = None
     workers: int = 1
     on_disk: bool = False
+    streamed: bool = True
 
     @property
     def tokens(self) -> int:
@@ -265,8 +268,14 @@ def _capture(model: ModelShape, run: RunShape) -> Moment:
         "capture of the embeddings",
         run,
         [
-            ("parameters outside the blocks", model.itemsize * model.embeddings, False),
-            ("first block", model.itemsize * block, False),
+            *(
+                [
+                    ("embeddings and norms", model.itemsize * model.embeddings, False),
+                    ("first block", model.itemsize * block, False),
+                ]
+                if run.streamed
+                else [_whole(model)]
+            ),
             _streams(model, run, 1),
         ],
     )
@@ -279,6 +288,20 @@ def _streams(model: ModelShape, run: RunShape, count: int) -> tuple[str, float, 
         size = run.batch * run.length * model.hidden * model.itemsize
     name = "hidden states" if count == 1 else f"{count} x hidden states"
     return name, count * size, False
+
+
+def _whole(model: ModelShape) -> tuple[str, float, bool]:
+    return "the whole model", model.itemsize * model.parameters, False
+
+
+def _present(
+    model: ModelShape, run: RunShape, block: BlockShape
+) -> list[tuple[str, float, bool]]:
+    """Parameters that are there while a block is worked on."""
+    own = ("block", model.itemsize * block.parameters, True)
+    if run.streamed:
+        return [own]
+    return [_whole(model), own] if run.accelerator else [_whole(model)]
 
 
 def _held(run: RunShape) -> int:
@@ -297,7 +320,7 @@ def _advance(model: ModelShape, run: RunShape, block: BlockShape) -> Moment:
         "pass through a block",
         run,
         [
-            ("block", model.itemsize * block.parameters, True),
+            *_present(model, run, block),
             _streams(model, run, streams),
             ("a batch on its way through the block", _working(model, run), True),
         ],
@@ -307,7 +330,7 @@ def _advance(model: ModelShape, run: RunShape, block: BlockShape) -> Moment:
 def _stages(model: ModelShape, run: RunShape, block: BlockShape) -> list[Moment]:
     """The moments of the largest stage: its inputs are summed, its problems solved."""
     own = model.itemsize * block.parameters
-    common: list[tuple[str, float, bool]] = [("block", own, True)]
+    common = _present(model, run, block)
     if run.staged:
         common.append(("copy of the block for the dense side", own, True))
         common.append(("inputs of its stages", _stored(model, run, block), True))
@@ -385,7 +408,7 @@ def _write(model: ModelShape, run: RunShape, block: BlockShape) -> Moment:
         "write of a block",
         run,
         [
-            ("block", model.itemsize * block.parameters, True),
+            *_present(model, run, block),
             _streams(model, run, _held(run)),
             ("pruned weights and masks of the block", weights * (model.itemsize + 1), False),
             ("the same as a file", weights * model.itemsize + weights // 8, False),
