@@ -15,6 +15,8 @@ Place = Literal["host", "device"]
 
 BATCH = 8  # sequences that go through a block together
 GRAM_ITEM = 8  # float64
+MOST_ROWS = 512  # that a refit works on together on a processor
+ARRAYS = 12  # of the width, that it plans for a row
 STORE = 1 << 30  # inputs of the stages of a dense block that are kept, at most
 DEVICE_BASE = 512 << 20  # context and libraries of an accelerator, beside its tensors
 HOST_WITH_DEVICE = 1 << 30  # what they add to the process
@@ -87,27 +89,48 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
-class Workspace:
-    """What a solver keeps while it solves one matrix, beside the problem.
+class Peak:
+    """Arrays that a solver holds at one point of its work, beside the problem.
 
     Parameters
     ----------
     matrices
-        Arrays of the size of the matrix, in units of 8 bytes an entry.
+        Of the size of the matrix, in units of 8 bytes an entry.
     grams
-        Arrays of the size of the gram, likewise.
+        Of the size of the gram, likewise.
     rows
-        Bytes of row systems, at most.
+        Of the width, for every row that is worked on together, likewise.
     """
 
-    matrices: float
-    grams: float
-    rows: int = 0
+    matrices: float = 0.0
+    grams: float = 0.0
+    rows: float = 0.0
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What a solver needs for one matrix: the largest of its peaks.
+
+    Parameters
+    ----------
+    peaks
+        Of the solver, and of posing and grading the problem.
+    budget
+        Bytes for rows that are worked on together.
+    """
+
+    peaks: tuple[Peak, ...]
+    budget: int = 1 << 30
 
     def bytes(self, rows: int, width: int) -> int:
         """Bytes for a matrix (rows, width)."""
-        own = self.matrices * rows * width + self.grams * width * width
-        return int(GRAM_ITEM * own) + self.rows
+
+        def size(peak: Peak) -> float:
+            chunk = min(rows, MOST_ROWS, self.budget // (ARRAYS * 8 * width))
+            arrays = peak.matrices * rows + peak.rows * chunk + peak.grams * width
+            return 8.0 * arrays * width
+
+        return int(max(map(size, self.peaks), default=0.0))
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ little. A method that is not in the table has no figures, and none are made up.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from layerwise.run.floor import Work
-from layerwise.run.memory_model import StageShape, Workspace
+from layerwise.run.memory_model import Peak, StageShape, Workspace
 from layerwise.run.recipe import options_of
 from layerwise.solve import solver_name, steps_of
 
@@ -26,40 +26,36 @@ class Cost:
 
     Parameters
     ----------
-    single, double
-        Products of the matrix with the gram, 2 out in^2 operations each, in float32 and
-        in float64.
+    half, single, double
+        Products of the matrix with the gram, 2 out in^2 operations each, in bfloat16,
+        float32 and float64.
     cubic, cubic_double
-        Factorizations and inverses of the gram in units of in^3 operations; matrices that
-        share their inputs share them.
+        Factorizations, inverses and eigenvalues of the gram in units of in^3 operations,
+        in float32 and float64; matrices that share their inputs share them.
     traffic
         Bytes that are read and written, per entry of the matrix.
-    matrices, grams
+    peaks
         Memory, see :class:`~layerwise.run.memory_model.Workspace`.
-    row_systems
-        Whether row systems fill what the memory budget allows.
     """
 
+    half: float = 0.0
     single: float = 0.0
     double: float = 0.0
     cubic: float = 0.0
     cubic_double: float = 0.0
     traffic: float = 0.0
-    matrices: float = 0.0
-    grams: float = 0.0
-    row_systems: bool = False
+    peaks: tuple[Peak, ...] = ()
 
     def then(self, other: "Cost") -> "Cost":
         """Both, one after the other: work adds up, memory is that of the larger."""
         return Cost(
+            self.half + other.half,
             self.single + other.single,
             self.double + other.double,
             max(self.cubic, other.cubic),
             max(self.cubic_double, other.cubic_double),
             self.traffic + other.traffic,
-            max(self.matrices, other.matrices),
-            max(self.grams, other.grams),
-            self.row_systems or other.row_systems,
+            self.peaks + other.peaks,
         )
 
     def work(self, stage: StageShape) -> Work:
@@ -68,6 +64,7 @@ class Cost:
         cubes = float(stage.width) ** 3
         return Work(
             {
+                torch.bfloat16: self.half * products,
                 torch.float32: self.single * products + self.cubic * cubes,
                 torch.float64: self.double * products + self.cubic_double * cubes,
             },
@@ -93,16 +90,53 @@ class Costs:
     iterative: bool = False
 
 
-GRADED = Costs(
-    Cost(double=4, traffic=1100, matrices=4.6),
-    Cost(double=9, traffic=1900, matrices=8.7),
+SHARED = Peak(grams=4.0)  # averages of the sums, and their scaled copies, in the making
+SCORES = Costs(
+    Cost(0, 0, 4, 0, 0, 800, (SHARED, Peak(3.9))),
+    Cost(0, 0, 9, 0, 0, 1400, (SHARED, Peak(8.7))),
 )
-"""Posing a problem and grading its answer, which every method pays."""
-
+"""Posing a problem, choosing a mask from scores, and grading the answer."""
+SWEEP = Costs(
+    Cost(0, 0.7, 4, 0.34, 0, 1100, (SHARED, Peak(4.0, 0.4))),
+    Cost(0, 1.7, 9, 0.34, 0, 1700, (SHARED, Peak(8.0, 0.6))),
+)
+REFIT = Costs(
+    Cost(31, 4.3, 6.2, 0.7, 0, 7300, (SHARED, Peak(1.5, 3.5, 8.5))),
+    Cost(31, 4.3, 13, 0.7, 0, 8500, (SHARED, Peak(3.0, 4.0, 8.5))),
+    iterative=True,
+)
+"""By conjugate gradients, as a step behind another method."""
+SEARCH = Costs(
+    Cost(31, 105, 23, 1.4, 0, 23000, (SHARED, Peak(10.5, 7.0))),
+    Cost(31, 107, 35, 1.4, 0, 27000, (SHARED, Peak(13.9, 7.0))),
+    iterative=True,
+)
+SEARCH_AS_PUBLISHED = Costs(
+    Cost(0, 93, 10, 0.7, 0, 15000, (SHARED, Peak(10.9, 1.5))),
+    Cost(0, 93, 15, 0.7, 0, 17000, (SHARED, Peak(12.9, 1.5))),
+    iterative=True,
+)
+SPLITTING = Costs(
+    Cost(0, 20, 4, 0.4, 10, 3000, (SHARED, Peak(6.2, 2.5))),
+    Cost(0, 20, 10, 0.4, 10, 4000, (SHARED, Peak(10.7, 2.5))),
+    iterative=True,
+)
+SPLITTING_AND_REFIT = Costs(
+    Cost(20, 35, 9, 1, 20, 9000, (SHARED, Peak(7.4, 8.0))),
+    Cost(28, 37, 17, 1, 20, 13000, (SHARED, Peak(11.0, 8.0))),
+    iterative=True,
+)
 COSTS: Mapping[str, Costs] = MappingProxyType(
     {
-        "magnitude": GRADED,
-        "wanda": GRADED,
+        "magnitude": SCORES,
+        "wanda": SCORES,
+        "ria": SCORES,
+        "sparsegpt": SWEEP,
+        "least-squares": REFIT,
+        "fista": SEARCH,
+        "fista-paper": SEARCH_AS_PUBLISHED,
+        "admm": SPLITTING,
+        "alps": SPLITTING_AND_REFIT,
     }
 )
 
@@ -132,6 +166,10 @@ def workspace_of(solver: Any, *, pair: bool) -> Workspace | None:
     cost = cost_of(solver, pair=pair)
     if cost is None:
         return None
-    budgets = [getattr(step, "memory_budget", 0) for step in steps_of(solver)]
-    rows = max(budgets) if cost.row_systems else 0
-    return Workspace(cost.matrices, cost.grams, rows)
+    budgets = [step.memory_budget for step in steps_of(solver) if has_budget(step)]
+    return Workspace(cost.peaks, max(budgets, default=Workspace.budget))
+
+
+def has_budget(solver: Any) -> bool:
+    """Whether a method takes a memory budget."""
+    return hasattr(solver, "memory_budget")
