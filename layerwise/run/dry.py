@@ -21,12 +21,20 @@ from layerwise.run.perplexity import evaluation_mode
 from layerwise.run.streams import capture
 
 PROBE = (2, 8)  # sequences, tokens of each
-LENGTHS = (32, 64)  # of the passes from which the growth with the length is found
+LENGTHS = (32, 64)  # of passes that show whether the operations grow with the length
 
 
 @contextmanager
-def without_memory(model: nn.Module) -> Iterator[None]:
-    """Let a model on the meta device run, and make tensors without storage inside."""
+def without_memory(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Let a model run, and make tensors without storage, inside the context.
+
+    Parameters
+    ----------
+    model
+        On the meta device.
+    dtype
+        Type of its parameters inside; by default their own.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     swapped: list[tuple[dict[str, Any], str, Any]] = []
     made: dict[int, nn.Parameter] = {}  # tied parameters stay tied
@@ -36,7 +44,7 @@ def without_memory(model: nn.Module) -> Iterator[None]:
                 if parameter is None:
                     continue
                 if id(parameter) not in made:
-                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    empty = torch.empty(parameter.shape, dtype=dtype or parameter.dtype)
                     made[id(parameter)] = nn.Parameter(empty, parameter.is_floating_point())
                 swapped.append((module._parameters, name, parameter))
             for name, buffer in module._buffers.items():
@@ -66,41 +74,51 @@ def adapter_without_memory(model: Any) -> Adapter:
     model_type = str(getattr(model.config, "model_type", ""))
     if model_type in ADAPTERS:
         return get_adapter(model_type)
-    with without_memory(model), evaluation_mode(model):
+    # there are kernels for every architecture in this type
+    with without_memory(model, torch.bfloat16), evaluation_mode(model):
         return discover(model, torch.zeros(PROBE, dtype=torch.long))
 
 
-def working_set(model: nn.Module, adapter: Adapter) -> tuple[float, float]:
-    """Bytes per token, and per pair of tokens, of one sequence inside a block.
+def working_set(
+    model: Any, adapter: Adapter, length: int
+) -> tuple[tuple[int, float], ...]:
+    """Bytes that one sequence needs inside a block, at a few lengths up to the given one.
 
     The largest of all blocks that differ, for a pass to the end of the block; its input
-    does not count, its output does.
+    does not count, its output does. Blocks that go through a sequence token by token are
+    run on short ones only, which they need memory in proportion to.
     """
-    short, long = LENGTHS
-    peaks = [_peak(model, adapter, length) for length in LENGTHS]
-    quadratic = max(0.0, (peaks[1] / long - peaks[0] / short) / (long - short))
-    linear = peaks[1] / long - quadratic * long
-    return linear, quadratic
+    try:
+        return _working_set(model, adapter, length, model.dtype)
+    except RuntimeError:  # experts have kernels in one type alone
+        share = model.dtype.itemsize / torch.bfloat16.itemsize
+        found = _working_set(model, adapter, length, torch.bfloat16)
+        return tuple((at, share * size) for at, size in found)
 
 
-def _peak(model: nn.Module, adapter: Adapter, length: int) -> int:
-    """Most bytes that are alive inside a block for one sequence."""
-    blocks = adapter.blocks_of(model)
-    kinds: dict[tuple[Any, ...], int] = {}  # shapes of a block -> its first index
-    for index, block in enumerate(blocks.values()):
+def _working_set(
+    model: Any, adapter: Adapter, length: int, dtype: torch.dtype
+) -> tuple[tuple[int, float], ...]:
+    lengths = sorted({*(min(n, length) for n in LENGTHS), -(-length // 4), length})
+    blocks = list(adapter.blocks_of(model).values())
+    kinds: dict[Any, int] = {}  # shapes of a block -> its first index
+    for index, block in enumerate(blocks):
         shapes = tuple((n, tuple(p.shape)) for n, p in block.named_parameters())
         kinds.setdefault((type(block), shapes), index)
-    peak = 0
-    with without_memory(model), evaluation_mode(model):
-        tokens = torch.zeros(1, length, dtype=torch.long)
-        stream = capture(model, list(blocks.values()), [tokens])
-        hidden = stream.hidden[0]
-        members = list(blocks.values())
-        for index in kinds.values():
-            with torch.no_grad(), LiveBytes() as live:
-                stream.calls[index][0].run(members[index], hidden, hidden.device)
-            peak = max(peak, live.peak)
-    return peak
+    found: dict[int, float] = {}
+    counts: set[int] = set()
+    with without_memory(model, dtype), evaluation_mode(model), torch.no_grad():
+        batches = [torch.zeros(1, n, dtype=torch.long) for n in lengths]
+        stream = capture(model, blocks, batches)
+        for number, (n, hidden) in enumerate(zip(lengths, stream.hidden, strict=True)):
+            for index in kinds.values():
+                with LiveBytes() as live:
+                    stream.calls[index][number].run(blocks[index], hidden, hidden.device)
+                found[n] = max(found.get(n, 0.0), live.peak)
+                counts.add(live.operations)
+            if len(counts) > len(kinds) and n >= LENGTHS[-1]:
+                break  # token by token
+    return tuple(found.items())
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -110,11 +128,13 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ----------
     peak
         Most bytes that were alive at a time.
+    operations
+        Number of operations so far.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = 0
+        self.peak = self.operations = 0
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(
@@ -122,6 +142,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         known = {_storage(t) for t in _tensors((args, list((kwargs or {}).values())))}
         result = func(*args, **(kwargs or {}))
+        self.operations += 1
         for tensor in _tensors(result):
             if (key := _storage(tensor)) not in known:
                 storage = tensor.untyped_storage()

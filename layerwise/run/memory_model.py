@@ -65,8 +65,8 @@ class ModelShape:
     itemsize
         Bytes of a parameter and of an activation.
     working
-        Bytes that a pass of one sequence through a block needs beside its input: per
-        token, and per pair of tokens.
+        Bytes that a pass of one sequence through a block needs beside its input, at
+        some lengths, which grow.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -74,12 +74,22 @@ class ModelShape:
     head: int
     hidden: int
     itemsize: int
-    working: tuple[float, float]
+    working: tuple[tuple[int, float], ...]
 
     @property
     def parameters(self) -> int:
         """All of them, tied ones once."""
         return self.embeddings + self.head + sum(b.parameters for b in self.blocks)
+
+    def working_bytes(self, length: int) -> float:
+        """Bytes that a sequence needs inside a block, between the lengths by a line."""
+        before = (0, 0.0)
+        for after in self.working:
+            if length <= after[0]:
+                share = (length - before[0]) / (after[0] - before[0])
+                return before[1] + share * (after[1] - before[1])
+            before = after
+        return before[1] * length / before[0]
 
     @property
     def widest(self) -> StageShape | None:
@@ -333,8 +343,7 @@ def _held(run: RunShape) -> int:
 
 
 def _working(model: ModelShape, run: RunShape) -> float:
-    linear, quadratic = model.working
-    return run.batch * (linear * run.length + quadratic * run.length**2)
+    return run.batch * model.working_bytes(run.length)
 
 
 def _advance(model: ModelShape, run: RunShape, block: BlockShape) -> Moment:

@@ -9,9 +9,9 @@ from layerwise.run.memory_model import BlockShape, ModelShape, StageShape
 
 
 def model_shape(
-    model: Any, adapter: Adapter, shapes: Mapping[str, tuple[int, int]]
+    model: Any, adapter: Adapter, shapes: Mapping[str, tuple[int, int]], length: int
 ) -> ModelShape:
-    """Shapes of a model, which may be on the meta device.
+    """Shapes of a model on the meta device.
 
     Parameters
     ----------
@@ -19,6 +19,8 @@ def model_shape(
         The model and its declaration.
     shapes
         Shape (out, in) of every matrix that is pruned, by full name.
+    length
+        Tokens of the longest sequence that will be asked for.
     """
     blocks = adapter.blocks_of(model)
     inside = {
@@ -35,7 +37,7 @@ def model_shape(
         head=sum(size for key, size in around.items() if key in own_head),
         hidden=int(entry.weight.shape[1]),
         itemsize=model.dtype.itemsize,
-        working=working_set(model, adapter),
+        working=working_set(model, adapter, length),
     )
 
 

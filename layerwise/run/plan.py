@@ -276,7 +276,7 @@ def plan_run(
     refusal = _selection_error(skeleton, adapter, entries, chosen)
     groups = inventory(skeleton, adapter, *entries, chosen)
     shapes = by_shape(groups)
-    sizes = model_shape(skeleton, adapter, shapes)
+    sizes = model_shape(skeleton, adapter, shapes, length)
     output = None if output_dir is None else Path(output_dir)
     capacity = capacity_of(place, output)
     streamed = headers.one_to_one and required_gradient(solver) is None

@@ -85,7 +85,7 @@ class Llama:
             head=table,
             hidden=self.hidden,
             itemsize=itemsize,
-            working=(llama_working(self.hidden, self.inner, itemsize), 0.0),
+            working=((1, llama_working(self.hidden, self.inner, itemsize)),),
         )
 
 
