@@ -47,7 +47,7 @@ def discover(model: nn.Module, tokens: Tensor) -> Adapter:
     UnsupportedModelError
         If there is no single list of decoder blocks, or it cannot be run.
     """
-    lists = _lists_of_blocks(model)
+    lists = lists_of_blocks(model)
     trace = _run(model, lists, tokens)
     name = _decoder(model, lists, trace)
     by_block: dict[str, tuple[Stage, ...]] = {}
@@ -71,7 +71,7 @@ def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, inner
 
 
-def _lists_of_blocks(model: nn.Module) -> dict[str, nn.ModuleList]:
+def lists_of_blocks(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Module lists with linears inside; lists inside their members do not count."""
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():

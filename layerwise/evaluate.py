@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import VerificationError
+from layerwise.gram import slabs
 from layerwise.problem import CenteredProblem, LayerProblem
 from layerwise.solution import Certificate, Solution, Status
 
@@ -46,13 +47,16 @@ def objective_rows(
             change = problem.weight.double() - weight.double()
             rows += problem.ridge * change.square().sum(dim=1)
         return rows
-    change = problem.weight.double() - weight.double()
-    gradient = change @ problem.gram
-    if problem.shift is not None:
-        gradient += 2 * problem.shift
-    if damped:
-        gradient += problem.ridge * change
-    return ((gradient * change).sum(dim=1) + problem.drift).clamp(min=0)
+    found = []
+    for part in slabs(len(weight)):
+        change = problem.weight[part].double() - weight[part].double()
+        gradient = change @ problem.gram
+        if problem.shift is not None:
+            gradient.add_(problem.shift[part], alpha=2)
+        if damped:
+            gradient.add_(change, alpha=problem.ridge)
+        found.append(gradient.mul_(change).sum(dim=1))
+    return (torch.cat(found) + problem.drift).clamp(min=0)
 
 
 def residual(problem: LayerProblem, weight: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ The product of two bfloat16 numbers is a float32 number, so grams of bfloat16 ac
 lose nothing in tensor cores that add up in float32.
 """
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 BLOCKS = 8  # of columns: 9/16 of the products of a full square remain
 NARROW = 128  # columns that are not worth two products
+SLAB = 512  # rows that are worked on at a time, where a copy of all would cost memory
 
 
 def add_gram(total: Tensor, tokens: Tensor, scale: float) -> None:
@@ -35,8 +37,28 @@ def add_gram(total: Tensor, tokens: Tensor, scale: float) -> None:
 
 def mirrored(total: Tensor) -> Tensor:
     """Symmetric matrix with the upper triangle of a sum."""
-    upper = total.triu()
-    return upper + upper.triu(1).T
+    return mirror_(total.clone())
+
+
+def mirror_(total: Tensor) -> Tensor:
+    """Copy the upper triangle of a sum onto the lower one, in place."""
+    for rows in slabs(len(total)):
+        corner = total[rows, rows].triu()
+        total[rows, rows] = corner + corner.triu(1).T
+        total[rows.stop :, rows] = total[rows, rows.stop :].T
+    return total
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """Add ``scale * left^T right`` of activations (n, a) and (n, b) to a sum (a, b)."""
+    for rows in slabs(len(total)):
+        total[rows].add_(product(left[:, rows], right), alpha=scale)
+
+
+def slabs(size: int) -> Iterator[slice]:
+    """Ranges of at most :data:`SLAB` rows that cover all."""
+    for begin in range(0, size, SLAB):
+        yield slice(begin, min(begin + SLAB, size))
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

@@ -22,13 +22,21 @@ from torch import Tensor
 
 from layerwise.errors import InvalidProblemError
 from layerwise.fluctuation import RunningFluctuation
-from layerwise.gram import add_gram, mirrored, precision_of, product
+from layerwise.gram import (
+    add_gram,
+    add_product,
+    mirror_,
+    mirrored,
+    precision_of,
+    slabs,
+)
 from layerwise.linalg import Factor, factorize
 
 Shared = TypeVar("Shared")
 
 MAX_EXPONENT = 120  # 2 to this power is an ordinary number in float32
 CONSTANT_VARIANCE = 1e-6  # of the second moment, whose float32 products round near 1e-7
+SLACK = 1e-4  # of a gram that was rounded, relative to the diagonal
 VECTORS = ("input_mean", "pruned_input_mean", "fluctuation")
 EXACT_RANK_WIDTH = 2048  # above it, an eigenvalue decomposition costs more than it tells
 
@@ -229,11 +237,16 @@ class MomentAccumulator:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.n_tokens = 0
+        self._scale = 1.0
         self._weights = [weight.detach().to(device) for weight in weights]
         self._gram, self._sum = zeros(width, width), zeros(width)
         self._cross: Tensor | None = None
         self._pruned_sum = zeros(width)
-        self._drift = zeros(width, width) if self._weights else None
+        outputs = sum(len(weight) for weight in self._weights)
+        # by the gram of the difference, unless the products themselves are fewer
+        self._by_gram = 2 * outputs > width
+        self._drift: Tensor | None = None
+        self._drifts = [zeros(len(weight)) for weight in self._weights]
         self._fluctuation = RunningFluctuation(width, device) if fluctuation else None
 
     def update(self, inputs: Tensor, pruned_inputs: Tensor | None = None) -> None:
@@ -281,10 +294,10 @@ class MomentAccumulator:
             )
             raise InvalidProblemError(message)
         device = self._gram.device
-        tokens = tokens.to(device, precision_of(tokens, device))
         exponent = math.frexp(float(largest))[1]
         exponent = max(-MAX_EXPONENT, min(MAX_EXPONENT, exponent))
-        return _descale(tokens, -exponent), exponent
+        tokens = tokens.to(device, precision_of(tokens, device), copy=True)
+        return tokens.mul_(2.0**-exponent), exponent
 
     def _update_pair(
         self, dense: Tensor, exponent: int, pruned: Tensor, pruned_exponent: int
@@ -296,38 +309,83 @@ class MomentAccumulator:
             self._cross = torch.zeros_like(self._gram)
         add_gram(self._gram, pruned, 2.0 ** (2 * pruned_exponent))
         cross_scale = 2.0 ** (exponent + pruned_exponent)
-        self._cross.add_(product(dense, pruned), alpha=cross_scale)
+        add_product(self._cross, dense, pruned, cross_scale)
         self._pruned_sum += _descale(
             pruned.sum(dim=0, dtype=torch.float64), pruned_exponent
         )
-        if self._drift is not None:
+        if self._weights:
             precision = torch.promote_types(dense.dtype, torch.float32)  # it rounds
             other = _descale(pruned.to(precision), pruned_exponent - exponent)
-            change = dense.to(precision).sub(other)
-            add_gram(self._drift, change, 2.0 ** (2 * exponent))
+            self._add_drift(other.neg_().add_(dense), 2.0 ** (2 * exponent))
+
+    def _add_drift(self, change: Tensor, scale: float) -> None:
+        if self._by_gram:
+            if self._drift is None:
+                self._drift = torch.zeros_like(self._gram)
+            add_gram(self._drift, change, scale)
+            return
+        for weight, drift in zip(self._weights, self._drifts, strict=True):
+            for rows in slabs(len(weight)):
+                outputs = change @ weight[rows].to(change.dtype).T
+                squares = outputs.square_().sum(dim=0, dtype=torch.float64)
+                drift[rows].add_(squares, alpha=scale)
 
     def moments(self) -> Moments:
         """Averages of everything added so far."""
+        n = self._count()
+        cross = None if self._cross is None else self._cross / n
+        return self._averages(mirrored(self._gram) / n, cross)
+
+    def release(self) -> tuple[Moments, int]:
+        """Averages times ``2^-k``, so that their mean diagonal is near one, and k.
+
+        They are the sums themselves, scaled exactly, so that neither this nor
+        :func:`layerwise.solve` makes another gram; nothing can be added any more.
+        :meth:`drift` is in the same units from here on.
+        """
+        n = self._count()
+        gram = mirror_(self._gram).div_(n)
+        exponent = even_exponent(float(gram.diagonal().mean()))
+        self._scale = 2.0**-exponent
+        cross = self._cross
+        if cross is not None:
+            cross.div_(n).mul_(self._scale)
+        return self._averages(gram.mul_(self._scale), cross), exponent
+
+    def _count(self) -> int:
         if self.n_tokens == 0:
             message = "no tokens were added; the calibration data are empty"
             raise InvalidProblemError(message)
-        n, cross = self.n_tokens, self._cross
+        return self.n_tokens
+
+    def _averages(self, gram: Tensor, cross: Tensor | None) -> Moments:
+        n, root = self.n_tokens, self._scale**0.5
+        fluctuation = self._fluctuation
         return Moments(
-            mirrored(self._gram) / n,
-            None if cross is None else cross / n,
-            self._sum / n,
-            None if cross is None else self._pruned_sum / n,
+            gram,
+            cross,
+            self._sum / n * root,
+            None if cross is None else self._pruned_sum / n * root,
             n_tokens=n,
-            fluctuation=None if self._fluctuation is None else self._fluctuation.value(),
+            fluctuation=None if fluctuation is None else fluctuation.value() * self._scale,
         )
 
     def drift(self, index: int) -> Tensor | None:
         """Row sums of ``(W (X - Xhat))^2 / tokens`` of one matrix; None if Xhat = X."""
-        if self._cross is None or self._drift is None:
+        if self._cross is None or not self._weights:
             return None
-        weight = self._weights[index].double()
-        rows = ((weight @ mirrored(self._drift)) * weight).sum(dim=1)
-        return rows.clamp(min=0) / self.n_tokens
+        if self._drift is None:
+            rows = self._drifts[index]
+        else:
+            weight = self._weights[index].double()
+            rows = ((weight @ mirrored(self._drift)) * weight).sum(dim=1)
+        return rows.clamp(min=0) / self.n_tokens * self._scale
+
+
+def even_exponent(mean_diagonal: float) -> int:
+    """Power of two near a number, even, so that its root is a power of two as well."""
+    exponent = math.frexp(mean_diagonal)[1]
+    return exponent - exponent % 2
 
 
 def _descale(values: Tensor, exponent: int) -> Tensor:
@@ -358,18 +416,23 @@ def _check_gram(gram: Tensor, may_vanish: bool) -> None:
         message = "gram is zero: every input is zero in every token"
         raise InvalidProblemError(message)
     root = diagonal.sqrt()
-    slack = 1e-4 * torch.outer(root, root)
-    if bool(((gram - gram.T).abs() > slack).any()):
-        row, column = ((gram - gram.T).abs() > slack).nonzero()[0].tolist()
-        message = (
-            f"gram is not symmetric: {float(gram[row, column])} at ({row}, {column}), "
-            f"{float(gram[column, row])} at ({column}, {row})"
-        )
-        raise InvalidProblemError(message)
-    if bool((gram.abs() > torch.outer(root, root) + slack).any()):
-        row, column = (gram.abs() > torch.outer(root, root) + slack).nonzero()[0].tolist()
-        message = (
-            f"gram is not positive semi-definite: |G[{row}, {column}]| exceeds "
-            f"sqrt(G[{row}, {row}] G[{column}, {column}])"
-        )
-        raise InvalidProblemError(message)
+    for rows in slabs(len(gram)):  # no copy of a large gram
+        part, bound = gram[rows], torch.outer(root[rows], root)
+        wrong = (part - gram[:, rows].T).abs() > SLACK * bound
+        if bool(wrong.any()):
+            row, column = wrong.nonzero()[0].tolist()
+            row += rows.start
+            message = (
+                f"gram is not symmetric: {float(gram[row, column])} at ({row}, {column}), "
+                f"{float(gram[column, row])} at ({column}, {row})"
+            )
+            raise InvalidProblemError(message)
+        wrong = part.abs() > (1 + SLACK) * bound
+        if bool(wrong.any()):
+            row, column = wrong.nonzero()[0].tolist()
+            row += rows.start
+            message = (
+                f"gram is not positive semi-definite: |G[{row}, {column}]| exceeds "
+                f"sqrt(G[{row}, {row}] G[{column}, {column}])"
+            )
+            raise InvalidProblemError(message)

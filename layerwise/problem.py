@@ -25,13 +25,15 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import InvalidProblemError
+from layerwise.gram import slabs
 from layerwise.linalg import Factor, damped
-from layerwise.moments import MomentAccumulator, Moments
+from layerwise.moments import MomentAccumulator, Moments, even_exponent
 from layerwise.patterns import FixedMask, Pattern
 
 if TYPE_CHECKING:
     import cvxpy
 
+OF_THE_DATA = ("target", "shift", "drift")  # properties without damping and pattern
 CHUNK_TOKENS = 65536
 
 
@@ -162,9 +164,9 @@ class LayerProblem:
             follows without cancellation; what :class:`MomentAccumulator` collects.
         """
         _check_weight(weight, moments)
+        known: dict[str, Tensor] = {}
         if energy is None:
-            dense = weight.detach().double()
-            energy = ((dense @ moments.gram) * dense).sum(dim=1)
+            energy = _row_forms(weight, moments.gram)
             if moments.cross_gram is not None:
                 if drift is None:
                     message = (
@@ -172,14 +174,17 @@ class LayerProblem:
                         "from gram and cross_gram: pass energy or drift"
                     )
                     raise InvalidProblemError(message)
-                change = moments.cross_gram - moments.gram
-                energy += drift + 2 * ((dense @ change) * dense).sum(dim=1)
+                shift = _shift(weight, moments)
+                energy += drift + 2 * _row_dots(shift, weight)
+                known = {"shift": shift, "drift": drift.double()}
             energy = energy.clamp(min=0)
         if isinstance(gradient_norm, Tensor):
             gradient_norm = gradient_norm.detach()
-        return cls(
+        problem = cls(
             weight.detach(), moments, pattern, energy.double(), damping, gradient_norm
         )
+        vars(problem).update(known)  # cached properties: each would be a product again
+        return problem
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -213,15 +218,15 @@ class LayerProblem:
         """S = W (C - G), shape (out, in), float64; None if it is zero."""
         if self.moments.cross_gram is None:
             return None
-        return self.weight.double() @ (self.moments.cross_gram - self.gram)
+        return _shift(self.weight, self.moments)
 
     @cached_property
     def drift(self) -> Tensor:
         """Objective of the dense weight, row by row, shape (out,), float64."""
         if self.shift is None:
             return torch.zeros_like(self.energy)
-        dense = self.weight.double()
-        quadratic = ((dense @ self.gram + 2 * self.shift) * dense).sum(dim=1)
+        quadratic = _row_forms(self.weight, self.gram)
+        quadratic += 2 * _row_dots(self.shift, self.weight)
         return (self.energy - quadratic).clamp(min=0)
 
     @property
@@ -249,11 +254,18 @@ class LayerProblem:
 
     def with_damping(self, damping: float) -> "LayerProblem":
         """Return the same problem with another damping."""
-        return replace(self, damping=damping)
+        return self._posed(damping=damping)
 
     def with_pattern(self, pattern: Pattern) -> "LayerProblem":
         """Return the same problem with another pattern."""
-        return replace(self, pattern=pattern)
+        return self._posed(pattern=pattern)
+
+    def _posed(self, **changes: Any) -> "LayerProblem":
+        """Return the same data, posed otherwise; what was computed of them stays true."""
+        posed = replace(self, **changes)
+        known = {name: vars(self)[name] for name in OF_THE_DATA if name in vars(self)}
+        vars(posed).update(known)
+        return posed
 
     def centered(self) -> "CenteredProblem":
         """Return the problem about the means, whose optimal shift is a bias.
@@ -299,8 +311,7 @@ class LayerProblem:
         magnitude are solved alike; objectives are to be multiplied by ``2^k``. Means and
         `gradient_norm` are linear in the inputs and scale by the root.
         """
-        exponent = math.frexp(self.moments.mean_diagonal)[1]
-        exponent -= exponent % 2  # an even power keeps the means exact as well
+        exponent = even_exponent(self.moments.mean_diagonal)
         if exponent == 0:
             return self, 0
         scale = 2.0**-exponent
@@ -326,6 +337,41 @@ class LayerProblem:
 @dataclass(frozen=True, eq=False)
 class CenteredProblem(LayerProblem):
     """A problem about the means of its inputs; its solutions carry a bias."""
+
+
+def _shift(
+    weight: Tensor,  # (out, in)
+    moments: Moments,
+) -> Tensor:  # (out, in)
+    """``W (C - G)`` without a copy of the gram."""
+    assert moments.cross_gram is not None
+    result = torch.empty_like(weight, dtype=torch.float64)
+    for columns in slabs(moments.width):
+        change = moments.cross_gram[:, columns] - moments.gram[:, columns]
+        for rows in slabs(len(weight)):
+            result[rows, columns] = weight[rows].double() @ change
+    return result
+
+
+def _row_forms(
+    weight: Tensor,  # (out, in)
+    gram: Tensor,  # (in, in)
+) -> Tensor:  # (out,)
+    """``w G w^T`` of every row, some rows at a time."""
+    found = []
+    for rows in slabs(len(weight)):
+        part = weight[rows].detach().double()
+        found.append((part @ gram).mul_(part).sum(dim=1))
+    return torch.cat(found)
+
+
+def _row_dots(
+    one: Tensor,  # (out, in)
+    other: Tensor,  # (out, in)
+) -> Tensor:  # (out,)
+    """Inner products of the rows of two matrices."""
+    found = [(one[r] * other[r].detach()).sum(dim=1) for r in slabs(len(one))]
+    return torch.cat(found)
 
 
 def _check_weight(weight: Any, moments: Moments) -> None:

@@ -412,20 +412,22 @@ def test_block_survives_the_disk(tmp_path: Path) -> None:
     assert journal.read_block(3) is None
 
 
-@pytest.mark.parametrize("damage", ["cut", "strange", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "strange", "empty", "flipped"])
 def test_damaged_block_is_named(tmp_path: Path, damage: str) -> None:
     from safetensors.torch import save
 
     journal = Journal(tmp_path / "out", {})
     journal.write_block(0, make_block())
-    (path,) = (tmp_path / "out.partial").rglob("00000.safetensors")
+    path = journal.block_path(0)
+    assert path is not None
     content = {
         "cut": path.read_bytes()[:-1],
         "strange": save({"weight:q": torch.zeros(2)}),
         "empty": b"",
+        "flipped": path.read_bytes()[:-1] + b"\x01",
     }
     path.write_bytes(content[damage])
-    with pytest.raises(DataError, match=r"00000\.safetensors is damaged") as caught:
+    with pytest.raises(DataError, match=r"00000-\w+\.safetensors is damaged") as caught:
         journal.read_block(0)
     assert "\n" not in str(caught.value)
 

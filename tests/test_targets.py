@@ -178,6 +178,6 @@ def test_tensors_by_parameter_are_in_the_order_of_the_names() -> None:
     chosen = selection(["re:.*[qv]_proj"], [])
     q, v = torch.zeros(1), torch.ones(1)
     parts = [{"self_attn.v_proj": v, "self_attn.q_proj": q}] * 2
-    found = chosen.by_parameter(parts)
+    found = chosen.by_parameter(lambda index, linear: parts[index][linear])
     assert list(found) == [f"{name}.weight" for name in chosen.names]
     assert [int(tensor) for tensor in found.values()] == [0, 1, 0, 1]

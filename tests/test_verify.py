@@ -141,7 +141,7 @@ def reshape_tensor(folder: Path) -> None:
 
 def change_masks(edit: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
-        masks = read_masks(folder)
+        masks = dict(read_masks(folder))
         edit(masks)
         journal = Journal(folder.parent / "journal", {})
         journal.write_masks(masks)

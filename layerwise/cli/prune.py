@@ -75,6 +75,9 @@ def prune(
     device: Device = "auto",
     threads: Threads = None,
     memory_budget: Annotated[int | None, typer.Option(help="Bytes for refits.")] = None,
+    activations: Annotated[
+        str, typer.Option(help="Kept in memory, on disk, or auto: where there is room.")
+    ] = "auto",
     resume: Resume = True,
     force: Force = False,
 ) -> None:
@@ -104,19 +107,19 @@ def prune(
     flags = {name: value for name, value in given.items() if value is not None}
     base = Recipe.read(recipe).model_dump(exclude_unset=True) if recipe else {}
     arguments = Recipe.check({**base, **flags}, "the command line")
-    _prune(arguments, output, device, threads, memory_budget, resume=resume, force=force)
+    set_threads(threads)
+    machine = {
+        "device": device,
+        "memory_budget": memory_budget,
+        "activations": activations,
+        "resume": resume,
+        "force": force,
+    }
+    _prune(arguments, output, machine)
 
 
-def _prune(
-    recipe: Any,
-    output: Path | None,
-    device: str,
-    threads: int | None,
-    memory_budget: int | None,
-    *,
-    resume: bool,
-    force: bool,
-) -> None:
+def _prune(recipe: Any, output: Path | None, machine: dict[str, Any]) -> None:
+    """Run a recipe; `machine` is how and where, which does not decide the result."""
     for name, value in (
         ("MODEL", recipe.model),
         ("--sparsity", recipe.sparsity),
@@ -136,7 +139,6 @@ def _prune(
     from layerwise.run.prune import prune_model
     from layerwise.run.structure import leaving
 
-    set_threads(threads)
     with progress_on(PlainProgress, RichProgress) as progress:
         report = prune_model(
             recipe.model,
@@ -160,11 +162,8 @@ def _prune(
             damping=recipe.damping,
             certify=recipe.certify,
             options=recipe.options,
-            device=device,
-            memory_budget=memory_budget,
             output_dir=output,
-            resume=resume,
-            force=force,
+            **machine,
             callbacks=(progress,),
         )
     assert report.output_dir is not None

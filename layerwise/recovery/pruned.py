@@ -64,7 +64,7 @@ class Pruned:
             model: Any = source.load_model()
             adapter = adapter_of(model)
             if manifest.smaller is None:
-                kept = read_masks(source.path)
+                kept = dict(read_masks(source.path))
             else:  # what is left of a smaller model is dense
                 kept = _everything(model, adapter)
             found = cls(model, adapter, kept, source, manifest)

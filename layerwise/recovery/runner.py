@@ -158,8 +158,8 @@ class Runner:
             records += found.records
             if index < len(blocks) - 1:
                 if task.mode == "full":
-                    dense_hidden = behind(original, calls, dense_hidden, self._device)
-                hidden = behind(block, calls, hidden, self._device)
+                    dense_hidden = list(behind(original, calls, dense_hidden, self._device))
+                hidden = list(behind(block, calls, hidden, self._device))
             for module, home in zip((block, original), homes, strict=True):
                 module.to(home)
         return values, records

@@ -14,6 +14,11 @@ from torch import Tensor
 from layerwise.errors import DataError, UsageError
 
 
+def packed_size(shape: Sequence[int]) -> int:
+    """Bytes of the packed mask of a shape."""
+    return -(-math.prod(shape) // 8)
+
+
 def pack_mask(mask: Tensor) -> Tensor:
     """Bits of a boolean mask of any shape, as uint8 of shape (ceil(entries / 8),)."""
     if mask.dtype != torch.bool:
@@ -33,7 +38,7 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
         bit set in the padding.
     """
     entries = math.prod(shape)
-    expected = -(-entries // 8)
+    expected = packed_size(shape)
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (expected,):
         message = (
             f"packed mask is {packed.dtype} of shape {tuple(packed.shape)}, a mask of "

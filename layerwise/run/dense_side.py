@@ -36,7 +36,7 @@ class DenseSide:
         self, task: "Task", inputs: "BlockInputs", stages: Sequence[Stage]
     ) -> None:
         self._task, self._inputs, self._stages = task, inputs, stages
-        self._block = copy.deepcopy(inputs.block)
+        self._block: nn.Module | None = copy.deepcopy(inputs.block)
         self._stored: dict[str, list[Tensor]] = {}
         tokens = sum(states[..., 0].numel() for states in inputs.dense)
         widths = [task.adapter.weight(inputs.block, s.linears[0]).shape[1] for s in stages]
@@ -44,16 +44,18 @@ class DenseSide:
         self._fits = len(stages) > 1 and tokens * sum(widths) * size <= STORE
 
     def inputs_of(self, stage: Stage) -> Iterable[Tensor]:
-        """Inputs of a stage, batch by batch."""
+        """Inputs of a stage, batch by batch; to be asked for once."""
         name = stage.linears[0]
-        if self._fits and not self._stored:
+        if self._fits and self._block is not None:
             self._store()
-        if name in self._stored:
-            return self._stored[name]
+        if self._fits:
+            return self._stored.pop(name)
         inputs = self._inputs
+        assert self._block is not None
         return inputs_of(self._task.device, inputs, self._block, stage, inputs.dense)
 
     def _store(self) -> None:
+        assert self._block is not None
         self._stored = {stage.linears[0]: [] for stage in self._stages}
         taps = [Tap(stage, self._keep(stage.linears[0])) for stage in self._stages]
         inputs, device = self._inputs, self._task.device
@@ -61,6 +63,7 @@ class DenseSide:
             self._block, taps, inputs.calls, inputs.dense, device, inputs.name, stop=True
         ):
             pass
+        self._block = None  # everything was seen
 
     def _keep(self, name: str) -> Callable[[Tensor], None]:
         def visit(batch: Tensor) -> None:

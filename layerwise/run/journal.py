@@ -7,22 +7,27 @@ with the same fingerprint continues where the last one stopped; another is refus
 end the folder is renamed to ``OUT``.
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from layerwise.errors import DataError, UsageError
 from layerwise.run.atomic import atomic_write, remove_temporaries
-from layerwise.run.bitmask import pack_mask, unpack_mask
+from layerwise.run.bitmask import pack_mask, packed_size, unpack_mask
+from layerwise.run.lazy import LazyTensors
 from layerwise.run.pipeline import PrunedBlock
 from layerwise.run.records import LayerRecord
+from layerwise.run.shard import write_shard
 from layerwise.run.strict_json import read_object
 
 FOLDER = "layerwise"  # inside the output folder: everything that is ours
@@ -33,6 +38,7 @@ MASKS = "masks.safetensors"
 WEIGHT, MASK, BIAS = "weight:", "mask:", "bias:"
 SHAPES = "shapes"
 TEXT = "text"
+DIGITS = 16  # of the hash of a block in the name of its file
 
 
 class Journal:
@@ -117,15 +123,28 @@ class Journal:
         for folder in (self.folder, self._ours, self._ours / BLOCKS):
             remove_temporaries(folder)
 
-    def _block_path(self, index: int) -> Path:
-        return self._ours / BLOCKS / f"{index:05d}.safetensors"
+    @property
+    def blocks(self) -> Path:
+        """Folder of the finished blocks."""
+        return self._ours / BLOCKS
+
+    def block_path(self, index: int) -> Path | None:
+        """File of a finished block, or None if it is not there."""
+        return next(iter(sorted(self.blocks.glob(f"{index:05d}-*.safetensors"))), None)
 
     def read_block(self, index: int) -> PrunedBlock | None:
-        """Return a finished block, or None if it is not there."""
-        path = self._block_path(index)
-        if not path.is_file():
+        """Return a finished block, or None if it is not there.
+
+        Raises
+        ------
+        DataError
+            The file is damaged: its content is not what its name says.
+        """
+        path = self.block_path(index)
+        if path is None:
             return None
         block = PrunedBlock()
+        _check_content(path)
         try:
             with safe_open(path, framework="pt") as file:
                 block.records = [
@@ -146,13 +165,32 @@ class Journal:
         return block
 
     def write_block(self, index: int, block: PrunedBlock) -> None:
-        """Store a finished block; after this call it survives anything."""
+        """Store a finished block; after this call it survives anything.
+
+        Its file is named after its content, so that writing it again changes nothing.
+        """
         tensors = {WEIGHT + name: weight for name, weight in block.weights.items()}
         tensors |= {MASK + name: pack_mask(mask) for name, mask in block.masks.items()}
         tensors |= {BIAS + name: bias for name, bias in block.biases.items()}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         records = json.dumps([record.to_dict() for record in block.records])
-        atomic_write(self._block_path(index), save(tensors, metadata={"records": records}))
+        content = save(tensors, metadata={"records": records})
+        name = f"{index:05d}-{hashlib.sha256(content).hexdigest()[:DIGITS]}.safetensors"
+        atomic_write(self.blocks / name, content)
+
+    def read_tensor(self, kind: str, index: int, linear: str) -> Tensor:
+        """One weight or mask (``WEIGHT``, ``MASK``) of a finished block."""
+        path = self.block_path(index)
+        assert path is not None
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(kind + linear)
+                if kind != MASK:
+                    return tensor
+                return unpack_mask(tensor, file.get_slice(WEIGHT + linear).get_shape())
+        except (SafetensorError, OSError) as error:
+            message = f"{path} is damaged ({error}); delete it to redo that block"
+            raise DataError(message) from error
 
     def read_state(self, name: str) -> tuple[dict[str, Tensor], str] | None:
         """Tensors and text of a state that was stored by name, or None."""
@@ -180,15 +218,23 @@ class Journal:
         lines = "".join(json.dumps(record.to_dict()) + "\n" for record in records)
         atomic_write(self._ours / LAYERS, lines.encode())
 
-    def write_masks(self, masks: Mapping[str, Tensor]) -> None:
+    def write_masks(
+        self,
+        masks: Mapping[str, Tensor],
+        shapes: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
         """Write ``masks.safetensors``: bit-packed masks, their shapes in the header.
 
-        The header has one entry, for safetensors writes several in any order.
+        With the shapes, every mask is asked for once, when it is written.
         """
-        packed = {name: pack_mask(mask) for name, mask in masks.items()}
-        shapes = {name: list(mask.shape) for name, mask in sorted(masks.items())}
-        metadata = {SHAPES: json.dumps(shapes)}
-        atomic_write(self._ours / MASKS, save(packed, metadata=metadata))
+        shapes = shapes or {name: mask.shape for name, mask in masks.items()}
+        listed = {name: list(shape) for name, shape in sorted(shapes.items())}
+        write_shard(
+            self._ours / MASKS,
+            {n: (torch.uint8, [packed_size(shape)]) for n, shape in listed.items()},
+            lambda name: pack_mask(masks[name]),
+            {SHAPES: json.dumps(listed)},
+        )
 
     def finish(self) -> None:
         """Rename the partial folder to the output, replacing an older one if forced.
@@ -215,6 +261,15 @@ class Journal:
         """Remove the partial folder of a run that stopped before its first block."""
         if not any((self._ours / BLOCKS).glob("*.safetensors")):
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _check_content(path: Path) -> None:
+    """Raise unless a block file has the content that its name promises."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest[:DIGITS] != path.stem.rpartition("-")[2]:
+        message = f"{path} is damaged: its content changed; delete it to redo that block"
+        raise DataError(message)
 
 
 def check_output(output: Path, *, force: bool) -> None:
@@ -247,19 +302,32 @@ def read_layers(folder: Path) -> list[LayerRecord]:
         raise DataError(message) from error
 
 
-def read_masks(folder: Path) -> dict[str, Tensor]:
-    """Masks of a finished run, by parameter name."""
+def read_masks(folder: Path) -> LazyTensors:
+    """Masks of a finished run, by parameter name; each is read when it is asked for."""
     path = folder / FOLDER / MASKS
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = json.loads(file.metadata()[SHAPES])
-            return {
-                name: unpack_mask(file.get_tensor(name), shapes[name])
-                for name in file.keys()  # noqa: SIM118
-            }
-    except FileNotFoundError:
+    if not path.is_file():
         message = f"{folder} holds no {FOLDER}/{MASKS}: it is no output of layerwise"
-        raise DataError(message) from None
+        raise DataError(message)
+
+    def read(name: str) -> Tensor:
+        with _damage(path), safe_open(path, framework="pt") as file:
+            return unpack_mask(file.get_tensor(name), shapes[name])
+
+    with _damage(path), safe_open(path, framework="pt") as file:
+        listed = json.loads(file.metadata()[SHAPES])
+        shapes = {name: [int(size) for size in shape] for name, shape in listed.items()}
+        names = list(file.keys())
+        if set(names) != set(shapes):
+            message = "masks and shapes differ"
+            raise ValueError(message)
+    return LazyTensors(names, read)
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turn what reading a damaged file raises into an error that names it."""
+    try:
+        yield
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         message = f"{path} is damaged: {error}"
         raise DataError(message) from error

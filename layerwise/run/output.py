@@ -23,6 +23,7 @@ from layerwise.run.allocate import Allocation
 from layerwise.run.atomic import atomic_write
 from layerwise.run.calibration import Calibration
 from layerwise.run.journal import FOLDER, Journal
+from layerwise.run.lazy import LazyTensors
 from layerwise.run.model_card import model_card
 from layerwise.run.recipe import Recipe
 from layerwise.run.records import LayerRecord
@@ -138,7 +139,8 @@ def write_output(
     folder, source = journal.folder, outcome.source
     if source is not None:
         names = checkpoint_names(model, source)
-        stored = {names[name]: weight for name, weight in weights.items()}
+        places = {names[name]: name for name in weights}
+        stored = LazyTensors(places, lambda name: weights[places[name]])
         write_checkpoint(source, folder, stored, overwrite=True)
     else:
         model.save_pretrained(folder)
@@ -147,7 +149,7 @@ def write_output(
         source = Checkpoint.open(folder)
         names = checkpoint_names(model, source)
     pruned = {name: names[name] for name in weights}
-    journal.write_masks(masks)
+    journal.write_masks(masks, {name: model.get_parameter(name).shape for name in masks})
     _write_rest(
         journal,
         outcome,

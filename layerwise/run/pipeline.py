@@ -15,7 +15,7 @@ With ``none`` and ``block`` the blocks are independent of each other, and
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -29,6 +29,7 @@ from layerwise.lower_bounds import MEMORY_BUDGET, proven_gap_of
 from layerwise.moments import MomentAccumulator
 from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
+from layerwise.run.allocator import trim_memory
 from layerwise.run.calibration import Calibration
 from layerwise.run.dense_side import DenseSide, inputs_of
 from layerwise.run.records import LayerRecord
@@ -88,6 +89,10 @@ class PrunedBlock:
     records: list[LayerRecord] = field(default_factory=list)
     biases: dict[str, Tensor] = field(default_factory=dict)
 
+    def without_tensors(self) -> "PrunedBlock":
+        """Its figures alone."""
+        return PrunedBlock(records=self.records)
+
 
 @dataclass(frozen=True)
 class BlockInputs:
@@ -132,10 +137,15 @@ def prune_block(
     return result
 
 
-def advance(task: Task, inputs: BlockInputs, hidden: Sequence[Tensor]) -> list[Tensor]:
-    """Hidden states behind the block as it is now."""
-    with timed("forward"):
-        return behind(inputs.block, inputs.calls, hidden, task.device)
+def advance(task: Task, inputs: BlockInputs, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Hidden states behind the block as it is now, batch by batch."""
+    batches = behind(inputs.block, inputs.calls, hidden, task.device)
+    while True:
+        with timed("forward"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def collect_at_once(task: Task, inputs: BlockInputs) -> list[MomentAccumulator]:
@@ -204,14 +214,16 @@ def _solve_stage(
     """Solve the problems of a stage, which share their moments, and write the weights."""
     pattern = task.pattern
     assert isinstance(pattern, Pattern)
+    trim_memory()
     with naming(f"{inputs.name}.{stage.linears[0]}"), timed("gram"):
-        moments = accumulator.moments()
+        moments, exponent = accumulator.release()
     for index, name in enumerate(stage.linears):
         full_name = f"{inputs.name}.{name}"
         weight = task.adapter.weight(inputs.block, name)
         gradient_norm = inputs.gradients.get(name)
-        if gradient_norm is not None:
-            gradient_norm = gradient_norm.to(weight.device)
+        if gradient_norm is not None:  # in the units of the moments
+            scale = 2.0 ** (-exponent // 2)
+            gradient_norm = gradient_norm.to(weight.device).double() * scale
         start = time.perf_counter()
         with naming(full_name), timed("solve"):
             problem = LayerProblem.from_moments(
@@ -225,7 +237,9 @@ def _solve_stage(
             solution = solve(problem, task.solver)
             stored = solution.weight.to(weight.dtype)
             seconds = time.perf_counter() - start
-            error = relative_error(problem, stored)
+            error = solution.relative_error
+            if not torch.equal(stored.to(solution.weight.dtype), solution.weight):
+                error = relative_error(problem, stored)
             record = record_of(task, full_name, problem, solution, stored, error, seconds)
         if task.certify:
             with naming(full_name), timed("certify"):
@@ -233,6 +247,8 @@ def _solve_stage(
         weight.copy_(stored)  # last: the problem reads the dense weight
         result.weights[name], result.masks[name] = stored.cpu(), solution.mask.cpu()
         result.records.append(record)
+        del problem, solution  # before the memory of the next ones is needed
+        trim_memory()
         on_layer(record)
 
 

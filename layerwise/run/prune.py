@@ -6,8 +6,9 @@ object, the model is pruned in place.
 """
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,14 @@ from torch import Tensor, nn
 from layerwise.patterns import NM, Pattern
 from layerwise.run.architecture import adapter_of, note_on
 from layerwise.run.calibration import Calibration, token_windows
-from layerwise.run.journal import Journal, check_output
+from layerwise.run.hidden_store import (
+    HiddenStore,
+    choose_store,
+    free_memory,
+    hidden_bytes,
+)
+from layerwise.run.journal import MASK, WEIGHT, Journal, check_output, read_masks
+from layerwise.run.lazy import LazyTensors
 from layerwise.run.output import (
     Outcome,
     fingerprint,
@@ -28,6 +36,7 @@ from layerwise.run.perplexity import evaluation_mode
 from layerwise.run.pipeline import ErrorCorrection, Task
 from layerwise.run.recipe import OptionValue, Recipe, options_of
 from layerwise.run.records import LayerRecord, median_gap
+from layerwise.run.residency import InMemory, Residency, can_stream, open_resident
 from layerwise.run.settings import (
     as_entries,
     budget_of_bounds,
@@ -79,12 +88,11 @@ class PruneReport:
 
     Parameters
     ----------
-    model
-        The pruned model.
     records
         Figures of every pruned matrix, in order.
     masks
-        Mask of every pruned weight, by parameter name and in its shape, True = kept.
+        Mask of every pruned weight, by parameter name and in its shape, True = kept; read
+        from `output_dir` when asked for, if there is one.
     output_dir
         Where it was saved, or None.
     seconds
@@ -92,14 +100,24 @@ class PruneReport:
     parameters_left
         Fraction of the parameters of the decoder blocks that is still there; 1 unless
         channels left.
+    opened
+        The pruned model, if it was in memory.
     """
 
-    model: nn.Module
     records: tuple[LayerRecord, ...]
-    masks: dict[str, Tensor]
+    masks: Mapping[str, Tensor]
     output_dir: Path | None
     seconds: float
     parameters_left: float = 1.0
+    opened: nn.Module | None = field(default=None, repr=False)
+
+    @cached_property
+    def model(self) -> Any:
+        """The pruned model; opened from `output_dir` if it was never in memory."""
+        if self.opened is not None:
+            return self.opened
+        assert self.output_dir is not None
+        return Checkpoint.open(self.output_dir).load_model()
 
     @property
     def mean_relative_error(self) -> float:
@@ -143,6 +161,7 @@ def prune_model(
     unit: int | None = None,
     device: str | torch.device = "auto",
     memory_budget: int | None = None,
+    activations: str = "auto",
     output_dir: str | Path | None = None,
     resume: bool = True,
     force: bool = False,
@@ -156,7 +175,9 @@ def prune_model(
     Parameters
     ----------
     model_or_path
-        A model object, pruned in place, or a checkpoint folder or hub name.
+        A model object, pruned in place, or a checkpoint folder or hub name. With a folder
+        and an `output_dir`, one decoder block at a time is in memory, wherever its tensors
+        are stored as the model has them and the method needs no gradients.
     method
         Name in :data:`layerwise.SOLVERS`, names joined by ``+`` for a chain, a configured
         solver, or any object with ``solve(problem)``.
@@ -200,6 +221,9 @@ def prune_model(
     memory_budget
         Bytes for the row systems of refits, and for the rows of `certify`; methods
         without them need none.
+    activations
+        Where the hidden states between two blocks are kept: ``"memory"``, ``"disk"`` (in
+        files that are mapped into memory) or ``"auto"``, the disk where memory is short.
     output_dir
         New folder for the pruned checkpoint; work happens in ``output_dir.partial``.
     resume
@@ -235,8 +259,11 @@ def prune_model(
         check_output(output, force=force)
         check_storable(chosen)
     with stage("load"):
-        source, model = _open(model_or_path)
-    adapter = adapter_of(model)
+        streamed = output is not None and can_stream(chosen, solver)
+        source, residency = _open(model_or_path, streamed=streamed)
+        model = residency.model
+        with residency.whole():
+            adapter = adapter_of(model)
     solver = with_published_start(solver, model, chosen)
     entries = as_entries(targets), as_entries(ignore)
     selection: Selection | ChannelSelection
@@ -283,21 +310,22 @@ def prune_model(
     smaller = isinstance(selection, ChannelSelection)
     before = digests(model) if smaller and journal is not None else {}
     try:
+        store = _hidden_store(activations, journal, task, tokens, model)
         with evaluation_mode(model):
             task = task.prepared(model, selection, tokens)
             if isinstance(task, StructuredTask) and task.allocation is not None:
                 for listener in listeners:
                     _tell(listener, task.notes())
-            blocks = walk(model, selection, task, tokens, journal, on_layer)
+            blocks = walk(residency, selection, task, tokens, journal, on_layer, store)
     except BaseException:
         if journal is not None:
             journal.discard_if_empty()
         raise
     records = tuple(record for block in blocks for record in block.records)
-    masks = selection.by_parameter([block.masks for block in blocks])
     left = 1.0
     optimised = task.allocation if isinstance(task, StructuredTask) else None
     outcome = Outcome(recipe, tokens, records, source, tokenizer, optimised)
+    masks: Mapping[str, Tensor] = {}
     with stage("write"):
         if isinstance(selection, ChannelSelection):
             cuts = selection.cuts(blocks)
@@ -305,13 +333,18 @@ def prune_model(
             left = parameters_of(selection.blocks) / selection.total
             if journal is not None:
                 write_smaller_output(journal, outcome, model, cuts, before, selection)
+                journal.finish()
         elif journal is not None:
-            weights = selection.by_parameter([block.weights for block in blocks])
+            weights = selection.by_parameter(partial(journal.read_tensor, WEIGHT))
+            masks = selection.by_parameter(partial(journal.read_tensor, MASK))
             write_output(journal, outcome, model, weights, masks)
-        if journal is not None:
             journal.finish()
+            masks = LazyTensors(masks, read_masks(journal.output).__getitem__)
+        else:
+            masks = dict(selection.by_parameter(lambda i, name: blocks[i].masks[name]))
     seconds = time.perf_counter() - start
-    report = PruneReport(model, records, masks, output, seconds, left)
+    opened = model if isinstance(residency, InMemory) else None
+    report = PruneReport(records, masks, output, seconds, left, opened)
     for listener in listeners:
         listener.on_finish(report)
     return report
@@ -335,12 +368,23 @@ def _notes(
     return notes
 
 
-def _open(model_or_path: nn.Module | str | Path) -> tuple[Checkpoint | None, Any]:
+def _open(
+    model_or_path: nn.Module | str | Path, *, streamed: bool
+) -> tuple[Checkpoint | None, Residency]:
     """Checkpoint and model of a path; a model object stands for itself."""
     if isinstance(model_or_path, nn.Module):
-        return None, model_or_path
+        return None, InMemory(model_or_path)
     source = Checkpoint.open(model_or_path)
-    return source, source.load_model()
+    return source, open_resident(source, streamed=streamed)
+
+
+def _hidden_store(
+    asked: str, journal: Journal | None, task: Task, tokens: Calibration, model: Any
+) -> HiddenStore:
+    """Where the hidden states between blocks are kept."""
+    folder = None if journal is None else journal.blocks
+    needed = hidden_bytes(model, tokens.tokens.numel(), task.error_correction)
+    return choose_store(asked, folder, needed, free_memory())
 
 
 def _own_tokenizer(source: Checkpoint | None, calibration: Any) -> Any:

@@ -6,7 +6,8 @@ and shape, hence the same range: a copy keeps every other byte as it was.
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -91,7 +92,12 @@ def read_header(path: Path) -> Header:
     return Header(metadata, dict(ordered), 8 + length)
 
 
-def rewrite_shard(source: Path, target: Path, replaced: Mapping[str, Tensor]) -> None:
+def rewrite_shard(
+    source: Path,
+    target: Path,
+    replaced: Mapping[str, Tensor],
+    names: Collection[str] | None = None,
+) -> None:
     """Copy a safetensors file, with new values for some of its tensors.
 
     Memory: one substituted tensor. The header is copied as well, completed by
@@ -103,6 +109,8 @@ def rewrite_shard(source: Path, target: Path, replaced: Mapping[str, Tensor]) ->
         The file to read and the one to write (atomically).
     replaced
         New values by name; type and shape must be those in the file.
+    names
+        Which of them belong to this file; by default all.
 
     Raises
     ------
@@ -112,8 +120,10 @@ def rewrite_shard(source: Path, target: Path, replaced: Mapping[str, Tensor]) ->
         The source is damaged or the target cannot be written.
     """
     header = read_header(source)
-    for name, tensor in replaced.items():
-        check_substitute(name, tensor, header.tensors.get(name), source)
+    chosen = set(replaced if names is None else names)
+    if unknown := sorted(chosen - set(header.tensors)):
+        message = f"{source} holds no tensor {unknown[0]!r} to replace: check the name"
+        raise UsageError(message)
     start = _header_bytes(source, header)
     size = len(start) + source.stat().st_size - header.data_start
 
@@ -121,8 +131,10 @@ def rewrite_shard(source: Path, target: Path, replaced: Mapping[str, Tensor]) ->
         stream.write(start)
         with source.open("rb") as original:
             for name, entry in header.tensors.items():
-                if name in replaced:
-                    stream.write(_tensor_bytes(replaced[name]))
+                if name in chosen:
+                    tensor = replaced[name]
+                    check_substitute(name, tensor, entry, source)
+                    stream.write(_tensor_bytes(tensor))
                 else:
                     original.seek(header.data_start + entry.start)
                     _copy_bytes(original, stream, entry.n_bytes, source)
@@ -146,13 +158,54 @@ def check_substitute(
         raise UsageError(message)
 
 
+def write_shard(
+    target: Path,
+    like: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file whose tensors are made one by one, as it is written.
+
+    Parameters
+    ----------
+    target
+        The file to write (atomically).
+    like
+        Type and shape of every tensor.
+    read
+        Gives a tensor by its name; asked once for each.
+    metadata
+        Text for the header.
+    """
+    entries, start = {}, 0
+    for name, (dtype, shape) in sorted(like.items()):
+        stop = start + math.prod(shape) * dtype.itemsize
+        entries[name] = TensorEntry(TYPE_NAMES[dtype], tuple(shape), start, stop)
+        start = stop
+    head = _header_text({"__metadata__": dict(metadata)}, entries)
+
+    def write(stream: BinaryIO) -> None:
+        stream.write(head)
+        for name, entry in entries.items():
+            tensor = read(name)
+            check_substitute(name, tensor, entry, target)
+            stream.write(_tensor_bytes(tensor))
+
+    atomic_write(target, write, size=len(head) + start)
+
+
 def _header_bytes(source: Path, header: Header) -> bytes:
     """Length and header of the copy; the original bytes where they name a format."""
     if "format" in header.metadata:
         with source.open("rb") as stream:
             return stream.read(header.data_start)
     values: dict[str, object] = {"__metadata__": {"format": "pt"} | header.metadata}
-    for name, entry in header.tensors.items():
+    return _header_text(values, header.tensors)
+
+
+def _header_text(values: dict[str, object], entries: Mapping[str, TensorEntry]) -> bytes:
+    """Length and text of a header; `values` are what is not about tensors."""
+    for name, entry in entries.items():
         offsets = [entry.start, entry.stop]
         values[name] = {
             "dtype": entry.dtype,

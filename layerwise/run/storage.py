@@ -22,7 +22,7 @@ from torch import Tensor
 from layerwise.errors import DataError, UsageError
 from layerwise.run.atomic import atomic_write
 from layerwise.run.bitmask import pack_mask, unpack_mask
-from layerwise.run.loading import checkpoint_names, load_model, load_tokenizer
+from layerwise.run.loading import load_model, load_tokenizer
 from layerwise.run.native import is_native, load_native
 from layerwise.run.quoting import one_line
 from layerwise.run.shard import (
@@ -31,6 +31,7 @@ from layerwise.run.shard import (
     read_header,
     rewrite_shard,
 )
+from layerwise.run.skeleton import checkpoint_names
 from layerwise.run.strict_json import read_object
 from layerwise.run.validation import (
     INDEX,
@@ -189,7 +190,8 @@ def write_checkpoint(
     output
         An existing folder without any of the files to be written.
     replaced
-        New values by the name in the checkpoint, of the same type and shape.
+        New values by the name in the checkpoint, of the same type and shape. Each is
+        asked for twice, to be checked and to be written, and not kept.
     overwrite
         Replace files that are there already, as a resumed run does.
 
@@ -207,8 +209,8 @@ def write_checkpoint(
     side_files = [name for name in source.side_files() if name not in last] + last
     _check_output(source, output, [*source.shards, *side_files], overwrite)
     for shard in source.shards:
-        inside = {n: t for n, t in replaced.items() if source.weight_map[n] == shard}
-        rewrite_shard(source.path / shard, output / shard, inside)
+        inside = {name for name in replaced if source.weight_map[name] == shard}
+        rewrite_shard(source.path / shard, output / shard, replaced, inside)
     for name in side_files:
         try:
             (output / name).parent.mkdir(exist_ok=True)

@@ -46,11 +46,10 @@ class Call:
 @torch.no_grad()
 def behind(
     block: nn.Module, calls: Sequence[Call], hidden: Sequence[Tensor], device: torch.device
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
     """Hidden states behind a block as it is now, batch by batch."""
-    return [
-        call.run(block, states, device) for call, states in zip(calls, hidden, strict=True)
-    ]
+    for call, states in zip(calls, hidden, strict=True):
+        yield call.run(block, states, device)
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def _other_outputs(
 
 
 def _run_until_captured(model: nn.Module, tokens: Tensor) -> None:
-    device = next(model.parameters()).device
+    device = next(p.device for p in model.parameters() if not p.is_meta)
     try:
         model(input_ids=tokens.to(device), use_cache=False)
     except _Captured:

@@ -81,7 +81,7 @@ def survey(
         block.to(task.device)
         collected = task.collect(inputs)
         if index < len(blocks) - 1:
-            hidden = advance(task, inputs, hidden)
+            hidden = list(advance(task, inputs, hidden))
         for site in task.sites.get(name, ()):
             restoration = Restoration(task, inputs, collected)
             with naming(f"{name}.{site.main}"):

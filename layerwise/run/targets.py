@@ -6,7 +6,7 @@ kind.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from layerwise.adapters.linear import is_transposed, matrix
 from layerwise.errors import InvalidProblemError, UsageError
 from layerwise.patterns import Pattern
 from layerwise.run.entries import matches
+from layerwise.run.lazy import LazyTensors
 from layerwise.run.unprunable import refuse_shared, refuse_unserved
 
 DEFAULT_IGNORE = ("lm_head",)  # need not exist
@@ -84,19 +85,26 @@ class Selection:
         stages = [stage.only(chosen) for stage in self._adapter.stages_of(block)]
         return tuple(stage for stage in stages if stage.linears)
 
-    def by_parameter(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Matrices (out, in) of all blocks, by weight parameter and in its orientation."""
-        found = {
-            f"{block}.{name}": tensor
-            for block, part in zip(self.blocks, parts, strict=True)
-            for name, tensor in part.items()
+    def by_parameter(self, read: Callable[[int, str], Tensor]) -> LazyTensors:
+        """Matrices by weight parameter and in its orientation.
+
+        Parameters
+        ----------
+        read
+            Gives the matrix (out, in) of a linear of the block with an index.
+        """
+        places = {
+            f"{block}.{linear}": (index, linear)
+            for index, block in enumerate(self.blocks)
+            for linear in self._adapter.linear_names(block)
         }
-        return {
-            f"{name}.weight": found[name].T.contiguous()
-            if name in self.transposed
-            else found[name]
-            for name in self.names
-        }
+
+        def oriented(parameter: str) -> Tensor:
+            name = parameter.removesuffix(".weight")
+            tensor = read(*places[name])
+            return tensor.T.contiguous() if name in self.transposed else tensor
+
+        return LazyTensors([f"{name}.weight" for name in self.names], oriented)
 
     def share(self, model: nn.Module) -> float:
         """Fraction of the parameters of the blocks that the chosen linears hold."""

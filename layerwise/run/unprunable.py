@@ -53,10 +53,10 @@ def refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
     """Raise if a weight to prune is also the weight of another place in the model."""
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(parameter.data_ptr(), []).append(name)
+        users.setdefault(_place(parameter), []).append(name)
     for name in names:
         weight = f"{name}.weight"
-        shared = users[model.get_parameter(weight).data_ptr()]
+        shared = users[_place(model.get_parameter(weight))]
         if len(shared) > 1:
             other = next(user for user in shared if user != weight)
             message = (
@@ -64,3 +64,8 @@ def refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
                 f"change the other; ignore both"
             )
             raise UnsupportedModelError(message)
+
+
+def _place(parameter: nn.Parameter) -> int:
+    """What two names of one tensor have in common."""
+    return id(parameter) if parameter.is_meta else parameter.data_ptr()

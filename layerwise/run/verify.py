@@ -46,13 +46,16 @@ def verify(folder: Path) -> list[Check]:
     tensors = set(manifest.pruned.values())
     lost = sorted(tensors - set(checkpoint.weight_map))
     found.missing += [f"{name}: the tensor is missing" for name in lost]
-    weights = dict(checkpoint.tensors(tensors.difference(lost)))
-    for name, tensor_name in manifest.pruned.items():
-        if name in masks and tensor_name in weights:
-            weight, mask = weights[tensor_name], masks[name]
+    names = {tensor: name for name, tensor in manifest.pruned.items()}
+    for tensor_name, weight in checkpoint.tensors(tensors.difference(lost)):
+        name = names[tensor_name]
+        if name in masks:
+            mask = masks[name]
             if name in manifest.transposed:  # patterns live in (out, in)
                 weight, mask = weight.transpose(0, -1), mask.transpose(0, -1)
             found.inspect(tensor_name, weight, mask, pattern)
+    for name in set(masks).difference(manifest.pruned):
+        masks[name]  # a damaged one is an error, whatever it belongs to
     recorded = [f"{record.name}.weight" for record in read_layers(folder)]
     found.compare("layer log", sorted(manifest.pruned), sorted(recorded))
     return [

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from layerwise.run.calibration import Calibration
 from layerwise.run.gradients import gradient_norms, required_gradient
+from layerwise.run.hidden_store import HiddenStore
 from layerwise.run.journal import Journal
 from layerwise.run.pipeline import BlockInputs, OnLayer, PrunedBlock, Task, advance
 from layerwise.run.records import LayerRecord
+from layerwise.run.residency import Residency
 from layerwise.run.rewrite import set_bias
 from layerwise.run.stopwatch import stage
 from layerwise.run.streams import BATCH, capture
@@ -22,20 +24,35 @@ from layerwise.run.targets import Choice
 
 
 def walk(
-    model: nn.Module,
+    residency: Residency,
     selection: Choice,
     task: Task,
     tokens: Calibration,
     journal: Journal | None,
     on_layer: OnLayer,
+    store: HiddenStore,
 ) -> list[PrunedBlock]:
-    """Prune block after block, or take a block from the journal."""
-    gradients = _gradients(model, selection, task, tokens)
-    with stage("capture"):
-        stream = capture(
-            model, list(selection.blocks.values()), torch.split(tokens.tokens, BATCH)
-        )
-    dense: Sequence[Tensor] = stream.hidden
+    """Prune block after block, or take a block from the journal.
+
+    Parameters
+    ----------
+    residency
+        The model, and where its blocks are.
+    selection, task, tokens
+        What to prune, how, and the calibration data.
+    journal
+        Keeps what is done; without one it is returned with its tensors.
+    on_layer
+        Told about every matrix.
+    store
+        Where the hidden states between two blocks are kept.
+    """
+    blocks = list(selection.blocks.values())
+    gradients = _gradients(residency.model, selection, task, tokens)
+    with stage("capture"), residency.entrance(blocks[0]):
+        stream = capture(residency.model, blocks, torch.split(tokens.tokens, BATCH))
+    dense = store.keep(stream.hidden)
+    stream.hidden.clear()
     pruned = dense
     done: list[PrunedBlock] = []
     for index, (name, block) in enumerate(selection.blocks.items()):
@@ -48,31 +65,29 @@ def walk(
             pruned,
             gradients.pop(name, {}),
         )
-        home = next(block.parameters()).device
-        block.to(task.device)
-        last = index == len(selection.blocks) - 1  # nothing reads what comes behind it
+        last = index == len(blocks) - 1  # nothing reads what comes behind it
         next_dense = dense
-        if task.error_correction != "sequential" and not last:
-            next_dense = advance(task, inputs, dense)
-        result = journal.read_block(index) if journal else None
-        if result is None:
-            result = task.prune(inputs, on_layer)
-            if journal is not None:
-                with stage("write"):
-                    journal.write_block(index, result)
-                    journal.write_layers([*_records(done), *result.records])
-        else:
-            _restore(task, block, result, on_layer)
-        done.append(result)
-        if not last:
-            if task.error_correction == "sequential":
-                pruned = next_dense = advance(task, inputs, pruned)
-            elif task.error_correction == "full":
-                pruned = advance(task, inputs, pruned)
+        with residency.block(block, task.device):
+            if task.error_correction != "sequential" and not last:
+                next_dense = store.keep(advance(task, inputs, dense))
+            result = journal.read_block(index) if journal else None
+            if result is None:
+                result = task.prune(inputs, on_layer)
+                if journal is not None:
+                    with stage("write"):
+                        journal.write_block(index, result)
+                        journal.write_layers([*_records(done), *result.records])
             else:
-                pruned = next_dense
-            dense = next_dense
-        block.to(home)
+                _restore(task, block, result, on_layer)
+            if not last:
+                if task.error_correction == "sequential":
+                    pruned = next_dense = store.keep(advance(task, inputs, pruned))
+                elif task.error_correction == "full":
+                    pruned = store.keep(advance(task, inputs, pruned))
+                else:
+                    pruned = next_dense
+                dense = next_dense
+        done.append(result if journal is None else result.without_tensors())
     return done
 
 

@@ -1,0 +1,254 @@
+"""A streamed model gives the bytes of the model in memory, and has one block at a time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from layerwise.errors import DataError
+from layerwise.run import hidden_store, prune
+from layerwise.run.hidden_store import HiddenStore, choose_store
+from layerwise.run.pipeline import ERROR_CORRECTIONS
+from layerwise.run.prune import prune_model
+from layerwise.run.residency import Streamed, open_resident
+from layerwise.run.storage import Checkpoint
+from tests.checkpoints import INDEX, edit_json
+from tests.models import (
+    FAMILIES,
+    SHARD,
+    VOCABULARY,
+    mixture_of_experts,
+    random_tokens,
+    save_checkpoint,
+    tiny_model,
+)
+
+TOKENS = random_tokens(6, 12)
+ASSEMBLED = {"gpt_neox"}  # transformers renames its tensors while it loads them
+
+
+def folder_of(folder: Path) -> dict[str, bytes]:
+    """Files of a finished run that do not tell times."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "layers.jsonl"
+    }
+
+
+def pruned(source: Path, out: Path, **options: Any) -> Any:
+    arguments: dict[str, Any] = {"method": "wanda", "sparsity": 0.5, "calibration": TOKENS}
+    arguments |= {"n_sequences": 6, "sequence_length": 12, "output_dir": out}
+    return prune_model(source, **{**arguments, **options})
+
+
+@contextmanager
+def in_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "can_stream", lambda *_: False)
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_and_buffers_are_those_of_the_loaded_model(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = tiny_model(family, dtype=dtype, tied=family == "opt")
+    checkpoint = Checkpoint.open(save_checkpoint(tmp_path / "m", model, tokenizer=False))
+    streamed = Streamed.open(checkpoint)
+    assert (streamed is None) == (family in ASSEMBLED)
+    if streamed is None:
+        return
+    loaded: Any = checkpoint.load_model()
+    assert all(p.is_meta for p in streamed.model.parameters())
+    for name, buffer in loaded.named_buffers():
+        assert torch.equal(streamed.model.get_buffer(name), buffer), name
+    seen: list[str] = []
+
+    def compare(block: nn.Module, args: Any) -> None:
+        (name,) = (n for n, m in streamed.model.named_modules() if m is block)
+        seen.append(name)
+        for own, parameter in block.named_parameters():
+            other = loaded.get_parameter(f"{name}.{own}")
+            assert parameter.dtype == other.dtype
+            assert torch.equal(parameter, other), own
+
+    with streamed.whole(), torch.no_grad():
+        blocks = [m for m in streamed.model.modules() if id(m) in streamed._units]
+        for block in blocks:
+            block.register_forward_pre_hook(compare)
+        found = streamed.model(TOKENS, use_cache=False).logits
+        assert torch.equal(found, loaded(TOKENS, use_cache=False).logits)
+    assert len(seen) == len(blocks) == 2
+    assert all(p.is_meta for p in streamed.model.parameters())
+
+
+@pytest.mark.parametrize("mode", ERROR_CORRECTIONS)
+@pytest.mark.parametrize("family", ["opt", "llama", "mamba", "gpt2"])
+def test_streamed_run_writes_the_same_bytes(
+    family: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(family, dtype=torch.bfloat16)
+    source = save_checkpoint(tmp_path / "m", model, max_shard_size="9KB")
+    options = {"error_correction": mode, "method": "wanda+least-squares"}
+    report = pruned(source, tmp_path / "a", **options)
+    with in_memory(monkeypatch):
+        whole = pruned(source, tmp_path / "b", **options)
+    pruned(source, tmp_path / "c", activations="disk", **options)
+    assert report.opened is None
+    assert whole.opened is not None
+    expected = folder_of(tmp_path / "b")
+    assert folder_of(tmp_path / "a") == expected
+    assert folder_of(tmp_path / "c") == expected
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(report.model.state_dict()[name], value)
+    assert list(report.masks) == list(whole.masks)
+    assert all(torch.equal(mask, whole.masks[name]) for name, mask in report.masks.items())
+
+
+def test_one_block_is_there_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_checkpoint(tmp_path / "m", tiny_model("llama", layers=4))
+    opened: list[Any] = []
+    present: list[set[str]] = []
+
+    def remember(*args: Any, **kwargs: Any) -> Any:
+        opened.append(open_resident(*args, **kwargs))
+        return opened[-1]
+
+    class Watch:
+        def on_start(self, n_layers: int) -> None:
+            pass
+
+        def on_layer(self, record: Any) -> None:
+            parameters = opened[0].model.named_parameters()
+            here = {name for name, parameter in parameters if not parameter.is_meta}
+            present.append({name[: len("model.layers.0")] for name in here})
+
+        def on_finish(self, report: Any) -> None:
+            assert all(p.is_meta for p in opened[0].model.parameters())
+
+    monkeypatch.setattr(prune, "open_resident", remember)
+    pruned(source, tmp_path / "out", callbacks=[Watch()])
+    assert present == [{f"model.layers.{index}"} for index in range(4) for _ in range(7)]
+
+
+def test_fused_experts_are_left_to_transformers(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "m", mixture_of_experts(), tokenizer=False)
+    assert Streamed.open(Checkpoint.open(source)) is None
+
+
+def test_smaller_models_and_gradients_are_not_streamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_checkpoint(tmp_path / "m", tiny_model("llama"))
+
+    def refuse(checkpoint: Checkpoint) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Streamed, "open", refuse)
+    assert pruned(source, tmp_path / "a", method="gblm").opened is not None
+    report = pruned(source, tmp_path / "b", method="fasp", sparsity=0.2)
+    assert report.opened is not None
+
+
+# --- damage is found before anything is written -------------------------------------------
+
+
+def without(name: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / SHARD)
+        del tensors[name]
+        save_file(tensors, folder / SHARD, metadata={"format": "pt"})
+
+    return damage
+
+
+def with_nan(folder: Path) -> None:
+    tensors = load_file(folder / SHARD)
+    tensors["model.layers.1.mlp.up_proj.weight"][2, 3] = float("nan")
+    save_file(tensors, folder / SHARD, metadata={"format": "pt"})
+
+
+DAMAGES = {
+    "missing tensor": (without("model.layers.1.mlp.up_proj.weight"), "lacks tensors"),
+    "missing norm": (
+        without("model.norm.weight"),
+        "lacks tensors of the model: model.norm",
+    ),
+    "fewer layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=1), "count"),
+    "more layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=3), "lacks"),
+    "other width": (lambda f: edit_json(f / "config.json", intermediate_size=8), "shape"),
+    "NaN": (with_nan, r"up_proj.weight' of .* holds nan at \[2, 3\]"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=list(DAMAGES))
+def test_damage_is_refused(damage: Any, message: str, tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "m", tiny_model("llama"), tokenizer=False)
+    assert not (source / INDEX).exists()
+    damage(source)
+    with pytest.raises(DataError, match=message):
+        pruned(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+# --- hidden states -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_on_disk_are_those_that_were_kept(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    batches = [torch.randn(2, 3, VOCABULARY).to(dtype) for _ in range(4)]
+    kept = HiddenStore(tmp_path).keep(iter(batches))
+    assert all(map(torch.equal, kept, batches))
+    assert [batch.dtype for batch in kept] == [dtype] * 4
+    assert list(tmp_path.iterdir()) == []  # the files have no names any more
+    assert kept[0].data_ptr() != batches[0].data_ptr()
+
+
+def test_store_goes_to_the_disk_where_memory_is_short(tmp_path: Path) -> None:
+    def is_on_disk(asked: str, needed: int, free: int | None) -> bool:
+        return choose_store(asked, tmp_path, needed, free)._folder is not None
+
+    assert is_on_disk("disk", 1, 100)
+    assert is_on_disk("auto", 26, 100)
+    assert not is_on_disk("auto", 25, 100)
+    assert not is_on_disk("auto", 26, None)
+    assert not is_on_disk("memory", 26, 100)
+
+
+def test_full_disk_is_an_error_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hidden_store.os, "posix_fallocate", full)
+    with pytest.raises(DataError, match=r"16 bytes needed.*No space left"):
+        HiddenStore(tmp_path).keep([torch.zeros(4)])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activations": "tape"}, "one of auto, memory, disk"),
+        ({"activations": "disk", "output_dir": None}, "output folder"),
+    ],
+)
+def test_impossible_stores_are_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    source = save_checkpoint(tmp_path / "m", tiny_model("llama"))
+    with pytest.raises(ValueError, match=message):
+        pruned(source, tmp_path / "out", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
