@@ -47,6 +47,7 @@ MODEL = ModelShape(
     blocks=(BlockShape(50_000, (ATTENTION, MLP)),) * 3,
     embeddings=20_000,
     head=10_000,
+    largest=15_000,
     hidden=100,
     itemsize=2,
     working=((10, 10_000.0),),
@@ -70,12 +71,9 @@ def test_the_problem_of_a_matrix_by_hand() -> None:
     assert items_of(memory, "problem of a matrix") == {
         "Python, PyTorch, transformers": 7_000_000,
         "block": 100_000,
-        "copy of the block for the dense side": 100_000,
-        "inputs of its stages": 16 * 32 * 400 * 2,
         "2 x hidden states": 2 * STREAM,
         "pruned weights and masks of the block": 3 * (100 * 150 + 300 * 100),
-        "gram, cross-gram and drift": 3 * 8 * 300**2,
-        "their averages, and those scaled": 4 * 8 * 300**2,
+        "gram and cross-gram": 2 * 8 * 300**2,
         "workspace of the solver": 8 * (2 * 100 * 300 + 300**2),
     }
 
@@ -91,14 +89,52 @@ def test_the_capture_by_hand() -> None:
     }
 
 
+def test_the_check_by_hand() -> None:
+    found = items_of(memory_of(MODEL, RUN), "check of the checkpoint")
+    assert found["a look at the largest tensor"] == 15_000 * (2 + 2)
+
+
+def test_inputs_of_stages_leave_one_by_one() -> None:
+    """Two stages: while the first is summed both are there, at the end none."""
+    memory = memory_of(replace(MODEL, blocks=(BlockShape(10, (MLP, ATTENTION)),)), RUN)
+    inputs = [
+        items_of(memory, name).get("inputs of the stages that are left", 0)
+        for name in (
+            *("pass that keeps inputs", "sums over the inputs of a stage"),
+            "problem of a matrix",
+        )
+    ]
+    stored = 16 * 32 * 2
+    assert inputs == [400 * stored, 400 * stored, 100 * stored]
+    copies = [
+        moment.name
+        for moment in memory.moments
+        if any(item.name.startswith("copy") for item in moment.items)
+    ]
+    assert copies == ["pass that keeps inputs"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "grams"), [((100, 50), 3), ((50,), 2)], ids=["by gram", "by products"]
+)
+def test_a_drift_has_a_gram_where_outputs_are_many(
+    rows: tuple[int, ...], grams: int
+) -> None:
+    stages = (StageShape(8, (1,)), StageShape(100, rows))
+    memory = memory_of(replace(MODEL, blocks=(BlockShape(10, stages),)), RUN)
+    found = items_of(memory, "problem of a matrix")
+    sums = [size for name, size in found.items() if name.startswith("gram")]
+    assert sums == [grams * 8 * 100**2]
+
+
 def test_a_batch_on_its_way_is_that_of_the_inputs_or_of_the_block() -> None:
     rows = 8 * 32
-    update = 4 * (5 * rows * 300 + 300**2)
+    update = 4 * (3 * rows + 512) * 300
     found = items_of(memory_of(MODEL, RUN), "sums over the inputs of a stage")
-    assert found["a batch on its way"] == update
+    assert found["a batch on its way through the block"] == update
     heavy = replace(MODEL, working=((16, 300_000.0), (48, 1_000_000.0)))
     found = items_of(memory_of(heavy, RUN), "sums over the inputs of a stage")
-    assert found["a batch on its way"] == 8 * 650_000
+    assert found["a batch on its way through the block"] == 8 * 650_000
 
 
 @pytest.mark.parametrize(
@@ -106,8 +142,8 @@ def test_a_batch_on_its_way_is_that_of_the_inputs_or_of_the_block() -> None:
     [
         ("none", 8 * (100**2 + 300**2), 2),
         ("sequential", 8 * (100**2 + 300**2), 1),
-        ("block", 3 * 8 * 300**2, 2),
-        ("full", 3 * 8 * 300**2, 3),
+        ("block", 2 * 8 * 300**2, 2),
+        ("full", 2 * 8 * 300**2, 3),
     ],
 )
 def test_modes_of_error_correction(mode: str, sums: int, held: int) -> None:
@@ -118,9 +154,6 @@ def test_modes_of_error_correction(mode: str, sums: int, held: int) -> None:
     states = [size for name, size in found.items() if name.endswith("hidden states")]
     assert grams == [sums]
     assert states == [held * STREAM]
-    staged = mode in ("block", "full")
-    assert ("copy of the block for the dense side" in found) == staged
-    assert ("inputs of its stages" in found) == staged
 
 
 def test_inputs_that_exceed_the_store_are_not_kept() -> None:
@@ -128,7 +161,10 @@ def test_inputs_that_exceed_the_store_are_not_kept() -> None:
     fits, too_many = GIB // 800 // 32, GIB // 800 // 32 + 1
     for count, kept in ((fits, True), (too_many, False)):
         memory = memory_of(MODEL, replace(RUN, n_sequences=count))
-        assert ("inputs of its stages" in items_of(memory, "problem of a matrix")) == kept
+        names = [moment.name for moment in memory.moments]
+        assert ("pass that keeps inputs" in names) == kept
+        found = items_of(memory, "problem of a matrix")
+        assert ("copy of the block for the dense side" in found) != kept
 
 
 def test_on_the_disk_a_batch_of_hidden_states_is_left() -> None:
@@ -170,15 +206,20 @@ def test_blocks_that_differ_count_with_the_largest() -> None:
     wide = replace(MODEL.blocks[0], stages=(ATTENTION, StageShape(700, (100,))))
     mixed = replace(MODEL, blocks=(*MODEL.blocks, wide, MODEL.blocks[0]))
     found = items_of(memory_of(mixed, RUN), "problem of a matrix")
-    assert found["gram, cross-gram and drift"] == 3 * 8 * 700**2
+    assert found["gram and cross-gram"] == 2 * 8 * 700**2
     assert mixed.widest == StageShape(700, (100,))
+
+
+def _changed(run: RunShape, field: str, value: int) -> RunShape:
+    changes: dict[str, Any] = {field: value}
+    return replace(run, **changes)
 
 
 @pytest.mark.parametrize("field", ["n_sequences", "length", "workers", "base"])
 def test_more_of_anything_never_needs_less(field: str) -> None:
     """Searches for what would fit rely on it; below the store, which has a step down."""
     sizes = [
-        memory_of(MODEL, replace(RUN, **{field: value})).bytes("host")
+        memory_of(MODEL, _changed(RUN, field, value)).bytes("host")
         for value in (1, 2, 3, 5, 9, 20, 33, 100)
     ]
     assert sizes == sorted(sizes)
@@ -292,12 +333,10 @@ def test_a_tied_head_is_no_head_of_its_own() -> None:
     assert found.parameters == sum(p.numel() for p in model.parameters())
 
 
-def data_of(
-    rows: int, width: int, *, pair: bool
-) -> tuple[Tensor, Moments, Tensor | None]:
-    """Weight, moments that must be scaled as those of real layers, and the drift."""
+def data_of(rows: int, width: int, *, pair: bool) -> tuple[Tensor, Moments, Tensor | None]:
+    """Weight, moments in the units of a run, and the drift."""
     device = torch.device("cpu")
-    gram = 37 * random_gram(width, device, 1)
+    gram = random_gram(width, device, 1)
     weight = random_weight(rows, width, device, 0).bfloat16()
     if not pair:
         return weight, Moments(gram, n_tokens=4096), None
@@ -308,18 +347,19 @@ def data_of(
 
 @pytest.mark.parametrize("pair", [False, True])
 @pytest.mark.parametrize(
-    ("method", "slack"), [("wanda", 0.01), ("sparsegpt", 0.05), ("fista-paper", 0.3)]
+    ("method", "slack"), [("wanda", 0.01), ("sparsegpt", 0.2), ("admm", 0.3)]
 )
 def test_costs_are_those_that_are_counted(method: str, slack: float, pair: bool) -> None:
     """Posed, solved and graded as a run does it; iterations depend on the layer."""
-    rows, width = 512, 256
+    rows, width = 1024, 256
     weight, moments, drift = data_of(rows, width, pair=pair)
     with LiveBytes() as live, OperationCount() as count:
         problem = LayerProblem.from_moments(
             weight, moments, pattern=Unstructured(0.5), drift=drift
         )
         found = solve(problem, method)
-        relative_error(problem, found.weight.to(weight.dtype))
+        if method != "wanda":  # its weights are those of the model's type already
+            relative_error(problem, found.weight.to(weight.dtype))
     cost = cost_of(resolve(method), pair=pair)
     workspace = workspace_of(resolve(method), pair=pair)
     assert cost is not None
@@ -328,8 +368,7 @@ def test_costs_are_those_that_are_counted(method: str, slack: float, pair: bool)
     for dtype in (torch.float32, torch.float64):
         counted = count.work.flops.get(dtype, 0.0)
         assert work.flops[dtype] == pytest.approx(counted, rel=slack), dtype
-    scaled = (2 if pair else 1) * 8 * width**2
-    assert workspace.bytes(rows, width) + scaled == pytest.approx(live.peak, rel=0.1)
+    assert workspace.bytes(rows, width) == pytest.approx(live.peak, rel=0.1)
 
 
 def test_costs_of_a_chain_add_up_and_its_memory_is_that_of_the_larger_step() -> None:

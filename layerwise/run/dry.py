@@ -79,9 +79,7 @@ def adapter_without_memory(model: Any) -> Adapter:
         return discover(model, torch.zeros(PROBE, dtype=torch.long))
 
 
-def working_set(
-    model: Any, adapter: Adapter, length: int
-) -> tuple[tuple[int, float], ...]:
+def working_set(model: Any, adapter: Adapter, length: int) -> tuple[tuple[int, float], ...]:
     """Bytes that one sequence needs inside a block, at a few lengths up to the given one.
 
     The largest of all blocks that differ, for a pass to the end of the block; its input
@@ -135,7 +133,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self.operations = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._alive: dict[int, tuple[Any, int]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -146,11 +144,17 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in _tensors(result):
             if (key := _storage(tensor)) not in known:
                 storage = tensor.untyped_storage()
-                self._alive[key] = StorageWeakRef(storage), storage.nbytes()
+                self._alive[key] = _reference(storage), storage.nbytes()
         alive = {k: v for k, v in self._alive.items() if not v[0].expired()}
         self._alive = alive
         self.peak = max(self.peak, sum(size for _, size in alive.values()))
         return result
+
+
+def _reference(storage: Any) -> Any:
+    """What tells when a storage is gone."""
+    make: Any = StorageWeakRef
+    return make(storage)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -56,14 +56,25 @@ class Headers:
                 config, operate = read_native(checkpoint)
             else:
                 config = read_config(checkpoint)
-            dtype = config.dtype or _most_stored(checkpoint)
+            dtype = type_of_all(checkpoint, config)
+            streams = operate is None and dtype is not None
+            dtype = dtype or _most_stored(checkpoint)
             model = skeleton_of(checkpoint, config, operate, dtype=dtype)
-        streams = operate is None and _is_one_to_one(checkpoint, model)
+        streams = is_one_to_one(checkpoint, model) and streams
         return cls(model, streams)
 
 
+def type_of_all(checkpoint: Checkpoint, config: Any) -> torch.dtype | None:
+    """Type of all parameters; None if transformers must choose."""
+    if config.dtype is not None:
+        found: torch.dtype = config.dtype
+        return found
+    kinds = {entry.dtype for entry in checkpoint.entries().values()}
+    return FLOATS.get(kinds.pop()) if len(kinds) == 1 else None
+
+
 def _most_stored(checkpoint: Checkpoint) -> torch.dtype:
-    """Type of most bytes; a model whose configuration names none gets it."""
+    """Type of most bytes."""
     sizes: dict[str, int] = {}
     for entry in checkpoint.entries().values():
         sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.n_bytes
@@ -71,8 +82,11 @@ def _most_stored(checkpoint: Checkpoint) -> torch.dtype:
     return FLOATS[max(floats, key=floats.__getitem__)] if floats else torch.float32
 
 
-def _is_one_to_one(checkpoint: Checkpoint, model: Any) -> bool:
-    """Whether tensors and parameters are the same; damage is an error."""
+def is_one_to_one(checkpoint: Checkpoint, model: Any) -> bool:
+    """Whether every parameter is a tensor as it is stored; damage is an error."""
+    for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        if getattr(model, name, None):  # some keep a type of their own
+            return False
     stored = checkpoint_names(model, checkpoint)
     state = [stored_name(model, checkpoint.weight_map, name) for name in model.state_dict()]
     unknown = set(checkpoint.weight_map).difference(stored.values(), filter(None, state))
@@ -82,5 +96,4 @@ def _is_one_to_one(checkpoint: Checkpoint, model: Any) -> bool:
         return False
     refuse_mismatch(checkpoint, "lacks tensors of the model", missing)
     refuse_mismatch(checkpoint, "has layers that config.json does not count", surplus)
-    kept = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-    return not any(getattr(model, name, None) for name in kept)
+    return True

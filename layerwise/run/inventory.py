@@ -141,7 +141,9 @@ class _Judge:
         self._targets, self._ignore = targets, ignore
         blocks = adapter.blocks_of(model)
         self._candidates = {
-            f"{block}.{linear}" for block in blocks for linear in adapter.linear_names(block)
+            f"{block}.{linear}"
+            for block in blocks
+            for linear in adapter.linear_names(block)
         }
         self._shapes = {
             name: tuple(parameter.shape)

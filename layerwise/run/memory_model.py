@@ -18,8 +18,15 @@ GRAM_ITEM = 8  # float64
 MOST_ROWS = 512  # that a refit works on together on a processor
 ARRAYS = 12  # of the width, that it plans for a row
 STORE = 1 << 30  # inputs of the stages of a dense block that are kept, at most
+LOOK = 2  # truth values per entry of a tensor that is checked, beside a copy of it
+SLAB = 512  # rows of a product that are made at a time
 DEVICE_BASE = 512 << 20  # context and libraries of an accelerator, beside its tensors
 HOST_WITH_DEVICE = 1 << 30  # what they add to the process
+
+BATCH_NAME = "a batch on its way through the block"
+COPY = "copy of the block for the dense side"
+INPUTS = "inputs of the stages that are left"
+RESULTS = "pruned weights and masks of the block"
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ class ModelShape:
         Parameters outside the blocks that lie in front of them or hold state.
     head
         Parameters of the output head where they are its own; a run does not need them.
+    largest
+        Entries of the largest tensor.
     hidden
         Channels between the blocks.
     itemsize
@@ -72,6 +81,7 @@ class ModelShape:
     blocks: tuple[BlockShape, ...]
     embeddings: int
     head: int
+    largest: int
     hidden: int
     itemsize: int
     working: tuple[tuple[int, float], ...]
@@ -237,7 +247,7 @@ def memory_of(model: ModelShape, run: RunShape) -> Memory:
     model, run
         Their shapes.
     """
-    moments = [_capture(model, run)]
+    moments = [_opening(model, run), _capture(model, run)]
     for block in dict.fromkeys(model.blocks):  # most are alike
         moments += [_advance(model, run, block), *_stages(model, run, block)]
         moments.append(_write(model, run, block))
@@ -293,6 +303,15 @@ def _moment(name: str, run: RunShape, items: Iterable[tuple[str, float, bool]]) 
             ),
         ),
     )
+
+
+def _opening(model: ModelShape, run: RunShape) -> Moment:
+    """Every tensor is looked at once: whether its entries are finite."""
+    size = (model.itemsize + LOOK) * model.largest
+    items: list[tuple[str, float, bool]] = [("a look at the largest tensor", size, False)]
+    if not run.streamed:
+        items.append(_whole(model))
+    return _moment("check of the checkpoint", run, items)
 
 
 def _capture(model: ModelShape, run: RunShape) -> Moment:
@@ -354,84 +373,95 @@ def _advance(model: ModelShape, run: RunShape, block: BlockShape) -> Moment:
         [
             *_present(model, run, block),
             _streams(model, run, streams),
-            ("a batch on its way through the block", _working(model, run), True),
+            (BATCH_NAME, _working(model, run), True),
         ],
     )
 
 
 def _stages(model: ModelShape, run: RunShape, block: BlockShape) -> list[Moment]:
-    """The moments of the largest stage: its inputs are summed, its problems solved."""
+    """The moments of every stage: its inputs are summed, its problems solved."""
     own = model.itemsize * block.parameters
-    common = _present(model, run, block)
-    if run.staged:
-        common.append(("copy of the block for the dense side", own, True))
-        common.append(("inputs of its stages", _stored(model, run, block), True))
-    common.append(_streams(model, run, _held(run)))
+    present = [*_present(model, run, block), _streams(model, run, _held(run))]
+    left = _stored(model, run, block)
     moments = []
+    if left:
+        copied = (COPY, own, True)
+        batch = (BATCH_NAME, _working(model, run), True)
+        kept = (INPUTS, sum(left), True)
+        moments.append(
+            _moment("pass that keeps inputs", run, [*present, copied, kept, batch])
+        )
     done = 0
-    for stage in block.stages:
-        results = [("pruned weights and masks of the block", done, False)]
-        sums = _sums(run, block, stage)
-        gathering = max(_working(model, run), _update(model, run, stage))
+    for index, stage in enumerate(block.stages):
+        rest: list[tuple[str, float, bool]] = [*present]
+        if run.staged and not left:
+            rest.append((COPY, own, True))
+        first = index == 0 and run.error_correction == "block"
+        sums = _sums(run, block, stage, pair=run.staged and not first)
+        gathering = max(_working(model, run), _update(run, stage))
         moments.append(
             _moment(
                 "sums over the inputs of a stage",
                 run,
                 [
-                    *common,
-                    *results,
-                    (sums[0], sums[1], True),
-                    ("a batch on its way", gathering, True),
+                    *rest,
+                    (INPUTS, sum(left[index:]), True),
+                    (RESULTS, done, False),
+                    (*sums, True),
+                    (BATCH_NAME, gathering, True),
                 ],
             )
         )
         done += stage.weights * (model.itemsize + 1)
-        results = [("pruned weights and masks of the block", done, False)]
         moments.append(
             _moment(
                 "problem of a matrix",
                 run,
-                [*common, *results, *_problem(run, block, stage)],
+                [
+                    *rest,
+                    (INPUTS, sum(left[index + 1 :]), True),
+                    (RESULTS, done, False),
+                    (*sums, True),
+                    *_problem(run, stage),
+                ],
             )
         )
     return moments
 
 
-def _stored(model: ModelShape, run: RunShape, block: BlockShape) -> int:
-    """Inputs of all stages of the dense block, if they fit the store."""
-    size = run.tokens * sum(stage.width for stage in block.stages) * model.itemsize
-    return size if len(block.stages) > 1 and size <= STORE else 0
+def _stored(model: ModelShape, run: RunShape, block: BlockShape) -> list[int]:
+    """Inputs of every stage of the dense block, if all of them fit the store."""
+    sizes = [run.tokens * stage.width * model.itemsize for stage in block.stages]
+    fits = run.staged and len(sizes) > 1 and sum(sizes) <= STORE
+    return sizes if fits else []
 
 
-def _sums(run: RunShape, block: BlockShape, stage: StageShape) -> tuple[str, int]:
-    """Sums of second moments: of a pair three, else one for every stage at once."""
-    if run.staged:
+def _sums(
+    run: RunShape, block: BlockShape, stage: StageShape, *, pair: bool
+) -> tuple[str, int]:
+    """Sums of second moments: of one stage, or of all at once where none waits."""
+    if not run.staged:
+        return "grams of all stages", sum(gram_bytes(s.width) for s in block.stages)
+    if not pair:
+        return "gram", gram_bytes(stage.width)
+    if 2 * sum(stage.rows) > stage.width:  # else the outputs are fewer than the inputs
         return "gram, cross-gram and drift", 3 * gram_bytes(stage.width)
-    return "grams of all stages", sum(gram_bytes(s.width) for s in block.stages)
+    return "gram and cross-gram", 2 * gram_bytes(stage.width)
 
 
-def _update(model: ModelShape, run: RunShape, stage: StageShape) -> float:
-    """A batch of inputs in float32, and the product that is added to the sum."""
+def _update(run: RunShape, stage: StageShape) -> float:
+    """A batch of inputs in float32, and a slab of the product that is added to the sum."""
     rows = run.batch * run.length
-    copies = 5 if run.staged else 2
-    return 4.0 * copies * rows * stage.width + 4.0 * stage.width**2
+    copies = 3 if run.staged else 1
+    return 4.0 * (copies * rows + SLAB) * stage.width
 
 
-def _problem(
-    run: RunShape, block: BlockShape, stage: StageShape
-) -> list[tuple[str, float, bool]]:
-    """Moments of a stage, the same scaled, and the workspace of its largest matrix."""
-    name, size = _sums(run, block, stage)
-    pair = 2 if run.staged else 1
-    items: list[tuple[str, float, bool]] = [
-        (name, size, True),
-        ("their averages, and those scaled", 2 * pair * gram_bytes(stage.width), True),
-    ]
-    if run.workspace is not None:
-        largest = max(stage.rows)
-        need = run.workspace.bytes(largest, stage.width)
-        items.append(("workspace of the solver", need, True))
-    return items
+def _problem(run: RunShape, stage: StageShape) -> list[tuple[str, float, bool]]:
+    """Workspace of the largest matrix of a stage."""
+    if run.workspace is None:
+        return []
+    need = run.workspace.bytes(max(stage.rows), stage.width)
+    return [("workspace of the solver", need, True)]
 
 
 def _write(model: ModelShape, run: RunShape, block: BlockShape) -> Moment:
@@ -442,7 +472,7 @@ def _write(model: ModelShape, run: RunShape, block: BlockShape) -> Moment:
         [
             *_present(model, run, block),
             _streams(model, run, _held(run)),
-            ("pruned weights and masks of the block", weights * (model.itemsize + 1), False),
+            (RESULTS, weights * (model.itemsize + 1), False),
             ("the same as a file", weights * model.itemsize + weights // 8, False),
         ],
     )

@@ -32,9 +32,12 @@ def model_shape(
         own_head = {id(parameter) for parameter in head.parameters()}
     around = {id(p): p.numel() for p in model.parameters() if id(p) not in inside}
     return ModelShape(
-        blocks=tuple(_block(adapter, name, block, shapes) for name, block in blocks.items()),
+        blocks=tuple(
+            _block(adapter, name, block, shapes) for name, block in blocks.items()
+        ),
         embeddings=sum(size for key, size in around.items() if key not in own_head),
         head=sum(size for key, size in around.items() if key in own_head),
+        largest=max(parameter.numel() for parameter in model.parameters()),
         hidden=int(entry.weight.shape[1]),
         itemsize=model.dtype.itemsize,
         working=working_set(model, adapter, length),

@@ -28,10 +28,12 @@ from layerwise.run.dry import adapter_without_memory
 from layerwise.run.estimate import StageEstimate, estimates, quick_machine
 from layerwise.run.gradients import required_gradient
 from layerwise.run.headers import Headers
+from layerwise.run.hidden_store import LARGEST_SHARE, check_activations
 from layerwise.run.inventory import Group, by_shape, inventory
 from layerwise.run.memory_model import (
     Memory,
     ModelShape,
+    Place,
     RunShape,
     memory_of,
     stream_bytes,
@@ -52,9 +54,6 @@ from layerwise.run.storage import Checkpoint
 from layerwise.run.structure import StructureOptions, choose_structure
 from layerwise.run.targets import Selection
 from layerwise.solve import resolve, solver_name
-
-ACTIVATIONS = ("auto", "memory", "disk")
-SHARE_FOR_DISK = 4  # hidden states above this part of the free memory go to the disk
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,9 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON can hold it: bytes, seconds, operations."""
         asked = ("model", "method", "pattern", "error_correction", "device")
-        places = ("host",) if self.device == "cpu" else ("host", "device")
+        places: tuple[Place, ...] = (
+            ("host",) if self.device == "cpu" else ("host", "device")
+        )
         widest = self.sizes.widest
         return {
             **{name: getattr(self, name) for name in asked},
@@ -260,9 +261,7 @@ def plan_run(
     certified = choose_certify(certify, solver, chosen)
     check_error_correction(error_correction)
     _check_counts(n_sequences=n_sequences, workers=workers)
-    if activations not in ACTIVATIONS:
-        message = f"activations is one of {', '.join(ACTIVATIONS)}, got {activations!r}"
-        raise UsageError(message)
+    check_activations(activations)
     place = choose_device(device)
     source = Checkpoint.open(model)
     headers = Headers.read(source)
@@ -323,7 +322,8 @@ def plan_run(
         stages=tuple(stages),
         gemm_rates=dict(machine.gemm_rates),
         copy_rate=machine.copy_rate,
-        refusal=refusal or next(iter(refusals(sizes, run, sum(disk.values()), capacity)), None),
+        refusal=refusal
+        or next(iter(refusals(sizes, run, sum(disk.values()), capacity)), None),
         notes=tuple(_notes(adapter, skeleton, run, solver, certified)),
     )
 
@@ -368,7 +368,7 @@ def _with_store(
     """The run with its hidden states where they would be kept."""
     needed = stream_bytes(sizes, run) * (4 if run.error_correction == "full" else 2)
     free = capacity.host
-    short = free is not None and needed * SHARE_FOR_DISK > free
+    short = free is not None and needed * LARGEST_SHARE > free
     on_disk = activations == "disk" or (activations == "auto" and short)
     return replace(run, on_disk=on_disk)
 

@@ -1,6 +1,7 @@
 """A plan as tables on a terminal, and as lines anywhere else."""
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -30,12 +31,12 @@ def print_plan(plan: Plan) -> None:
         if console.is_terminal:
             console.print(_table(section))
         else:
-            print("\n".join(lines(section)))
+            sys.stdout.write("\n".join(lines(section)) + "\n")
     for note in (*summary(plan), *plan.notes):
         if console.is_terminal:
             console.print(note, highlight=False)
         else:
-            print(note)
+            sys.stdout.write(f"{note}\n")
 
 
 def sections(plan: Plan) -> Iterator[Section]:

@@ -4,6 +4,7 @@
 that are assumed, so they are the same everywhere.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -83,6 +84,7 @@ class Llama:
             blocks=(block,) * self.blocks,
             embeddings=table + self.hidden,
             head=table,
+            largest=table,
             hidden=self.hidden,
             itemsize=itemsize,
             working=((1, llama_working(self.hidden, self.inner, itemsize)),),
@@ -204,5 +206,4 @@ def tables() -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    for table in tables():
-        print(table)
+    sys.stdout.write("\n".join(tables()))
