@@ -133,7 +133,8 @@ def test_work_of_a_run(mode: Any, whole: int, inside: int, cross: int) -> None:
     model = tiny_model("llama")
     adapter = get_adapter("llama")
     report = prune_model(model, "wanda", 0.5, calibration=random_tokens(2, 8), **SETTINGS)
-    work = run_work(model, adapter, report.records, mode, TOKENS, LENGTH)
+    shapes = {record.name: record.shape for record in report.records}
+    work = run_work(model, adapter, shapes, mode, TOKENS, LENGTH)
     block = next(iter(adapter.blocks_of(model).values()))
     once = forward_work(block, model.config, TOKENS, LENGTH)
     last = 2 * TOKENS * WIDTH * INNER  # outputs that nothing reads

@@ -11,13 +11,14 @@ from typing import Annotated
 import typer
 
 import layerwise
-from layerwise.cli import bench, demo, grams, inspect, prune, retrain
+from layerwise.cli import bench, demo, grams, inspect, plan, prune, retrain
 from layerwise.cli.signals import stopping_on_sigterm
 from layerwise.errors import LayerwiseError, UsageError
 
 EXIT_INTERRUPTED = 130
 DEBUG = "--debug"
 COMMANDS = (  # in the order of --help
+    plan.plan,
     prune.prune,
     retrain.retrain,
     grams.calibrate,

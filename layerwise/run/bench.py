@@ -220,7 +220,7 @@ class _Run:
         work = run_work(
             _as_it_was(report.model, checkpoint),
             adapter_of(report.model),
-            report.records,
+            {record.name: record.shape for record in report.records},
             self._error_correction,
             ids.numel(),
             self.length,

@@ -17,7 +17,6 @@ from torch import nn
 
 from layerwise.adapters import Adapter
 from layerwise.adapters.linear import is_linear, matrix
-from layerwise.run.records import LayerRecord
 
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
@@ -55,6 +54,8 @@ class Machine:
         Order of the square matrices; by default large ones for the device.
     copy_bytes
         Bytes that are copied; by default many for the device.
+    least_seconds
+        Of the tries of one rate together.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class Machine:
         device: torch.device,
         gemm_size: int | None = None,
         copy_bytes: int | None = None,
+        least_seconds: float = LEAST_SECONDS,
     ) -> None:
-        self._device = device
+        self._device, self._least_seconds = device, least_seconds
         self._gemm_size = gemm_size or GEMM_SIZE.get(device.type, 1024)
         self._copy_bytes = copy_bytes or COPY_BYTES.get(device.type, 1 << 28)
         self.gemm_rates: dict[torch.dtype, float] = {}
@@ -97,7 +99,7 @@ class Machine:
 
     def _best(self, run: Callable[[], Any]) -> float:
         times: list[float] = []
-        while len(times) <= TRIES or sum(times) < LEAST_SECONDS:
+        while len(times) <= TRIES or sum(times) < self._least_seconds:
             start = time.perf_counter()
             run()
             if self._device.type == "cuda":
@@ -164,7 +166,7 @@ def grading_work(shapes: Sequence[tuple[int, int]]) -> Work:
 def run_work(
     model: Any,
     adapter: Adapter,
-    records: Sequence[LayerRecord],
+    shapes: Mapping[str, tuple[int, int]],
     error_correction: str,
     tokens: int,
     length: int,
@@ -175,14 +177,13 @@ def run_work(
     ----------
     model, adapter
         The model and how it is read.
-    records
-        Matrices that were pruned.
+    shapes
+        Shape (out, in) of every matrix that is pruned, by its full name.
     error_correction
         Mode of the run, which decides how many passes there are.
     tokens, length
         Tokens in all, and of a sequence.
     """
-    shapes = {record.name: record.shape for record in records}
     forward, widths, pairs = Work(), [], []
     blocks = adapter.blocks_of(model)
     for number, (name, block) in enumerate(blocks.items()):

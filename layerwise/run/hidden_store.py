@@ -81,15 +81,20 @@ def choose_store(
     UsageError
         The word is none of the three, or there is no folder for the disk.
     """
-    if asked not in get_args(Activations):
-        message = f"activations is one of {', '.join(get_args(Activations))}, got {asked!r}"
-        raise UsageError(message)
+    check_activations(asked)
     if asked == "disk" and folder is None:
         message = "activations on disk need an output folder: give output_dir as well"
         raise UsageError(message)
     short = free is not None and needed * LARGEST_SHARE > free
     to_disk = asked == "disk" or (asked == "auto" and short)
     return HiddenStore(folder if to_disk and hasattr(os, "posix_fallocate") else None)
+
+
+def check_activations(asked: str) -> None:
+    """Refuse an unknown place."""
+    if asked not in get_args(Activations):
+        message = f"activations is one of {', '.join(get_args(Activations))}, got {asked!r}"
+        raise UsageError(message)
 
 
 def hidden_store(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -134,6 +134,16 @@ def load_native(checkpoint: Checkpoint, device: torch.device | str) -> PreTraine
     UnsupportedModelError
         This version does not know the architecture inside.
     """
+    config, operate = read_native(checkpoint)
+    model = load_as(checkpoint, config, device, operate)
+    for module in model.modules():
+        if isinstance(module, ScatteredLinear | GatheredLinear):
+            module.restore()  # what is in no tensor is left empty by loading
+    return model
+
+
+def read_native(checkpoint: Checkpoint) -> tuple[Any, Callable[[nn.Module], None]]:
+    """Original configuration of a native folder, and what cuts a model of it."""
     from transformers import CONFIG_MAPPING
 
     path = checkpoint.path / "config.json"
@@ -154,12 +164,7 @@ def load_native(checkpoint: Checkpoint, device: torch.device | str) -> PreTraine
         except Exception as error:
             message = f"{path} is invalid: {one_line(error)}"
             raise DataError(message) from error
-    operate = partial(surgery.repeat, get_adapter(family), surgery_path)
-    model = load_as(checkpoint, config, device, operate)
-    for module in model.modules():
-        if isinstance(module, ScatteredLinear | GatheredLinear):
-            module.restore()  # what is in no tensor is left empty by loading
-    return model
+    return config, partial(surgery.repeat, get_adapter(family), surgery_path)
 
 
 def _added_biases(model: Any) -> list[str]:

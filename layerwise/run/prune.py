@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from layerwise.patterns import NM, Pattern
 from layerwise.run.architecture import adapter_of, note_on
 from layerwise.run.calibration import Calibration, token_windows
-from layerwise.run.hidden_store import hidden_store
+from layerwise.run.hidden_store import check_activations, hidden_store
 from layerwise.run.journal import MASK, WEIGHT, Journal, check_output, read_masks
 from layerwise.run.lazy import LazyTensors
 from layerwise.run.output import (
@@ -258,6 +258,7 @@ def prune_model(
     solver = choose_solver(method, chosen, damping, options, memory_budget)
     certified = choose_certify(certify, solver, chosen)
     check_error_correction(error_correction)
+    check_activations(activations)
     output = None if output_dir is None else Path(output_dir)
     if output is not None:
         check_output(output, force=force)

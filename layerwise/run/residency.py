@@ -15,23 +15,16 @@ from torch import nn
 from layerwise.adapters.auto import lists_of_blocks
 from layerwise.patterns import Pattern
 from layerwise.run.gradients import required_gradient
-from layerwise.run.loading import check_finite, quiet_transformers, surplus_layers
+from layerwise.run.headers import is_one_to_one, type_of_all
+from layerwise.run.loading import check_finite, quiet_transformers
 from layerwise.run.skeleton import (
     checkpoint_names,
     read_config,
-    refuse_mismatch,
     skeleton_of,
     stored_name,
 )
 from layerwise.run.storage import Checkpoint
 from layerwise.run.structure import Structure
-
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 
 
 class Residency(Protocol):
@@ -134,11 +127,11 @@ class Streamed:
         """
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
             config = read_config(checkpoint)
-            dtype = _dtype(checkpoint, config)
+            dtype = type_of_all(checkpoint, config)
             if dtype is None:
                 return None
             model = skeleton_of(checkpoint, config, dtype=dtype, buffers=True)
-        if not _one_to_one(checkpoint, model):
+        if not is_one_to_one(checkpoint, model):
             return None
         _read_buffers(checkpoint, model)
         if not trusted:
@@ -228,32 +221,6 @@ def open_resident(
     """Model of a checkpoint: streamed if that is wanted and possible, else in memory."""
     found = Streamed.open(checkpoint, trusted=trusted) if streamed else None
     return InMemory(checkpoint.load_model()) if found is None else found
-
-
-def _dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype | None:
-    """Type of all parameters; None if transformers must choose."""
-    if config.dtype is not None:
-        found: torch.dtype = config.dtype
-        return found
-    kinds = {entry.dtype for entry in checkpoint.entries().values()}
-    return FLOATS.get(kinds.pop()) if len(kinds) == 1 else None
-
-
-def _one_to_one(checkpoint: Checkpoint, model: Any) -> bool:
-    """Whether every parameter is a tensor as it is stored; damage is an error."""
-    for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-        if getattr(model, name, None):  # some keep a type of their own
-            return False
-    stored = checkpoint_names(model, checkpoint)
-    state = [stored_name(model, checkpoint.weight_map, name) for name in model.state_dict()]
-    unknown = set(checkpoint.weight_map).difference(stored.values(), filter(None, state))
-    missing = {name for name, _ in model.named_parameters()} - set(stored)
-    surplus = surplus_layers(model, unknown)
-    if missing and unknown - surplus:  # stored in another form
-        return False
-    refuse_mismatch(checkpoint, "lacks tensors of the model", missing)
-    refuse_mismatch(checkpoint, "has layers that config.json does not count", surplus)
-    return True
 
 
 def _read_buffers(checkpoint: Checkpoint, model: Any) -> None:

@@ -1,0 +1,405 @@
+"""The memory model: sums by hand, how they grow, and what real tensors say."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from layerwise.adapters import get_adapter
+from layerwise.evaluate import relative_error
+from layerwise.moments import Moments
+from layerwise.patterns import Unstructured
+from layerwise.problem import LayerProblem
+from layerwise.run.architecture import adapter_of
+from layerwise.run.dry import LiveBytes, adapter_without_memory, without_memory, working_set
+from layerwise.run.memory_model import (
+    BlockShape,
+    Memory,
+    ModelShape,
+    Moment,
+    Peak,
+    RunShape,
+    StageShape,
+    Workspace,
+    memory_of,
+)
+from layerwise.run.model_shape import model_shape
+from layerwise.run.operations import OperationCount
+from layerwise.run.random_layers import random_gram, random_weight
+from layerwise.run.scaling import LLAMAS, llama_working, tables
+from layerwise.run.settings import embedding_rows
+from layerwise.run.solver_costs import COSTS, cost_of, workspace_of
+from layerwise.run.streams import capture
+from layerwise.solve import chain, resolve, solve
+from layerwise.solvers import SOLVERS
+from layerwise.solvers.fista import Fista
+from layerwise.solvers.sparsegpt import SparseGPT
+from tests.models import FAMILIES, INNER, POSITIONS, WIDTH, mixture_of_experts, tiny_model
+
+ROOT = Path(__file__).parents[1]
+GIB = 1 << 30
+
+ATTENTION, MLP = StageShape(100, (100, 50)), StageShape(300, (100,))
+MODEL = ModelShape(
+    blocks=(BlockShape(50_000, (ATTENTION, MLP)),) * 3,
+    embeddings=20_000,
+    head=10_000,
+    largest=15_000,
+    hidden=100,
+    itemsize=2,
+    working=((10, 10_000.0),),
+)
+RUN = RunShape(n_sequences=16, length=32, error_correction="block", base=7_000_000)
+STREAM = 16 * 32 * 100 * 2
+
+
+def items_of(memory: Memory, moment: str) -> dict[str, int]:
+    found = next(m for m in memory.moments if m.name == moment)
+    return {item.name: item.bytes for item in found.items}
+
+
+def total(moment: Moment) -> int:
+    return moment.total("host") + moment.total("device")
+
+
+def test_the_problem_of_a_matrix_by_hand() -> None:
+    workspace = Workspace((Peak(2.0, 1.0), Peak(rows=1.0)))
+    memory = memory_of(MODEL, replace(RUN, workspace=workspace))
+    assert items_of(memory, "problem of a matrix") == {
+        "Python, PyTorch, transformers": 7_000_000,
+        "block": 100_000,
+        "2 x hidden states": 2 * STREAM,
+        "pruned weights and masks of the block": 3 * (100 * 150 + 300 * 100),
+        "gram and cross-gram": 2 * 8 * 300**2,
+        "workspace of the solver": 8 * (2 * 100 * 300 + 300**2),
+    }
+
+
+def test_the_capture_by_hand() -> None:
+    """The output head is not there: nothing behind the blocks is computed."""
+    found = items_of(memory_of(MODEL, RUN), "capture of the embeddings")
+    assert found == {
+        "Python, PyTorch, transformers": 7_000_000,
+        "embeddings and norms": 2 * 20_000,
+        "first block": 2 * 50_000,
+        "hidden states": STREAM,
+    }
+
+
+def test_the_check_by_hand() -> None:
+    found = items_of(memory_of(MODEL, RUN), "check of the checkpoint")
+    assert found["a look at the largest tensor"] == 15_000 * (2 + 2)
+
+
+def test_inputs_of_stages_leave_one_by_one() -> None:
+    """Two stages: while the first is summed both are there, at the end none."""
+    memory = memory_of(replace(MODEL, blocks=(BlockShape(10, (MLP, ATTENTION)),)), RUN)
+    inputs = [
+        items_of(memory, name).get("inputs of the stages that are left", 0)
+        for name in (
+            *("pass that keeps inputs", "sums over the inputs of a stage"),
+            "problem of a matrix",
+        )
+    ]
+    stored = 16 * 32 * 2
+    assert inputs == [400 * stored, 400 * stored, 100 * stored]
+    copies = [
+        moment.name
+        for moment in memory.moments
+        if any(item.name.startswith("copy") for item in moment.items)
+    ]
+    assert copies == ["pass that keeps inputs"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "grams"), [((100, 50), 3), ((50,), 2)], ids=["by gram", "by products"]
+)
+def test_a_drift_has_a_gram_where_outputs_are_many(
+    rows: tuple[int, ...], grams: int
+) -> None:
+    stages = (StageShape(8, (1,)), StageShape(100, rows))
+    memory = memory_of(replace(MODEL, blocks=(BlockShape(10, stages),)), RUN)
+    found = items_of(memory, "problem of a matrix")
+    sums = [size for name, size in found.items() if name.startswith("gram")]
+    assert sums == [grams * 8 * 100**2]
+
+
+def test_a_batch_on_its_way_is_that_of_the_inputs_or_of_the_block() -> None:
+    rows = 8 * 32
+    update = 4 * (3 * rows + 512) * 300
+    found = items_of(memory_of(MODEL, RUN), "sums over the inputs of a stage")
+    assert found["a batch on its way through the block"] == update
+    heavy = replace(MODEL, working=((16, 300_000.0), (48, 1_000_000.0)))
+    found = items_of(memory_of(heavy, RUN), "sums over the inputs of a stage")
+    assert found["a batch on its way through the block"] == 8 * 650_000
+
+
+@pytest.mark.parametrize(
+    ("mode", "sums", "held"),
+    [
+        ("none", 8 * (100**2 + 300**2), 2),
+        ("sequential", 8 * (100**2 + 300**2), 1),
+        ("block", 2 * 8 * 300**2, 2),
+        ("full", 2 * 8 * 300**2, 3),
+    ],
+)
+def test_modes_of_error_correction(mode: str, sums: int, held: int) -> None:
+    found = items_of(
+        memory_of(MODEL, replace(RUN, error_correction=mode)), "problem of a matrix"
+    )
+    grams = [size for name, size in found.items() if name.startswith("gram")]
+    states = [size for name, size in found.items() if name.endswith("hidden states")]
+    assert grams == [sums]
+    assert states == [held * STREAM]
+
+
+def test_inputs_that_exceed_the_store_are_not_kept() -> None:
+    """400 channels of 2 bytes: 1 GiB is reached between these two."""
+    fits, too_many = GIB // 800 // 32, GIB // 800 // 32 + 1
+    for count, kept in ((fits, True), (too_many, False)):
+        memory = memory_of(MODEL, replace(RUN, n_sequences=count))
+        names = [moment.name for moment in memory.moments]
+        assert ("pass that keeps inputs" in names) == kept
+        found = items_of(memory, "problem of a matrix")
+        assert ("copy of the block for the dense side" in found) != kept
+
+
+def test_on_the_disk_a_batch_of_hidden_states_is_left() -> None:
+    found = items_of(memory_of(MODEL, replace(RUN, on_disk=True)), "problem of a matrix")
+    assert found["2 x hidden states"] == STREAM  # 8 of the 16 sequences, twice
+
+
+def test_every_worker_needs_all_of_it() -> None:
+    one, three = (memory_of(MODEL, replace(RUN, workers=n)) for n in (1, 3))
+    assert three.bytes("host") == 3 * one.bytes("host")
+
+
+def test_an_accelerator_takes_what_is_computed() -> None:
+    run = replace(RUN, accelerator=True, workspace=Workspace((Peak(1.0),)))
+    memory = memory_of(MODEL, run)
+    moment = next(m for m in memory.moments if m.name == "problem of a matrix")
+    on_host = {item.name for item in moment.items if item.place == "host"}
+    assert on_host == {
+        *("Python, PyTorch, transformers", "libraries of the device"),
+        *("2 x hidden states", "pruned weights and masks of the block"),
+    }
+    alone = memory_of(MODEL, replace(run, accelerator=False))
+    same = next(m for m in alone.moments if m.name == "problem of a matrix")
+    libraries = total(moment) - total(same)
+    assert libraries == sum(
+        item.bytes for item in moment.items if "of the device" in item.name
+    )
+
+
+def test_a_model_that_is_not_streamed_is_there_all_the_time() -> None:
+    memory = memory_of(MODEL, replace(RUN, streamed=False))
+    for moment in memory.moments:
+        sizes = {item.name: item.bytes for item in moment.items}
+        assert sizes["the whole model"] == 2 * (3 * 50_000 + 30_000)
+        assert "block" not in sizes
+
+
+def test_blocks_that_differ_count_with_the_largest() -> None:
+    wide = replace(MODEL.blocks[0], stages=(ATTENTION, StageShape(700, (100,))))
+    mixed = replace(MODEL, blocks=(*MODEL.blocks, wide, MODEL.blocks[0]))
+    found = items_of(memory_of(mixed, RUN), "problem of a matrix")
+    assert found["gram and cross-gram"] == 2 * 8 * 700**2
+    assert mixed.widest == StageShape(700, (100,))
+
+
+def _changed(run: RunShape, field: str, value: int) -> RunShape:
+    changes: dict[str, Any] = {field: value}
+    return replace(run, **changes)
+
+
+@pytest.mark.parametrize("field", ["n_sequences", "length", "workers", "base"])
+def test_more_of_anything_never_needs_less(field: str) -> None:
+    """Searches for what would fit rely on it; below the store, which has a step down."""
+    sizes = [
+        memory_of(MODEL, _changed(RUN, field, value)).bytes("host")
+        for value in (1, 2, 3, 5, 9, 20, 33, 100)
+    ]
+    assert sizes == sorted(sizes)
+
+
+def test_a_workspace_is_its_largest_peak_and_rows_fit_the_budget() -> None:
+    workspace = Workspace((Peak(1.0), Peak(0.0, 3.0)))
+    assert workspace.bytes(1000, 10) == 8 * 1000 * 10
+    assert workspace.bytes(10, 1000) == 8 * 3 * 1000**2
+    rows = (1 << 20) // (12 * 8 * 100)
+    only_rows = Workspace((Peak(rows=2.0),), budget=1 << 20)
+    assert only_rows.bytes(1000, 100) == 8 * 2 * rows * 100
+
+
+def skeleton(family: str, **more: Any) -> Any:
+    """Model of a family on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_model(family, **more).config
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"falcon_mamba", "mistral"}))
+def test_a_block_without_memory_needs_what_a_real_one_does(family: str) -> None:
+    model = tiny_model(family)
+    adapter = adapter_of(model)
+    blocks = list(adapter.blocks_of(model).values())
+    stream = capture(model, blocks, [torch.zeros(1, POSITIONS, dtype=torch.long)])
+    peak = 0
+    for calls, block in zip(stream.calls, blocks, strict=True):
+        with torch.no_grad(), LiveBytes() as live:
+            calls[0].run(block, stream.hidden[0], torch.device("cpu"))
+        peak = max(peak, live.peak)
+    length, size = working_set(skeleton(family), adapter, POSITIONS)[-1]
+    assert length == POSITIONS
+    # without numbers nobody sees that a mask of ones can be left out
+    assert peak <= size <= peak + 8 * WIDTH * POSITIONS**2
+
+
+def test_working_set_of_a_llama_by_hand() -> None:
+    model = skeleton("llama", inner=64)
+    found = dict(working_set(model, get_adapter("llama"), 16))
+    assert set(found) == {4, 16}
+    assert found[16] == 16 * llama_working(WIDTH, 64, 4)
+
+
+def test_blocks_that_go_token_by_token_are_not_run_on_long_sequences() -> None:
+    found = dict(working_set(skeleton("mamba"), get_adapter("mamba"), 4096))
+    assert set(found) == {32, 64}
+    assert found[64] == pytest.approx(2 * found[32], rel=0.05)
+
+
+def test_experts_of_another_type_are_counted_in_the_type_that_runs() -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = mixture_of_experts().config
+    with torch.device("meta"):
+        models = [
+            AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+    adapter = adapter_without_memory(models[0])
+    single, half = (working_set(model, adapter, 16)[-1][1] for model in models)
+    assert single == 2 * half
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_adapters_are_found_without_memory(family: str) -> None:
+    assert adapter_without_memory(skeleton(family)) == adapter_of(tiny_model(family))
+
+
+def test_experts_are_found_without_memory() -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = mixture_of_experts()
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(model.config).eval()
+    assert adapter_without_memory(empty) == adapter_of(model)
+
+
+def test_a_model_is_as_it_was_after_a_run_without_memory() -> None:
+    model = skeleton("llama", tied=True)
+    before = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    with without_memory(model):
+        assert embedding_rows(model)
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+        assert not model.lm_head.weight.is_meta
+    after = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    assert after == before
+
+
+def test_shapes_of_a_model() -> None:
+    model = skeleton("llama")
+    shapes = {"model.layers.1.mlp.down_proj": (WIDTH, INNER)}
+    found = model_shape(model, get_adapter("llama"), shapes, 16)
+    assert [block.stages for block in found.blocks] == [
+        (),
+        (StageShape(INNER, (WIDTH,)),),
+    ]
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert found.head == model.lm_head.weight.numel()
+    assert found.hidden == WIDTH
+    assert found.itemsize == 4
+
+
+def test_a_tied_head_is_no_head_of_its_own() -> None:
+    model = skeleton("llama", tied=True)
+    found = model_shape(model, get_adapter("llama"), {}, 16)
+    assert found.head == 0
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+
+
+def data_of(rows: int, width: int, *, pair: bool) -> tuple[Tensor, Moments, Tensor | None]:
+    """Weight, moments in the units of a run, and the drift."""
+    device = torch.device("cpu")
+    gram = random_gram(width, device, 1)
+    weight = random_weight(rows, width, device, 0).bfloat16()
+    if not pair:
+        return weight, Moments(gram, n_tokens=4096), None
+    noise = 1 + 0.01 * torch.randn(width, dtype=torch.float64)
+    drift = torch.full((rows,), 1e-2, dtype=torch.float64)
+    return weight, Moments(gram, gram * noise, n_tokens=4096), drift
+
+
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize(
+    ("method", "slack"), [("wanda", 0.01), ("sparsegpt", 0.2), ("admm", 0.3)]
+)
+def test_costs_are_those_that_are_counted(method: str, slack: float, pair: bool) -> None:
+    """Posed, solved and graded as a run does it; iterations depend on the layer."""
+    rows, width = 1024, 256
+    weight, moments, drift = data_of(rows, width, pair=pair)
+    with LiveBytes() as live, OperationCount() as count:
+        problem = LayerProblem.from_moments(
+            weight, moments, pattern=Unstructured(0.5), drift=drift
+        )
+        found = solve(problem, method)
+        if method != "wanda":  # its weights are those of the model's type already
+            relative_error(problem, found.weight.to(weight.dtype))
+    cost = cost_of(resolve(method), pair=pair)
+    workspace = workspace_of(resolve(method), pair=pair)
+    assert cost is not None
+    assert workspace is not None
+    work = cost.work(StageShape(width, (rows,)))
+    for dtype in (torch.float32, torch.float64):
+        counted = count.work.flops.get(dtype, 0.0)
+        assert work.flops[dtype] == pytest.approx(counted, rel=slack), dtype
+    assert workspace.bytes(rows, width) == pytest.approx(live.peak, rel=0.1)
+
+
+def test_costs_of_a_chain_add_up_and_its_memory_is_that_of_the_larger_step() -> None:
+    both = cost_of(chain("wanda", "sparsegpt"), pair=True)
+    first, second = (cost_of(resolve(name), pair=True) for name in ("wanda", "sparsegpt"))
+    assert first is not None
+    assert second is not None
+    assert both == first.then(second)
+    workspace = workspace_of(chain("wanda", "sparsegpt"), pair=True)
+    alone = [workspace_of(resolve(name), pair=True) for name in ("wanda", "sparsegpt")]
+    assert workspace is not None
+    assert workspace.bytes(300, 200) == max(w.bytes(300, 200) for w in alone if w)
+
+
+def test_a_method_without_figures_has_none() -> None:
+    assert set(COSTS) <= set(SOLVERS)
+    assert cost_of(resolve("best"), pair=True) is None
+    assert cost_of(resolve("wanda+swaps"), pair=False) is None
+    assert workspace_of(resolve("best"), pair=True) is None
+    assert cost_of(Fista(max_rounds=3), pair=True) is None
+    assert cost_of(SparseGPT(block_size=64), pair=True) is not None
+    assert cost_of(Fista(memory_budget=1 << 20), pair=True) is not None
+
+
+def test_the_tables_of_the_page_are_those_of_the_model() -> None:
+    page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    for table in tables():
+        assert table in page
+
+
+def test_shapes_of_the_tables_are_those_of_the_models() -> None:
+    """Parameters as the models are published with, to the nearest billion."""
+    counts = [round(model.shape.parameters / 1e9) for model in LLAMAS]
+    assert counts == [8, 71, 406]

@@ -1,0 +1,444 @@
+"""Plans: every parameter with its fate, exact counts, refusals, and nothing is read."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from layerwise.cli import run
+from layerwise.demo import model_path
+from layerwise.errors import (
+    DataError,
+    InvalidProblemError,
+    MemoryBudgetError,
+    UnsupportedModelError,
+    UsageError,
+)
+from layerwise.patterns import NM, Pattern, Unstructured
+from layerwise.run import plan as plan_module
+from layerwise.run.capacity import Capacity, capacity_of, free_disk, free_host
+from layerwise.run.estimate import quick_machine
+from layerwise.run.floor import Machine
+from layerwise.run.inventory import starred, zeros_of
+from layerwise.run.plan import Plan, plan_run
+from layerwise.run.plan_text import in_time, lines, sections
+from layerwise.run.prune import prune_model
+from layerwise.run.storage import Checkpoint
+from tests.checkpoints import edit_json
+from tests.models import (
+    FAMILIES,
+    edit_shard,
+    mixture_of_experts,
+    random_tokens,
+    save_checkpoint,
+    tiny_model,
+)
+
+SMALL: dict[str, Any] = {"n_sequences": 4, "sequence_length": 16, "device": "cpu"}
+LARGE = Capacity(1 << 40, None, 1 << 40)
+EXPERTS = r"re:.*\.experts\."
+
+
+def planned(folder: Path, method: Any = "wanda", sparsity: Any = 0.5, **more: Any) -> Plan:
+    return plan_run(folder, method, sparsity, **{**SMALL, **more})
+
+
+def saved(folder: Path, family: str, **more: Any) -> tuple[Path, Any]:
+    model = tiny_model(family, **more)
+    return save_checkpoint(folder / family, model, tokenizer=False), model
+
+
+def fates(plan: Plan) -> dict[str, str]:
+    """Fate or reason of every parameter."""
+    return {
+        member: group.reason or group.fate
+        for group in plan.groups
+        for member in group.members
+    }
+
+
+class _Rates(Machine):
+    """A machine that is not measured, which would take most of the time."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.gemm_rates = dict.fromkeys((torch.bfloat16, torch.float32, torch.float64), 1e9)
+        self._copy_rate = 1e9
+
+
+@pytest.fixture(autouse=True)
+def _large_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "capacity_of", lambda device, output: LARGE)
+    monkeypatch.setattr(plan_module, "quick_machine", _Rates)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_what_is_planned_is_what_is_pruned(family: str, tmp_path: Path) -> None:
+    """Names, shapes and counts of zeros, against a run and against enumeration."""
+    folder, model = saved(tmp_path, family)
+    ignore = [] if family not in ("mamba2", "falcon_mamba") else [r"re:.*conv1d"]
+    plan = planned(folder, ignore=ignore or ("lm_head",))
+    report = prune_model(model, "wanda", 0.5, calibration=random_tokens(4, 16), **SMALL)
+    chosen = [g for g in plan.groups if g.fate == "pruned"]
+    names = {m.removesuffix(".weight") for g in chosen for m in g.members}
+    assert names == {record.name for record in report.records}
+    assert plan.pruned == sum(r.shape[0] * r.shape[1] for r in report.records)
+    assert plan.zeros == sum(int((~mask).sum()) for mask in report.masks.values())
+    assert plan.parameters == sum(p.numel() for p in model.parameters())
+    assert plan.refusal is None
+    found = [member for group in plan.groups for member in group.members]
+    every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    assert sorted(found) == sorted(every)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [Unstructured(0.5), Unstructured(0.29), Unstructured(0.7, "layer"), NM(2, 4), NM(1, 8)],
+)
+def test_zeros_are_those_of_the_mask(pattern: Pattern) -> None:
+    for shape in [(3, 16), (7, 24), (5, 8)]:
+        mask = pattern.mask(torch.rand(shape))
+        assert zeros_of(pattern, shape) == int((~mask).sum())
+
+
+def test_reasons(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path, "llama")
+    plan = planned(
+        folder,
+        targets=["re:.*_proj"],
+        ignore=["model.layers.0.self_attn.q_proj", "re:.*mlp.up"],
+    )
+    found = fates(plan)
+    block = "model.layers.0"
+    q_proj, up_proj = f"{block}.self_attn.q_proj", f"{block}.mlp.up_proj"
+    assert found[f"{q_proj}.weight"] == f"ignored by '{q_proj}'".replace(".0.", ".*.")
+    assert found["model.layers.1.self_attn.q_proj.weight"] == "pruned"
+    assert found[f"{up_proj}.weight"] == "ignored by 're:.*mlp.up'"
+    assert found["model.embed_tokens.weight"] == "outside the decoder blocks"
+    assert found["lm_head.weight"] == "outside the decoder blocks"
+    assert found[f"{block}.input_layernorm.weight"] == "a vector"
+    only = fates(planned(folder, targets=["re:.*mlp"]))
+    assert only[f"{q_proj}.weight"] == "not in targets"
+
+
+def test_a_tied_head_is_counted_once(tmp_path: Path) -> None:
+    folder, model = saved(tmp_path, "llama", tied=True)
+    plan = planned(folder)
+    found = fates(plan)
+    assert found["lm_head.weight"] == "shared with model.embed_tokens.weight"
+    assert plan.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_blocks_that_are_alike_share_a_line(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path, "opt", layers=3)
+    plan = planned(folder)
+    group = next(g for g in plan.groups if g.name.endswith("fc1"))
+    assert group.name == "model.decoder.layers.*.fc1"
+    assert group.count == 3
+    assert group.shape == (24, 16)
+    assert group.zeros == 3 * 24 * 8
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("model.layers.12.mlp.experts.3.up", "model.layers.*.mlp.experts.*.up"),
+        ("layers.0", "layers.*"),
+        ("fc1.weight", "fc1.weight"),
+        ("h.0.c_fc2", "h.*.c_fc2"),
+    ],
+)
+def test_numbers_of_blocks_become_stars(text: str, found: str) -> None:
+    assert starred(text) == found
+
+
+def test_experts_are_refused_as_a_run_refuses_them_until_they_are_ignored(
+    tmp_path: Path,
+) -> None:
+    folder = save_checkpoint(tmp_path / "moe", mixture_of_experts(), tokenizer=False)
+    plan = planned(folder)
+    with pytest.raises(UnsupportedModelError, match="cannot be pruned") as caught:
+        plan.check()
+    with pytest.raises(UnsupportedModelError) as raised:
+        prune_model(folder, "wanda", 0.5, calibration=random_tokens(4, 16), **SMALL)
+    assert str(caught.value) == str(raised.value)
+    refused = [g for g in plan.groups if g.fate == "refused"]
+    assert refused
+    assert all("of no linear layer" in group.reason for group in refused)
+    left = planned(folder, ignore=["lm_head", EXPERTS])
+    left.check()
+    reasons = [g.reason for g in left.groups if "experts" in g.name]
+    assert all(reason.endswith(f"; ignored by {EXPERTS!r}") for reason in reasons)
+
+
+def test_widths_that_m_does_not_divide_are_refused_by_name(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path, "llama", inner=18)
+    plan = planned(folder, sparsity="2:4")
+    with pytest.raises(InvalidProblemError, match=r"0\.mlp\.down_proj: pattern 2:4 needs"):
+        plan.check()
+    refused = [group.name for group in plan.groups if group.fate == "refused"]
+    assert refused == ["model.layers.*.mlp.down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"targets": ["q_proj"]}, "targets entry 'q_proj' matches nothing"),
+        ({"ignore": ["k_proj"]}, "ignore entry 'k_proj' matches nothing"),
+        ({"ignore": ["re:.*_proj"]}, "nothing is left to prune"),
+        ({"n_sequences": 0}, "n_sequences must be at least 1"),
+        ({"sequence_length": 33}, "exceeds the 32 positions"),
+        ({"workers": 0}, "workers must be at least 1"),
+        ({"activations": "tape"}, "activations is one of auto, memory, disk"),
+        ({"error_correction": "some"}, "error_correction is one of"),
+        ({"method": "wander"}, "unknown method 'wander'"),
+        ({"sparsity": None}, "say how much to prune"),
+        ({"method": "fasp", "sparsity": 0.3}, "would make a smaller model"),
+    ],
+)
+def test_impossible_arguments(
+    arguments: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    folder, _ = saved(tmp_path, "llama")
+    with pytest.raises(UsageError) as caught:
+        planned(folder, **arguments)
+    assert expected in str(caught.value)
+
+
+def _one_more_layer(folder: Path) -> None:
+    edit_json(folder / "config.json", num_hidden_layers=3)
+
+
+def _one_layer_less(folder: Path) -> None:
+    edit_json(folder / "config.json", num_hidden_layers=1)
+
+
+def _another_width(folder: Path) -> None:
+    edit_json(folder / "config.json", intermediate_size=32)
+
+
+def _a_tensor_gone(folder: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_shard(folder / "model.safetensors", lambda tensors: tensors.pop(name))
+
+
+@pytest.mark.parametrize(
+    "damage", [_one_more_layer, _one_layer_less, _another_width, _a_tensor_gone]
+)
+def test_headers_that_contradict_the_configuration(damage: Any, tmp_path: Path) -> None:
+    """The same error as that of a run, word by word."""
+    folder, _ = saved(tmp_path, "llama")
+    damage(folder)
+    with pytest.raises(DataError) as planned_error:
+        planned(folder)
+    with pytest.raises(DataError) as loading_error:
+        Checkpoint.open(folder).load_model()
+    assert str(planned_error.value) == str(loading_error.value)
+
+
+def test_no_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = saved(tmp_path, "llama")
+
+    def never(*_: Any) -> Any:
+        message = "a plan read tensors"
+        raise AssertionError(message)
+
+    monkeypatch.setattr(Checkpoint, "tensors", never)
+    monkeypatch.setattr(nn.Module, "load_state_dict", never)
+    assert planned(folder).zeros
+    names = ["model.safetensors"]
+    for name in names:  # NaN is none of its business
+        edit_shard(
+            folder / name, lambda tensors: tensors["lm_head.weight"].fill_(torch.nan)
+        )
+    assert planned(folder).zeros
+
+
+@pytest.mark.parametrize(
+    ("method", "known"), [("fista", True), ("wanda+least-squares", True), ("swaps", False)]
+)
+def test_what_is_not_known_is_said(method: str, known: bool, tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path, "opt")
+    plan = planned(folder, method)
+    seconds = {stage.stage: stage.seconds for stage in plan.stages}
+    assert (seconds["solve"] is not None) == known
+    assert any("are not known" in note for note in plan.notes) != known
+    shown = "\n".join(line for section in sections(plan) for line in lines(section))
+    assert ("unknown" in shown) != known
+
+
+def test_notes(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path, "gpt2")
+    notes = " ".join(planned(folder, certify=True).notes)
+    assert "no adapter is declared for this GPT2LMHeadModel" in notes
+    assert "proven gaps are not counted" in notes
+    notes = " ".join(planned(folder, "gblm").notes)
+    assert "gradients are not counted" in notes
+    assert "whole model in memory" in notes
+
+
+def test_memory_that_is_short_is_refused_with_what_would_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = saved(tmp_path, "llama")
+    arguments: dict[str, Any] = {"n_sequences": 512, "activations": "memory"}
+    need = planned(folder, **arguments).memory.bytes("host")
+    for free, fits in ((need, True), (need - 1, False)):
+        short = Capacity(free, None, 1 << 40)
+        monkeypatch.setattr(plan_module, "capacity_of", lambda *_, found=short: found)
+        plan = planned(folder, **arguments)
+        slack = plan.memory.bytes("host") - need  # this process has grown
+        assert (plan.refusal is None) == (fits and slack <= 0) or slack > 0
+    with pytest.raises(MemoryBudgetError, match="what would fit: ") as caught:
+        plan.check()
+    assert caught.value.exit_code == 5
+    options = dict(
+        option.removeprefix("--").split(" ")
+        for option in str(caught.value).partition("what would fit: ")[2].split(", or ")
+    )
+    assert {"n-sequences", "sequence-length", "activations"} <= set(options)
+    count = int(options["n-sequences"])
+    monkeypatch.setattr(plan_module, "own_memory", lambda: plan_base(plan))
+    short = Capacity(need - 1, None, 1 << 40)
+    monkeypatch.setattr(plan_module, "capacity_of", lambda *_: short)
+    assert planned(folder, **{**arguments, "n_sequences": count}).refusal is None
+    assert planned(folder, **{**arguments, "n_sequences": count + 1}).refusal is not None
+
+
+def plan_base(plan: Plan) -> int:
+    items = plan.memory.moments[0].items
+    return next(item.bytes for item in items if item.name.startswith("Python"))
+
+
+def test_memory_that_is_short_of_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = saved(tmp_path, "llama")
+    monkeypatch.setattr(plan_module, "capacity_of", lambda *_: Capacity(1000, None, None))
+    with pytest.raises(MemoryBudgetError, match="no setting of this run fits"):
+        planned(folder).check()
+
+
+def test_a_disk_that_is_short_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = saved(tmp_path, "llama")
+    need = sum(planned(folder).disk.values())
+    for free in (need, need - 1):
+        found = Capacity(1 << 40, None, free)
+        monkeypatch.setattr(plan_module, "capacity_of", lambda *_, found=found: found)
+        plan = planned(folder)
+        assert (plan.refusal is None) == (free == need)
+    with pytest.raises(DataError, match="free 0 MiB more, or choose"):
+        plan.check()
+
+
+def test_hidden_states_go_to_the_disk_where_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = saved(tmp_path, "llama")
+    states = 2 * 4 * 16 * 16 * 4
+    for free, on_disk in ((4 * states, False), (4 * states - 1, True)):
+        found = Capacity(free, None, 1 << 40)
+        monkeypatch.setattr(plan_module, "capacity_of", lambda *_, found=found: found)
+        plan = planned(folder)
+        assert plan.on_disk == on_disk
+        assert plan.disk.get("hidden states", 0) == states * on_disk
+
+
+def test_what_is_free_is_asked_of_the_system(tmp_path: Path) -> None:
+    found = capacity_of(torch.device("cpu"), tmp_path / "not" / "there" / "yet")
+    assert found.host is not None
+    assert found.host > 1 << 20
+    assert found.device is None
+    assert found.disk == pytest.approx(free_disk(tmp_path / "x"), rel=0.05)
+    assert capacity_of(torch.device("cpu"), None).disk is None
+    assert free_host() == pytest.approx(found.host, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.01234, "0.0123 s"), (99.4, "99.4 s"), (100, "1.67 min"), (36000, "10 h")],
+)
+def test_times_are_readable(seconds: float, text: str) -> None:
+    assert in_time(seconds) == text
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lines without a terminal, and the same as JSON."""
+    folder, model = saved(tmp_path, "llama")
+    path = tmp_path / "plan.json"
+    arguments = ["plan", str(folder), "--sparsity", "2:4", "--method", "sparsegpt"]
+    arguments += ["--n-sequences", "4", "--json", str(path), "--device", "cpu"]
+    assert run([*arguments, "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "2 x model.layers.*.self_attn.q_proj" in shown
+    assert "16x16" in shown
+    assert "outside the decoder blocks" in shown
+    assert "50.0000% of the" in shown
+    assert "largest gram: 24 x 24" in shown
+    found = json.loads(path.read_text())
+    assert found["method"] == "sparsegpt"
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert found["zeros"] * 2 == found["pruned_parameters"]
+    assert found["memory"]["host"]["peak"] == max(
+        sum(items.values()) for items in found["memory"]["host"]["moments"].values()
+    )
+    assert found["largest_gram"] == 24
+    assert [stage["stage"] for stage in found["stages"]] == [
+        *("load", "hash", "forward", "gram", "solve", "write")
+    ]
+    assert found["refused"] is None
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        ([], 2, "missing --sparsity"),
+        (["--sparsity", "0.5", "--targets", "q"], 2, "matches nothing"),
+        (["--sparsity", "2:4", "--group", "layer"], 2, "--group layer leaves open"),
+        (["--sparsity", "0.5", "--group", "column"], 2, "--group is row or layer"),
+        (["--sparsity", "1:5"], 2, "needs a width divisible by 5"),
+    ],
+)
+def test_exit_codes(
+    flags: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, _ = saved(tmp_path, "llama")
+    assert run(["plan", str(folder), *flags, "--device", "cpu"]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_the_table_comes_before_the_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = saved(tmp_path, "llama")
+    monkeypatch.setattr(plan_module, "capacity_of", lambda *_: Capacity(1000, None, None))
+    assert run(["plan", str(folder), "--sparsity", "0.5", "--device", "cpu"]) == 5
+    caught = capsys.readouterr()
+    assert "model.layers.*.mlp.down_proj" in caught.out
+    assert caught.err.rpartition("\r")[2].count("\n") <= 2
+    assert "layerwise: this run needs " in caught.err
+
+
+def test_the_plan_of_the_packaged_model_takes_no_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Imports left out: the second of two, in time of the processor, rates measured."""
+    monkeypatch.setattr(plan_module, "quick_machine", quick_machine)
+    seconds = []
+    for _ in range(2):
+        start = time.process_time()
+        plan_run(model_path("llama"), "fista", "2:4", device="cpu")
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 2.0
