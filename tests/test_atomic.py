@@ -71,7 +71,10 @@ def test_content_is_flushed_before_the_rename_and_the_folder_after(
 
 
 def test_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
-    (tmp_path / ".file.123.tmp").write_bytes(b"half")
-    (tmp_path / "kept.tmp").write_bytes(b"not ours")
+    (tmp_path / "below").mkdir()
+    for folder in (tmp_path, tmp_path / "below"):
+        (folder / ".file.123.tmp").write_bytes(b"half")
+        (folder / "kept.tmp").write_bytes(b"not ours")
     remove_temporaries(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["kept.tmp"]
+    kept = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert kept == ["kept.tmp", "kept.tmp"]

@@ -1,8 +1,8 @@
 """Interrupted runs: what is finished is kept, and the end is byte-identical."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from layerwise.run.pipeline import ERROR_CORRECTIONS, PrunedBlock
 from layerwise.run.prune import prune_model
 from layerwise.run.records import LayerRecord
 from layerwise.solve import solve
+from tests.folders import files_of, without_time
 from tests.models import (
     differing,
     random_tokens,
@@ -77,19 +78,6 @@ def interrupted(source: Path, out: Path, **options: Any) -> Path:
     partial = out.with_name(out.name + ".partial")
     assert partial.is_dir()
     return partial
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Everything that does not depend on time."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != "layers.jsonl":
-            found[path.relative_to(folder).as_posix()] = path.read_bytes()
-    return found
-
-
-def without_time(folder: Path) -> list[LayerRecord]:
-    return [replace(record, seconds=0.0) for record in read_layers(folder)]
 
 
 @pytest.mark.parametrize("mode", ERROR_CORRECTIONS)
@@ -192,7 +180,8 @@ def test_leftovers_of_a_killed_writer_do_not_reach_the_output(
 ) -> None:
     out = tmp_path / "out"
     partial = interrupted(source, out)
-    for folder in ("", "layerwise", "layerwise/blocks"):
+    (partial / "additional_chat_templates").mkdir()
+    for folder in ("", "layerwise", "layerwise/blocks", "additional_chat_templates"):
         (partial / folder / ".model.safetensors.123.tmp").write_bytes(b"half")
     prune(source, out)
     assert not list(out.rglob("*.tmp"))
@@ -367,6 +356,45 @@ def test_stale_copy_of_a_replaced_output_is_no_obstacle(
     (tmp_path / ".out.replaced" / "config.json").write_text("{}")
     prune(source, tmp_path / "out", method="magnitude", seed=1, force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_replaced_output_gets_its_name_back(source: Path, tmp_path: Path) -> None:
+    """A run was killed after it took the name and before it gave it to the new folder."""
+    out = tmp_path / "out"
+    prune(source, out, method="magnitude")
+    before = files_of(out)
+    interrupted(source, tmp_path / "new", seed=1)
+    (tmp_path / "new.partial").rename(tmp_path / "out.partial")
+    out.rename(tmp_path / ".out.replaced")
+    with pytest.raises(UsageError, match="exists; choose another output"):
+        prune(source, out, seed=1)
+    assert files_of(out) == before
+    prune(source, out, seed=1, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_end_that_was_killed_is_made_up_for(
+    source: Path, tmp_path: Path, force: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finished, but what a resumed run would need is still there."""
+
+    def die(path: Path, **options: Any) -> None:
+        raise Killed
+
+    out = tmp_path / "out"
+    prune(source, tmp_path / "whole", method="magnitude")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", die)
+        with pytest.raises(Killed):
+            prune(source, out, method="magnitude")
+    assert (out / "layerwise" / "fingerprint.json").exists()
+    if force:
+        prune(source, out, method="magnitude", force=True)
+    else:
+        with pytest.raises(UsageError, match="exists; choose another output"):
+            prune(source, out, method="magnitude")
+    assert files_of(out) == files_of(tmp_path / "whole")
 
 
 # --- the files themselves ----------------------------------------------------------------

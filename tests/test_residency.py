@@ -19,6 +19,7 @@ from layerwise.run.prune import prune_model
 from layerwise.run.residency import Streamed, open_resident
 from layerwise.run.storage import Checkpoint
 from tests.checkpoints import INDEX, edit_json
+from tests.folders import files_of
 from tests.models import (
     FAMILIES,
     SHARD,
@@ -31,15 +32,6 @@ from tests.models import (
 
 TOKENS = random_tokens(6, 12)
 ASSEMBLED = {"gpt_neox"}  # transformers renames its tensors while it loads them
-
-
-def folder_of(folder: Path) -> dict[str, bytes]:
-    """Files of a finished run that do not tell times."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "layers.jsonl"
-    }
 
 
 def pruned(source: Path, out: Path, **options: Any) -> Any:
@@ -104,9 +96,9 @@ def test_streamed_run_writes_the_same_bytes(
     pruned(source, tmp_path / "c", activations="disk", **options)
     assert report.opened is None
     assert whole.opened is not None
-    expected = folder_of(tmp_path / "b")
-    assert folder_of(tmp_path / "a") == expected
-    assert folder_of(tmp_path / "c") == expected
+    expected = files_of(tmp_path / "b")
+    assert files_of(tmp_path / "a") == expected
+    assert files_of(tmp_path / "c") == expected
     for name, value in whole.model.state_dict().items():
         assert torch.equal(report.model.state_dict()[name], value)
     assert list(report.masks) == list(whole.masks)

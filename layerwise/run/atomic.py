@@ -65,8 +65,8 @@ def atomic_write(path: Path, data: Content, *, size: int | None = None) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what killed writers left behind; no writer may be active in ``folder``."""
-    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+    """Delete what killed writers left in a folder and below; no writer may be active."""
+    for path in folder.rglob(f".*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)
 
 

@@ -120,8 +120,7 @@ class Journal:
                 f"remove it, choose another output, or start over with --no-resume"
             )
             raise UsageError(message)
-        for folder in (self.folder, self._ours, self._ours / BLOCKS):
-            remove_temporaries(folder)
+        remove_temporaries(self.folder)
 
     @property
     def blocks(self) -> Path:
@@ -232,7 +231,7 @@ class Journal:
         What a resumed run would need goes last, and an output that is replaced stays
         until the new one has its name.
         """
-        replaced = self.output.with_name(f".{self.output.name}.replaced")
+        replaced = _replaced(self.output)
         try:
             if self.output.exists():
                 shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed
@@ -243,9 +242,7 @@ class Journal:
                 replaced.rename(self.output)
             message = f"cannot rename {self.folder} to {self.output}: {error.strerror}"
             raise DataError(message) from error
-        shutil.rmtree(replaced, ignore_errors=True)
-        shutil.rmtree(self.output / FOLDER / BLOCKS)
-        (self.output / FOLDER / FINGERPRINT).unlink()
+        _settle(self.output)
 
     def discard_if_empty(self) -> None:
         """Remove the partial folder of a run that stopped before its first block."""
@@ -278,10 +275,15 @@ def _check_content(path: Path) -> None:
 
 
 def check_output(output: Path, *, force: bool) -> None:
-    """Refuse an output that exists or cannot be created, before any work is done."""
+    """Refuse an output that exists or cannot be created, before any work is done.
+
+    First, what a run was doing that was killed in :meth:`Journal.finish` is completed, or
+    undone if the new folder had no name yet.
+    """
     if output.name in ("", ".."):
         message = f"{output} has no name of its own; name the new folder"
         raise UsageError(message)
+    _settle(output)
     if output.exists() and not force:
         message = f"{output} exists; choose another output, or replace it with --force"
         raise UsageError(message)
@@ -291,6 +293,32 @@ def check_output(output: Path, *, force: bool) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         message = f"cannot create {output}: {parent} is not writable; choose another output"
         raise DataError(message)
+
+
+def _replaced(output: Path) -> Path:
+    """Where an output is while another one gets its name."""
+    return output.with_name(f".{output.name}.replaced")
+
+
+def _settle(output: Path) -> None:
+    """Give a replaced output its name back, or remove what a finished run leaves.
+
+    The fingerprint goes last: it tells a folder that is not tidy yet.
+    """
+    replaced, fingerprint = _replaced(output), output / FOLDER / FINGERPRINT
+    partial = output.with_name(output.name + ".partial")
+    try:
+        if replaced.exists() and partial.exists() and not output.exists():
+            replaced.rename(output)
+        if fingerprint.is_file():
+            for folder in (replaced, output / FOLDER / BLOCKS):
+                if folder.exists():
+                    shutil.rmtree(folder)
+            fingerprint.unlink()
+    except OSError as error:
+        where = error.filename or output
+        message = f"cannot tidy up {output}: {where}: {error.strerror or error}"
+        raise DataError(message) from error
 
 
 def read_layers(folder: Path) -> list[LayerRecord]:
