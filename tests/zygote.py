@@ -32,7 +32,7 @@ from tests.models import random_tokens, tiny_model
 FAMILIES = ("opt", "llama", "mamba")
 ONCE = {"load": "load", "hash": "load", "capture": "capture"}  # stage -> its points
 OFTEN = ("forward", "gram", "solve")
-TEMPORARY = re.compile(r"\.(.+?)(\.\d+)?\.tmp")
+TEMPORARY = re.compile(r"\.(.+?)(\.\d+-\w+)?\.tmp")
 
 
 def stage_of_file(path: Path) -> str:
@@ -180,8 +180,14 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     for family in FAMILIES:  # imports what a run imports
-        model, sizes = tiny_model(family), {"n_sequences": 2, "sequence_length": 12}
-        prune_model(model, "wanda", 0.5, calibration=random_tokens(2, 12), **sizes)
+        prune_model(
+            tiny_model(family),
+            "wanda",
+            0.5,
+            calibration=random_tokens(2, 12),
+            n_sequences=2,
+            sequence_length=12,
+        )
     for line in sys.stdin:
         sys.stdout.write(json.dumps(fork(json.loads(line))) + "\n")
         sys.stdout.flush()
