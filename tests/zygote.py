@@ -137,7 +137,7 @@ def _watch_renaming(points: Points) -> None:
 
         return wrapped
 
-    Path.rename = move  # type: ignore[method-assign]
+    Path.rename = move  # type: ignore[assignment,method-assign]
     for own in ("unlink", "rmdir"):
         setattr(os, own, counted(getattr(os, own)))
 
