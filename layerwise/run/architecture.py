@@ -14,6 +14,7 @@ from layerwise.adapters import ADAPTERS, Adapter, get_adapter
 from layerwise.adapters.auto import discover
 from layerwise.errors import UnsupportedModelError
 from layerwise.run.perplexity import evaluation_mode
+from layerwise.run.residency import Residency
 from layerwise.run.settings import embedding_rows
 from layerwise.run.streams import capture
 from layerwise.run.targets import Selection
@@ -21,6 +22,14 @@ from layerwise.run.targets import Selection
 PROBE = (2, 8)  # sequences, tokens of each
 STEP = 7919  # a prime, so that the tokens differ
 ROUNDINGS = 4  # kernels that add in another order each time, in bits of the model's type
+
+
+def adapter_in(residency: Residency) -> Adapter:
+    """Adapter of a model that is in memory only if it must be run to find it."""
+    if _model_type(residency.model) in ADAPTERS:
+        return adapter_of(residency.model)
+    with residency.whole():
+        return adapter_of(residency.model)
 
 
 def adapter_of(model: Any) -> Adapter:
@@ -31,7 +40,7 @@ def adapter_of(model: Any) -> Adapter:
     UnsupportedModelError
         If the model has no declared adapter and none can be found.
     """
-    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+    model_type = _model_type(model)
     if model_type in ADAPTERS:
         return get_adapter(model_type)
     if not hasattr(model, "get_input_embeddings"):
@@ -47,6 +56,10 @@ def adapter_of(model: Any) -> Adapter:
         adapter = discover(model, tokens)
         check_replay(model, adapter.blocks_of(model), tokens)
     return adapter
+
+
+def _model_type(model: Any) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", ""))
 
 
 def note_on(model: nn.Module, adapter: Adapter, selection: Selection) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 
 from layerwise.errors import UnsupportedModelError
 from layerwise.patterns import Unstructured
-from layerwise.run.architecture import adapter_of
+from layerwise.run.architecture import adapter_in
 from layerwise.run.calibration import token_windows
 from layerwise.run.gram_folder import GramManifest, StageFile, StoredMatrix, file_sha256
 from layerwise.run.hidden_store import hidden_store
@@ -163,8 +163,7 @@ def collect_grams(
         source = Checkpoint.open(model)
         residency = open_resident(source, streamed=True)
         network = residency.model
-        with residency.whole():
-            adapter = adapter_of(network)
+        adapter = adapter_in(residency)
     selection = Selection(
         network, adapter, as_entries(targets), as_entries(ignore), Unstructured(0.0)
     )

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from layerwise.errors import DataError, UsageError
-from layerwise.run.architecture import adapter_of
+from layerwise.run.architecture import adapter_in
 from layerwise.run.calibration import Calibration
 from layerwise.run.hidden_store import HiddenStore
 from layerwise.run.journal import Journal, write_block
@@ -122,8 +122,7 @@ def open_blocks(work: BlockWork, place: Place) -> Callable[[int], None]:
     """Open the checkpoint in a worker; what is returned prunes a block by its number."""
     residency = open_resident(Checkpoint.open(work.source), streamed=True, trusted=True)
     model = residency.model
-    with residency.whole():
-        adapter = adapter_of(model)
+    adapter = adapter_in(residency)
     pattern = work.task.pattern
     selection = Selection(model, adapter, work.targets, work.ignore, pattern)  # type: ignore[arg-type]
     task = replace(work.task, adapter=adapter, device=torch.device(place.device))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.patterns import NM, Pattern
-from layerwise.run.architecture import adapter_of, note_on
+from layerwise.run.architecture import adapter_in, note_on
 from layerwise.run.calibration import Calibration, token_windows
 from layerwise.run.hidden_store import check_activations, hidden_store
 from layerwise.run.journal import MASK, WEIGHT, Journal, check_output, read_masks
@@ -60,6 +60,11 @@ from layerwise.run.targets import Selection
 from layerwise.run.walk import walk
 from layerwise.run.widths import default_rule
 from layerwise.solve import resolve, solver_name
+
+WHOLE = (
+    "the whole model is in memory: its tensors are not stored as the model has them, so "
+    "blocks cannot be loaded one by one"
+)
 
 
 class Callback(Protocol):
@@ -272,8 +277,7 @@ def prune_model(
     with stage("load"):
         source, residency = _open(model_or_path, streamed=streamed)
         model = residency.model
-        with residency.whole():
-            adapter = adapter_of(model)
+        adapter = adapter_in(residency)
     solver = with_published_start(solver, model, chosen)
     entries = as_entries(targets), as_entries(ignore)
     selection: Selection | ChannelSelection
@@ -311,6 +315,8 @@ def prune_model(
     listeners = tuple(callbacks)
     for listener in listeners:
         _tell(listener, _notes(model, task, selection))
+        if streamed and source is not None and isinstance(residency, InMemory):
+            _tell(listener, [WHOLE])
         listener.on_start(len(selection.names))
 
     def on_layer(record: LayerRecord) -> None:
