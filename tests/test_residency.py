@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from layerwise.errors import DataError
-from layerwise.run import prune
+from layerwise.run import capacity, prune
 from layerwise.run.hidden_store import HiddenStore, choose_store
 from layerwise.run.pipeline import ERROR_CORRECTIONS
 from layerwise.run.prune import prune_model
@@ -189,6 +189,17 @@ def test_damage_is_refused(damage: Any, message: str, tmp_path: Path) -> None:
     assert not (source / INDEX).exists()
     damage(source)
     with pytest.raises(DataError, match=message):
+        pruned(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_checkpoint(tmp_path / "m", tiny_model("llama"), tokenizer=False)
+    monkeypatch.setattr(capacity, "free_disk", lambda path: 1000)
+    monkeypatch.setattr(prune, "walk", None)
+    with pytest.raises(DataError, match=r"needs \d+ bytes but its disk has 1000"):
         pruned(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from layerwise.errors import DataError
 from layerwise.run.hidden_store import free_memory
 
 
@@ -58,6 +59,26 @@ def free_device(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     return int(torch.cuda.mem_get_info(device)[0])
+
+
+def refuse_full_disk(folder: Path, needed: int) -> None:
+    """Raise if what a run will write into a folder is more than its disk has.
+
+    Parameters
+    ----------
+    folder
+        The partial folder; what a run that is continued has written counts.
+    needed
+        Bytes of all that will be there.
+    """
+    present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = free_disk(folder)
+    if free is not None and needed - present > free:
+        message = (
+            f"{folder} needs {needed - present} bytes but its disk has {free}: free space "
+            f"there or choose another output"
+        )
+        raise DataError(message)
 
 
 def free_disk(path: Path) -> int | None:

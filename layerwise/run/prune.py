@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from layerwise.patterns import NM, Pattern
 from layerwise.run.architecture import adapter_in, note_on
 from layerwise.run.calibration import Calibration, token_windows
+from layerwise.run.capacity import refuse_full_disk
 from layerwise.run.hidden_store import check_activations, hidden_store
 from layerwise.run.journal import MASK, WEIGHT, Journal, check_output, read_masks
 from layerwise.run.lazy import LazyTensors
@@ -330,6 +331,8 @@ def prune_model(
     smaller = isinstance(selection, ChannelSelection)
     before = digests(model) if smaller and journal is not None else {}
     try:
+        if journal is not None and source is not None and isinstance(selection, Selection):
+            refuse_full_disk(journal.folder, _bytes_written(source, model, selection))
         folder = None if journal is None else journal.blocks
         store = hidden_store(activations, folder, model, tokens, task)
         with evaluation_mode(model):
@@ -407,6 +410,13 @@ def _open(
         return None, InMemory(model_or_path)
     source = Checkpoint.open(model_or_path)
     return source, open_resident(source, streamed=streamed)
+
+
+def _bytes_written(source: Checkpoint, model: Any, selection: Selection) -> int:
+    """Copy of the checkpoint, and weights and masks of the finished blocks."""
+    copy = sum(entry.n_bytes for entry in source.entries().values())
+    pruned = [model.get_parameter(f"{name}.weight") for name in selection.names]
+    return copy + sum(p.numel() * p.element_size() + p.numel() // 8 for p in pruned)
 
 
 def _own_tokenizer(source: Checkpoint | None, calibration: Any) -> Any:

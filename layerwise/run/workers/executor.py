@@ -1,7 +1,7 @@
 """Words that the scheduler and what runs its jobs share: jobs, attempts, events.
 
-A job is a pure function of files. What it makes is a file whose name follows from its
-content and which it writes atomically, and what it returns is small. So a job may run twice,
+A job is a pure function of files. What it makes is a file named after its content
+that it writes atomically, and what it returns is small. So a job may run twice,
 one after the other or at the same time, and nobody can tell afterwards: a scheduler may
 try again whatever it is not sure about.
 """
