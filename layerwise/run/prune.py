@@ -416,7 +416,8 @@ def _bytes_written(source: Checkpoint, model: Any, selection: Selection) -> int:
     """Copy of the checkpoint, and weights and masks of the finished blocks."""
     copy = sum(entry.n_bytes for entry in source.entries().values())
     pruned = [model.get_parameter(f"{name}.weight") for name in selection.names]
-    return copy + sum(p.numel() * p.element_size() + p.numel() // 8 for p in pruned)
+    blocks = sum(p.numel() * p.element_size() + p.numel() // 8 for p in pruned)
+    return int(copy + blocks)
 
 
 def _own_tokenizer(source: Checkpoint | None, calibration: Any) -> Any:
