@@ -114,8 +114,21 @@ def test_any_number_of_workers_writes_the_same_bytes(
     prune(source, tmp_path / "serial", error_correction=mode)
     expected = files_of(tmp_path / "serial")
     out = tmp_path / "out"
-    report = prune(source, out, error_correction=mode, workers=count)
+    left: list[int] = []
+
+    class Inputs:
+        def on_start(self, n_layers: int) -> None: ...
+
+        def on_layer(self, record: Any) -> None:
+            left.append(len(list(tmp_path.rglob("inputs-*.safetensors"))))
+
+        def on_finish(self, report: Any) -> None: ...
+
+    watch = Inputs()
+    report = prune(source, out, error_correction=mode, workers=count, callbacks=[watch])
     assert files_of(out) == expected
+    assert left[0] > 0
+    assert left[-1] == 0  # the inputs of a block go when it is done
     names = [f"{record.name}.weight" for record in report.records]
     assert names == list(report.masks)
     assert not out.with_name("out.partial").exists()
