@@ -138,6 +138,33 @@ def test_fused_experts_are_left_to_transformers(tmp_path: Path) -> None:
     assert Streamed.open(Checkpoint.open(source)) is None
 
 
+def test_native_folders_can_be_pruned_again(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "m", tiny_model("llama"))
+    smaller = {
+        "method": "columns",
+        "sparsity": 0.3,
+        "pattern": "heads",
+        "format": "native",
+        "unit": 1,
+    }
+    pruned(source, tmp_path / "native", **smaller)
+    notes: list[str] = []
+
+    class Notes:
+        def on_note(self, text: str) -> None:
+            notes.append(text)
+
+        def on_start(self, n_layers: int) -> None: ...
+
+        def on_layer(self, record: Any) -> None: ...
+
+        def on_finish(self, report: Any) -> None: ...
+
+    report = pruned(tmp_path / "native", tmp_path / "out", callbacks=[Notes()])
+    assert report.sparsity >= 0.5
+    assert notes == [prune.WHOLE]
+
+
 def test_smaller_models_and_gradients_are_not_streamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

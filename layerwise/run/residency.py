@@ -17,6 +17,7 @@ from layerwise.patterns import Pattern
 from layerwise.run.gradients import required_gradient
 from layerwise.run.headers import is_one_to_one, type_of_all
 from layerwise.run.loading import check_finite, quiet_transformers
+from layerwise.run.native import is_native
 from layerwise.run.skeleton import (
     checkpoint_names,
     read_config,
@@ -125,6 +126,8 @@ class Streamed:
         DataError, UnsupportedModelError
             As :func:`layerwise.run.loading.load_model`.
         """
+        if is_native(checkpoint.config):  # its blocks are cut after they are made
+            return None
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
             config = read_config(checkpoint)
             dtype = type_of_all(checkpoint, config)
