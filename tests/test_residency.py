@@ -161,7 +161,7 @@ def test_native_folders_can_be_pruned_again(tmp_path: Path) -> None:
         def on_finish(self, report: Any) -> None: ...
 
     report = pruned(tmp_path / "native", tmp_path / "out", callbacks=[Notes()])
-    assert report.sparsity >= 0.5
+    assert 0.4 < report.sparsity <= 0.5  # odd widths are rounded down
     assert notes == [prune.WHOLE]
 
 
