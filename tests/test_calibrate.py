@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from layerwise.cli import run
 from layerwise.errors import DataError, UnsupportedModelError, UsageError
 from layerwise.moments import even_exponent
-from layerwise.run import collect_grams as module
-from layerwise.run.collect_grams import collect_grams
-from layerwise.run.gram_folder import file_sha256, read_manifest
-from layerwise.run.layer_files import read_file, read_layers
+from layerwise.run.grams import collect_grams as module
+from layerwise.run.grams.collect_grams import collect_grams
+from layerwise.run.grams.gram_folder import file_sha256, read_manifest
+from layerwise.run.grams.layer_files import read_file, read_layers
 from layerwise.run.race import race
 from layerwise.run.storage import Checkpoint
 from tests.models import (

@@ -14,8 +14,14 @@ from layerwise.moments import Moments
 from layerwise.patterns import Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.run.architecture import adapter_of
-from layerwise.run.dry import LiveBytes, adapter_without_memory, without_memory, working_set
-from layerwise.run.memory_model import (
+from layerwise.run.operations import OperationCount
+from layerwise.run.planning.dry import (
+    LiveBytes,
+    adapter_without_memory,
+    without_memory,
+    working_set,
+)
+from layerwise.run.planning.memory_model import (
     BlockShape,
     Memory,
     ModelShape,
@@ -26,12 +32,11 @@ from layerwise.run.memory_model import (
     Workspace,
     memory_of,
 )
-from layerwise.run.model_shape import model_shape
-from layerwise.run.operations import OperationCount
+from layerwise.run.planning.model_shape import model_shape
+from layerwise.run.planning.scaling import LLAMAS, llama_working, tables
+from layerwise.run.planning.solver_costs import COSTS, cost_of, workspace_of
 from layerwise.run.random_layers import random_gram, random_weight
-from layerwise.run.scaling import LLAMAS, llama_working, tables
 from layerwise.run.settings import embedding_rows
-from layerwise.run.solver_costs import COSTS, cost_of, workspace_of
 from layerwise.run.streams import capture
 from layerwise.solve import chain, resolve, solve
 from layerwise.solvers import SOLVERS

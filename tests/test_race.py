@@ -14,7 +14,7 @@ from layerwise.errors import DataError, InvalidProblemError, UsageError
 from layerwise.patterns import Unstructured
 from layerwise.run import random_layers
 from layerwise.run.curves import draw_race
-from layerwise.run.layer_files import read_layers
+from layerwise.run.grams.layer_files import read_layers
 from layerwise.run.operations import OperationCount
 from layerwise.run.race import Lap, Race, race
 from layerwise.solve import solve

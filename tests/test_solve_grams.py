@@ -14,15 +14,16 @@ from safetensors.torch import load_file, save_file
 from layerwise.cli import run
 from layerwise.errors import DataError, InvalidProblemError, UsageError
 from layerwise.patterns import Unstructured
-from layerwise.run import layer_jobs, pipeline
-from layerwise.run import solve_grams as module
-from layerwise.run.collect_grams import collect_grams
-from layerwise.run.gram_folder import file_sha256
+from layerwise.run import pipeline
+from layerwise.run.grams import layer_jobs
+from layerwise.run.grams import solve_grams as module
+from layerwise.run.grams.collect_grams import collect_grams
+from layerwise.run.grams.gram_folder import file_sha256
+from layerwise.run.grams.layer_jobs import LayerJob, forget_files, solve_layer
+from layerwise.run.grams.solve_grams import solve_grams
 from layerwise.run.journal import read_layers, read_masks
-from layerwise.run.layer_jobs import LayerJob, forget_files, solve_layer
 from layerwise.run.prune import prune_model
 from layerwise.run.records import LayerRecord
-from layerwise.run.solve_grams import solve_grams
 from layerwise.run.verify import verify
 from layerwise.solvers import get_solver
 from tests.models import save_checkpoint, shard_hashes, tiny_model

@@ -21,16 +21,16 @@ from layerwise.errors import (
     UsageError,
 )
 from layerwise.patterns import Pattern
-from layerwise.run.advice import refusals
 from layerwise.run.atomic import atomic_write
 from layerwise.run.capacity import Capacity, capacity_of, own_memory
-from layerwise.run.dry import adapter_without_memory
-from layerwise.run.estimate import StageEstimate, estimates, quick_machine
 from layerwise.run.gradients import required_gradient
 from layerwise.run.headers import Headers
 from layerwise.run.hidden_store import LARGEST_SHARE, check_activations
 from layerwise.run.inventory import Group, by_shape, inventory
-from layerwise.run.memory_model import (
+from layerwise.run.planning.advice import refusals
+from layerwise.run.planning.dry import adapter_without_memory
+from layerwise.run.planning.estimate import StageEstimate, estimates, quick_machine
+from layerwise.run.planning.memory_model import (
     Memory,
     ModelShape,
     Place,
@@ -38,7 +38,8 @@ from layerwise.run.memory_model import (
     memory_of,
     stream_bytes,
 )
-from layerwise.run.model_shape import model_shape
+from layerwise.run.planning.model_shape import model_shape
+from layerwise.run.planning.solver_costs import workspace_of
 from layerwise.run.settings import (
     as_entries,
     check_error_correction,
@@ -49,7 +50,6 @@ from layerwise.run.settings import (
     choose_solver,
     with_published_start,
 )
-from layerwise.run.solver_costs import workspace_of
 from layerwise.run.storage import Checkpoint
 from layerwise.run.structure import StructureOptions, choose_structure
 from layerwise.run.targets import Selection

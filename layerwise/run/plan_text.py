@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from layerwise.run.advice import in_units
-from layerwise.run.estimate import total_seconds
-from layerwise.run.memory_model import Moment, Place, gram_bytes
 from layerwise.run.plan import Plan
+from layerwise.run.planning.advice import in_units
+from layerwise.run.planning.estimate import total_seconds
+from layerwise.run.planning.memory_model import Moment, Place, gram_bytes
 
 GAP = "  "
 

@@ -22,7 +22,7 @@ from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.atomic import atomic_write
 from layerwise.run.floor import Machine, Work
-from layerwise.run.layer_files import StoredLayer, missing_statistic, read_layers
+from layerwise.run.grams.layer_files import StoredLayer, missing_statistic, read_layers
 from layerwise.run.operations import OperationCount
 from layerwise.run.random_layers import layers_of_shape, layers_of_sizes
 from layerwise.run.settings import choose_device, choose_pattern
@@ -130,7 +130,7 @@ def race(
     layers, shape, grams
         Sizes such as ``2048x2048,1024x4096``, a name of
         :data:`layerwise.run.shapes.SHAPES`, or a file or folder as in
-        :mod:`layerwise.run.layer_files`: one of the three.
+        :mod:`layerwise.run.grams.layer_files`: one of the three.
     sparsity
         Fraction of zeros of every row, or ``n:m``.
     damping

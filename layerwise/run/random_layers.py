@@ -14,7 +14,7 @@ from layerwise.adapters.linear import matrix
 from layerwise.errors import UsageError
 from layerwise.moments import Moments
 from layerwise.run.architecture import adapter_of
-from layerwise.run.layer_files import StoredLayer
+from layerwise.run.grams.layer_files import StoredLayer
 from layerwise.run.shapes import SHAPES
 
 SPREAD = 0.5  # of the logarithms of the scales

@@ -8,10 +8,10 @@ from rich.table import Table
 from layerwise.run.bench import Bench
 from layerwise.run.catalogue import Entry
 from layerwise.run.demo import Comparison
+from layerwise.run.grams.sweep import Sweep
 from layerwise.run.race import Race
 from layerwise.run.records import in_percent
 from layerwise.run.speed import Speed
-from layerwise.run.sweep import Sweep
 
 
 def print_solvers(entries: Sequence[Entry]) -> None:

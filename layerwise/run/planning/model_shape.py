@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from layerwise.adapters import Adapter
-from layerwise.run.dry import working_set
-from layerwise.run.memory_model import BlockShape, ModelShape, StageShape
+from layerwise.run.planning.dry import working_set
+from layerwise.run.planning.memory_model import BlockShape, ModelShape, StageShape
 
 
 def model_shape(

@@ -18,7 +18,7 @@ from layerwise.errors import DataError
 from layerwise.patterns import NM, Pattern
 from layerwise.run.atomic import atomic_write
 from layerwise.run.calibration import Calibration
-from layerwise.run.gram_folder import (
+from layerwise.run.grams.gram_folder import (
     MANIFEST,
     GramManifest,
     StoredMatrix,

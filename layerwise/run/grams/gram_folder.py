@@ -1,8 +1,8 @@
 """A gram folder: the layer problems of a dense model, stored without model and data.
 
 Every file holds one stage, the linear layers of a block that read the same inputs, with
-their moments once and their weights (:mod:`layerwise.run.layer_files`). Moments are in
-float64, in which they were summed, so what is solved from them is byte for byte what
+their moments once and their weights (:mod:`layerwise.run.grams.layer_files`). Moments are
+in float64, in which they were summed, so what is solved from them is byte for byte what
 ``prune --error-correction none`` gives; in float32 near ties would fall otherwise.
 ``manifest.json`` says what the folder must hold, with the hash of every file.
 """
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from layerwise.errors import DataError
 from layerwise.run.atomic import atomic_write
-from layerwise.run.layer_files import layer_tensors
+from layerwise.run.grams.layer_files import layer_tensors
 from layerwise.run.quoting import one_line
 from layerwise.run.recipe import Recipe
 from layerwise.run.shard import read_header

@@ -6,7 +6,13 @@ from types import MappingProxyType
 
 from layerwise.errors import DataError, LayerwiseError, MemoryBudgetError
 from layerwise.run.capacity import Capacity
-from layerwise.run.memory_model import Memory, ModelShape, Place, RunShape, memory_of
+from layerwise.run.planning.memory_model import (
+    Memory,
+    ModelShape,
+    Place,
+    RunShape,
+    memory_of,
+)
 
 PLACES: Mapping[Place, str] = MappingProxyType({"host": "host", "device": "device"})
 MODES = ("block", "sequential", "none")  # by falling memory, mostly

@@ -1,7 +1,7 @@
 """Memory and time of the largest LLaMAs on one accelerator: the tables of docs/plan.md.
 
-``python -m layerwise.run.scaling`` prints them. They follow from shapes and from rates
-that are assumed, so they are the same everywhere.
+``python -m layerwise.run.planning.scaling`` prints them. They follow from shapes and from
+rates that are assumed, so they are the same everywhere.
 """
 
 import sys
@@ -11,9 +11,9 @@ from types import MappingProxyType
 
 import torch
 
-from layerwise.run.advice import in_units
 from layerwise.run.floor import Work, gram_work
-from layerwise.run.memory_model import (
+from layerwise.run.planning.advice import in_units
+from layerwise.run.planning.memory_model import (
     BlockShape,
     ModelShape,
     Place,
@@ -22,7 +22,7 @@ from layerwise.run.memory_model import (
     Workspace,
     memory_of,
 )
-from layerwise.run.solver_costs import COSTS, Cost
+from layerwise.run.planning.solver_costs import COSTS, Cost
 
 BASE = 512 << 20  # Python, PyTorch and transformers
 N_SEQUENCES, LENGTH = 128, 2048

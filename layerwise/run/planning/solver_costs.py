@@ -1,8 +1,8 @@
 """What the methods cost for one matrix: operations, bytes, and memory.
 
 The figures were counted, by :class:`layerwise.run.operations.OperationCount` and
-:class:`layerwise.run.dry.LiveBytes`, on random layers of several shapes, everything
-included: posing the problem, solving it, grading the answer. Methods that iterate until
+:class:`layerwise.run.planning.dry.LiveBytes`, on random layers of several shapes,
+everything included: posing the problem, solving it, grading the answer. Methods that iterate until
 they are done stand with what they took there; real layers take up to twice as much or as
 little. A method that is not in the table has no figures, and none are made up.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from layerwise.run.floor import Work
-from layerwise.run.memory_model import Peak, StageShape, Workspace
+from layerwise.run.planning.memory_model import Peak, StageShape, Workspace
 from layerwise.run.recipe import options_of
 from layerwise.solve import solver_name, steps_of
 
@@ -35,7 +35,7 @@ class Cost:
     traffic
         Bytes that are read and written, per entry of the matrix.
     peaks
-        Memory, see :class:`~layerwise.run.memory_model.Workspace`.
+        Memory, see :class:`~layerwise.run.planning.memory_model.Workspace`.
     """
 
     half: float = 0.0

@@ -1,8 +1,8 @@
 """Solve many: stored layers by methods and patterns, without the model and its data.
 
-The folder is one of :func:`layerwise.run.collect_grams.collect_grams`. Its layers do not
-depend on each other, so every layer, method and pattern is a job of its own
-(:mod:`layerwise.run.layer_jobs`).
+The folder is one of :func:`layerwise.run.grams.collect_grams.collect_grams`. Its layers do
+not depend on each other, so every layer, method and pattern is a job of its own
+(:mod:`layerwise.run.grams.layer_jobs`).
 """
 
 import time
@@ -15,10 +15,12 @@ import torch
 
 from layerwise.errors import InvalidProblemError, UsageError
 from layerwise.patterns import Pattern, Unstructured
-from layerwise.run.gram_folder import GramManifest, read_manifest
+from layerwise.run.grams.gram_folder import GramManifest, read_manifest
+from layerwise.run.grams.layer_files import missing_statistic, read_file
+from layerwise.run.grams.layer_jobs import LayerJob, forget_files, open_layers, solve_layer
+from layerwise.run.grams.solved_folder import SolvedFolder, recipe_of
+from layerwise.run.grams.sweep import Sweep
 from layerwise.run.journal import check_output
-from layerwise.run.layer_files import missing_statistic, read_file
-from layerwise.run.layer_jobs import LayerJob, forget_files, open_layers, solve_layer
 from layerwise.run.recipe import OptionValue, takes_option
 from layerwise.run.records import LayerRecord
 from layerwise.run.settings import (
@@ -29,8 +31,6 @@ from layerwise.run.settings import (
     choose_solver,
     with_start_of_family,
 )
-from layerwise.run.solved_folder import SolvedFolder, recipe_of
-from layerwise.run.sweep import Sweep
 from layerwise.run.workers.executor import Job
 from layerwise.run.workers.processes import local_workers
 from layerwise.run.workers.schedule import run_jobs
@@ -65,7 +65,7 @@ def solve_grams(
     Parameters
     ----------
     grams
-        Folder of :func:`~layerwise.run.collect_grams.collect_grams`.
+        Folder of :func:`~layerwise.run.grams.collect_grams.collect_grams`.
     methods
         A method as in :func:`layerwise.prune_model`, or several.
     sparsities

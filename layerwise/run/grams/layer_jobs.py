@@ -17,8 +17,8 @@ from layerwise.adapters import Adapter
 from layerwise.lower_bounds import MEMORY_BUDGET
 from layerwise.moments import Moments
 from layerwise.patterns import Pattern
+from layerwise.run.grams.layer_files import StoredLayer, read_file
 from layerwise.run.journal import write_block
-from layerwise.run.layer_files import StoredLayer, read_file
 from layerwise.run.pipeline import PrunedBlock, Task, solve_matrix
 from layerwise.run.records import LayerRecord
 from layerwise.run.workers.messages import Place
@@ -33,7 +33,7 @@ class LayerJob:
     Parameters
     ----------
     file, name
-        The layer, in a file of :mod:`layerwise.run.layer_files`.
+        The layer, in a file of :mod:`layerwise.run.grams.layer_files`.
     solver, pattern, damping
         The problem and the method; a configured solver.
     certify, memory_budget

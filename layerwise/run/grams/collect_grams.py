@@ -2,7 +2,7 @@
 
 One pass through the model, without error correction: every problem is posed by the dense
 inputs alone, so no answer changes another problem and all of them can be solved later, in
-any order and as often as one likes (:mod:`layerwise.run.solve_grams`).
+any order and as often as one likes (:mod:`layerwise.run.grams.solve_grams`).
 """
 
 import shutil
@@ -18,10 +18,15 @@ from layerwise.errors import UnsupportedModelError
 from layerwise.patterns import Unstructured
 from layerwise.run.architecture import adapter_in
 from layerwise.run.calibration import token_windows
-from layerwise.run.gram_folder import GramManifest, StageFile, StoredMatrix, file_sha256
+from layerwise.run.grams.gram_folder import (
+    GramManifest,
+    StageFile,
+    StoredMatrix,
+    file_sha256,
+)
+from layerwise.run.grams.layer_files import write_file
 from layerwise.run.hidden_store import hidden_store
 from layerwise.run.journal import FOLDER, Journal, check_output
-from layerwise.run.layer_files import write_file
 from layerwise.run.output import fingerprint, versions
 from layerwise.run.perplexity import evaluation_mode
 from layerwise.run.pipeline import (

@@ -1,0 +1,1 @@
+"""Calibrate once, solve many: layer problems on the disk, and runs without the model."""

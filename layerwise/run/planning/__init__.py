@@ -1,0 +1,1 @@
+"""What a run will need, from shapes and headers: memory, disk, operations, time."""
