@@ -27,7 +27,7 @@ from layerwise.run.workers.messages import (
 )
 from layerwise.run.workers.pool import LONGEST_START, Pool
 from layerwise.run.workers.processes import LocalWorker, _cause, local_workers
-from layerwise.run.workers.schedule import run_jobs
+from layerwise.run.workers.schedule import Rules, run_jobs
 from tests import worker_jobs
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,9 @@ def run_all(
 
 @pytest.mark.slow
 def test_results_of_two_workers() -> None:
-    results = run_all(local_workers(worker_jobs.squares, 2, threads=2), range(12))
+    patient = Rules(straggler_factor=1e9)  # with a worker that takes long to start
+    executor = local_workers(worker_jobs.squares, 2, threads=2)
+    results = run_all(executor, range(12), rules=patient)
     assert [result["value"] for result in results] == [number**2 for number in range(12)]
     assert all(result["same"] and result["threads"] == 2 for result in results)
     pids = {result["place"].index: result["pid"] for result in results}
@@ -79,7 +81,7 @@ def test_killed_worker_is_noticed_and_its_job_done_by_another(tmp_path: Path) ->
         on_note=lambda text: noticed.append(time.monotonic()),
     )
     assert len(noticed) == 1
-    assert 0 <= noticed[0] - death < 1
+    assert 0 <= noticed[0] - death < 5  # next to nothing, on a machine that is not busy
 
 
 @pytest.mark.slow
@@ -138,20 +140,30 @@ def test_the_cause_of_a_death_is_said(code: int, message: str) -> None:
 
 DRIVER = """
 import sys
+from pathlib import Path
 from layerwise.run.workers.executor import Job
 from layerwise.run.workers.processes import local_workers
 from layerwise.run.workers.schedule import run_jobs
 from tests.worker_jobs import sleepers
 
+def jobs(folder):
+    yield Job(0, folder)
+    Path(folder, "worker.starts").touch()
+    yield Job(1, folder)
+
 if __name__ == "__main__":
-    jobs = [Job(key, sys.argv[1]) for key in range(4)]
-    run_jobs(jobs, local_workers(sleepers, 1), on_done=print)
+    run_jobs(jobs(sys.argv[1]), local_workers(sleepers, 1), on_done=print)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
-def test_the_end_of_the_driver_is_the_end_of_its_workers(tmp_path: Path, end: int) -> None:
+@pytest.mark.parametrize(
+    ("end", "sign"),
+    [(signal.SIGKILL, "*.pid"), (signal.SIGINT, "*.pid"), (signal.SIGINT, "*.starts")],
+)
+def test_the_end_of_the_driver_is_the_end_of_its_workers(
+    tmp_path: Path, end: int, sign: str
+) -> None:
     """Killed, it cannot tell them; Ctrl-C reaches all of them at once, and says so once."""
     script = tmp_path / "driver.py"
     script.write_text(DRIVER)
@@ -165,11 +177,13 @@ def test_the_end_of_the_driver_is_the_end_of_its_workers(tmp_path: Path, end: in
     )
     with driver:
         until = time.monotonic() + 120
-        while len(found := list(tmp_path.glob("*.pid"))) < 1:
+        while not list(tmp_path.glob(sign)):
             assert time.monotonic() < until
             assert driver.poll() is None
             time.sleep(0.05)
-        workers = [int(path.stem) for path in found]
+        time.sleep(0.3)  # a worker that starts is in the middle of its imports
+        workers = [int(path.stem) for path in tmp_path.glob("*.pid")]
+        assert len(workers) == (sign == "*.pid")
         assert all(alive(pid) for pid in workers)
         if end == signal.SIGKILL:
             driver.kill()
@@ -179,8 +193,9 @@ def test_the_end_of_the_driver_is_the_end_of_its_workers(tmp_path: Path, end: in
         while any(alive(pid) for pid in workers):
             assert time.monotonic() < until
             time.sleep(0.05)
-        assert driver.wait(5) == -end
+        assert driver.wait(20) == -end
         assert driver.stderr is not None
+        # of the driver, and of no worker: the pipe ends when the last of them has ended
         assert driver.stderr.read().count("KeyboardInterrupt") == (end == signal.SIGINT)
 
 
