@@ -51,7 +51,7 @@ class DataError(LayerwiseError):
 
 
 class WorkerError(LayerwiseError, RuntimeError):
-    """Workers are lost again and again, or cannot start; what is finished is kept."""
+    """Workers or ranks are lost, or cannot start; what is finished is kept."""
 
     exit_code: ClassVar[int] = 7
 

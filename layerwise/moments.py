@@ -330,6 +330,31 @@ class MomentAccumulator:
                 squares = outputs.square_().sum(dim=0, dtype=torch.float64)
                 drift[rows].add_(squares, alpha=scale)
 
+    def add_over(self, add: Callable[[list[Tensor]], None]) -> None:
+        """Make these the sums of several accumulators, before they are averaged.
+
+        Each of them, in a process of its own, was given a part of the tokens in the same
+        way: with pruned inputs in all of them or in none.
+
+        Parameters
+        ----------
+        add
+            Adds tensors in place to those of the other processes. It gets float64 sums of
+            the same shapes in the same order everywhere.
+
+        Raises
+        ------
+        InvalidProblemError
+            The fluctuation was asked for, which is no sum.
+        """
+        if self._fluctuation is not None:
+            message = "the fluctuation depends on the order of all sequences: leave it out"
+            raise InvalidProblemError(message)
+        count = self._sum.new_tensor([self.n_tokens])
+        matrices = [m for m in (self._gram, self._cross, self._drift) if m is not None]
+        add([*matrices, self._sum, self._pruned_sum, *self._drifts, count])
+        self.n_tokens = int(count)
+
     def moments(self) -> Moments:
         """Averages of everything added so far."""
         n = self._count()

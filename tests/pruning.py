@@ -8,7 +8,8 @@ from torch import Tensor
 
 from layerwise.problem import LayerProblem
 from layerwise.run import pipeline
-from layerwise.run.prune import PruneReport, prune_model
+from layerwise.run.prune import prune_model
+from layerwise.run.prune_report import PruneReport
 from layerwise.solve import solve
 from tests.models import random_tokens
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from layerwise.run.calibration import token_windows
-from layerwise.run.prune import PruneReport, prune_model
+from layerwise.run.prune import prune_model
+from layerwise.run.prune_report import PruneReport
 from tests.models import VOCABULARY, random_tokens
 
 SEQUENCES, LENGTH = 6, 12

@@ -15,7 +15,8 @@ from layerwise.moments import even_exponent
 from layerwise.problem import LayerProblem
 from layerwise.run import dense_side
 from layerwise.run.pipeline import ERROR_CORRECTIONS
-from layerwise.run.prune import PruneReport, prune_model
+from layerwise.run.prune import prune_model
+from layerwise.run.prune_report import PruneReport
 from layerwise.run.streams import BATCH
 from layerwise.solve import solve
 from tests.models import (

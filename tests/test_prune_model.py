@@ -27,7 +27,8 @@ from layerwise.run import walk
 from layerwise.run.journal import read_layers, read_masks
 from layerwise.run.perplexity import perplexity
 from layerwise.run.pipeline import ERROR_CORRECTIONS, advance
-from layerwise.run.prune import PruneReport, prune_model
+from layerwise.run.prune import prune_model
+from layerwise.run.prune_report import PruneReport
 from layerwise.run.recipe import Recipe
 from layerwise.run.settings import with_published_start
 from layerwise.run.storage import Checkpoint

@@ -131,6 +131,14 @@ SURVEY = 1e-4
 # float32 in the same order, whose factors are rounded once more. Measured 4e-7.
 MERGED = 1e-5
 
+# Moments near one of two ranks against those of one process: forty float64 products in
+# another order. Measured 4e-16.
+RANKS = 1e-13
+
+# Relative errors of a run on two ranks against one process: its forward passes in float32
+# take other batches of sequences, which rounds otherwise. Measured 1e-6.
+RANKS_ERROR = 1e-4
+
 # -- allocation ------------------------------------------------------------------------
 
 # Sums of a few float64 errors in another order; budgets may be missed by the same.

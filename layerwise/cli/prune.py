@@ -143,6 +143,7 @@ def _prune(recipe: Any, output: Path | None, machine: dict[str, Any]) -> None:
         raise UsageError(message)
     from layerwise.run.progress import PlainProgress, RichProgress
     from layerwise.run.prune import prune_model
+    from layerwise.run.ranks import Place
     from layerwise.run.structure import leaving
 
     with progress_on(PlainProgress, RichProgress) as progress:
@@ -173,7 +174,8 @@ def _prune(recipe: Any, output: Path | None, machine: dict[str, Any]) -> None:
             callbacks=(progress,),
         )
     assert report.output_dir is not None
-    _write_run_report(report.output_dir)
+    if Place.of_environment().rank == 0:
+        _write_run_report(report.output_dir)
 
 
 def _write_run_report(folder: Path) -> None:

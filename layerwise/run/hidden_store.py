@@ -6,6 +6,7 @@ when it needs the memory.
 """
 
 import os
+import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -43,7 +44,8 @@ class HiddenStore:
     def _map(self, batch: Tensor) -> Tensor:
         assert self._folder is not None
         self._count += 1
-        path = self._folder / f".hidden-{os.getpid()}-{self._count}.tmp"
+        draw = secrets.token_hex(4)  # ranks on other machines may have the same number
+        path = self._folder / f".hidden-{os.getpid()}-{self._count}-{draw}.tmp"
         try:
             with path.open("wb") as stream:  # all of its space, or an error now
                 os.posix_fallocate(stream.fileno(), 0, max(batch.nbytes, 1))

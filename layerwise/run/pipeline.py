@@ -12,8 +12,12 @@ Xhat from the pruned one):
 
 With ``none`` and ``block`` the blocks are independent of each other, and
 :func:`prune_block` is a pure function of a block and its inputs.
+
+Where several ranks share a run, each has seen a part of the tokens. Their sums are added
+up, and every matrix is solved by one rank and given to the others.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +37,7 @@ from layerwise.problem import LayerProblem
 from layerwise.run.allocator import trim_memory
 from layerwise.run.calibration import Calibration
 from layerwise.run.dense_side import DenseSide, inputs_of
+from layerwise.run.ranks import ALONE, Ranks, owners
 from layerwise.run.records import LayerRecord
 from layerwise.run.stopwatch import stage as timed
 from layerwise.run.streams import Call, Tap, behind, visit_inputs
@@ -50,7 +55,8 @@ OnLayer = Callable[[LayerRecord], None]  # told about every matrix that is done
 class Task:
     """What to do to every block.
 
-    `certify` asks for the proven gap of every matrix, within `memory_budget` bytes.
+    `certify` asks for the proven gap of every matrix, within `memory_budget` bytes; `ranks`
+    share the work.
     """
 
     adapter: Adapter
@@ -61,6 +67,7 @@ class Task:
     device: torch.device
     certify: bool = False
     memory_budget: int = MEMORY_BUDGET
+    ranks: Ranks = ALONE
 
     @property
     def staged(self) -> bool:
@@ -127,14 +134,17 @@ def prune_block(
     result = PrunedBlock()
     if not task.staged:
         accumulators = collect_at_once(task, inputs)
-        for stage, accumulator in zip(inputs.stages, accumulators, strict=True):
-            _solve_stage(task, inputs, stage, accumulator, result, on_layer)
+        seen = list(zip(inputs.stages, accumulators, strict=True))
+        # ranks find more to divide in a block than in a stage
+        parts = [seen] if task.ranks.are_several else [[one] for one in seen]
+        for part in parts:
+            _solve_stages(task, inputs, part, result, on_layer)
         return result
     dense = DenseSide(task, inputs, inputs.stages)
     for index, stage in enumerate(inputs.stages):
         same = index == 0 and inputs.pruned is inputs.dense
         accumulator = collect_pair(task, inputs, dense, stage, same=same)
-        _solve_stage(task, inputs, stage, accumulator, result, on_layer)
+        _solve_stages(task, inputs, [(stage, accumulator)], result, on_layer)
     return result
 
 
@@ -204,27 +214,31 @@ def _accumulator(task: Task, inputs: BlockInputs, stage: Stage) -> MomentAccumul
     )
 
 
-def _solve_stage(
+@dataclass(frozen=True, eq=False)
+class _Matrix:
+    """A matrix whose moments are known, and what makes its problem."""
+
+    linear: str
+    weight: Tensor
+    pose: Callable[[], LayerProblem]
+
+
+def _solve_stages(
     task: Task,
     inputs: BlockInputs,
-    stage: Stage,
-    accumulator: MomentAccumulator,
+    stages: Sequence[tuple[Stage, MomentAccumulator]],
     result: PrunedBlock,
     on_layer: OnLayer,
 ) -> None:
-    """Solve the problems of a stage, which share their moments, and write the weights."""
-    trim_memory()
-    with naming(f"{inputs.name}.{stage.linears[0]}"), timed("gram"):
-        moments, exponent = accumulator.release()
-    for index, name in enumerate(stage.linears):
-        weight = task.adapter.weight(inputs.block, name)
-        gradient_norm = inputs.gradients.get(name)
-        if gradient_norm is not None:  # in the units of the moments
-            scale = 2.0 ** (-exponent // 2)
-            gradient_norm = gradient_norm.to(weight.device).double() * scale
-        pose = partial(_pose, task, weight, moments, accumulator, index, gradient_norm)
-        solved = solve_matrix(task, f"{inputs.name}.{name}", pose)
-        weight.copy_(solved.weight)  # last: the problem reads the dense weight
+    """Solve the problems of some stages and write the weights."""
+    matrices = [
+        matrix
+        for stage, accumulator in stages
+        for matrix in _matrices(task, inputs, stage, accumulator)
+    ]
+    for matrix, solved in _solutions(task, inputs.name, matrices):
+        name = matrix.linear
+        matrix.weight.copy_(solved.weight)  # last: the problem reads the dense weight
         result.weights[name] = solved.weight.cpu()
         result.masks[name] = solved.mask.cpu()
         result.records.append(solved.record)
@@ -232,24 +246,92 @@ def _solve_stage(
         on_layer(solved.record)
 
 
+def _matrices(
+    task: Task, inputs: BlockInputs, stage: Stage, accumulator: MomentAccumulator
+) -> list[_Matrix]:
+    """Matrices of a stage, which share their moments."""
+    trim_memory()
+    with naming(f"{inputs.name}.{stage.linears[0]}"), timed("gram"):
+        if task.ranks.are_several:
+            accumulator.add_over(task.ranks.add)
+        moments, exponent = accumulator.release()
+    found = []
+    for index, name in enumerate(stage.linears):
+        weight = task.adapter.weight(inputs.block, name)
+        drift = partial(accumulator.drift, index) if task.staged else lambda: None
+        gradient = partial(_scaled, inputs.gradients.get(name), exponent, weight.device)
+        pose = partial(_pose, task, weight, moments, drift, gradient)
+        found.append(_Matrix(name, weight, pose))
+    return found
+
+
+def _solutions(
+    task: Task, block: str, matrices: Sequence[_Matrix]
+) -> Iterator[tuple[_Matrix, "SolvedMatrix"]]:
+    """Matrices one by one, each when it is solved.
+
+    With several ranks each solves its share first, then they tell each other.
+    """
+    ranks = task.ranks
+    if not ranks.are_several:
+        for matrix in matrices:
+            yield matrix, solve_matrix(task, f"{block}.{matrix.linear}", matrix.pose)
+        return
+    # factorizations and sweeps: rows times the square of the width
+    costs = [float(m.weight.numel() * m.weight.shape[1]) for m in matrices]
+    by = owners(costs, ranks.size)
+    own = {
+        matrix.linear: solve_matrix(task, f"{block}.{matrix.linear}", matrix.pose)
+        for matrix, owner in zip(matrices, by, strict=True)
+        if owner == ranks.rank
+    }
+    for matrix, owner in zip(matrices, by, strict=True):
+        with timed("exchange"):
+            solved = _exchanged(
+                ranks, owner, f"{block}.{matrix.linear}", matrix, own.get(matrix.linear)
+            )
+        yield matrix, solved
+
+
+def _exchanged(
+    ranks: Ranks, owner: int, name: str, matrix: _Matrix, own: "SolvedMatrix | None"
+) -> "SolvedMatrix":
+    """What the owner of a matrix has, on every rank."""
+    text = None if own is None else json.dumps(own.record.to_dict())
+    record = LayerRecord.from_dict(json.loads(ranks.tell(name, text)))
+    if own is None:
+        weight = torch.empty(
+            matrix.weight.shape, dtype=matrix.weight.dtype, device=matrix.weight.device
+        )
+        mask = torch.empty_like(weight, dtype=torch.bool)
+    else:
+        weight, mask = own.weight.contiguous(), own.mask.contiguous()
+    ranks.copy([weight, mask], owner)
+    return SolvedMatrix(weight, mask, record)
+
+
 def _pose(
     task: Task,
     weight: Tensor,
     moments: Moments,
-    accumulator: MomentAccumulator,
-    index: int,
-    gradient_norm: Tensor | None,
+    drift: Callable[[], Tensor | None],
+    gradient_norm: Callable[[], Tensor | None],
 ) -> LayerProblem:
-    """Problem of one matrix of a stage."""
+    """Problem of one matrix of a stage; what is large is made when it is needed."""
     assert isinstance(task.pattern, Pattern)
     return LayerProblem.from_moments(
         weight.contiguous(),  # solvers see one layout, however it is stored
         moments,
         pattern=task.pattern,
         damping=task.damping,
-        drift=accumulator.drift(index) if task.staged else None,
-        gradient_norm=gradient_norm,
+        drift=drift(),
+        gradient_norm=gradient_norm(),
     )
+
+
+def _scaled(norm: Tensor | None, exponent: int, device: torch.device) -> Tensor | None:
+    """Gradient norms in the units of moments that were scaled by ``2^-exponent``."""
+    return None if norm is None else norm.to(device).double() * 2.0 ** (-exponent // 2)
 
 
 @dataclass(frozen=True, eq=False)

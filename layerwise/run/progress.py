@@ -13,7 +13,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from layerwise.run.prune import PruneReport
+from layerwise.run.prune_report import PruneReport
 from layerwise.run.records import LayerRecord, in_percent
 
 

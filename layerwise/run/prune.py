@@ -7,10 +7,9 @@ object, the model is pruned in place.
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from layerwise.run.architecture import adapter_in, note_on
 from layerwise.run.calibration import Calibration, token_windows
 from layerwise.run.capacity import refuse_full_disk
 from layerwise.run.hidden_store import check_activations, hidden_store
-from layerwise.run.journal import MASK, WEIGHT, Journal, check_output, read_masks
+from layerwise.run.journal import MASK, WEIGHT, check_output, read_masks
 from layerwise.run.lazy import LazyTensors
 from layerwise.run.output import (
     Outcome,
@@ -31,8 +30,9 @@ from layerwise.run.output import (
 from layerwise.run.parallel import ParallelRun, Workers
 from layerwise.run.perplexity import evaluation_mode
 from layerwise.run.pipeline import ErrorCorrection, Task
+from layerwise.run.prune_report import Callback, Listeners, PruneReport
+from layerwise.run.ranks import ranks_of_environment
 from layerwise.run.recipe import OptionValue, Recipe, options_of
-from layerwise.run.records import LayerRecord, median_gap
 from layerwise.run.residency import InMemory, Residency, can_stream, open_resident
 from layerwise.run.settings import (
     as_entries,
@@ -47,6 +47,7 @@ from layerwise.run.settings import (
     embedding_rows,
     with_published_start,
 )
+from layerwise.run.sharing import agree, check_shared, own_sequences, shared_journal
 from layerwise.run.smaller import digests, parameters_of
 from layerwise.run.stopwatch import stage
 from layerwise.run.storage import Checkpoint
@@ -66,79 +67,6 @@ WHOLE = (
     "the whole model is in memory: its tensors are not stored as the model has them, so "
     "blocks cannot be loaded one by one"
 )
-
-
-class Callback(Protocol):
-    """Told about a run as it happens; every method is optional in effect.
-
-    One that has a method ``on_note(text)`` is told what a reader of the log should know.
-    """
-
-    def on_start(self, n_layers: int) -> None:
-        """Everything was checked; `n_layers` matrices will be pruned."""
-
-    def on_layer(self, record: LayerRecord) -> None:
-        """One matrix is done (or was done by the run that is resumed)."""
-
-    def on_finish(self, report: "PruneReport") -> None:
-        """All of it is done and saved."""
-
-
-@dataclass(frozen=True, eq=False)
-class PruneReport:
-    """What a run did.
-
-    Parameters
-    ----------
-    records
-        Figures of every pruned matrix, in order.
-    masks
-        Mask of every pruned weight, by parameter name and in its shape, True = kept; read
-        from `output_dir` when asked for, if there is one.
-    output_dir
-        Where it was saved, or None.
-    seconds
-        Wall time of the run.
-    parameters_left
-        Fraction of the parameters of the decoder blocks that is still there; 1 unless
-        channels left.
-    opened
-        The pruned model, if it was in memory.
-    """
-
-    records: tuple[LayerRecord, ...]
-    masks: Mapping[str, Tensor]
-    output_dir: Path | None
-    seconds: float
-    parameters_left: float = 1.0
-    opened: nn.Module | None = field(default=None, repr=False)
-
-    @cached_property
-    def model(self) -> Any:
-        """The pruned model; opened from `output_dir` if it was never in memory."""
-        if self.opened is not None:
-            return self.opened
-        assert self.output_dir is not None
-        return Checkpoint.open(self.output_dir).load_model()
-
-    @property
-    def mean_relative_error(self) -> float:
-        """Mean over matrices of ``||W X - What Xhat|| / ||W X||``."""
-        return sum(record.relative_error for record in self.records) / len(self.records)
-
-    @property
-    def median_proven_gap(self) -> float | None:
-        """Median over the matrices whose gap was proven; None if there are none."""
-        return median_gap(self.records)
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of zeros over all pruned matrices."""
-        sizes = [record.shape[0] * record.shape[1] for record in self.records]
-        zeros = [
-            size * record.sparsity for size, record in zip(sizes, self.records, strict=True)
-        ]
-        return sum(zeros) / sum(sizes)
 
 
 def prune_model(
@@ -175,6 +103,10 @@ def prune_model(
 
     Every layer becomes ``min ||W X - What Xhat||_F^2`` under a sparsity pattern, with X
     from the dense and Xhat from the pruned model on calibration text.
+
+    Processes that torchrun has started (``WORLD_SIZE`` and what else it sets) share one
+    run: each calls this with the same arguments, sees a part of the sequences and solves a
+    part of the matrices, and all return the same report; see :mod:`layerwise.run.ranks`.
 
     Parameters
     ----------
@@ -241,7 +173,7 @@ def prune_model(
     force
         Replace a finished `output_dir`.
     callbacks
-        Told about the progress.
+        Told about the progress; with several ranks, those of rank 0 alone.
 
     Returns
     -------
@@ -256,6 +188,8 @@ def prune_model(
         If the text or checkpoint is missing or damaged; nothing was touched.
     SolveError
         If a layer failed numerically; finished blocks are kept for a resumed run.
+    WorkerError
+        If workers, or another rank, are lost or fail; finished blocks are kept.
     """
     start = time.perf_counter()
     given = StructureOptions(allocation, format, unit)
@@ -266,128 +200,125 @@ def prune_model(
     check_error_correction(error_correction)
     check_activations(activations)
     output = None if output_dir is None else Path(output_dir)
-    if output is not None:
-        check_output(output, force=force)
-        check_storable(chosen)
     streamed = output is not None and can_stream(chosen, solver)
     crew = Workers(workers, ray)
     crew.check(
         error_correction,
         streamable=streamed and not isinstance(model_or_path, nn.Module),
     )
-    with stage("load"):
-        source, residency = _open(model_or_path, streamed=streamed)
-        model = residency.model
-        adapter = adapter_in(residency)
-    solver = with_published_start(solver, model, chosen)
-    entries = as_entries(targets), as_entries(ignore)
-    selection: Selection | ChannelSelection
-    if isinstance(chosen, Structure):
-        selection = ChannelSelection(model, adapter, *entries, chosen)
-    else:
-        selection = Selection(model, adapter, *entries, chosen)
-    tokens = token_windows(
-        calibration,
-        tokenizer or _own_tokenizer(source, calibration),
-        n_sequences=n_sequences,
-        sequence_length=choose_sequence_length(model, sequence_length),
-        seed=seed,
-        vocab_size=embedding_rows(model),
-    )
-    task = Task(
-        adapter,
-        solver,
-        chosen,
-        damping,
-        error_correction,
-        choose_device(device),
-        certify=certified,
-        memory_budget=budget_of_bounds(memory_budget),
-    )
-    if isinstance(selection, ChannelSelection):
-        task = structured_task(task, model, selection)
-    recipe = _recipe(task, calibration, tokens, selection, seed, source)
-    recipe = recipe.model_copy(update={"certify": certify})
-    journal = None
     if output is not None:
-        with stage("hash"):
-            identity = fingerprint(recipe, tokens, source, model, task.device)
-        journal = Journal(output, identity, force=force, resume=resume)
-    listeners = tuple(callbacks)
-    for listener in listeners:
-        _tell(listener, _notes(model, task, selection))
-        if streamed and source is not None and isinstance(residency, InMemory):
-            _tell(listener, [WHOLE])
-        listener.on_start(len(selection.names))
-
-    def on_layer(record: LayerRecord) -> None:
-        for listener in listeners:
-            listener.on_layer(record)
-
-    def on_note(text: str) -> None:
-        for listener in listeners:
-            _tell(listener, [text])
-
-    smaller = isinstance(selection, ChannelSelection)
-    before = digests(model) if smaller and journal is not None else {}
-    try:
-        if journal is not None and source is not None and isinstance(selection, Selection):
-            refuse_full_disk(journal.folder, _bytes_written(source, model, selection))
-        folder = None if journal is None else journal.blocks
-        store = hidden_store(activations, folder, model, tokens, task)
-        with evaluation_mode(model):
-            task = task.prepared(model, selection, tokens)
-            if isinstance(task, StructuredTask) and task.allocation is not None:
-                for listener in listeners:
-                    _tell(listener, task.notes())
-            if crew.are_others:
-                assert isinstance(selection, Selection)
-                assert journal is not None
-                assert source is not None
-                parallel = ParallelRun(
-                    residency, selection, task, tokens, journal, store, source.path
-                )
-                blocks = parallel.walk(crew, on_layer, on_note)
-            else:
-                blocks = walk(residency, selection, task, tokens, journal, on_layer, store)
-    except BaseException:
-        if journal is not None:
-            journal.discard_if_empty()
-        raise
-    records = tuple(record for block in blocks for record in block.records)
-    left = 1.0
-    optimised = task.allocation if isinstance(task, StructuredTask) else None
-    outcome = Outcome(recipe, tokens, records, source, tokenizer, optimised)
-    masks: Mapping[str, Tensor] = {}
-    with stage("write"):
-        if isinstance(selection, ChannelSelection):
-            masks = selection.by_parameter([block.masks for block in blocks])
-            cuts = selection.cuts(blocks)
-            make_smaller(model, adapter, cuts, selection.structure)
-            left = parameters_of(selection.blocks) / selection.total
-            if journal is not None:
-                write_smaller_output(journal, outcome, model, cuts, before, selection)
-                journal.finish()
-        elif journal is not None:
-            weights = selection.by_parameter(partial(journal.read_tensor, WEIGHT))
-            masks = selection.by_parameter(partial(journal.read_tensor, MASK))
-            write_output(journal, outcome, model, weights, masks)
-            journal.finish()
-            masks = LazyTensors(masks, read_masks(journal.output).__getitem__)
+        check_storable(chosen)
+    with ranks_of_environment(device) as ranks:
+        check_shared(ranks, solver, chosen, workers=crew.are_others)
+        if output is not None and ranks.first:
+            check_output(output, force=force)
+        with stage("load"):
+            source, residency = _open(model_or_path, streamed=streamed)
+            model = residency.model
+            adapter = adapter_in(residency)
+        solver = with_published_start(solver, model, chosen)
+        entries = as_entries(targets), as_entries(ignore)
+        selection: Selection | ChannelSelection
+        if isinstance(chosen, Structure):
+            selection = ChannelSelection(model, adapter, *entries, chosen)
         else:
-            masks = dict(selection.by_parameter(lambda i, name: blocks[i].masks[name]))
+            selection = Selection(model, adapter, *entries, chosen)
+        tokens = token_windows(
+            calibration,
+            tokenizer or _own_tokenizer(source, calibration),
+            n_sequences=n_sequences,
+            sequence_length=choose_sequence_length(model, sequence_length),
+            seed=seed,
+            vocab_size=embedding_rows(model),
+        )
+        own_tokens = own_sequences(tokens, ranks)
+        task = Task(
+            adapter,
+            solver,
+            chosen,
+            damping,
+            error_correction,
+            choose_device(device),
+            certify=certified,
+            memory_budget=budget_of_bounds(memory_budget),
+            ranks=ranks,
+        )
+        if isinstance(selection, ChannelSelection):
+            task = structured_task(task, model, selection)
+        recipe = _recipe(task, calibration, tokens, selection, seed, source)
+        recipe = recipe.model_copy(update={"certify": certify})
+        journal = None
+        if output is not None or ranks.are_several:
+            with stage("hash"):
+                identity = fingerprint(recipe, tokens, source, model, task.device)
+            identity = agree(ranks, identity)
+        if output is not None:
+            journal = shared_journal(ranks, output, identity, force=force, resume=resume)
+        listeners = Listeners(callbacks if ranks.first else ())
+        for note in _notes(model, task, selection):
+            listeners.on_note(note)
+        if streamed and source is not None and isinstance(residency, InMemory):
+            listeners.on_note(WHOLE)
+        listeners.on_start(len(selection.names))
+        smaller = isinstance(selection, ChannelSelection)
+        before = digests(model) if smaller and journal is not None else {}
+        try:
+            if journal is not None and source is not None and not smaller:
+                needed = _bytes_written(source, model, selection.names)
+                refuse_full_disk(journal.folder, needed)
+            folder = None if journal is None else journal.blocks
+            store = hidden_store(activations, folder, model, tokens, task)
+            with evaluation_mode(model):
+                task = task.prepared(model, selection, tokens)
+                if isinstance(task, StructuredTask) and task.allocation is not None:
+                    for note in task.notes():
+                        listeners.on_note(note)
+                if crew.are_others:
+                    assert isinstance(selection, Selection)
+                    assert journal is not None
+                    assert source is not None
+                    parallel = ParallelRun(
+                        residency, selection, task, tokens, journal, store, source.path
+                    )
+                    blocks = parallel.walk(crew, listeners.on_layer, listeners.on_note)
+                else:
+                    told = listeners.on_layer
+                    blocks = walk(
+                        residency, selection, task, own_tokens, journal, told, store
+                    )
+        except BaseException:
+            if journal is not None:
+                journal.discard_if_empty()
+            raise
+        records = tuple(record for block in blocks for record in block.records)
+        left = 1.0
+        optimised = task.allocation if isinstance(task, StructuredTask) else None
+        outcome = Outcome(recipe, tokens, records, source, tokenizer, optimised)
+        masks: Mapping[str, Tensor] = {}
+        with stage("write"):
+            if isinstance(selection, ChannelSelection):
+                masks = selection.by_parameter([block.masks for block in blocks])
+                cuts = selection.cuts(blocks)
+                make_smaller(model, adapter, cuts, selection.structure)
+                left = parameters_of(selection.blocks) / selection.total
+                if journal is not None:
+                    write_smaller_output(journal, outcome, model, cuts, before, selection)
+                    journal.finish()
+            elif journal is not None:
+                masks = selection.by_parameter(partial(journal.read_tensor, MASK))
+                if ranks.first:
+                    weights = selection.by_parameter(partial(journal.read_tensor, WEIGHT))
+                    write_output(journal, outcome, model, weights, masks)
+                    journal.finish()
+                ranks.meet()  # the others go on when the folder is there
+                masks = LazyTensors(masks, read_masks(journal.output).__getitem__)
+            else:
+                masks = dict(selection.by_parameter(lambda i, name: blocks[i].masks[name]))
     seconds = time.perf_counter() - start
     opened = model if isinstance(residency, InMemory) else None
     report = PruneReport(records, masks, output, seconds, left, opened)
-    for listener in listeners:
-        listener.on_finish(report)
+    listeners.on_finish(report)
     return report
-
-
-def _tell(listener: Callback, notes: Sequence[str]) -> None:
-    if (on_note := getattr(listener, "on_note", None)) is not None:
-        for note in notes:
-            on_note(note)
 
 
 def _notes(
@@ -412,10 +343,10 @@ def _open(
     return source, open_resident(source, streamed=streamed)
 
 
-def _bytes_written(source: Checkpoint, model: Any, selection: Selection) -> int:
+def _bytes_written(source: Checkpoint, model: Any, names: Sequence[str]) -> int:
     """Copy of the checkpoint, and weights and masks of the finished blocks."""
     copy = sum(entry.n_bytes for entry in source.entries().values())
-    pruned = [model.get_parameter(f"{name}.weight") for name in selection.names]
+    pruned = [model.get_parameter(f"{name}.weight") for name in names]
     blocks = sum(p.numel() * p.element_size() + p.numel() // 8 for p in pruned)
     return int(copy + blocks)
 

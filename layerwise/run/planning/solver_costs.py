@@ -4,7 +4,8 @@ The figures were counted, by :class:`layerwise.run.operations.OperationCount` an
 :class:`layerwise.run.planning.dry.LiveBytes`, on random layers of several shapes,
 everything included: posing the problem, solving it, grading the answer. Methods that
 iterate until they are done stand with what they took there; real layers take up to twice
-as much or as little. A method that is not in the table has no figures, and none are made up.
+as much or as little. A method that is not in the table has no figures, and none are made
+up.
 """
 
 from collections.abc import Mapping
