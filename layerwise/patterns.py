@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import InvalidProblemError
+from layerwise.gram import slabs
 
 SMALL_GROUP = 8  # up to this size all pairs are compared, which is faster than sorting
 
@@ -273,6 +274,11 @@ def keep_largest(
         return torch.ones_like(scores, dtype=torch.bool)
     if scores.shape[1] <= SMALL_GROUP:
         return _ranks(scores) >= removed
+    parts = [_keep_largest(scores[rows], removed) for rows in slabs(len(scores))]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _keep_largest(scores: Tensor, removed: int) -> Tensor:
     threshold = _kth_smallest(scores, removed)
     larger = scores > threshold
     surplus = removed - (~larger).sum(dim=1, keepdim=True)

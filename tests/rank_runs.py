@@ -75,11 +75,12 @@ def prune(arguments: dict[str, Any]) -> dict[str, Any]:
         **arguments,
     }
     report = prune_model(source, method, callbacks=[told], **arguments)
+    parameters = report.model.parameters()
     return {
         "layers": told.layers,
         "finished": told.finished,
-        "masks": {name: int(mask.sum()) for name, mask in report.masks.items()},
-        "weights": float(sum(p.double().abs().sum() for p in report.model.parameters())),
+        "masks": {name: mask.int().tolist() for name, mask in report.masks.items()},
+        "weights": float(sum(p.detach().double().abs().sum() for p in parameters)),
     }
 
 

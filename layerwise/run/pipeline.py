@@ -48,6 +48,7 @@ from layerwise.solve import solve, solver_name, steps_of
 
 ErrorCorrection = Literal["none", "sequential", "block", "full"]
 ERROR_CORRECTIONS: tuple[str, ...] = get_args(ErrorCorrection)
+PART_TOKENS = 512  # that moments are made of at a time on the CPU
 OnLayer = Callable[[LayerRecord], None]  # told about every matrix that is done
 
 
@@ -180,9 +181,18 @@ def _named_update(
 ) -> Callable[..., None]:
     def update(*batches: Tensor) -> None:
         with naming(f"{inputs.name}.{stage.linears[0]}"), timed("gram"):
-            accumulator.update(*batches)
+            for parts in zip(*map(_in_parts, batches), strict=True):
+                accumulator.update(*parts)
 
     return update
+
+
+def _in_parts(batch: Tensor) -> tuple[Tensor, ...]:
+    """Sequences of a batch, some at a time on the CPU, where copies of them cost memory."""
+    if batch.device.type != "cpu":
+        return (batch,)
+    length = batch.shape[-2] if batch.dim() > 2 else 1
+    return torch.split(batch, max(1, PART_TOKENS // length))
 
 
 def collect_pair(
@@ -388,7 +398,7 @@ def record_of(
         shape=problem.shape,
         method=solver_name(task.solver),
         pattern=str(task.pattern),
-        sparsity=float((stored == 0).double().mean()),
+        sparsity=int((stored == 0).sum()) / stored.numel(),
         relative_error=error,
         status=str(solution.status),
         certificate=None if certificate is None else certificate.bound,

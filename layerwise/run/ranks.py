@@ -94,7 +94,7 @@ class SharingRanks(Ranks):
         self._home = None if nccl else torch.device("cpu")
         dist.init_process_group(
             "nccl" if nccl else "gloo",
-            store=dist.PrefixStore("group", self._store),
+            store=dist.PrefixStore("group", self._store),  # type: ignore[attr-defined]
             rank=self.rank,
             world_size=self.size,
             timeout=MOVE,
@@ -298,12 +298,13 @@ def _join(place: Place) -> SharingRanks:
         )
         raise UsageError(message)
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=START))
+        store, _, _ = next(dist.rendezvous("env://", timeout=START))  # type: ignore[attr-defined]
         run = store.add(f"runs of {place.rank}", 1)
     except (RuntimeError, ValueError) as error:
         message = f"the {place.size} ranks did not find each other: {_line(error)}"
         raise WorkerError(message) from error
-    return SharingRanks(dist.PrefixStore(f"run {run}", store), place.rank, place.size)
+    own = dist.PrefixStore(f"run {run}", store)  # type: ignore[attr-defined]
+    return SharingRanks(own, place.rank, place.size)
 
 
 def _line(error: Exception) -> str:
