@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import VerificationError
-from layerwise.gram import slabs
 from layerwise.problem import CenteredProblem, LayerProblem
+from layerwise.slabs import all_finite, slabs
 from layerwise.solution import Certificate, Solution, Status
 
 
@@ -109,7 +109,7 @@ def evaluate(
     as posed. Weights that are not finite turn the status into ``NUMERICAL_ERROR``,
     whatever the solver believed.
     """
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         status = Status.NUMERICAL_ERROR
     measured = problem.centered() if with_bias else problem
     objective = float(objective_rows(measured, weight).sum())
@@ -138,7 +138,7 @@ def check_feasible(problem: LayerProblem, weight: Tensor, mask: Tensor) -> None:
     if mask.dtype != torch.bool or not problem.pattern.accepts(mask):
         message = f"the solver's mask does not satisfy the pattern {problem.pattern}"
         raise VerificationError(message)
-    if bool(weight[~mask].any()):
+    if any(bool(weight[r][~mask[r]].any()) for r in slabs(len(weight))):
         message = "the solver returned weights outside its mask"
         raise VerificationError(message)
 

@@ -4,15 +4,15 @@ The product of two bfloat16 numbers is a float32 number, so grams of bfloat16 ac
 lose nothing in tensor cores that add up in float32.
 """
 
-from collections.abc import Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from layerwise.slabs import slabs
+
 BLOCKS = 8  # of columns: 9/16 of the products of a full square remain
 NARROW = 128  # columns that are not worth two products
-SLAB = 512  # rows that are worked on at a time, where a copy of all would cost memory
 
 
 def add_gram(total: Tensor, tokens: Tensor, scale: float) -> None:
@@ -53,12 +53,6 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> Non
     """Add ``scale * left^T right`` of activations (n, a) and (n, b) to a sum (a, b)."""
     for rows in slabs(len(total)):
         total[rows].add_(product(left[:, rows], right), alpha=scale)
-
-
-def slabs(size: int) -> Iterator[slice]:
-    """Ranges of at most :data:`SLAB` rows that cover all."""
-    for begin in range(0, size, SLAB):
-        yield slice(begin, min(begin + SLAB, size))
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

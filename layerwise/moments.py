@@ -28,9 +28,9 @@ from layerwise.gram import (
     mirror_,
     mirrored,
     precision_of,
-    slabs,
 )
 from layerwise.linalg import Factor, factorize
+from layerwise.slabs import all_finite, slabs
 
 Shared = TypeVar("Shared")
 
@@ -421,7 +421,7 @@ def _check_matrix(matrix: Tensor, name: str, width: int) -> None:
     if tuple(matrix.shape) != (width, width):
         message = f"{name} has shape {tuple(matrix.shape)}, expected ({width}, {width})"
         raise InvalidProblemError(message)
-    if not bool(torch.isfinite(matrix).all()):
+    if not all_finite(matrix):
         row, column = (~torch.isfinite(matrix)).nonzero()[0].tolist()
         message = f"{name} contains {float(matrix[row, column])} at ({row}, {column})"
         raise InvalidProblemError(message)

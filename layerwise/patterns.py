@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import InvalidProblemError
-from layerwise.gram import slabs
+from layerwise.slabs import slabs
 
 SMALL_GROUP = 8  # up to this size all pairs are compared, which is faster than sorting
 

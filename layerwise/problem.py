@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import InvalidProblemError
-from layerwise.gram import slabs
 from layerwise.linalg import Factor, damped
 from layerwise.moments import MomentAccumulator, Moments, even_exponent
 from layerwise.patterns import FixedMask, Pattern
+from layerwise.slabs import all_finite, slabs
 
 if TYPE_CHECKING:
     import cvxpy
@@ -388,7 +388,7 @@ def _check_weight(weight: Any, moments: Moments) -> None:
     if weight.device != moments.gram.device:
         message = f"weight is on {weight.device}, its moments are on {moments.gram.device}"
         raise InvalidProblemError(message)
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
         value = float(weight[row, column])
         message = f"weight contains {value} at row {row}, column {column}"

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
-
 from layerwise.errors import InvalidProblemError, SolveError, UsageError
 from layerwise.evaluate import check_feasible, evaluate
 from layerwise.patterns import FixedMask
 from layerwise.problem import LayerProblem
+from layerwise.slabs import all_finite
 from layerwise.solution import OnIteration, Solution, Solver, Status, requirements
 from layerwise.solvers import get_solver
 
@@ -72,7 +71,7 @@ def solve(
     if mask is None:
         mask = problem.pattern.mask(weight.abs().nan_to_num())
     failed = getattr(found, "status", Status.FEASIBLE) is Status.NUMERICAL_ERROR
-    if not failed and bool(torch.isfinite(weight).all()):
+    if not failed and all_finite(weight):
         check_feasible(problem, weight, mask)
     graded = evaluate(
         problem,

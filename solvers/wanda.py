@@ -49,7 +49,7 @@ class Wanda:
 def wanda_scores(problem: LayerProblem) -> Tensor:
     """``|W_ij| sqrt(G_jj)``, shape (out, in)."""
     norms = problem.gram.diagonal().sqrt().to(problem.dtype)
-    return problem.weight.to(problem.dtype).abs() * norms
+    return problem.weight.abs().to(problem.dtype).mul_(norms)
 
 
 def wanda_mask(problem: LayerProblem, initial: Solution | None = None) -> Tensor:

@@ -249,7 +249,7 @@ def _solve_stages(
     for matrix, solved in _solutions(task, inputs.name, matrices):
         name = matrix.linear
         matrix.weight.copy_(solved.weight)  # last: the problem reads the dense weight
-        result.weights[name] = solved.weight.cpu()
+        result.weights[name] = matrix.weight.cpu()  # on the CPU the layer's own, no copy
         result.masks[name] = solved.mask.cpu()
         result.records.append(solved.record)
         trim_memory()  # before that of the next matrix is needed
