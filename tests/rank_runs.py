@@ -99,8 +99,9 @@ def moments(arguments: dict[str, Any]) -> dict[str, Any]:
         accumulator.add_over(ranks.add)
         for name, value in vars(accumulator.moments()).items():
             found[name] = value.tolist() if isinstance(value, torch.Tensor) else value
-        drifts = [accumulator.drift(index) for index in range(len(weights))]
-        found["drifts"] = [None if drift is None else drift.tolist() for drift in drifts]
+        for index in range(len(weights)):
+            drift = accumulator.drift(index)
+            found[f"drift {index}"] = None if drift is None else drift.tolist()
     return {name: value for name, value in found.items() if name[0] != "_"}
 
 
@@ -127,6 +128,7 @@ def exchange(ranks: Ranks, number: int) -> list[Any]:
 def stalls(arguments: dict[str, Any]) -> dict[str, Any]:
     """One rank dies without a word while the other waits for it."""
     with ranks_of_environment() as ranks:
+        ranks.meet()
         if ranks.rank == arguments["dies"]:
             os._exit(CRASH)
         ranks.meet()

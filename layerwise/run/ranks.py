@@ -92,14 +92,19 @@ class SharingRanks(Ranks):
         self.meet()
         nccl = self._store.add("own GPU", 0) == self.size and dist.is_nccl_available()
         self._home = None if nccl else torch.device("cpu")
-        dist.init_process_group(
-            "nccl" if nccl else "gloo",
-            store=dist.PrefixStore("group", self._store),  # type: ignore[attr-defined]
-            rank=self.rank,
-            world_size=self.size,
-            timeout=MOVE,
-            device_id=torch.device("cuda", torch.cuda.current_device()) if nccl else None,
-        )
+        device = torch.device("cuda", torch.cuda.current_device()) if nccl else None
+        try:
+            dist.init_process_group(
+                "nccl" if nccl else "gloo",
+                store=dist.PrefixStore("group", self._store),  # type: ignore[attr-defined]
+                rank=self.rank,
+                world_size=self.size,
+                timeout=MOVE,
+                device_id=device,
+            )
+        except RuntimeError as error:
+            message = f"the {self.size} ranks cannot form a group: {_line(error)}"
+            raise WorkerError(message) from error
 
     def meet(self) -> None:
         """Wait at the store until all ranks are here."""

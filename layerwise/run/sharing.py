@@ -102,6 +102,7 @@ def agree(ranks: Ranks, identity: Mapping[str, Any]) -> dict[str, Any]:
             f"ranks with the same arguments, files and packages"
         )
         raise UsageError(message)
+    ranks.meet()  # nothing is written unless all agree
     return dict(own)
 
 
