@@ -93,7 +93,7 @@ def moments(arguments: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with ranks_of_environment() as ranks:
         accumulator = MomentAccumulator(6, weights)
-        for rows in torch.arange(40)[ranks.rank :: ranks.size].split(9):
+        for rows in torch.split(torch.arange(40)[ranks.rank :: ranks.size], 9):
             pair = (pruned[rows],) if arguments["pair"] else ()
             accumulator.update(dense[rows], *pair)
         accumulator.add_over(ranks.add)

@@ -240,7 +240,7 @@ def test_torchrun_runs_the_command_line(source: Path, tmp_path: Path) -> None:
 def test_owners_share_the_costs() -> None:
     assert owners([], 2) == []
     assert owners([1, 1, 1], 1) == [0, 0, 0]
-    assert owners([4, 4, 4, 4, 11, 11, 11], 2) == [1, 1, 1, 1, 0, 1, 0]
+    assert owners([4, 4, 4, 4, 11, 11, 11], 2) == [1, 1, 1, 0, 0, 1, 0]
     assert owners([3, 5], 4) == [1, 0]
 
 

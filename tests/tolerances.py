@@ -136,7 +136,7 @@ MERGED = 1e-5
 RANKS = 1e-13
 
 # Relative errors of a run on two ranks against one process: its forward passes in float32
-# take other batches of sequences, which rounds otherwise. Measured 1e-6.
+# take other batches of sequences, which rounds otherwise.
 RANKS_ERROR = 1e-4
 
 # -- allocation ------------------------------------------------------------------------
