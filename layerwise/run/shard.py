@@ -21,6 +21,7 @@ from layerwise.run.atomic import atomic_write
 from layerwise.run.strict_json import parse_json
 
 CHUNK_BYTES = 1 << 24
+LARGE_HEADER = 1 << 20  # bytes; about ten thousand tensors
 
 TYPE_NAMES = {
     torch.float64: "F64",
@@ -71,8 +72,10 @@ def read_header(path: Path) -> Header:
     Raises
     ------
     DataError
-        The file is missing, unreadable, truncated or not safetensors.
+        The file is missing, unreadable, truncated or not safetensors, or its large
+        header describes less data than it has bytes itself.
     """
+    _check_proportion(path)
     try:
         with safe_open(path, framework="pt"):
             pass
@@ -90,6 +93,24 @@ def read_header(path: Path) -> Header:
     }
     ordered = sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop))
     return Header(metadata, dict(ordered), 8 + length)
+
+
+def _check_proportion(path: Path) -> None:
+    """Refuse what is made to waste time: each tensor costs some, even an empty one."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+    except OSError as error:
+        message = f"cannot read {path}: {error.strerror or error}"
+        raise DataError(message) from error
+    n_bytes = size - 8 - length
+    if length > LARGE_HEADER and 0 <= n_bytes < length:
+        message = (
+            f"{path} describes {n_bytes} bytes of tensors by a header of {length} bytes: "
+            f"download it again"
+        )
+        raise DataError(message)
 
 
 def rewrite_shard(
