@@ -1,14 +1,13 @@
 """A streamed model gives the bytes of the model in memory, and has one block at a time."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from layerwise.errors import DataError
@@ -18,11 +17,9 @@ from layerwise.run.pipeline import ERROR_CORRECTIONS
 from layerwise.run.prune import prune_model
 from layerwise.run.residency import Streamed, open_resident
 from layerwise.run.storage import Checkpoint
-from tests.checkpoints import INDEX, edit_json
 from tests.folders import files_of
 from tests.models import (
     FAMILIES,
-    SHARD,
     VOCABULARY,
     mixture_of_experts,
     random_tokens,
@@ -177,47 +174,6 @@ def test_smaller_models_and_gradients_are_not_streamed(
     assert pruned(source, tmp_path / "a", method="gblm").opened is not None
     report = pruned(source, tmp_path / "b", method="fasp", sparsity=0.2)
     assert report.opened is not None
-
-
-# --- damage is found before anything is written -------------------------------------------
-
-
-def without(name: str) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        tensors = load_file(folder / SHARD)
-        del tensors[name]
-        save_file(tensors, folder / SHARD, metadata={"format": "pt"})
-
-    return damage
-
-
-def with_nan(folder: Path) -> None:
-    tensors = load_file(folder / SHARD)
-    tensors["model.layers.1.mlp.up_proj.weight"][2, 3] = float("nan")
-    save_file(tensors, folder / SHARD, metadata={"format": "pt"})
-
-
-DAMAGES = {
-    "missing tensor": (without("model.layers.1.mlp.up_proj.weight"), "lacks tensors"),
-    "missing norm": (
-        without("model.norm.weight"),
-        "lacks tensors of the model: model.norm",
-    ),
-    "fewer layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=1), "count"),
-    "more layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=3), "lacks"),
-    "other width": (lambda f: edit_json(f / "config.json", intermediate_size=8), "shape"),
-    "NaN": (with_nan, r"up_proj.weight' of .* holds nan at \[2, 3\]"),
-}
-
-
-@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=list(DAMAGES))
-def test_damage_is_refused(damage: Any, message: str, tmp_path: Path) -> None:
-    source = save_checkpoint(tmp_path / "m", tiny_model("llama"), tokenizer=False)
-    assert not (source / INDEX).exists()
-    damage(source)
-    with pytest.raises(DataError, match=message):
-        pruned(source, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_any_work(

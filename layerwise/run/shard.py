@@ -7,7 +7,8 @@ and shape, hence the same range: a copy keeps every other byte as it was.
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +22,7 @@ from layerwise.run.atomic import atomic_write
 from layerwise.run.strict_json import parse_json
 
 CHUNK_BYTES = 1 << 24
+LARGE_HEADER = 1 << 20  # bytes; about ten thousand tensors
 
 TYPE_NAMES = {
     torch.float64: "F64",
@@ -71,8 +73,10 @@ def read_header(path: Path) -> Header:
     Raises
     ------
     DataError
-        The file is missing, unreadable, truncated or not safetensors.
+        The file is missing, unreadable, truncated or not safetensors, or its large
+        header describes less data than it has bytes itself.
     """
+    _check_proportion(path)
     try:
         with safe_open(path, framework="pt"):
             pass
@@ -90,6 +94,30 @@ def read_header(path: Path) -> Header:
     }
     ordered = sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop))
     return Header(metadata, dict(ordered), 8 + length)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Name the file that cannot be read, also where another one is being written."""
+    try:
+        yield
+    except OSError as error:
+        message = f"cannot read {path}: {error.strerror or error}"
+        raise DataError(message) from error
+
+
+def _check_proportion(path: Path) -> None:
+    """Refuse what is made to waste time: each tensor costs some, even an empty one."""
+    with _reading(path), path.open("rb") as stream:
+        size = path.stat().st_size
+        length = int.from_bytes(stream.read(8), "little")
+    n_bytes = size - 8 - length
+    if length > LARGE_HEADER and 0 <= n_bytes < length:
+        message = (
+            f"{path} describes {n_bytes} bytes of tensors by a header of {length} bytes: "
+            f"download it again"
+        )
+        raise DataError(message)
 
 
 def rewrite_shard(
@@ -124,19 +152,23 @@ def rewrite_shard(
     if unknown := sorted(chosen - set(header.tensors)):
         message = f"{source} holds no tensor {unknown[0]!r} to replace: check the name"
         raise UsageError(message)
-    start = _header_bytes(source, header)
-    size = len(start) + source.stat().st_size - header.data_start
+    with _reading(source):
+        start = _header_bytes(source, header)
+        size = len(start) + source.stat().st_size - header.data_start
 
     def write(stream: BinaryIO) -> None:
         stream.write(start)
-        with source.open("rb") as original:
+        with _reading(source):
+            opened = source.open("rb")
+        with opened as original:
             for name, entry in header.tensors.items():
                 if name in chosen:
                     tensor = replaced[name]
                     check_substitute(name, tensor, entry, source)
                     stream.write(_tensor_bytes(tensor))
                 else:
-                    original.seek(header.data_start + entry.start)
+                    with _reading(source):
+                        original.seek(header.data_start + entry.start)
                     _copy_bytes(original, stream, entry.n_bytes, source)
 
     atomic_write(target, write, size=size)
@@ -224,11 +256,8 @@ def _tensor_bytes(tensor: Tensor) -> memoryview:
 
 def _copy_bytes(source: BinaryIO, target: BinaryIO, count: int, where: Path) -> None:
     while count:
-        try:
+        with _reading(where):
             chunk = source.read(min(count, CHUNK_BYTES))
-        except OSError as error:
-            message = f"cannot read {where}: {error.strerror or error}"
-            raise DataError(message) from error
         if not chunk:
             message = f"{where} became shorter while it was read: restore the file"
             raise DataError(message)

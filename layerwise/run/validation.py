@@ -86,7 +86,10 @@ def read_weight_map(path: Path) -> dict[str, str]:
         if not (path / shard).exists():
             message = f"{path / shard} is missing: download the checkpoint again"
             raise DataError(message)
-        for name in read_header(confined(path / shard)).tensors:
+        if not confined(path / shard).is_file():  # reading a pipe would wait for ever
+            message = f"{path / shard} is no file: download the checkpoint again"
+            raise DataError(message)
+        for name in read_header(path / shard).tensors:
             if name in found:
                 message = f"{path}: tensor {name!r} is in {found[name]} and in {shard}"
                 raise DataError(message)
