@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tests.checkpoints import INDEX, edit_json, write_checkpoints
 from tests.models import tiny_text
 
 SECONDS = 5.0  # of the processor, for any refusal
-COMMANDS: Mapping[str, list[str]] = {
+COMMANDS: Mapping[str, Sequence[str]] = {
     "prune": (
         "prune MODEL --method magnitude --sparsity 0.5 --calibration text.txt --output out "
         "--n-sequences 2 --sequence-length 8"

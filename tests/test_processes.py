@@ -154,6 +154,7 @@ def test_the_cause_of_a_death_is_said(code: int, message: str) -> None:
 
 
 DRIVER = """
+import signal
 import sys
 from layerwise.run.workers.executor import Job
 from layerwise.run.workers.processes import local_workers
@@ -161,6 +162,7 @@ from layerwise.run.workers.schedule import run_jobs
 from tests.worker_jobs import sleepers
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
     jobs = [Job(key, sys.argv[1]) for key in range(4)]
     run_jobs(jobs, local_workers(sleepers, 1), on_done=print)
 """

@@ -247,7 +247,7 @@ def prune_model(
             task = structured_task(task, model, selection)
         recipe = _recipe(task, calibration, tokens, selection, seed, source)
         recipe = recipe.model_copy(update={"certify": certify})
-        journal = None
+        journal, identity = None, {}
         if output is not None or ranks.are_several:
             with stage("hash"):
                 identity = fingerprint(recipe, tokens, source, model, task.device)
