@@ -80,8 +80,8 @@ def test_prune_is_stopped_in_order_and_continued(
     assert "Traceback" not in error
     partial, output = undisturbed / "out.partial", undisturbed / "out"
     assert not output.exists()
-    blocks = [path.name for path in (partial / "layerwise" / "blocks").iterdir()]
-    assert blocks == ["00000.safetensors"]
+    blocks = [path.name[:6] for path in (partial / "layerwise" / "blocks").iterdir()]
+    assert blocks == ["00000-"]
     assert run(arguments) == 0
     assert shard_hashes(output) == shard_hashes(undisturbed / "whole")
     shutil.rmtree(output)
