@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tests.checkpoints import INDEX, edit_json, write_checkpoints
 from tests.models import tiny_text
 
 SECONDS = 5.0  # of the processor, for any refusal
-COMMANDS: Mapping[str, list[str]] = {
+COMMANDS: Mapping[str, Sequence[str]] = {
     "prune": (
         "prune MODEL --method magnitude --sparsity 0.5 --calibration text.txt --output out "
         "--n-sequences 2 --sequence-length 8"
@@ -398,7 +398,7 @@ def everything(folder: Path) -> dict[str, bytes | str]:
 @pytest.mark.parametrize("case", REFUSED.values(), ids=list(REFUSED))
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=list(COMMANDS))
 def test_refused_in_one_line(
-    command: list[str], case: Case, workshop: Path, capfd: pytest.CaptureFixture[str]
+    command: Sequence[str], case: Case, workshop: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     case.damage(workshop / "opt")
     before = everything(workshop)

@@ -28,6 +28,7 @@ from layerwise.run.prune import prune_model
 from layerwise.run.stopwatch import Stopwatch
 from layerwise.run.storage import Checkpoint
 from tests.models import random_tokens, tiny_model
+from tests.pruning import prune
 
 FAMILIES = ("opt", "llama", "mamba")
 ONCE = {"load": "load", "hash": "load", "capture": "capture"}  # stage -> its points
@@ -137,7 +138,7 @@ def _watch_renaming(points: Points) -> None:
 
         return wrapped
 
-    Path.rename = move  # type: ignore[method-assign]
+    setattr(Path, "rename", move)  # noqa: B010 - it has another type of path
     for own in ("unlink", "rmdir"):
         setattr(os, own, counted(getattr(os, own)))
 
@@ -180,8 +181,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     for family in FAMILIES:  # imports what a run imports
-        model, sizes = tiny_model(family), {"n_sequences": 2, "sequence_length": 12}
-        prune_model(model, "wanda", 0.5, calibration=random_tokens(2, 12), **sizes)
+        prune(tiny_model(family))
     for line in sys.stdin:
         sys.stdout.write(json.dumps(fork(json.loads(line))) + "\n")
         sys.stdout.flush()
