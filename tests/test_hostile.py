@@ -398,7 +398,7 @@ def everything(folder: Path) -> dict[str, bytes | str]:
 @pytest.mark.parametrize("case", REFUSED.values(), ids=list(REFUSED))
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=list(COMMANDS))
 def test_refused_in_one_line(
-    command: list[str], case: Case, workshop: Path, capfd: pytest.CaptureFixture[str]
+    command: Sequence[str], case: Case, workshop: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     case.damage(workshop / "opt")
     before = everything(workshop)

@@ -139,7 +139,7 @@ def test_command_line_page_names_every_command_and_flag() -> None:
     commands: dict[str, Any] = vars(command)["commands"]
     assert commands
     documented = set(re.findall(r"--[a-z][a-z-]*", page))
-    known = {"--version", "--debug", "--help"}
+    known = {"--version", "--debug", "--help", "--nproc-per-node"}  # the last is torchrun's
     for name, entry in commands.items():
         assert f"`layerwise {name}" in page
         flags = {option for p in entry.params for option in [*p.opts, *p.secondary_opts]}
