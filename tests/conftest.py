@@ -10,6 +10,9 @@ import torch
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("tests.contract")  # before its first import
 
+# Ray reads its token once in a process, and would write one into the home.
+os.environ["RAY_AUTH_TOKEN"] = "0123456789abcdef" * 4
+
 # The same examples on every machine; the nightly profile looks for new ones.
 hypothesis.settings.register_profile(
     "default", deadline=None, max_examples=20, derandomize=True, database=None

@@ -26,7 +26,6 @@ AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 @pytest.mark.slow
 def test_workers_on_a_local_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One test, as Ray is slow to start, and parallel tests would start many."""
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)  # none in the home
     monkeypatch.setenv("RAY_AUTH_MODE", "")  # which Ray sets, and the test takes back
     monkeypatch.delenv("RAY_AUTH_MODE")
     on_sigterm = signal.getsignal(signal.SIGTERM)
