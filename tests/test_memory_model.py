@@ -172,9 +172,10 @@ def test_on_the_disk_a_batch_of_hidden_states_is_left() -> None:
     assert found["2 x hidden states"] == STREAM  # 8 of the 16 sequences, twice
 
 
-def test_every_worker_needs_all_of_it() -> None:
+def test_every_worker_needs_all_of_it_and_the_driver_its_own() -> None:
     one, three = (memory_of(MODEL, replace(RUN, workers=n)) for n in (1, 3))
-    assert three.bytes("host") == 3 * one.bytes("host")
+    driver = RUN.base + 2 * 50_000 + 2 * STREAM
+    assert three.bytes("host") == 3 * one.bytes("host") + driver
 
 
 def test_an_accelerator_takes_what_is_computed() -> None:

@@ -256,7 +256,10 @@ def memory_of(model: ModelShape, run: RunShape) -> Memory:
         known = largest.get(moment.name)
         if known is None or _both(moment) > _both(known):
             largest[moment.name] = moment
-    return Memory(tuple(_times(moment, run.workers) for moment in largest.values()))
+    if run.workers == 1:
+        return Memory(tuple(largest.values()))
+    driver = _driver(model, run)
+    return Memory(tuple(_of_workers(m, run.workers, driver) for m in largest.values()))
 
 
 def gram_bytes(width: int) -> int:
@@ -273,15 +276,24 @@ def _both(moment: Moment) -> int:
     return moment.total("host") + moment.total("device")
 
 
-def _times(moment: Moment, workers: int) -> Moment:
-    """The moment of every worker at once."""
-    if workers == 1:
-        return moment
+def _driver(model: ModelShape, run: RunShape) -> tuple[Item, ...]:
+    """What hands out the blocks: it runs the dense model, one block at a time."""
+    block = max((b.parameters for b in model.blocks), default=0)
+    states = 2 * stream_bytes(model, run)
+    return (
+        Item("driver: Python, PyTorch, transformers", run.base, "host"),
+        Item("driver: block", model.itemsize * block, "host"),
+        Item("driver: hidden states", 0 if run.on_disk else states, "host"),
+    )
+
+
+def _of_workers(moment: Moment, workers: int, driver: tuple[Item, ...]) -> Moment:
+    """The moment of every worker at once, and the driver beside them."""
     items = [
         Item(f"{workers} x {item.name}", workers * item.bytes, item.place)
         for item in moment.items
     ]
-    return Moment(moment.name, tuple(items))
+    return Moment(moment.name, (*items, *driver))
 
 
 def _moment(name: str, run: RunShape, items: Iterable[tuple[str, float, bool]]) -> Moment:
