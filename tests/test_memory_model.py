@@ -75,7 +75,18 @@ def test_the_problem_of_a_matrix_by_hand() -> None:
         "pruned weights and masks of the block": 3 * (100 * 150 + 300 * 100),
         "gram and cross-gram": 2 * 8 * 300**2,
         "workspace of the solver": 8 * (2 * 100 * 300 + 300**2),
+        "what the C library keeps for later": 0.3 * 8 * (2 * 100 * 300 + 3 * 300**2),
     }
+
+
+def test_large_arrays_go_back_to_the_system() -> None:
+    """2896^2 float32 numbers are just below 32 MiB."""
+    run = replace(RUN, workspace=Workspace((Peak(1.0),)))
+    for rows, kept in ((2896, True), (2897, False)):
+        stages = (StageShape(2896, (rows,)),)
+        memory = memory_of(replace(MODEL, blocks=(BlockShape(10, stages),)), run)
+        names = items_of(memory, "problem of a matrix")
+        assert ("what the C library keeps for later" in names) == kept
 
 
 def test_the_capture_by_hand() -> None:
