@@ -112,7 +112,7 @@ FAULTS: Mapping[str, tuple[Callable[..., None], int, str, int, int]] = {
         1,
         30,
     ),
-    "unreadable": (break_reads, errno.EIO, r"/(opt|out\.partial)/.* Input/output error", 5, 60),
+    "unreadable": (break_reads, errno.EIO, r"/(opt|out\.partial)/.* Input/output", 5, 60),
     "forbidden": (break_folders, errno.EACCES, r"cannot .*/out.*Permission denied", 1, 4),
 }
 

@@ -25,7 +25,6 @@ from layerwise.run.planning.memory_model import (
     BlockShape,
     Memory,
     ModelShape,
-    Moment,
     Peak,
     RunShape,
     StageShape,
@@ -66,10 +65,6 @@ def items_of(memory: Memory, moment: str) -> dict[str, int]:
     return {item.name: item.bytes for item in found.items}
 
 
-def total(moment: Moment) -> int:
-    return moment.total("host") + moment.total("device")
-
-
 def test_the_problem_of_a_matrix_by_hand() -> None:
     workspace = Workspace((Peak(2.0, 1.0), Peak(rows=1.0)))
     memory = memory_of(MODEL, replace(RUN, workspace=workspace))
@@ -80,7 +75,18 @@ def test_the_problem_of_a_matrix_by_hand() -> None:
         "pruned weights and masks of the block": 3 * (100 * 150 + 300 * 100),
         "gram and cross-gram": 2 * 8 * 300**2,
         "workspace of the solver": 8 * (2 * 100 * 300 + 300**2),
+        "what the C library keeps for later": 0.3 * 8 * (2 * 100 * 300 + 3 * 300**2),
     }
+
+
+def test_large_arrays_go_back_to_the_system() -> None:
+    """2896^2 float32 numbers are just below 32 MiB."""
+    run = replace(RUN, workspace=Workspace((Peak(1.0),)))
+    for rows, kept in ((2896, True), (2897, False)):
+        stages = (StageShape(2896, (rows,)),)
+        memory = memory_of(replace(MODEL, blocks=(BlockShape(10, stages),)), run)
+        names = items_of(memory, "problem of a matrix")
+        assert ("what the C library keeps for later" in names) == kept
 
 
 def test_the_capture_by_hand() -> None:
@@ -177,9 +183,10 @@ def test_on_the_disk_a_batch_of_hidden_states_is_left() -> None:
     assert found["2 x hidden states"] == STREAM  # 8 of the 16 sequences, twice
 
 
-def test_every_worker_needs_all_of_it() -> None:
+def test_every_worker_needs_all_of_it_and_the_driver_its_own() -> None:
     one, three = (memory_of(MODEL, replace(RUN, workers=n)) for n in (1, 3))
-    assert three.bytes("host") == 3 * one.bytes("host")
+    driver = RUN.base + 2 * 50_000 + 2 * STREAM
+    assert three.bytes("host") == 3 * one.bytes("host") + driver
 
 
 def test_an_accelerator_takes_what_is_computed() -> None:
@@ -193,10 +200,11 @@ def test_an_accelerator_takes_what_is_computed() -> None:
     }
     alone = memory_of(MODEL, replace(run, accelerator=False))
     same = next(m for m in alone.moments if m.name == "problem of a matrix")
-    libraries = total(moment) - total(same)
-    assert libraries == sum(
-        item.bytes for item in moment.items if "of the device" in item.name
-    )
+    here = {item.name: item.bytes for item in moment.items}
+    there = {item.name: item.bytes for item in same.items}
+    assert set(here) - set(there) == {"libraries of the device", "context of the device"}
+    assert set(there) - set(here) == {"what the C library keeps for later"}
+    assert all(here[name] == size for name, size in there.items() if name in here)
 
 
 def test_a_model_that_is_not_streamed_is_there_all_the_time() -> None:

@@ -193,6 +193,8 @@ def test_widths_that_m_does_not_divide_are_refused_by_name(tmp_path: Path) -> No
         ({"n_sequences": 0}, "n_sequences must be at least 1"),
         ({"sequence_length": 33}, "exceeds the 32 positions"),
         ({"workers": 0}, "workers must be at least 1"),
+        ({"workers": 2, "error_correction": "full"}, "a block waits for the one before it"),
+        ({"workers": 2, "method": "gblm"}, "workers take one block at a time"),
         ({"activations": "tape"}, "activations is one of auto, memory, disk"),
         ({"error_correction": "some"}, "error_correction is one of"),
         ({"method": "wander"}, "unknown method 'wander'"),
@@ -335,6 +337,16 @@ def test_a_disk_that_is_short_is_refused(
         assert (plan.refusal is None) == (free == need)
     with pytest.raises(DataError, match="free 0 MiB more, or choose"):
         plan.check()
+
+
+def test_workers_need_memory_each_and_files_that_wait_for_them(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path, "llama")
+    one, two = planned(folder), planned(folder, workers=2)
+    names = {item.name for item in two.memory.peak("host").items}
+    assert {"2 x block", "driver: block", "driver: hidden states"} <= names
+    states = 4 * 16 * 16 * 4
+    waiting = "inputs of blocks that wait for a worker"
+    assert two.disk == {**one.disk, waiting: (2 + 2) * states}
 
 
 def test_hidden_states_go_to_the_disk_where_memory_is_short(

@@ -180,7 +180,7 @@ def test_files_that_are_no_layers(
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no safetensors file"):
         read_layers(tmp_path)
-    with pytest.raises(DataError, match="cannot read .*none.safetensors: No such file"):
+    with pytest.raises(DataError, match="No such file"):
         read_layers(tmp_path / "none.safetensors")
     save_file(tensors() | {"gram": torch.eye(3)}, tmp_path / "odd.safetensors")
     with pytest.raises(InvalidProblemError):

@@ -63,7 +63,7 @@ def plan(
     from layerwise.run.plan_text import print_plan
     from layerwise.run.structure import leaving
 
-    set_threads(threads)
+    set_threads(threads, workers)
     what: dict[str, Any] = leaving(method, sparsity, group=_group(group, sparsity))
     found = plan_run(
         model,

@@ -27,6 +27,7 @@ from layerwise.run.gradients import required_gradient
 from layerwise.run.headers import Headers
 from layerwise.run.hidden_store import LARGEST_SHARE, check_activations
 from layerwise.run.inventory import Group, by_shape, inventory
+from layerwise.run.parallel import Workers
 from layerwise.run.planning.advice import refusals
 from layerwise.run.planning.dry import adapter_without_memory
 from layerwise.run.planning.estimate import StageEstimate, estimates, quick_machine
@@ -40,6 +41,7 @@ from layerwise.run.planning.memory_model import (
 )
 from layerwise.run.planning.model_shape import model_shape
 from layerwise.run.planning.solver_costs import workspace_of
+from layerwise.run.residency import can_stream
 from layerwise.run.settings import (
     as_entries,
     check_error_correction,
@@ -53,6 +55,7 @@ from layerwise.run.settings import (
 from layerwise.run.storage import Checkpoint
 from layerwise.run.structure import StructureOptions, choose_structure
 from layerwise.run.targets import Selection
+from layerwise.run.workers.schedule import Rules
 from layerwise.solve import resolve, solver_name
 
 
@@ -260,11 +263,13 @@ def plan_run(
     solver = choose_solver(method, chosen, damping, options or {}, memory_budget)
     certified = choose_certify(certify, solver, chosen)
     check_error_correction(error_correction)
-    _check_counts(n_sequences=n_sequences, workers=workers)
+    _check_counts(n_sequences=n_sequences)
     check_activations(activations)
     place = choose_device(device)
     source = Checkpoint.open(model)
     headers = Headers.read(source)
+    streamed = headers.one_to_one and can_stream(chosen, solver)
+    Workers(workers).check(error_correction, streamable=streamed)
     skeleton = headers.model
     length = choose_sequence_length(skeleton, sequence_length)
     _check_counts(sequence_length=length)
@@ -278,7 +283,6 @@ def plan_run(
     sizes = model_shape(skeleton, adapter, shapes, length)
     output = None if output_dir is None else Path(output_dir)
     capacity = capacity_of(place, output)
-    streamed = headers.one_to_one and required_gradient(solver) is None
     run = RunShape(
         n_sequences=n_sequences,
         length=length,
@@ -382,6 +386,9 @@ def disk_of(source: Checkpoint, sizes: ModelShape, run: RunShape) -> dict[str, i
         "masks": weights // 8,
         "finished blocks, until the end": weights * sizes.itemsize + weights // 8,
     }
+    if run.workers > 1:
+        count = run.workers + Rules().look_ahead
+        found["inputs of blocks that wait for a worker"] = count * stream_bytes(sizes, run)
     if run.on_disk:
         sets = 4 if run.error_correction == "full" else 2
         found["hidden states"] = sets * stream_bytes(sizes, run)

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from layerwise.errors import DataError, LayerwiseError, MemoryBudgetError
 from layerwise.run.capacity import Capacity
+from layerwise.run.parallel import INDEPENDENT
 from layerwise.run.planning.memory_model import (
     Memory,
     ModelShape,
@@ -93,7 +94,7 @@ def what_fits(model: ModelShape, run: RunShape, capacity: Capacity) -> Iterator[
     length = _largest(run.length, lambda n: fits(replace(run, length=n)))
     if length:
         yield f"--sequence-length {length}"
-    for mode in MODES:
+    for mode in MODES if run.workers == 1 else INDEPENDENT:
         changed = replace(run, error_correction=mode)
         if mode != run.error_correction and fits(changed):
             yield f"--error-correction {mode}"

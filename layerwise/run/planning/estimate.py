@@ -26,9 +26,9 @@ COPY_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
 LEAST_SECONDS = 0.05  # for a rate
 HASHED = 1 << 24  # bytes
 SHARES: Mapping[str, float] = MappingProxyType(
-    {"load": 0.2, "capture": 0.1, "forward": 0.5, "gram": 0.5, "solve": 0.35, "write": 0.1}
+    {"load": 0.05, "forward": 0.2, "gram": 0.4, "solve": 0.4, "write": 0.06}
 )
-"""Share of the measured rates that the stages reached; see docs/scaling.md."""
+"""Share of the measured rates that the stages of runs on a CPU reached, roughly."""
 RANK_WORK = 4.0  # operations of an eigenvalue decomposition, in units of in^3
 
 

@@ -20,6 +20,8 @@ ARRAYS = 12  # of the width, that it plans for a row
 STORE = 1 << 30  # inputs of the stages of a dense block that are kept, at most
 LOOK = 2  # truth values per entry of a tensor that is checked, beside a copy of it
 SLAB = 512  # rows of a product that are made at a time
+LARGE_ARRAY = 32 << 20  # bytes from which the C library gives back what is freed
+KEPT = 0.3  # of arrays that are smaller, as measured
 DEVICE_BASE = 512 << 20  # context and libraries of an accelerator, beside its tensors
 HOST_WITH_DEVICE = 1 << 30  # what they add to the process
 
@@ -256,7 +258,10 @@ def memory_of(model: ModelShape, run: RunShape) -> Memory:
         known = largest.get(moment.name)
         if known is None or _both(moment) > _both(known):
             largest[moment.name] = moment
-    return Memory(tuple(_times(moment, run.workers) for moment in largest.values()))
+    if run.workers == 1:
+        return Memory(tuple(largest.values()))
+    driver = _driver(model, run)
+    return Memory(tuple(_of_workers(m, run.workers, driver) for m in largest.values()))
 
 
 def gram_bytes(width: int) -> int:
@@ -273,15 +278,24 @@ def _both(moment: Moment) -> int:
     return moment.total("host") + moment.total("device")
 
 
-def _times(moment: Moment, workers: int) -> Moment:
-    """The moment of every worker at once."""
-    if workers == 1:
-        return moment
+def _driver(model: ModelShape, run: RunShape) -> tuple[Item, ...]:
+    """What hands out the blocks: it runs the dense model, one block at a time."""
+    block = max((b.parameters for b in model.blocks), default=0)
+    states = 2 * stream_bytes(model, run)
+    return (
+        Item("driver: Python, PyTorch, transformers", run.base, "host"),
+        Item("driver: block", model.itemsize * block, "host"),
+        Item("driver: hidden states", 0 if run.on_disk else states, "host"),
+    )
+
+
+def _of_workers(moment: Moment, workers: int, driver: tuple[Item, ...]) -> Moment:
+    """The moment of every worker at once, and the driver beside them."""
     items = [
         Item(f"{workers} x {item.name}", workers * item.bytes, item.place)
         for item in moment.items
     ]
-    return Moment(moment.name, tuple(items))
+    return Moment(moment.name, (*items, *driver))
 
 
 def _moment(name: str, run: RunShape, items: Iterable[tuple[str, float, bool]]) -> Moment:
@@ -422,7 +436,7 @@ def _stages(model: ModelShape, run: RunShape, block: BlockShape) -> list[Moment]
                     (INPUTS, sum(left[index + 1 :]), True),
                     (RESULTS, done, False),
                     (*sums, True),
-                    *_problem(run, stage),
+                    *_problem(run, stage, sums[1]),
                 ],
             )
         )
@@ -456,12 +470,16 @@ def _update(run: RunShape, stage: StageShape) -> float:
     return 4.0 * (copies * rows + SLAB) * stage.width
 
 
-def _problem(run: RunShape, stage: StageShape) -> list[tuple[str, float, bool]]:
-    """Workspace of the largest matrix of a stage."""
+def _problem(run: RunShape, stage: StageShape, sums: int) -> list[tuple[str, float, bool]]:
+    """Workspace of the largest matrix of a stage, and what freed arrays leave behind."""
     if run.workspace is None:
         return []
-    need = run.workspace.bytes(max(stage.rows), stage.width)
-    return [("workspace of the solver", need, True)]
+    rows = max(stage.rows)
+    need = run.workspace.bytes(rows, stage.width)
+    items: list[tuple[str, float, bool]] = [("workspace of the solver", need, True)]
+    if not run.accelerator and 4 * rows * stage.width < LARGE_ARRAY:
+        items.append(("what the C library keeps for later", KEPT * (need + sums), True))
+    return items
 
 
 def _write(model: ModelShape, run: RunShape, block: BlockShape) -> Moment:
