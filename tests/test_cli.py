@@ -261,7 +261,7 @@ def test_interruption_keeps_what_is_finished(
     monkeypatch.setattr(Magnitude, "solve", interrupt)
     assert run(flags({"--method": "magnitude"})) == 130
     assert capsys.readouterr().err.endswith(
-        "layerwise: interrupted; finished blocks are kept\n"
+        "layerwise: interrupted; what is finished of an output is kept\n"
     )
     assert (in_workshop / "out.partial").is_dir()
     assert run(flags({"--method": "magnitude"})) == 0

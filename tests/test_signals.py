@@ -55,9 +55,13 @@ def prune(folder: Path, output: str) -> list[str]:
         (
             signal.SIGTERM,
             75,
-            "layerwise: stopped; finished blocks are kept and the same command continues",
+            "layerwise: stopped; what is finished of an output is kept, and the same command continues it",
         ),
-        (signal.SIGINT, 130, "layerwise: interrupted; finished blocks are kept"),
+        (
+            signal.SIGINT,
+            130,
+            "layerwise: interrupted; what is finished of an output is kept",
+        ),
     ],
 )
 def test_prune_is_stopped_in_order_and_continued(

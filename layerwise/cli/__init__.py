@@ -78,7 +78,10 @@ def run(arguments: list[str]) -> int:
         return _fail(error, str(error), error.exit_code, debug)
     except (KeyboardInterrupt, typer.Abort) as error:
         return _fail(
-            error, "interrupted; finished blocks are kept", EXIT_INTERRUPTED, debug
+            error,
+            "interrupted; what is finished of an output is kept",
+            EXIT_INTERRUPTED,
+            debug,
         )
     except typer.Exit as error:
         return int(error.exit_code)
