@@ -32,6 +32,8 @@ Journal.write_block = rest
 sys.exit(run(sys.argv[1:]))
 """
 
+KEPT = "what is finished of an output is kept"
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -55,12 +57,12 @@ def prune(folder: Path, output: str) -> list[str]:
         (
             signal.SIGTERM,
             75,
-            "layerwise: stopped; what is finished of an output is kept, and the same command continues it",
+            f"layerwise: stopped; {KEPT}, and the same command continues it",
         ),
         (
             signal.SIGINT,
             130,
-            "layerwise: interrupted; what is finished of an output is kept",
+            f"layerwise: interrupted; {KEPT}",
         ),
     ],
 )

@@ -35,7 +35,10 @@ def stopping_on_sigterm() -> Iterator[None]:
     try:
         yield
     except Stopped:
-        message = "stopped; what is finished of an output is kept, and the same command continues it"
+        message = (
+            "stopped; what is finished of an output is kept, and the same command "
+            "continues it"
+        )
         raise Interrupted(message) from None
     finally:
         signal.signal(signal.SIGTERM, before)
