@@ -44,12 +44,11 @@ class DenseSide:
         self._fits = len(stages) > 1 and tokens * sum(widths) * size <= STORE
 
     def inputs_of(self, stage: Stage) -> Iterable[Tensor]:
-        """Inputs of a stage, batch by batch."""
-        name = stage.linears[0]
+        """Inputs of a stage, batch by batch; they are given away, so ask once."""
         if self._fits and self._block is not None:
             self._store()
         if self._fits:
-            return self._stored[name]
+            return self._stored.pop(stage.linears[0])
         inputs = self._inputs
         assert self._block is not None
         return inputs_of(self._task.device, inputs, self._block, stage, inputs.dense)
