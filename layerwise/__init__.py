@@ -19,7 +19,7 @@ from layerwise.solvers.adapprox import Adapprox
 
 if TYPE_CHECKING:
     from layerwise.recovery.retrain import retrain_model
-    from layerwise.run.opening import load
+    from layerwise.run.checkpoints.opening import load
     from layerwise.run.prune import prune_model
 
 __version__ = "0.1.0"
@@ -51,7 +51,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "load":  # loads transformers, so only when asked for
-        from layerwise.run.opening import load
+        from layerwise.run.checkpoints.opening import load
 
         return load
     if name == "prune_model":  # the same

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from layerwise.adapters import ADAPTERS, Adapter, get_adapter, get_coupling
 from layerwise.demo import MODELS, model_path
-from layerwise.run.storage import Checkpoint
-from layerwise.run.surgery import Cut
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.smaller.surgery import Cut
 from tests.models import random_tokens, tiny_model
 
 COUPLED = [family for family in ADAPTERS if get_adapter(family).couplings]

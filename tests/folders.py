@@ -3,8 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-from layerwise.run.journal import read_layers
-from layerwise.run.records import LayerRecord
+from layerwise.run.outputs.journal import read_layers
+from layerwise.run.outputs.records import LayerRecord
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

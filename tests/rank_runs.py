@@ -18,7 +18,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.moments import MomentAccumulator
 from layerwise.problem import LayerProblem
 from layerwise.run.prune import prune_model
-from layerwise.run.ranks import Ranks, ranks_of_environment
+from layerwise.run.workers.ranks import Ranks, ranks_of_environment
 from layerwise.solution import Solution
 from layerwise.solve import solve
 from tests.models import random_tokens, tiny_model

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.run.calibration import token_windows
+from layerwise.run.data.calibration import token_windows
 from layerwise.run.prune import prune_model
 from layerwise.run.prune_report import PruneReport
 from tests.models import VOCABULARY, random_tokens

@@ -11,7 +11,7 @@ from layerwise.adapters import ADAPTERS, Adapter, Stage, get_adapter
 from layerwise.adapters.auto import discover
 from layerwise.errors import InvalidProblemError, UnsupportedModelError
 from layerwise.patterns import NM
-from layerwise.run.architecture import adapter_of
+from layerwise.run.checkpoints.architecture import adapter_of
 from layerwise.run.prune_report import PruneReport
 from tests.models import (
     FAMILIES,

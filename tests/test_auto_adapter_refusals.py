@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from layerwise.adapters.auto import discover
 from layerwise.errors import UnsupportedModelError
-from layerwise.run.architecture import adapter_of
+from layerwise.run.checkpoints.architecture import adapter_of
 from tests.models import WIDTH, Block, Decoder, mixture_of_experts, random_tokens
 from tests.pruning import prune
 

@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 
 from layerwise.adapters import get_adapter
 from layerwise.errors import UsageError
-from layerwise.run import shapes
-from layerwise.run.bench import REST, STAGES, bench
-from layerwise.run.floor import (
+from layerwise.run.prune import prune_model
+from layerwise.run.reports.tables import print_bench
+from layerwise.run.timing import shapes
+from layerwise.run.timing.bench import REST, STAGES, bench
+from layerwise.run.timing.floor import (
     Machine,
     Work,
     forward_work,
@@ -20,10 +22,8 @@ from layerwise.run.floor import (
     gram_work,
     run_work,
 )
-from layerwise.run.prune import prune_model
-from layerwise.run.shapes import SHAPES, piece_size, random_model
-from layerwise.run.stopwatch import Stopwatch, stage
-from layerwise.run.tables import print_bench
+from layerwise.run.timing.shapes import SHAPES, piece_size, random_model
+from layerwise.run.timing.stopwatch import Stopwatch, stage
 from tests.models import (
     INNER,
     SHARD,
@@ -161,9 +161,9 @@ def test_floor_is_work_over_rate() -> None:
 
 
 def test_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerwise.run.floor.GEMM_SIZE", {"cpu": 16})
-    monkeypatch.setattr("layerwise.run.floor.COPY_BYTES", {"cpu": 1 << 12})
-    monkeypatch.setattr("layerwise.run.floor.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("layerwise.run.timing.floor.GEMM_SIZE", {"cpu": 16})
+    monkeypatch.setattr("layerwise.run.timing.floor.COPY_BYTES", {"cpu": 1 << 12})
+    monkeypatch.setattr("layerwise.run.timing.floor.LEAST_SECONDS", 0.0)
     machine = Machine(torch.device("cpu"))
     assert machine.gemm_rate(torch.float64) > 0
     assert machine.copy_rate > 0

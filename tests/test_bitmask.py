@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from layerwise.errors import DataError, UsageError
-from layerwise.run.bitmask import pack_mask, unpack_mask
+from layerwise.run.checkpoints.bitmask import pack_mask, unpack_mask
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (1,), (8,), (3, 5), (2, 3, 4)])

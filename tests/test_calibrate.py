@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from layerwise.cli import run
 from layerwise.errors import DataError, UnsupportedModelError, UsageError
 from layerwise.moments import even_exponent
+from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.grams import collect_grams as module
 from layerwise.run.grams.collect_grams import collect_grams
 from layerwise.run.grams.gram_folder import file_sha256, read_manifest
 from layerwise.run.grams.layer_files import read_file, read_layers
-from layerwise.run.race import race
-from layerwise.run.storage import Checkpoint
+from layerwise.run.timing.race import race
 from tests.models import (
     mixture_of_experts,
     save_checkpoint,
@@ -175,9 +175,9 @@ def test_weights_without_a_tensor_of_their_own(
 
 
 def test_stored_means_can_be_raced(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerwise.run.floor.GEMM_SIZE", {"cpu": 16})
-    monkeypatch.setattr("layerwise.run.floor.COPY_BYTES", {"cpu": 1 << 12})
-    monkeypatch.setattr("layerwise.run.floor.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("layerwise.run.timing.floor.GEMM_SIZE", {"cpu": 16})
+    monkeypatch.setattr("layerwise.run.timing.floor.COPY_BYTES", {"cpu": 1 << 12})
+    monkeypatch.setattr("layerwise.run.timing.floor.LEAST_SECONDS", 0.0)
     one = workshop / "grams" / "00000-01.safetensors"
     assert [lap.method for lap in race("dsnot", grams=one, device="cpu").laps] == ["dsnot"]
     with pytest.raises(UsageError, match="gblm needs the gradient"):

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from layerwise.errors import DataError, LayerwiseError, UsageError
-from layerwise.run.calibration import evaluation_text, token_windows
-from layerwise.run.tokens import encode
+from layerwise.run.data.calibration import evaluation_text, token_windows
+from layerwise.run.data.tokens import encode
 
 TEXT = "the pruned model keeps the weights that matter and drops the rest of them. "
 LENGTH = 8

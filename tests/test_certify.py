@@ -12,14 +12,14 @@ import layerwise as lw
 from layerwise.errors import UsageError
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, FixedMask, Unstructured
-from layerwise.run.journal import read_layers
-from layerwise.run.progress import PlainProgress, layer_line
+from layerwise.run.outputs.journal import read_layers
+from layerwise.run.outputs.recipe import Recipe
+from layerwise.run.outputs.records import in_percent
 from layerwise.run.prune import prune_model
-from layerwise.run.recipe import Recipe
-from layerwise.run.records import in_percent
-from layerwise.run.report import run_page
+from layerwise.run.reports.progress import PlainProgress, layer_line
+from layerwise.run.reports.report import run_page
 from layerwise.run.settings import choose_certify
-from layerwise.run.structure import Structure
+from layerwise.run.smaller.structure import Structure
 from layerwise.solve import chain
 from layerwise.solvers.best import Best
 from layerwise.solvers.magnitude import Magnitude

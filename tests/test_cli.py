@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 import layerwise
 from layerwise.cli import run
-from layerwise.run.catalogue import catalogue
-from layerwise.run.journal import read_layers
-from layerwise.run.perplexity import perplexity
-from layerwise.run.storage import Checkpoint
-from layerwise.run.tokens import encode
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.data.perplexity import perplexity
+from layerwise.run.data.tokens import encode
+from layerwise.run.outputs.journal import read_layers
+from layerwise.run.reports.catalogue import catalogue
 from layerwise.solution import Solution
 from layerwise.solvers import SOLVERS
 from layerwise.solvers.magnitude import Magnitude
@@ -272,7 +272,7 @@ def test_interruption_keeps_what_is_finished(
 def test_unfinished_run_with_other_flags(
     in_workshop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from layerwise.run.journal import Journal
+    from layerwise.run.outputs.journal import Journal
 
     Journal(in_workshop / "out", {"seed": 7})
     assert run(flags({})) == 2
@@ -578,7 +578,7 @@ def test_process_that_fails(workshop: Path) -> None:
 KILLED = """
 import os, signal, sys
 from layerwise.cli import run
-from layerwise.run.journal import Journal
+from layerwise.run.outputs.journal import Journal
 
 def die(journal, index, block, write=Journal.write_block):
     write(journal, index, block)

@@ -12,15 +12,15 @@ from layerwise import demo
 from layerwise.cli import run
 from layerwise.errors import DataError, UsageError
 from layerwise.patterns import Unstructured
-from layerwise.run import demo as run_demo
-from layerwise.run import experiment
-from layerwise.run.demo import MAIN_METHODS, all_methods, compare, demo_models
-from layerwise.run.experiment import Experiment, PackagedModel
-from layerwise.run.perplexity import perplexity
-from layerwise.run.results import ResultStore
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.data.perplexity import perplexity
+from layerwise.run.data.tokens import encode
+from layerwise.run.experiments import demo as run_demo
+from layerwise.run.experiments import experiment
+from layerwise.run.experiments.demo import MAIN_METHODS, all_methods, compare, demo_models
+from layerwise.run.experiments.experiment import Experiment, PackagedModel
+from layerwise.run.experiments.results import ResultStore
 from layerwise.run.settings import choose_solver, embedding_rows
-from layerwise.run.storage import Checkpoint
-from layerwise.run.tokens import encode
 from layerwise.solvers import SOLVERS
 from layerwise.solvers.columns import ColumnPruning
 

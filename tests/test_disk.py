@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from layerwise.errors import DataError, UsageError
-from layerwise.run import shard, storage
+from layerwise.run.checkpoints import shard, storage
 from layerwise.run.prune import prune_model
 from tests.folders import files_of, without_time
 from tests.models import differing, random_tokens, save_checkpoint, tiny_model

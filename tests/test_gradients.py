@@ -15,9 +15,9 @@ from layerwise.patterns import Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.run import gradients as gradients_module
 from layerwise.run import walk as walk_module
+from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.gradients import GradientStatistic, gradient_norms, required_gradient
 from layerwise.run.prune import prune_model
-from layerwise.run.storage import Checkpoint
 from layerwise.solve import chain, solve
 from layerwise.solvers.gblm import GBLM
 from tests.models import random_tokens, save_checkpoint, shard_hashes, tiny_model, tiny_text

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from layerwise.cli import run
 from layerwise.errors import DataError, LayerwiseError, UnsupportedModelError
-from layerwise.run.storage import Checkpoint
+from layerwise.run.checkpoints.storage import Checkpoint
 from tests.checkpoints import INDEX, edit_json, write_checkpoints
 from tests.models import tiny_text
 

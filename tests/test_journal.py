@@ -11,10 +11,10 @@ import torch
 
 from layerwise.errors import DataError, SolveError, UsageError
 from layerwise.run import pipeline
-from layerwise.run.journal import Journal, read_layers, read_masks
+from layerwise.run.outputs.journal import Journal, read_layers, read_masks
+from layerwise.run.outputs.records import LayerRecord
 from layerwise.run.pipeline import ERROR_CORRECTIONS, PrunedBlock
 from layerwise.run.prune import prune_model
-from layerwise.run.records import LayerRecord
 from layerwise.solve import solve
 from tests.folders import files_of, without_time
 from tests.models import (

@@ -13,8 +13,7 @@ from layerwise.evaluate import relative_error
 from layerwise.moments import Moments
 from layerwise.patterns import Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.run.architecture import adapter_of
-from layerwise.run.operations import OperationCount
+from layerwise.run.checkpoints.architecture import adapter_of
 from layerwise.run.planning.dry import (
     LiveBytes,
     adapter_without_memory,
@@ -34,9 +33,10 @@ from layerwise.run.planning.memory_model import (
 from layerwise.run.planning.model_shape import model_shape
 from layerwise.run.planning.scaling import LLAMAS, llama_working, tables
 from layerwise.run.planning.solver_costs import COSTS, cost_of, workspace_of
-from layerwise.run.random_layers import random_gram, random_weight
 from layerwise.run.settings import embedding_rows
 from layerwise.run.streams import capture
+from layerwise.run.timing.operations import OperationCount
+from layerwise.run.timing.random_layers import random_gram, random_weight
 from layerwise.solve import chain, resolve, solve
 from layerwise.solvers import SOLVERS
 from layerwise.solvers.fista import Fista

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import layerwise
 from layerwise.errors import DataError, LayerwiseError, UnsupportedModelError, UsageError
-from layerwise.run.native import SURGERY as SURGERY_FILE
-from layerwise.run.native import save_native
-from layerwise.run.rewrite import add_bias
-from layerwise.run.storage import Checkpoint
-from layerwise.run.surgery import Cut, shrink, steps_of
+from layerwise.run.checkpoints.rewrite import add_bias
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.smaller.native import SURGERY as SURGERY_FILE
+from layerwise.run.smaller.native import save_native
+from layerwise.run.smaller.surgery import Cut, shrink, steps_of
 from tests.cutting import (
     COUPLED,
     PACKAGED,

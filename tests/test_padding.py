@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 import layerwise
 from layerwise.adapters import get_coupling
 from layerwise.errors import UsageError
-from layerwise.run.native import save_native
-from layerwise.run.padding import pad_to_widest
-from layerwise.run.rewrite import add_bias
-from layerwise.run.surgery import Cut, shrink, steps_of
+from layerwise.run.checkpoints.rewrite import add_bias
+from layerwise.run.smaller.native import save_native
+from layerwise.run.smaller.padding import pad_to_widest
+from layerwise.run.smaller.surgery import Cut, shrink, steps_of
 from tests.cutting import (
     COUPLED,
     EACH,

@@ -15,7 +15,7 @@ import torch
 
 from layerwise.cli import run
 from layerwise.errors import SolveError, UsageError
-from layerwise.run.journal import Journal, read_layers
+from layerwise.run.outputs.journal import Journal, read_layers
 from layerwise.run.prune import prune_model
 from layerwise.solve import solve
 from tests.models import random_tokens, save_checkpoint, tiny_model

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from layerwise.errors import DataError, SolveError, UsageError
-from layerwise.run.perplexity import perplexity
+from layerwise.run.data.perplexity import perplexity
 
 VOCABULARY = 32
 LENGTH = 6

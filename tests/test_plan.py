@@ -19,15 +19,15 @@ from layerwise.errors import (
     UsageError,
 )
 from layerwise.patterns import NM, Pattern, Unstructured
-from layerwise.run import plan as plan_module
-from layerwise.run.capacity import Capacity, capacity_of, free_disk, free_host
-from layerwise.run.floor import Machine
-from layerwise.run.inventory import starred, zeros_of
-from layerwise.run.plan import Plan, plan_run
-from layerwise.run.plan_text import in_time, lines, sections
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.planning import plan as plan_module
+from layerwise.run.planning.capacity import Capacity, capacity_of, free_disk, free_host
 from layerwise.run.planning.estimate import quick_machine
+from layerwise.run.planning.inventory import starred, zeros_of
+from layerwise.run.planning.plan import Plan, plan_run
 from layerwise.run.prune import prune_model
-from layerwise.run.storage import Checkpoint
+from layerwise.run.reports.plan_text import in_time, lines, sections
+from layerwise.run.timing.floor import Machine
 from tests.checkpoints import edit_json
 from tests.models import (
     FAMILIES,

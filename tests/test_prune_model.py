@@ -24,14 +24,14 @@ from layerwise.errors import (
 from layerwise.patterns import NM, Columns, Pattern, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.run import walk
-from layerwise.run.journal import read_layers, read_masks
-from layerwise.run.perplexity import perplexity
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.data.perplexity import perplexity
+from layerwise.run.outputs.journal import read_layers, read_masks
+from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.pipeline import ERROR_CORRECTIONS, advance
 from layerwise.run.prune import prune_model
 from layerwise.run.prune_report import PruneReport
-from layerwise.run.recipe import Recipe
 from layerwise.run.settings import with_published_start
-from layerwise.run.storage import Checkpoint
 from layerwise.solve import solve
 from layerwise.solvers.fista import Fista
 from layerwise.solvers.least_squares import LeastSquares

@@ -15,10 +15,10 @@ from safetensors import safe_open
 
 import layerwise
 from layerwise.errors import UsageError
-from layerwise.run.journal import read_layers, read_masks
-from layerwise.run.output import Manifest
-from layerwise.run.ranks import ALONE, Place, owners
-from layerwise.run.verify import verify
+from layerwise.run.outputs.journal import read_layers, read_masks
+from layerwise.run.outputs.output import Manifest
+from layerwise.run.outputs.verify import verify
+from layerwise.run.workers.ranks import ALONE, Place, owners
 from tests.models import save_checkpoint, tiny_model
 from tests.rank_runs import CRASH
 from tests.tolerances import RANKS, RANKS_ERROR

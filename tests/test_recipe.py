@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from layerwise.errors import DataError, InvalidProblemError, UsageError
-from layerwise.run.recipe import Recipe, configure, options_of, with_memory_budget
+from layerwise.run.outputs.recipe import Recipe, configure, options_of, with_memory_budget
 from layerwise.solve import chain, solver_name
 from layerwise.solvers import SOLVERS
 from layerwise.solvers.fista import Fista

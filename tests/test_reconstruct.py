@@ -9,7 +9,7 @@ from torch import Tensor
 
 from layerwise.errors import UsageError
 from layerwise.recovery.units import count_units, dense_output, output_at, units_of
-from layerwise.run.architecture import adapter_of
+from layerwise.run.checkpoints.architecture import adapter_of
 from layerwise.run.streams import capture
 from tests.models import random_tokens, tiny_model
 from tests.retraining import TOKENS, Listener, pruned_model, retrain, values, zeros_kept

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from layerwise.errors import DataError
-from layerwise.run import capacity, prune
+from layerwise.run import prune
+from layerwise.run.checkpoints.residency import Streamed, open_resident
+from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.hidden_store import HiddenStore, choose_store
 from layerwise.run.pipeline import ERROR_CORRECTIONS
+from layerwise.run.planning import capacity
 from layerwise.run.prune import prune_model
-from layerwise.run.residency import Streamed, open_resident
-from layerwise.run.storage import Checkpoint
 from tests.folders import files_of
 from tests.models import (
     FAMILIES,

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from layerwise.errors import DataError
-from layerwise.run import results
-from layerwise.run.results import ResultStore
-from layerwise.run.sources import code_identity, source_hash
+from layerwise.run.experiments import results
+from layerwise.run.experiments.results import ResultStore
+from layerwise.run.experiments.sources import code_identity, source_hash
 
 TASK = {"model": "llama", "method": "wanda", "seed": 0}
 OTHER = {**TASK, "seed": 1}

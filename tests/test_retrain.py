@@ -15,11 +15,11 @@ from layerwise.cli import run
 from layerwise.errors import DataError, LayerwiseError, UsageError
 from layerwise.recovery import next_token
 from layerwise.recovery.output import RECORDS, SETTINGS
-from layerwise.run.journal import Journal, read_masks
-from layerwise.run.output import Manifest
-from layerwise.run.perplexity import mean_loss
+from layerwise.run.data.perplexity import mean_loss
+from layerwise.run.outputs.journal import Journal, read_masks
+from layerwise.run.outputs.output import Manifest
+from layerwise.run.outputs.verify import verify
 from layerwise.run.prune import prune_model
-from layerwise.run.verify import verify
 from tests.models import (
     SHARD,
     edit_shard,

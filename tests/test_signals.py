@@ -21,7 +21,7 @@ from tests.models import shard_hashes, tiny_text
 RESTING = """
 import sys, time
 from layerwise.cli import run
-from layerwise.run.journal import Journal
+from layerwise.run.outputs.journal import Journal
 
 def rest(journal, index, block, write=Journal.write_block):
     write(journal, index, block)

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 import layerwise
 from layerwise.cli import run
-from layerwise.run.journal import read_layers
+from layerwise.run.outputs.journal import read_layers
+from layerwise.run.outputs.recipe import Recipe
+from layerwise.run.outputs.verify import verify
 from layerwise.run.prune import prune_model
-from layerwise.run.recipe import Recipe
-from layerwise.run.verify import verify
 from tests.models import SHARD, save_checkpoint, tiny_model, tiny_text
 from tests.shrinking import FAMILIES, RUNS, logits
 

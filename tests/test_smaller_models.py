@@ -10,7 +10,7 @@ from layerwise.adapters import get_adapter
 from layerwise.errors import InvalidProblemError, UnsupportedModelError, UsageError
 from layerwise.run import prune as prune_module
 from layerwise.run.pipeline import ERROR_CORRECTIONS
-from layerwise.run.smaller import parameters_of
+from layerwise.run.smaller.manifest import parameters_of
 from tests.models import tiny_model
 from tests.shrinking import FAMILIES, RUNS, inputs_of, logits, smaller, windows
 from tests.tolerances import RECORDED_ERROR, SURGERY

@@ -21,10 +21,10 @@ from layerwise.run.grams.collect_grams import collect_grams
 from layerwise.run.grams.gram_folder import file_sha256
 from layerwise.run.grams.layer_jobs import LayerJob, forget_files, solve_layer
 from layerwise.run.grams.solve_grams import solve_grams
-from layerwise.run.journal import read_layers, read_masks
+from layerwise.run.outputs.journal import read_layers, read_masks
+from layerwise.run.outputs.records import LayerRecord
+from layerwise.run.outputs.verify import verify
 from layerwise.run.prune import prune_model
-from layerwise.run.records import LayerRecord
-from layerwise.run.verify import verify
 from layerwise.solvers import get_solver
 from tests.models import save_checkpoint, shard_hashes, tiny_model
 from tests.pruning import CALIBRATION

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layerwise.errors import DataError, UsageError
-from layerwise.run.shard import read_header, rewrite_shard
-from layerwise.run.storage import Checkpoint, checkpoint_names, write_checkpoint
+from layerwise.run.checkpoints.shard import read_header, rewrite_shard
+from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, write_checkpoint
 from tests.checkpoints import INDEX, edit_json, tiny_opt, write_checkpoints
 from tests.models import tiny_tokenizer
 

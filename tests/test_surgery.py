@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from layerwise.adapters import Adapter, get_adapter, get_coupling
 from layerwise.errors import UnsupportedModelError, UsageError
-from layerwise.run.rewrite import add_bias
-from layerwise.run.stock import Format, check_format, holds_bias, holds_width
-from layerwise.run.surgery import Cut, shrink, steps_of
+from layerwise.run.checkpoints.rewrite import add_bias
+from layerwise.run.smaller.stock import Format, check_format, holds_bias, holds_width
+from layerwise.run.smaller.surgery import Cut, shrink, steps_of
 from tests.cutting import (
     COUPLED,
     EACH,

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerwise.run import structured
-from layerwise.run.perplexity import mean_loss
-from layerwise.run.survey import PROBE_SHARE, Finding
-from layerwise.run.survey import survey as original
+from layerwise.run.data.perplexity import mean_loss
+from layerwise.run.smaller import structured
+from layerwise.run.smaller.survey import PROBE_SHARE, Finding
+from layerwise.run.smaller.survey import survey as original
 from tests.models import tiny_model
 from tests.shrinking import LENGTH, inputs_of, smaller, windows
 from tests.tolerances import SURVEY

@@ -10,7 +10,7 @@ from torch import nn
 from layerwise.adapters import Stage, get_adapter
 from layerwise.errors import InvalidProblemError, UnsupportedModelError, UsageError
 from layerwise.patterns import NM, Unstructured
-from layerwise.run.architecture import adapter_of
+from layerwise.run.checkpoints.architecture import adapter_of
 from layerwise.run.targets import Selection
 from tests.models import INNER, WIDTH, blocks_of, tiny_model
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from layerwise.cli import run
 from layerwise.errors import DataError
-from layerwise.run.journal import Journal, read_masks
+from layerwise.run.outputs.journal import Journal, read_masks
+from layerwise.run.outputs.verify import verify
 from layerwise.run.prune import prune_model
-from layerwise.run.verify import verify
 from tests.models import SHARD, edit_shard, save_checkpoint, tiny_model, tiny_text
 
 PRUNED = "model.layers.1.mlp.up_proj.weight"

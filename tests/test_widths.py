@@ -8,10 +8,15 @@ import torch
 
 from layerwise.adapters import Channels, get_adapter, get_coupling
 from layerwise.errors import UsageError
-from layerwise.run.channels import Site
-from layerwise.run.structure import Structure
-from layerwise.run.survey import Finding
-from layerwise.run.widths import check_reachable, choose_widths, default_rule, rule_of
+from layerwise.run.smaller.channels import Site
+from layerwise.run.smaller.structure import Structure
+from layerwise.run.smaller.survey import Finding
+from layerwise.run.smaller.widths import (
+    check_reachable,
+    choose_widths,
+    default_rule,
+    rule_of,
+)
 
 
 def site(block: int, name: str, units: int, cost: int, heads: int = 1) -> Site:

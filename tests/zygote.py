@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import LayerwiseError
+from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.prune import prune_model
-from layerwise.run.stopwatch import Stopwatch
-from layerwise.run.storage import Checkpoint
+from layerwise.run.timing.stopwatch import Stopwatch
 from tests.models import random_tokens, tiny_model
 
 FAMILIES = ("opt", "llama", "mamba")

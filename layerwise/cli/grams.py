@@ -106,8 +106,8 @@ def solve(
 ) -> None:
     """Prune stored layers by methods and sparsities, without model and data."""
     from layerwise.run.grams.solve_grams import solve_grams
-    from layerwise.run.progress import PlainProgress, RichProgress
-    from layerwise.run.tables import print_sweep
+    from layerwise.run.reports.progress import PlainProgress, RichProgress
+    from layerwise.run.reports.tables import print_sweep
 
     if workers == 1:
         set_threads(threads)

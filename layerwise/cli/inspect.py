@@ -44,7 +44,7 @@ def evaluate(
 
 def _load(model: str, device: Any) -> tuple[Any, Any]:
     """Checkpoint and its model on a device."""
-    from layerwise.run.storage import Checkpoint
+    from layerwise.run.checkpoints.storage import Checkpoint
 
     checkpoint = Checkpoint.open(model)
     return checkpoint, checkpoint.load_model(device)
@@ -53,10 +53,10 @@ def _load(model: str, device: Any) -> tuple[Any, Any]:
 def _perplexity(
     model: str, checkpoint: Any, network: Any, dataset: str, sequence_length: int | None
 ) -> None:
-    from layerwise.run.calibration import evaluation_text
-    from layerwise.run.perplexity import perplexity
+    from layerwise.run.data.calibration import evaluation_text
+    from layerwise.run.data.perplexity import perplexity
+    from layerwise.run.data.tokens import encode
     from layerwise.run.settings import choose_sequence_length, embedding_rows
-    from layerwise.run.tokens import encode
 
     length = choose_sequence_length(network, sequence_length)
     tokenizer = checkpoint.load_tokenizer()
@@ -70,8 +70,8 @@ def _perplexity(
 
 
 def _speed(model: str, network: Any, compare: str | None, device: Any) -> None:
-    from layerwise.run.speed import measure_speed
-    from layerwise.run.tables import print_speed
+    from layerwise.run.reports.tables import print_speed
+    from layerwise.run.timing.speed import measure_speed
 
     names, networks = [model], [network]
     if compare is not None:
@@ -81,7 +81,7 @@ def _speed(model: str, network: Any, compare: str | None, device: Any) -> None:
 
 def verify(folder: Folder) -> None:
     """Check zeros, pattern, untouched bytes, and that stock transformers opens it."""
-    from layerwise.run.verify import verify as check_folder
+    from layerwise.run.outputs.verify import verify as check_folder
 
     checks = check_folder(folder)
     for check in checks:
@@ -101,7 +101,7 @@ def report(
     output: Annotated[Path | None, typer.Option(help="HTML file to write.")] = None,
 ) -> None:
     """Write one self-contained HTML page about a pruned model."""
-    from layerwise.run.report import run_page, write_report
+    from layerwise.run.reports.report import run_page, write_report
 
     path = output or folder / "layerwise" / "report.html"
     write_report(path, run_page(folder))
@@ -110,7 +110,7 @@ def report(
 
 def solvers() -> None:
     """List the methods: what each requires and handles."""
-    from layerwise.run.catalogue import catalogue
-    from layerwise.run.tables import print_solvers
+    from layerwise.run.reports.catalogue import catalogue
+    from layerwise.run.reports.tables import print_solvers
 
     print_solvers(catalogue())

@@ -86,7 +86,7 @@ def prune(
     force: Force = False,
 ) -> None:
     """Prune a model and write a folder that stock transformers opens."""
-    from layerwise.run.recipe import Recipe
+    from layerwise.run.outputs.recipe import Recipe
 
     given = {
         "model": model,
@@ -141,10 +141,10 @@ def _prune(recipe: Any, output: Path | None, machine: dict[str, Any]) -> None:
             f"drop one of them"
         )
         raise UsageError(message)
-    from layerwise.run.progress import PlainProgress, RichProgress
     from layerwise.run.prune import prune_model
-    from layerwise.run.ranks import Place
-    from layerwise.run.structure import leaving
+    from layerwise.run.reports.progress import PlainProgress, RichProgress
+    from layerwise.run.smaller.structure import leaving
+    from layerwise.run.workers.ranks import Place
 
     with progress_on(PlainProgress, RichProgress) as progress:
         report = prune_model(
@@ -180,7 +180,7 @@ def _prune(recipe: Any, output: Path | None, machine: dict[str, Any]) -> None:
 
 def _write_run_report(folder: Path) -> None:
     """report.html beside the manifest, if the plots can be drawn."""
-    from layerwise.run.report import run_page, write_report
+    from layerwise.run.reports.report import run_page, write_report
 
     try:
         write_report(folder / "layerwise" / "report.html", run_page(folder))

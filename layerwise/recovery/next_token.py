@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from layerwise.recovery.records import UnitRecord
 from layerwise.recovery.trainable import Choice, Trainable, in_float32
 from layerwise.recovery.training import OnStep, State, Training, split, train
-from layerwise.run.perplexity import evaluation_mode, mean_loss
+from layerwise.run.data.perplexity import evaluation_mode, mean_loss
 
 
 def retrain_tokens(

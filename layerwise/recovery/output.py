@@ -12,10 +12,10 @@ from layerwise.errors import DataError
 from layerwise.recovery.pruned import Pruned
 from layerwise.recovery.records import UnitRecord
 from layerwise.run.atomic import atomic_write
-from layerwise.run.journal import FINGERPRINT, FOLDER, Journal
-from layerwise.run.output import MANIFEST
+from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, write_checkpoint
+from layerwise.run.outputs.journal import FINGERPRINT, FOLDER, Journal
+from layerwise.run.outputs.output import MANIFEST
 from layerwise.run.quoting import one_line
-from layerwise.run.storage import Checkpoint, checkpoint_names, write_checkpoint
 
 RECORDS = "retraining.jsonl"
 SETTINGS = "retrain.yaml"

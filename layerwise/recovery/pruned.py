@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from layerwise.adapters import Adapter
 from layerwise.errors import UsageError
 from layerwise.recovery.trainable import Choice
-from layerwise.run.architecture import adapter_of
-from layerwise.run.journal import read_masks
-from layerwise.run.output import Manifest
-from layerwise.run.recipe import Recipe
-from layerwise.run.storage import Checkpoint
+from layerwise.run.checkpoints.architecture import adapter_of
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.outputs.journal import read_masks
+from layerwise.run.outputs.output import Manifest
+from layerwise.run.outputs.recipe import Recipe
 
 
 @dataclass(frozen=True)

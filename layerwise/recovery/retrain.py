@@ -21,12 +21,12 @@ from layerwise.recovery.records import UnitRecord
 from layerwise.recovery.runner import Callback, Runner
 from layerwise.recovery.settings import Settings
 from layerwise.recovery.training import split
-from layerwise.run.calibration import Calibration, token_windows
-from layerwise.run.journal import Journal, check_output
-from layerwise.run.output import versions
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.data.calibration import Calibration, token_windows
+from layerwise.run.outputs.journal import Journal, check_output
+from layerwise.run.outputs.output import versions
 from layerwise.run.settings import choose_device, choose_sequence_length, embedding_rows
-from layerwise.run.smaller import bytes_of
-from layerwise.run.storage import Checkpoint
+from layerwise.run.smaller.manifest import bytes_of
 
 
 @dataclass(frozen=True, eq=False)

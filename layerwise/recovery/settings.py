@@ -11,7 +11,7 @@ from layerwise.recovery.reconstruct import Reconstruction
 from layerwise.recovery.trainable import Choice
 from layerwise.recovery.training import Training
 from layerwise.recovery.units import OBJECTIVES
-from layerwise.run.calibration import Calibration
+from layerwise.run.data.calibration import Calibration
 
 LEARNING_RATES: Mapping[str, float] = {
     "biases": 1e-2,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from layerwise.adapters.linear import is_transposed
 from layerwise.errors import SolveError, UsageError
-from layerwise.run.perplexity import evaluation_mode
+from layerwise.run.data.perplexity import evaluation_mode
 from layerwise.solution import requirements
 from layerwise.solve import steps_of
 

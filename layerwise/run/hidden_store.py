@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import DataError, UsageError
-from layerwise.run.calibration import Calibration
+from layerwise.run.data.calibration import Calibration
 from layerwise.run.pipeline import Task
 
 Activations = Literal["auto", "memory", "disk"]

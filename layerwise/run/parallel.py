@@ -17,18 +17,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from layerwise.errors import DataError, UsageError
-from layerwise.run.architecture import adapter_in
-from layerwise.run.calibration import Calibration
+from layerwise.run.checkpoints.architecture import adapter_in
+from layerwise.run.checkpoints.residency import Residency, open_resident
+from layerwise.run.checkpoints.shard import write_shard
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.data.calibration import Calibration
+from layerwise.run.data.perplexity import evaluation_mode
 from layerwise.run.hidden_store import HiddenStore
-from layerwise.run.journal import Journal, write_block
-from layerwise.run.perplexity import evaluation_mode
+from layerwise.run.outputs.journal import Journal, write_block
 from layerwise.run.pipeline import BlockInputs, OnLayer, PrunedBlock, Task, advance
-from layerwise.run.residency import Residency, open_resident
-from layerwise.run.shard import write_shard
-from layerwise.run.stopwatch import stage
-from layerwise.run.storage import Checkpoint
 from layerwise.run.streams import BATCH, capture
 from layerwise.run.targets import Selection
+from layerwise.run.timing.stopwatch import stage
 from layerwise.run.workers.executor import Executor, Job
 from layerwise.run.workers.messages import Opening, Place
 from layerwise.run.workers.processes import local_workers

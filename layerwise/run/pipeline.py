@@ -35,14 +35,14 @@ from layerwise.moments import MomentAccumulator, Moments
 from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.allocator import trim_memory
-from layerwise.run.calibration import Calibration
+from layerwise.run.data.calibration import Calibration
 from layerwise.run.dense_side import DenseSide, inputs_of
-from layerwise.run.ranks import ALONE, Ranks, owners
-from layerwise.run.records import LayerRecord
-from layerwise.run.stopwatch import stage as timed
+from layerwise.run.outputs.records import LayerRecord
+from layerwise.run.smaller.structure import Structure
 from layerwise.run.streams import Call, Tap, behind, visit_inputs
-from layerwise.run.structure import Structure
 from layerwise.run.targets import Choice
+from layerwise.run.timing.stopwatch import stage as timed
+from layerwise.run.workers.ranks import ALONE, Ranks, owners
 from layerwise.solution import Solution, requirements
 from layerwise.solve import solve, solver_name, steps_of
 

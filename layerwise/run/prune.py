@@ -15,25 +15,30 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.patterns import NM, Pattern
-from layerwise.run.architecture import adapter_in, note_on
-from layerwise.run.calibration import Calibration, token_windows
-from layerwise.run.capacity import refuse_full_disk
+from layerwise.run.checkpoints.architecture import adapter_in, note_on
+from layerwise.run.checkpoints.lazy import LazyTensors
+from layerwise.run.checkpoints.residency import (
+    InMemory,
+    Residency,
+    can_stream,
+    open_resident,
+)
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.data.calibration import Calibration, token_windows
+from layerwise.run.data.perplexity import evaluation_mode
 from layerwise.run.hidden_store import check_activations, hidden_store
-from layerwise.run.journal import MASK, WEIGHT, check_output, read_masks
-from layerwise.run.lazy import LazyTensors
-from layerwise.run.output import (
+from layerwise.run.outputs.journal import MASK, WEIGHT, check_output, read_masks
+from layerwise.run.outputs.output import (
     Outcome,
     fingerprint,
     write_output,
     write_smaller_output,
 )
+from layerwise.run.outputs.recipe import OptionValue, Recipe, options_of
 from layerwise.run.parallel import ParallelRun, Workers
-from layerwise.run.perplexity import evaluation_mode
 from layerwise.run.pipeline import ErrorCorrection, Task
+from layerwise.run.planning.capacity import refuse_full_disk
 from layerwise.run.prune_report import Callback, Listeners, PruneReport
-from layerwise.run.ranks import ranks_of_environment
-from layerwise.run.recipe import OptionValue, Recipe, options_of
-from layerwise.run.residency import InMemory, Residency, can_stream, open_resident
 from layerwise.run.settings import (
     as_entries,
     budget_of_bounds,
@@ -48,19 +53,19 @@ from layerwise.run.settings import (
     with_published_start,
 )
 from layerwise.run.sharing import agree, check_shared, own_sequences, shared_journal
-from layerwise.run.smaller import digests, parameters_of
-from layerwise.run.stopwatch import stage
-from layerwise.run.storage import Checkpoint
-from layerwise.run.structure import Structure, StructureOptions, choose_structure
-from layerwise.run.structured import (
+from layerwise.run.smaller.manifest import digests, parameters_of
+from layerwise.run.smaller.structure import Structure, StructureOptions, choose_structure
+from layerwise.run.smaller.structured import (
     ChannelSelection,
     StructuredTask,
     make_smaller,
     structured_task,
 )
+from layerwise.run.smaller.widths import default_rule
 from layerwise.run.targets import Selection
+from layerwise.run.timing.stopwatch import stage
 from layerwise.run.walk import walk
-from layerwise.run.widths import default_rule
+from layerwise.run.workers.ranks import ranks_of_environment
 from layerwise.solve import resolve, solver_name
 
 WHOLE = (
@@ -106,7 +111,8 @@ def prune_model(
 
     Processes that torchrun has started (``WORLD_SIZE`` and what else it sets) share one
     run: each calls this with the same arguments, sees a part of the sequences and solves a
-    part of the matrices, and all return the same report; see :mod:`layerwise.run.ranks`.
+    part of the matrices, and all return the same report; see
+    :mod:`layerwise.run.workers.ranks`.
 
     Parameters
     ----------
@@ -149,8 +155,8 @@ def prune_model(
     options
         Hyper-parameters of a method given by name, such as ``{"block_size": 64}``.
     allocation, format, unit
-        Of a smaller model, see :class:`layerwise.run.structure.Structure`: the rule that
-        spreads the sparsity over the layers, ``"stock"`` (default), ``"native"`` or
+        Of a smaller model, see :class:`layerwise.run.smaller.structure.Structure`: the rule
+        that spreads the sparsity over the layers, ``"stock"`` (default), ``"native"`` or
         ``"padded"``, and the number that widths are multiples of (8).
     device
         Where blocks are computed; ``"auto"`` takes a GPU if there is one.

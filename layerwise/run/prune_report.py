@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from layerwise.run.records import LayerRecord, median_gap
-from layerwise.run.storage import Checkpoint
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.outputs.records import LayerRecord, median_gap
 
 
 class Callback(Protocol):

@@ -18,9 +18,14 @@ from layerwise.patterns import (
     parse_pattern,
 )
 from layerwise.problem import LayerProblem
+from layerwise.run.outputs.recipe import (
+    OptionValue,
+    configure,
+    with_memory_budget,
+    with_warm_start,
+)
 from layerwise.run.pipeline import ERROR_CORRECTIONS
-from layerwise.run.recipe import OptionValue, configure, with_memory_budget, with_warm_start
-from layerwise.run.structure import Structure
+from layerwise.run.smaller.structure import Structure
 from layerwise.solve import refuse_unless_solvable, steps_of
 
 ROUNDING = 1e-9  # of a sparsity such as 1 - 2 / 5

@@ -12,13 +12,13 @@ from typing import Any
 
 from layerwise.errors import DataError, UsageError
 from layerwise.patterns import Pattern
-from layerwise.run.calibration import Calibration
+from layerwise.run.data.calibration import Calibration
 from layerwise.run.gradients import required_gradient
-from layerwise.run.journal import FOLDER, Journal
+from layerwise.run.outputs.journal import FOLDER, Journal
+from layerwise.run.outputs.records import LayerRecord
 from layerwise.run.pipeline import PrunedBlock
-from layerwise.run.ranks import Ranks
-from layerwise.run.records import LayerRecord
-from layerwise.run.structure import Structure
+from layerwise.run.smaller.structure import Structure
+from layerwise.run.workers.ranks import Ranks
 from layerwise.solution import requirements
 from layerwise.solve import solver_name, steps_of
 

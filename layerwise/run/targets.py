@@ -15,9 +15,9 @@ from layerwise.adapters import Adapter, Stage
 from layerwise.adapters.linear import is_transposed, matrix
 from layerwise.errors import InvalidProblemError, UsageError
 from layerwise.patterns import Pattern
+from layerwise.run.checkpoints.lazy import LazyTensors
+from layerwise.run.checkpoints.unprunable import refuse_shared, refuse_unserved
 from layerwise.run.entries import matches
-from layerwise.run.lazy import LazyTensors
-from layerwise.run.unprunable import refuse_shared, refuse_unserved
 
 DEFAULT_IGNORE = ("lm_head",)  # need not exist
 

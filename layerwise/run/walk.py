@@ -10,18 +10,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from layerwise.run.calibration import Calibration
+from layerwise.run.checkpoints.residency import Residency
+from layerwise.run.checkpoints.rewrite import set_bias
+from layerwise.run.data.calibration import Calibration
 from layerwise.run.gradients import gradient_norms, required_gradient
 from layerwise.run.hidden_store import HiddenStore
-from layerwise.run.journal import Journal
+from layerwise.run.outputs.journal import Journal
+from layerwise.run.outputs.records import LayerRecord
 from layerwise.run.pipeline import BlockInputs, OnLayer, PrunedBlock, Task, advance
-from layerwise.run.records import LayerRecord
-from layerwise.run.residency import Residency
-from layerwise.run.rewrite import set_bias
-from layerwise.run.stopwatch import stage
+from layerwise.run.smaller.structure import Structure
 from layerwise.run.streams import BATCH, capture
-from layerwise.run.structure import Structure
 from layerwise.run.targets import Choice
+from layerwise.run.timing.stopwatch import stage
 
 
 def walk(

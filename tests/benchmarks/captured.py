@@ -29,11 +29,11 @@ from layerwise.moments import MomentAccumulator, Moments
 from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.atomic import atomic_write
-from layerwise.run.calibration import token_windows
-from layerwise.run.perplexity import evaluation_mode
-from layerwise.run.sources import code_identity
-from layerwise.run.storage import Checkpoint
-from layerwise.run.tokens import encode
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.data.calibration import token_windows
+from layerwise.run.data.perplexity import evaluation_mode
+from layerwise.run.data.tokens import encode
+from layerwise.run.experiments.sources import code_identity
 
 BATCH = 8
 LENGTH = 256  # tokens per window
@@ -143,7 +143,7 @@ def identity(model: str, n_sequences: int, block: int = BLOCK) -> str:
         "model": Checkpoint.open(model_path(model)).sha256(),
         "layers": layers_of(model, block),
         "windows": (n_sequences, HELD_OUT_SEQUENCES, LENGTH),
-        **code_identity(None, ["layerwise.moments", "layerwise.run.calibration"]),
+        **code_identity(None, ["layerwise.moments", "layerwise.run.data.calibration"]),
         "texts": [
             hashlib.sha256(text.encode()).hexdigest()
             for text in (calibration_text(), evaluation_text())

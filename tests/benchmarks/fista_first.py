@@ -28,7 +28,7 @@ def main() -> None:
     if not arguments.tokens.is_file():
         make_tokens(arguments.tokens, arguments.model)
     tokens = torch.load(arguments.tokens)
-    from layerwise.run.storage import Checkpoint
+    from layerwise.run.checkpoints.storage import Checkpoint
 
     model = Checkpoint.open(arguments.model).load_model()
     start = time.perf_counter()
@@ -52,8 +52,8 @@ def main() -> None:
 def make_tokens(path: Path, model: Path) -> None:
     """Save the windows of the demonstration."""
     from layerwise.demo import calibration_text
-    from layerwise.run.calibration import token_windows
-    from layerwise.run.storage import Checkpoint
+    from layerwise.run.checkpoints.storage import Checkpoint
+    from layerwise.run.data.calibration import token_windows
 
     tokenizer = Checkpoint.open(model).load_tokenizer()
     assert tokenizer is not None

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from layerwise.run.atomic import atomic_write
-from layerwise.run.floor import Machine
+from layerwise.run.timing.floor import Machine
 from tests.benchmarks.gpu_layers import (
     FULL,
     FULL_RESTORED,

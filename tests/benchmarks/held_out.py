@@ -24,9 +24,9 @@ from layerwise.demo import MODELS
 from layerwise.errors import InvalidProblemError, SolveError
 from layerwise.evaluate import relative_error
 from layerwise.patterns import parse_pattern
-from layerwise.run.demo import all_methods
-from layerwise.run.results import ResultStore
-from layerwise.run.sources import code_identity
+from layerwise.run.experiments.demo import all_methods
+from layerwise.run.experiments.results import ResultStore
+from layerwise.run.experiments.sources import code_identity
 from layerwise.solve import solve
 from tests.benchmarks.captured import (
     LENGTH,

@@ -13,7 +13,7 @@ import torch
 
 from layerwise.adapters.selective_scan import fast_scan
 from layerwise.demo import model_path
-from layerwise.run.storage import Checkpoint
+from layerwise.run.checkpoints.storage import Checkpoint
 
 WINDOWS, LENGTH, RUNS = 2, 256, 3
 

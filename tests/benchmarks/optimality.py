@@ -30,7 +30,7 @@ from layerwise.evaluate import objective_rows
 from layerwise.moments import Moments
 from layerwise.patterns import NM, Pattern, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.run.demo import all_methods
+from layerwise.run.experiments.demo import all_methods
 from layerwise.solution import requirements
 from layerwise.solve import resolve
 from layerwise.solvers import SOLVERS

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 from layerwise.errors import SolveError
-from layerwise.run.demo import all_methods
-from layerwise.run.experiment import DENSE, Experiment, PackagedModel
+from layerwise.run.experiments.demo import all_methods
+from layerwise.run.experiments.experiment import DENSE, Experiment, PackagedModel
+from layerwise.run.experiments.results import ResultStore
 from layerwise.run.pipeline import ERROR_CORRECTIONS
-from layerwise.run.results import ResultStore
 from layerwise.solution import requirements
 from layerwise.solvers import SOLVERS
 

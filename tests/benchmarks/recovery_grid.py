@@ -20,11 +20,11 @@ import torch
 
 from layerwise.patterns import parse_pattern
 from layerwise.recovery.retrain import retrain_model
-from layerwise.run.experiment import LENGTH, N_SEQUENCES, PackagedModel
-from layerwise.run.perplexity import perplexity
+from layerwise.run.data.perplexity import perplexity
+from layerwise.run.experiments.experiment import LENGTH, N_SEQUENCES, PackagedModel
+from layerwise.run.experiments.results import ResultStore
+from layerwise.run.experiments.sources import code_identity
 from layerwise.run.prune import prune_model
-from layerwise.run.results import ResultStore
-from layerwise.run.sources import code_identity
 from tests.benchmarks.perplexity_grid import MISSING, command_line, in_workers
 
 METHODS = ("magnitude", "wanda", "best")

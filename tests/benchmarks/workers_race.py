@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from layerwise.run.prune import prune_model
-from layerwise.run.shapes import random_model
+from layerwise.run.timing.shapes import random_model
 
 BLOCKS, WIDTH, INNER, VOCABULARY = 8, 512, 1408, 1024
 WINDOWS, LENGTH = 16, 128

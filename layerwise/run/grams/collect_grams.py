@@ -16,8 +16,11 @@ from torch import nn
 
 from layerwise.errors import UnsupportedModelError
 from layerwise.patterns import Unstructured
-from layerwise.run.architecture import adapter_in
-from layerwise.run.calibration import token_windows
+from layerwise.run.checkpoints.architecture import adapter_in
+from layerwise.run.checkpoints.residency import open_resident
+from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names
+from layerwise.run.data.calibration import token_windows
+from layerwise.run.data.perplexity import evaluation_mode
 from layerwise.run.grams.gram_folder import (
     GramManifest,
     StageFile,
@@ -26,9 +29,10 @@ from layerwise.run.grams.gram_folder import (
 )
 from layerwise.run.grams.layer_files import write_file
 from layerwise.run.hidden_store import hidden_store
-from layerwise.run.journal import FOLDER, Journal, check_output
-from layerwise.run.output import fingerprint, versions
-from layerwise.run.perplexity import evaluation_mode
+from layerwise.run.outputs.journal import FOLDER, Journal, check_output
+from layerwise.run.outputs.output import fingerprint, versions
+from layerwise.run.outputs.recipe import Recipe
+from layerwise.run.outputs.records import LayerRecord
 from layerwise.run.pipeline import (
     BlockInputs,
     OnLayer,
@@ -37,18 +41,14 @@ from layerwise.run.pipeline import (
     collect_at_once,
     naming,
 )
-from layerwise.run.recipe import Recipe
-from layerwise.run.records import LayerRecord
-from layerwise.run.residency import open_resident
 from layerwise.run.settings import (
     as_entries,
     choose_device,
     choose_sequence_length,
     embedding_rows,
 )
-from layerwise.run.stopwatch import stage as timed
-from layerwise.run.storage import Checkpoint, checkpoint_names
 from layerwise.run.targets import Selection
+from layerwise.run.timing.stopwatch import stage as timed
 from layerwise.run.walk import walk
 
 OnStage = Callable[[str, int], None]  # told the first layer and the number of inputs

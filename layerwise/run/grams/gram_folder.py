@@ -18,12 +18,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from layerwise.errors import DataError
 from layerwise.run.atomic import atomic_write
+from layerwise.run.checkpoints.shard import read_header
+from layerwise.run.checkpoints.strict_json import read_object
+from layerwise.run.checkpoints.validation import confined
 from layerwise.run.grams.layer_files import layer_tensors
+from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.quoting import one_line
-from layerwise.run.recipe import Recipe
-from layerwise.run.shard import read_header
-from layerwise.run.strict_json import read_object
-from layerwise.run.validation import confined
 
 MANIFEST = "manifest.json"
 PLAIN_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)

@@ -33,7 +33,7 @@ from layerwise.moments import VECTORS, Moments
 from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.atomic import atomic_write
-from layerwise.run.shard import Header, read_header
+from layerwise.run.checkpoints.shard import Header, read_header
 from layerwise.solution import requirements
 from layerwise.solve import solver_name, steps_of
 

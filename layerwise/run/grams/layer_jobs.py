@@ -18,9 +18,9 @@ from layerwise.lower_bounds import MEMORY_BUDGET
 from layerwise.moments import Moments
 from layerwise.patterns import Pattern
 from layerwise.run.grams.layer_files import StoredLayer, read_file
-from layerwise.run.journal import write_block
+from layerwise.run.outputs.journal import write_block
+from layerwise.run.outputs.records import LayerRecord
 from layerwise.run.pipeline import PrunedBlock, Task, solve_matrix
-from layerwise.run.records import LayerRecord
 from layerwise.run.workers.messages import Place
 
 NO_MODEL = Adapter("stored layers", "", ())
@@ -42,7 +42,7 @@ class LayerJob:
         Where to compute.
     folder, index
         Where weight, mask and figures are written, as a block of a
-        :class:`~layerwise.run.journal.Journal`; None: only the figures are wanted.
+        :class:`~layerwise.run.outputs.journal.Journal`; None: only the figures are wanted.
     """
 
     file: Path

@@ -20,9 +20,9 @@ from layerwise.run.grams.layer_files import missing_statistic, read_file
 from layerwise.run.grams.layer_jobs import LayerJob, forget_files, open_layers, solve_layer
 from layerwise.run.grams.solved_folder import SolvedFolder, recipe_of
 from layerwise.run.grams.sweep import Sweep
-from layerwise.run.journal import check_output
-from layerwise.run.recipe import OptionValue, takes_option
-from layerwise.run.records import LayerRecord
+from layerwise.run.outputs.journal import check_output
+from layerwise.run.outputs.recipe import OptionValue, takes_option
+from layerwise.run.outputs.records import LayerRecord
 from layerwise.run.settings import (
     budget_of_bounds,
     choose_certify,

@@ -17,19 +17,19 @@ from torch import Tensor
 from layerwise.errors import DataError
 from layerwise.patterns import NM, Pattern
 from layerwise.run.atomic import atomic_write
-from layerwise.run.calibration import Calibration
+from layerwise.run.checkpoints.lazy import LazyTensors
+from layerwise.run.checkpoints.storage import Checkpoint, write_checkpoint
+from layerwise.run.data.calibration import Calibration
 from layerwise.run.grams.gram_folder import (
     MANIFEST,
     GramManifest,
     StoredMatrix,
     file_sha256,
 )
-from layerwise.run.journal import MASK, WEIGHT, Journal
-from layerwise.run.lazy import LazyTensors
-from layerwise.run.output import Outcome, tensor_hashes, versions, write_rest
-from layerwise.run.recipe import Recipe, options_of
-from layerwise.run.records import LayerRecord
-from layerwise.run.storage import Checkpoint, write_checkpoint
+from layerwise.run.outputs.journal import MASK, WEIGHT, Journal
+from layerwise.run.outputs.output import Outcome, tensor_hashes, versions, write_rest
+from layerwise.run.outputs.recipe import Recipe, options_of
+from layerwise.run.outputs.records import LayerRecord
 from layerwise.solve import solver_name
 
 

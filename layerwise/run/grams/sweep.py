@@ -8,7 +8,7 @@ from statistics import fmean, median
 from typing import Any
 
 from layerwise.run.atomic import atomic_write
-from layerwise.run.records import LayerRecord, median_gap
+from layerwise.run.outputs.records import LayerRecord, median_gap
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from layerwise.errors import DataError, LayerwiseError, MemoryBudgetError
-from layerwise.run.capacity import Capacity
 from layerwise.run.parallel import INDEPENDENT
+from layerwise.run.planning.capacity import Capacity
 from layerwise.run.planning.memory_model import (
     Memory,
     ModelShape,

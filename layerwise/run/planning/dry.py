@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerwise.adapters import ADAPTERS, Adapter, get_adapter
 from layerwise.adapters.auto import discover
-from layerwise.run.perplexity import evaluation_mode
+from layerwise.run.data.perplexity import evaluation_mode
 from layerwise.run.streams import capture
 
 PROBE = (2, 8)  # sequences, tokens of each

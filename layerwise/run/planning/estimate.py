@@ -17,9 +17,9 @@ import torch
 from layerwise.adapters import Adapter
 from layerwise.moments import EXACT_RANK_WIDTH
 from layerwise.run.dense_side import STORE
-from layerwise.run.floor import Machine, Work, forward_work, gram_work, run_work
 from layerwise.run.planning.memory_model import ModelShape, RunShape
 from layerwise.run.planning.solver_costs import cost_of
+from layerwise.run.timing.floor import Machine, Work, forward_work, gram_work, run_work
 
 GEMM_SIZE = {"cpu": 768, "cuda": 4096}
 COPY_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}

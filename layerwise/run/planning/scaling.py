@@ -11,7 +11,6 @@ from types import MappingProxyType
 
 import torch
 
-from layerwise.run.floor import Work, gram_work
 from layerwise.run.planning.advice import in_units
 from layerwise.run.planning.memory_model import (
     BlockShape,
@@ -23,6 +22,7 @@ from layerwise.run.planning.memory_model import (
     memory_of,
 )
 from layerwise.run.planning.solver_costs import COSTS, Cost
+from layerwise.run.timing.floor import Work, gram_work
 
 BASE = 512 << 20  # Python, PyTorch and transformers
 N_SEQUENCES, LENGTH = 128, 2048

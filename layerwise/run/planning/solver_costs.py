@@ -1,6 +1,6 @@
 """What the methods cost for one matrix: operations, bytes, and memory.
 
-The figures were counted, by :class:`layerwise.run.operations.OperationCount` and
+The figures were counted, by :class:`layerwise.run.timing.operations.OperationCount` and
 :class:`layerwise.run.planning.dry.LiveBytes`, on random layers of several shapes,
 everything included: posing the problem, solving it, grading the answer. Methods that
 iterate until they are done stand with what they took there; real layers take up to twice
@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from layerwise.run.floor import Work
+from layerwise.run.outputs.recipe import options_of
 from layerwise.run.planning.memory_model import Peak, StageShape, Workspace
-from layerwise.run.recipe import options_of
+from layerwise.run.timing.floor import Work
 from layerwise.solve import solver_name, steps_of
 
 

@@ -1,1 +1,1 @@
-"""Independent jobs on many workers: one scheduler, local processes or Ray below it."""
+"""Work that is shared: independent jobs on processes or Ray, and ranks of one run."""

@@ -1,0 +1,1 @@
+"""Checkpoints: validated, read in parts, turned into models, copied with changes."""

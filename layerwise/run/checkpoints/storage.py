@@ -1,0 +1,243 @@
+"""Checkpoints on disk: safetensors in and out, validated before anything trusts them.
+
+A checkpoint is a folder with ``config.json`` and safetensors shards, see
+:mod:`layerwise.run.checkpoints.validation` for what is refused. A pruned copy differs from
+its source in the bytes of the replaced tensors alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from layerwise.errors import DataError, UsageError
+from layerwise.run.atomic import atomic_write
+from layerwise.run.checkpoints.bitmask import pack_mask, unpack_mask
+from layerwise.run.checkpoints.loading import load_model, load_tokenizer
+from layerwise.run.checkpoints.shard import (
+    TensorEntry,
+    check_substitute,
+    read_header,
+    rewrite_shard,
+)
+from layerwise.run.checkpoints.skeleton import checkpoint_names
+from layerwise.run.checkpoints.strict_json import read_object
+from layerwise.run.checkpoints.validation import (
+    INDEX,
+    SINGLE_SHARD,
+    check_config,
+    confined,
+    locate,
+    read_weight_map,
+)
+from layerwise.run.quoting import one_line
+from layerwise.run.smaller.native import is_native, load_native
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "Checkpoint",
+    "atomic_write",
+    "checkpoint_names",
+    "pack_mask",
+    "unpack_mask",
+    "write_checkpoint",
+]
+
+SIDE_FILES = (
+    "*.json",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "*.py",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A validated folder of safetensors; make one with :meth:`open`.
+
+    Attributes
+    ----------
+    path
+        The folder.
+    config
+        Parsed ``config.json``.
+    weight_map
+        Shard file of every tensor, sorted by tensor name.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    weight_map: dict[str, str]
+
+    @classmethod
+    def open(cls, name_or_path: str | os.PathLike[str]) -> Checkpoint:
+        """Validate a local folder, or a model of the hub after downloading it.
+
+        Raises
+        ------
+        DataError
+            The folder or a file is missing, damaged, pickled, or leaves the folder.
+        UnsupportedModelError
+            The weights are quantised or the configuration asks for foreign code.
+        """
+        path = locate(name_or_path, (*SIDE_FILES, "model*.safetensors"))
+        if not (path / "config.json").is_file():
+            message = f"{path} has no config.json: it is not a model folder"
+            raise DataError(message)
+        config = read_object(confined(path / "config.json"))
+        check_config(config, path)
+        checkpoint = cls(path, config, read_weight_map(path))
+        for name in checkpoint.side_files():
+            confined(path / name)
+        return checkpoint
+
+    @property
+    def shards(self) -> list[str]:
+        """File names of the shards, sorted."""
+        return sorted(set(self.weight_map.values()))
+
+    def side_files(self) -> list[str]:
+        """Files that travel with the weights: configuration, tokenizer, licence."""
+        indexed = not (self.path / SINGLE_SHARD).is_file()
+        found = {
+            path.relative_to(self.path).as_posix()
+            for pattern in SIDE_FILES
+            for path in self.path.glob(pattern)
+            if path.is_file() and not path.name.startswith(".")
+        }
+        stale = {name for name in found if name.endswith(".index.json")}
+        return sorted(found - stale | ({INDEX} if indexed else set()))
+
+    def entries(self) -> dict[str, TensorEntry]:
+        """Type, shape and size of every tensor, from the headers alone."""
+        entries: dict[str, TensorEntry] = {}
+        for shard in self.shards:
+            entries |= read_header(self.path / shard).tensors
+        return {name: entries[name] for name in self.weight_map}
+
+    def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Stream tensors with their names, shard by shard, one in memory at a time."""
+        wanted = set(self.weight_map) if names is None else set(names)
+        if unknown := sorted(wanted - set(self.weight_map)):
+            message = f"{self.path} holds no tensor {unknown[0]!r}: check the name"
+            raise UsageError(message)
+        for shard in sorted({self.weight_map[name] for name in wanted}):
+            try:
+                with safe_open(self.path / shard, framework="pt") as file:
+                    for name in sorted(wanted):
+                        if self.weight_map[name] == shard:
+                            yield name, file.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                message = f"cannot read {self.path / shard}: {one_line(error)}"
+                raise DataError(message) from error
+
+    def sha256(self, names: Iterable[str] | None = None) -> dict[str, str]:
+        """Hash of some files, or of every file that belongs to the checkpoint, by name."""
+        hashes = {}
+        chosen = [*self.side_files(), *self.shards] if names is None else names
+        for name in sorted(chosen):
+            try:
+                with (self.path / name).open("rb") as stream:
+                    hashes[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+            except OSError as error:
+                message = f"cannot read {self.path / name}: {one_line(error)}"
+                raise DataError(message) from error
+        return hashes
+
+    def load_model(self, device: torch.device | str = "cpu") -> PreTrainedModel:
+        """Load the model, see :func:`layerwise.run.checkpoints.loading.load_model`."""
+        if is_native(self.config):
+            return load_native(self, device)
+        return load_model(self, device)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Load the tokenizer; None where the folder has none."""
+        return load_tokenizer(self)
+
+
+def write_checkpoint(
+    source: Checkpoint,
+    output: Path,
+    replaced: Mapping[str, Tensor],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a copy of a checkpoint in which some tensors have new values.
+
+    Shards keep their names, headers and every byte of the other tensors; index,
+    configuration, tokenizer and licence are copied. Each file appears atomically, the
+    memory needed is one tensor, and ``config.json`` is last: a folder without it is
+    not complete.
+
+    Parameters
+    ----------
+    source
+        The checkpoint to copy.
+    output
+        An existing folder without any of the files to be written.
+    replaced
+        New values by the name in the checkpoint, of the same type and shape. Each is
+        asked for twice, to be checked and to be written, and not kept.
+    overwrite
+        Replace files that are there already, as a resumed run does.
+
+    Raises
+    ------
+    UsageError
+        A name, type or shape does not fit, or files are in the way.
+    DataError
+        The disk is too small or refuses.
+    """
+    entries = source.entries()
+    for name, tensor in replaced.items():
+        check_substitute(name, tensor, entries.get(name), source.path)
+    last = ["config.json"]
+    side_files = [name for name in source.side_files() if name not in last] + last
+    _check_output(source, output, [*source.shards, *side_files], overwrite)
+    for shard in source.shards:
+        inside = {name for name in replaced if source.weight_map[name] == shard}
+        rewrite_shard(source.path / shard, output / shard, replaced, inside)
+    for name in side_files:
+        try:
+            (output / name).parent.mkdir(exist_ok=True)
+            data = (source.path / name).read_bytes()
+        except OSError as error:
+            message = f"cannot copy {source.path / name} to {output}: {one_line(error)}"
+            raise DataError(message) from error
+        atomic_write(output / name, data)
+
+
+def _check_output(
+    source: Checkpoint, output: Path, names: list[str], overwrite: bool
+) -> None:
+    """Refuse an output folder that is missing, occupied or too small."""
+    if not output.is_dir():
+        message = f"output folder {output} does not exist: create it first"
+        raise UsageError(message)
+    if output.resolve() == source.path.resolve():
+        message = f"output folder {output} is the source: choose another folder"
+        raise UsageError(message)
+    present = [name for name in names if (output / name).exists()]
+    if present and not overwrite:
+        message = f"{output} already holds {present[0]}: choose an empty folder"
+        raise UsageError(message)
+    needed = sum((source.path / name).stat().st_size for name in names)
+    needed -= sum((output / name).stat().st_size for name in present)
+    if needed > (free := shutil.disk_usage(output).free):
+        message = f"{output} needs {needed} bytes but its disk has {free}: free space"
+        raise DataError(message)

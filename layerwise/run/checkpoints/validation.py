@@ -1,0 +1,161 @@
+"""What a checkpoint folder must be before anything else may open it.
+
+Whoever made it may have damaged it or may be hostile: file names are confined to the
+folder, pickles are never read, every header is checked and compared with the index, and
+a configuration that would make transformers fetch code or other files is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from layerwise.errors import DataError, UnsupportedModelError
+from layerwise.run.checkpoints.shard import read_header
+from layerwise.run.checkpoints.strict_json import read_object
+from layerwise.run.quoting import one_line
+
+SINGLE_SHARD = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DISTRIBUTED_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+
+
+def locate(name_or_path: str | os.PathLike[str], patterns: Iterable[str]) -> Path:
+    """Local folder of a path, or of a hub name after downloading ``patterns``."""
+    name = os.fspath(name_or_path)
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        message = f"{path} is a file: name the folder that holds config.json"
+        raise DataError(message)
+    if not HUB_NAME.fullmatch(name):
+        message = f"there is no folder {name}: check the path"
+        raise DataError(message)
+    import huggingface_hub
+
+    try:
+        snapshot = huggingface_hub.snapshot_download(name, allow_patterns=list(patterns))
+    except Exception as error:
+        message = f"no folder {name}, and the hub does not serve it: {one_line(error)}"
+        raise DataError(message) from error
+    return Path(snapshot)
+
+
+def confined(path: Path) -> Path:
+    """Return the path itself unless it leads out of its checkpoint folder.
+
+    The download cache of the hub is a folder of links into ``blobs``; these may stay.
+    """
+    folder = path.parent
+    if folder.name == "additional_chat_templates":
+        folder = folder.parent
+    allowed = [folder.resolve()]
+    snapshots = folder.absolute().parent
+    if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
+        repository = snapshots.parent.resolve()
+        allowed += [repository / "blobs", repository.parent / "blobs"]
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        message = f"cannot read {path}: {one_line(error)}; restore the file"
+        raise DataError(message) from error
+    if not any(target.is_relative_to(root) for root in allowed):
+        message = f"{path} is a link that leaves the folder: replace it by the file"
+        raise DataError(message)
+    return path
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Shard of every tensor, from an index and from headers that agree with it."""
+    if (path / SINGLE_SHARD).is_file():  # transformers prefers it to an index, too
+        listed: dict[str, str] = {}
+        shards = [SINGLE_SHARD]
+    elif (path / INDEX).is_file():
+        listed = _read_index(confined(path / INDEX))
+        shards = sorted(set(listed.values()))
+    else:
+        raise DataError(_no_weights(path))
+    found: dict[str, str] = {}
+    for shard in shards:
+        if not (path / shard).exists():
+            message = f"{path / shard} is missing: download the checkpoint again"
+            raise DataError(message)
+        if not confined(path / shard).is_file():  # reading a pipe would wait for ever
+            message = f"{path / shard} is no file: download the checkpoint again"
+            raise DataError(message)
+        for name in read_header(path / shard).tensors:
+            if name in found:
+                message = f"{path}: tensor {name!r} is in {found[name]} and in {shard}"
+                raise DataError(message)
+            found[name] = shard
+    for name, shard in listed.items():
+        if found.get(name) != shard:
+            message = f"{path / shard} lacks tensor {name!r}, which the index promises"
+            raise DataError(message)
+    return dict(sorted(found.items()))
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Map of an index file, of which every value is a plain file name."""
+    listed = read_object(path).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        message = f"{path} has no weight_map: restore the file"
+        raise DataError(message)
+    for name, shard in listed.items():
+        plain = isinstance(shard, str) and re.fullmatch(r"[\w.-]+\.safetensors", shard)
+        if not plain or shard.startswith("."):
+            message = (
+                f"{path} sends tensor {name!r} to {shard!r}: shards must be "
+                f"*.safetensors files in the same folder"
+            )
+            raise DataError(message)
+    return listed
+
+
+def _no_weights(path: Path) -> str:
+    pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
+    if not pickled:
+        return f"{path} has no {SINGLE_SHARD} and no index: choose a safetensors model"
+    return (
+        f"{path} holds pickled weights only ({pickled[0]}), which are never loaded: "
+        f"load them where you trust them and save_pretrained() as safetensors"
+    )
+
+
+def check_config(config: dict[str, Any], path: Path) -> None:
+    """Refuse what would make transformers read other files or run foreign code."""
+    where = path / "config.json"
+    if not isinstance(config.get("model_type"), str):
+        message = f"{where} names no model_type: restore the file"
+        raise DataError(message)
+    if config.get("quantization_config"):
+        message = f"{path} is quantised: prune the original, then quantise the result"
+        raise UnsupportedModelError(message)
+    if config.get("transformers_weights"):
+        message = f"{where} redirects the weights (transformers_weights): remove the key"
+        raise DataError(message)
+    for key, value in _walk(config):
+        if key.endswith("attn_implementation") and "/" in str(value):
+            message = f"{where} asks for code from the hub ({key}: {value}): remove it"
+            raise UnsupportedModelError(message)
+    shards = (file.name for file in path.iterdir())
+    if found := [name for name in shards if DISTRIBUTED_SHARD.fullmatch(name)]:
+        message = f"{path} is a distributed checkpoint ({found[0]}): merge its shards"
+        raise UnsupportedModelError(message)
+
+
+def _walk(value: Any) -> Iterator[tuple[str, Any]]:
+    """Keys and values of nested objects."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield key, item
+            yield from _walk(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _walk(item)

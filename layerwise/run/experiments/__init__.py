@@ -1,0 +1,1 @@
+"""Experiments on the packaged models: prune, measure, keep the figures, compare."""

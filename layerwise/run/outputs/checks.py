@@ -1,0 +1,57 @@
+"""One claim about a folder, and the claim that every folder makes."""
+
+from dataclasses import dataclass
+
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.outputs.output import Manifest, tensor_hashes
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim and whether it holds.
+
+    Parameters
+    ----------
+    claim
+        What should be true.
+    problems
+        Where it is not, each with a name; empty if it holds.
+    """
+
+    claim: str
+    problems: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing was found."""
+        return not self.problems
+
+
+def untouched(checkpoint: Checkpoint, manifest: Manifest, changed: set[str]) -> Check:
+    """Every tensor that the run should not have changed."""
+    changed = changed | set(manifest.retrained)
+    names = set(checkpoint.weight_map) - changed
+    present = tensor_hashes(checkpoint, names)
+    differs = [
+        f"{name}: {'other bytes' if name in present else 'is missing'}"
+        for name, digest in manifest.untouched.items()
+        if present.get(name) != digest
+    ]
+    extra = [f"{name}: was not in the source" for name in names - set(manifest.untouched)]
+    claim = f"{len(manifest.untouched)} other tensors have the bytes of the source"
+    return Check(claim, tuple(differs + sorted(extra)))
+
+
+def shards(checkpoint: Checkpoint, manifest: Manifest) -> Check:
+    """Every file with tensors, byte by byte."""
+    present = checkpoint.sha256(checkpoint.shards)
+    differs = [
+        f"{name}: {'other bytes' if name in present else 'is missing'}"
+        for name, digest in manifest.shards.items()
+        if present.get(name) != digest
+    ]
+    extra = [
+        f"{name}: the run did not write it" for name in present.keys() - manifest.shards
+    ]
+    claim = f"{len(manifest.shards)} files with tensors are as the run wrote them"
+    return Check(claim, tuple(differs + sorted(extra)))

@@ -1,0 +1,247 @@
+"""What a finished folder holds besides the weights: recipe, manifest, model card.
+
+The manifest says which tensors were pruned and the hash of every tensor that was not, so
+that ``layerwise verify`` needs neither the source nor trust.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from layerwise.adapters.linear import is_transposed
+from layerwise.errors import DataError
+from layerwise.run.atomic import atomic_write
+from layerwise.run.checkpoints.lazy import LazyTensors
+from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, write_checkpoint
+from layerwise.run.checkpoints.strict_json import read_object
+from layerwise.run.data.calibration import Calibration
+from layerwise.run.outputs.journal import FOLDER, Journal
+from layerwise.run.outputs.recipe import Recipe
+from layerwise.run.outputs.records import LayerRecord
+from layerwise.run.reports.model_card import model_card
+from layerwise.run.smaller.allocate import Allocation
+from layerwise.run.smaller.manifest import (
+    Smaller,
+    bytes_of,
+    describe,
+    parameters_of,
+    write_channels,
+    write_smaller,
+)
+from layerwise.run.smaller.surgery import Cut
+
+MANIFEST = "manifest.json"
+PACKAGES = ("layerwise", "torch", "transformers", "safetensors")
+
+
+class Manifest(BaseModel):
+    """What ``layerwise/manifest.json`` states about its folder."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int = 1
+    sparsity: str
+    group: str
+    pruned: dict[str, str]  # parameter name -> tensor name in the checkpoint
+    transposed: list[str] = []  # pruned parameters that are stored as (in, out)
+    untouched: dict[str, str]  # tensor name -> sha256 of its bytes in the source
+    shards: dict[str, str] = {}  # file name -> sha256, of what the run wrote
+    retrained: list[str] = []  # tensors that `layerwise retrain` changed
+    source: dict[str, str]  # file name -> sha256
+    calibration: str
+    calibration_sha256: str
+    versions: dict[str, str]
+    smaller: Smaller | None = None  # of a model that lost channels
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Manifest of a finished folder."""
+        path = folder / FOLDER / MANIFEST
+        if not path.is_file():
+            message = f"{folder} holds no {FOLDER}/{MANIFEST}: it is no output of layerwise"
+            raise DataError(message)
+        try:
+            return cls.model_validate(read_object(path))
+        except ValidationError as error:
+            message = f"{path} is damaged: {error.errors()[0]['msg']}"
+            raise DataError(message) from error
+
+
+def fingerprint(
+    recipe: Recipe,
+    tokens: Calibration,
+    source: Checkpoint | None,
+    model: nn.Module,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Everything that decides the bytes of the result."""
+    weights = source.sha256() if source else {"parameters": _parameters_sha256(model)}
+    settings = recipe.model_dump(mode="json", exclude={"model"})
+    return {
+        **settings,
+        "calibration": tokens.sha256,
+        "weights": weights,
+        "versions": versions(),
+        "device": device.type,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # a checkout that is not installed
+            found[package] = "unknown"
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """Everything about a run that its folder tells.
+
+    Parameters
+    ----------
+    recipe, tokens, records
+        What was asked, the calibration data, and the figures of every matrix.
+    source, tokenizer
+        Where the model came from; without a source the tokenizer is saved as well.
+    allocation
+        How the widths of a smaller model were optimised, if they were.
+    """
+
+    recipe: Recipe
+    tokens: Calibration
+    records: Sequence[LayerRecord]
+    source: Checkpoint | None
+    tokenizer: Any
+    allocation: Allocation | None = None
+
+
+def write_output(
+    journal: Journal,
+    outcome: Outcome,
+    model: Any,
+    weights: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+) -> None:
+    """Write a model with zeros into the partial folder; the manifest comes last."""
+    folder, source = journal.folder, outcome.source
+    if source is not None:
+        names = checkpoint_names(model, source)
+        places = {names[name]: name for name in weights}
+        stored = LazyTensors(places, lambda name: weights[places[name]])
+        write_checkpoint(source, folder, stored, overwrite=True)
+    else:
+        model.save_pretrained(folder)
+        if outcome.tokenizer is not None:
+            outcome.tokenizer.save_pretrained(folder)
+        source = Checkpoint.open(folder)
+        names = checkpoint_names(model, source)
+    pruned = {name: names[name] for name in weights}
+    journal.write_masks(masks, {name: model.get_parameter(name).shape for name in masks})
+    write_rest(
+        journal,
+        outcome,
+        source,
+        pruned=pruned,
+        transposed=[name for name in weights if _is_transposed(model, name)],
+        untouched=tensor_hashes(source, set(source.weight_map) - set(pruned.values())),
+    )
+
+
+class Sized(Protocol):
+    """Decoder blocks, and how many parameters they had before a run."""
+
+    blocks: Mapping[str, nn.Module]
+    total: int
+
+
+def write_smaller_output(
+    journal: Journal,
+    outcome: Outcome,
+    model: Any,
+    cuts: Sequence[Cut],
+    before: Mapping[str, str],
+    size: Sized,
+) -> None:
+    """Write a smaller model into the partial folder; the manifest comes last.
+
+    Parameters
+    ----------
+    journal, outcome
+        The partial folder, and what it tells.
+    model, cuts
+        The smaller model, and what left.
+    before
+        :func:`~layerwise.run.smaller.manifest.digests` of the model as it was.
+    size
+        The decoder blocks, and how many parameters they had.
+    """
+    folder = journal.folder
+    format = outcome.recipe.format or "stock"
+    written = write_smaller(
+        folder, model, outcome.source, outcome.tokenizer, format == "native"
+    )
+    write_channels(folder, cuts)
+    sizes = size.total, parameters_of(size.blocks)
+    smaller, untouched = describe(model, written, before, sizes, format)
+    if (found := outcome.allocation) is not None:
+        smaller.predicted_loss, smaller.price = found.error, found.price
+    source = outcome.source or written
+    write_rest(journal, outcome, source, pruned={}, untouched=untouched, smaller=smaller)
+
+
+def write_rest(
+    journal: Journal, outcome: Outcome, source: Checkpoint, **claims: Any
+) -> None:
+    """Log, recipe, model card, and the manifest with its claims."""
+    folder, recipe, tokens = journal.folder, outcome.recipe, outcome.tokens
+    journal.write_layers(list(outcome.records))
+    atomic_write(folder / "recipe.yaml", recipe.to_yaml().encode())
+    written = Checkpoint.open(folder)
+    manifest = Manifest(
+        shards=written.sha256(written.shards),
+        sparsity=str(recipe.sparsity),
+        group=recipe.group,
+        source=source.sha256(),
+        calibration=tokens.source,
+        calibration_sha256=tokens.sha256,
+        versions=versions(),
+        **claims,
+    )
+    card = model_card(recipe, source, outcome.records, manifest.smaller)
+    atomic_write(folder / "README.md", card.encode())
+    text = json.dumps(manifest.model_dump(), indent=1, sort_keys=True)
+    atomic_write(folder / FOLDER / MANIFEST, text.encode())
+
+
+def _is_transposed(model: nn.Module, parameter: str) -> bool:
+    return is_transposed(model.get_submodule(parameter.removesuffix(".weight")))
+
+
+def tensor_hashes(checkpoint: Checkpoint, names: set[str]) -> dict[str, str]:
+    """Hash of the bytes of some tensors."""
+    return {
+        name: hashlib.sha256(bytes_of(tensor)).hexdigest()
+        for name, tensor in checkpoint.tensors(sorted(names))
+    }
+
+
+def _parameters_sha256(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(bytes_of(parameter.detach().cpu()))
+    return digest.hexdigest()

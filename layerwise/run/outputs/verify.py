@@ -1,0 +1,125 @@
+"""Does a finished folder hold what it claims? Reopen it and check, tensor by tensor."""
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import DataError, InvalidProblemError, LayerwiseError
+from layerwise.patterns import Pattern, parse_pattern
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.outputs.checks import Check, shards, untouched
+from layerwise.run.outputs.journal import FOLDER, read_layers, read_masks
+from layerwise.run.outputs.output import MANIFEST, Manifest
+from layerwise.run.smaller.verify_smaller import verify_smaller
+
+
+def verify(folder: Path) -> list[Check]:
+    """Check a folder that ``layerwise prune`` wrote.
+
+    Parameters
+    ----------
+    folder
+        The output folder.
+
+    Returns
+    -------
+    list of Check
+        Zeros off the mask, pattern, finite values, no negative zeros, untouched tensors,
+        the layer log, and whether stock transformers opens it. Of a smaller model see
+        :mod:`layerwise.run.smaller.verify_smaller`.
+
+    Raises
+    ------
+    DataError
+        If the folder is no output of layerwise or cannot be read.
+    """
+    manifest = Manifest.read(folder)
+    checkpoint = Checkpoint.open(folder)
+    if manifest.smaller is not None:
+        return verify_smaller(folder, checkpoint, manifest, manifest.smaller)
+    masks = read_masks(folder)
+    pattern = _pattern(folder, manifest)
+    found = _Findings()
+    found.compare("mask", sorted(manifest.pruned), sorted(masks))
+    tensors = set(manifest.pruned.values())
+    lost = sorted(tensors - set(checkpoint.weight_map))
+    found.missing += [f"{name}: the tensor is missing" for name in lost]
+    names = {tensor: name for name, tensor in manifest.pruned.items()}
+    for tensor_name, weight in checkpoint.tensors(tensors.difference(lost)):
+        name = names[tensor_name]
+        if name in masks:
+            mask = masks[name]
+            if name in manifest.transposed:  # patterns live in (out, in)
+                weight, mask = weight.transpose(0, -1), mask.transpose(0, -1)
+            found.inspect(tensor_name, weight, mask, pattern)
+    for name in set(masks).difference(manifest.pruned):
+        masks[name]  # a damaged one is an error, whatever it belongs to
+    recorded = [f"{record.name}.weight" for record in read_layers(folder)]
+    found.compare("layer log", sorted(manifest.pruned), sorted(recorded))
+    return [
+        Check(
+            f"{len(manifest.pruned)} pruned tensors, a mask and a line of the log for each",
+            tuple(found.missing),
+        ),
+        Check("every removed weight is exactly zero", tuple(found.nonzero)),
+        Check("no zero is negative", tuple(found.negative)),
+        Check(f"every mask satisfies the pattern {pattern}", tuple(found.pattern)),
+        Check("every pruned weight is finite", tuple(found.infinite)),
+        untouched(checkpoint, manifest, set(manifest.pruned.values())),
+        shards(checkpoint, manifest),
+        _opens(checkpoint),
+    ]
+
+
+def _pattern(folder: Path, manifest: Manifest) -> Pattern:
+    try:
+        return parse_pattern(
+            manifest.sparsity, "layer" if manifest.group == "layer" else "row"
+        )
+    except InvalidProblemError as error:
+        message = f"{folder / FOLDER / MANIFEST} is damaged: {error}"
+        raise DataError(message) from error
+
+
+class _Findings:
+    def __init__(self) -> None:
+        self.missing: list[str] = []
+        self.nonzero: list[str] = []
+        self.negative: list[str] = []
+        self.pattern: list[str] = []
+        self.infinite: list[str] = []
+
+    def compare(self, what: str, expected: list[str], present: list[str]) -> None:
+        counts = Counter(present)
+        counts.subtract(expected)
+        self.missing += [
+            f"{name}: {'no' if count < 0 else 'one too many'} {what}"
+            for name, count in sorted(counts.items())
+            if count
+        ]
+
+    def inspect(self, name: str, weight: Tensor, mask: Tensor, pattern: Pattern) -> None:
+        if tuple(weight.shape) != tuple(mask.shape):
+            self.missing.append(f"{name}: mask {tuple(mask.shape)}, {tuple(weight.shape)}")
+            return
+        outside = int((weight[~mask] != 0).sum())
+        if outside:
+            self.nonzero.append(f"{name}: {outside} removed weights are not zero")
+        negative = int((torch.signbit(weight) & (weight == 0) & ~mask).sum())
+        if negative:
+            self.negative.append(f"{name}: {negative} of its zeros are -0.0")
+        if not pattern.accepts(mask):
+            self.pattern.append(f"{name}: another number of zeros")
+        if not bool(torch.isfinite(weight).all()):
+            self.infinite.append(f"{name}: not finite")
+
+
+def _opens(checkpoint: Checkpoint) -> Check:
+    claim = "stock transformers opens it, every tensor accounted for"
+    try:
+        checkpoint.load_model()
+    except LayerwiseError as error:
+        return Check(claim, (str(error),))
+    return Check(claim, ())

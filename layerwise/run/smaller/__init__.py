@@ -1,0 +1,1 @@
+"""Smaller models: which channels leave, how they leave, and what may hold the result."""
