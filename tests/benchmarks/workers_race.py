@@ -1,12 +1,14 @@
-"""Two workers against one on a run that is bound by its solver, and while they are killed.
+r"""Two workers against one on a run that is bound by its solver, and while they are killed.
 
     python -m tests.benchmarks.workers_race [--repeats 3]
-    python -m tests.benchmarks.workers_race --kill-every 10 [--ray local] --repeats 1
+    python -m tests.benchmarks.workers_race --kill-every 10 [--ray local] --width 256 \
+        --blocks 24 --repeats 1
 
 A random LLaMA of eight blocks (512 wide), 16 windows of 128 tokens, fista at 50 %, one
 thread per worker, so two workers use two cores. The runs take turns; seconds are those of
 the whole call, with the start of the workers. Every output is compared byte by byte, apart
-from the seconds in its log.
+from the seconds in its log. Where workers are killed, a block must take less time than they
+have to live.
 """
 
 import argparse
@@ -28,18 +30,18 @@ import torch
 from layerwise.run.prune import prune_model
 from layerwise.run.timing.shapes import random_model
 
-BLOCKS, WIDTH, INNER, VOCABULARY = 8, 512, 1408, 1024
+BLOCKS, WIDTH, VOCABULARY = 8, 512, 1024
 WINDOWS, LENGTH = 16, 128
 
 
-def checkpoint(folder: Path, blocks: int) -> Path:
+def checkpoint(folder: Path, blocks: int, width: int) -> Path:
     """Folder with a random model."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
         num_hidden_layers=blocks,
         num_attention_heads=8,
         num_key_value_heads=8,
@@ -103,6 +105,7 @@ def main() -> None:
     parser.add_argument("--kill-every", type=float, default=None, help="seconds")
     parser.add_argument("--ray", default=None, help="local, or an address")
     parser.add_argument("--blocks", type=int, default=BLOCKS)
+    parser.add_argument("--width", type=int, default=WIDTH)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
@@ -110,7 +113,7 @@ def main() -> None:
     seconds: dict[int, list[float]] = {1: [], 2: []}
     digests, killed = set(), 0
     with tempfile.TemporaryDirectory() as folder:
-        source = checkpoint(Path(folder) / "model", arguments.blocks)
+        source = checkpoint(Path(folder) / "model", arguments.blocks, arguments.width)
         for repeat in range(arguments.repeats):
             for count, taken in seconds.items():
                 out = Path(folder) / f"{count}-{repeat}"
@@ -131,14 +134,21 @@ def main() -> None:
                         **many,
                     )
                 taken.append(time.perf_counter() - start)
+                say(f"{count} workers: {taken[-1]:.1f} s, {len(victims)} killed")
                 killed += len(victims)
                 digests.add(digest(out))
     one, two = (statistics.median(taken) for taken in seconds.values())
     same = "the same bytes" if len(digests) == 1 else "DIFFERENT BYTES"
-    sys.stdout.write(
+    say(
         f"1 worker {one:.1f} s, 2 workers {two:.1f} s: {one / two:.2f}x; "
-        f"{killed} workers killed; {same} in {2 * arguments.repeats} runs\n"
+        f"{killed} workers killed; {same} in {2 * arguments.repeats} runs"
     )
+
+
+def say(line: str) -> None:
+    """Print at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
