@@ -368,6 +368,7 @@ def solve_matrix(task: Task, name: str, pose: Callable[[], LayerProblem]) -> Sol
     start = time.perf_counter()
     with naming(name), timed("solve"):
         problem = pose()
+        trim_memory()
         solution = solve(problem, task.solver)
         stored = solution.weight.to(problem.weight.dtype)
         seconds = time.perf_counter() - start
