@@ -44,14 +44,19 @@ class DenseSide:
         self._fits = len(stages) > 1 and tokens * sum(widths) * size <= STORE
 
     def inputs_of(self, stage: Stage) -> Iterable[Tensor]:
-        """Inputs of a stage, batch by batch; they are given away, so ask once."""
+        """Inputs of a stage, batch by batch."""
+        name = stage.linears[0]
         if self._fits and self._block is not None:
             self._store()
         if self._fits:
-            return self._stored.pop(stage.linears[0])
+            return self._stored[name]
         inputs = self._inputs
         assert self._block is not None
         return inputs_of(self._task.device, inputs, self._block, stage, inputs.dense)
+
+    def forget(self, stage: Stage) -> None:
+        """Free the inputs of a stage that will not be asked for again."""
+        self._stored.pop(stage.linears[0], None)
 
     def _store(self) -> None:
         assert self._block is not None

@@ -145,6 +145,7 @@ def prune_block(
     for index, stage in enumerate(inputs.stages):
         same = index == 0 and inputs.pruned is inputs.dense
         accumulator = collect_pair(task, inputs, dense, stage, same=same)
+        dense.forget(stage)
         _solve_stages(task, inputs, [(stage, accumulator)], result, on_layer)
     return result
 

@@ -93,8 +93,8 @@ class Costs:
 
 DRIFT = Peak(3.0, 1.0)  # what a pair of streams differs by, before the problem is posed
 SCORES = Costs(
-    Cost(0, 0, 3, 0, 0, 480, (Peak(0.7, 0.0, 5.0),)),
-    Cost(0, 0, 4, 0, 0, 650, (DRIFT, Peak(1.7, 0.0, 5.0))),
+    Cost(0, 0, 3, 0, 0, 480, (Peak(0.7, 0.0, 3.9),)),
+    Cost(0, 0, 4, 0, 0, 650, (DRIFT, Peak(1.7, 0.0, 3.9))),
 )
 """Posing a problem, choosing a mask from scores, and grading the answer."""
 # half a gram of the sweep is inside the factorization, which no tensor shows
