@@ -7,6 +7,7 @@ of each type, and a copy in memory. A stage that waits for neither is bounded by
 that is counted here.
 """
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class Machine:
     copy_bytes
         Bytes that are copied; by default many for the device.
     least_seconds
-        Of the tries of one rate together.
+        Of the tries of one rate together; a second by default.
     """
 
     def __init__(
@@ -63,9 +64,10 @@ class Machine:
         device: torch.device,
         gemm_size: int | None = None,
         copy_bytes: int | None = None,
-        least_seconds: float = LEAST_SECONDS,
+        least_seconds: float | None = None,
     ) -> None:
-        self._device, self._least_seconds = device, least_seconds
+        self._device = device
+        self._least_seconds = LEAST_SECONDS if least_seconds is None else least_seconds
         self._gemm_size = gemm_size or GEMM_SIZE.get(device.type, 1024)
         self._copy_bytes = copy_bytes or COPY_BYTES.get(device.type, 1 << 28)
         self.gemm_rates: dict[torch.dtype, float] = {}
@@ -98,14 +100,17 @@ class Machine:
         return max(products, work.bytes / self.copy_rate if work.bytes else 0.0)
 
     def _best(self, run: Callable[[], Any]) -> float:
-        times: list[float] = []
-        while len(times) <= TRIES or sum(times) < self._least_seconds:
+        tries, spent, best = 0, 0.0, math.inf
+        while tries <= TRIES or spent < self._least_seconds:
             start = time.perf_counter()
             run()
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
-            times.append(time.perf_counter() - start)
-        return min(times[1:])  # the first one warms up
+            seconds = time.perf_counter() - start
+            tries, spent = tries + 1, spent + seconds
+            if tries > 1:  # the first one warms up
+                best = min(best, seconds)
+        return best
 
 
 def forward_work(
