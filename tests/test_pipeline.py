@@ -1,6 +1,7 @@
 """Pipeline: the problem of every layer, rebuilt by hand from hooked copies of the model."""
 
 import copy
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerwise.adapters import get_adapter
+from layerwise.adapters import Stage, get_adapter
 from layerwise.errors import InvalidProblemError, SolveError
 from layerwise.moments import even_exponent
 from layerwise.problem import LayerProblem
@@ -18,6 +19,7 @@ from layerwise.run.pipeline import ERROR_CORRECTIONS
 from layerwise.run.prune import prune_model
 from layerwise.run.prune_report import PruneReport
 from layerwise.run.streams import BATCH
+from layerwise.solution import Solution
 from layerwise.solve import solve
 from tests.models import (
     INNER,
@@ -307,6 +309,36 @@ def test_dense_inputs_come_from_one_pass_where_they_fit(
     assert passes == [2 * 4, 0]  # blocks times stages
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
+
+
+def test_stored_inputs_are_gone_when_their_stage_is_solved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+    ask = dense_side.DenseSide.inputs_of
+
+    def asked(side: dense_side.DenseSide, stage: Stage) -> list[Tensor]:
+        batches = list(ask(side, stage))
+        given[:] = [weakref.ref(batch) for batch in batches]
+        return batches
+
+    def solving(problem: LayerProblem, solver: Any) -> Solution:
+        alive.append(any(batch() is not None for batch in given))
+        return solve(problem, solver)
+
+    monkeypatch.setattr(dense_side.DenseSide, "inputs_of", asked)
+    monkeypatch.setattr("layerwise.run.pipeline.solve", solving)
+    prune_model(
+        tiny_model("llama", layers=2),
+        "wanda",
+        sparsity=0.5,
+        calibration=TOKENS,
+        n_sequences=len(TOKENS),
+        sequence_length=LENGTH,
+    )
+    assert given
+    assert alive == [False] * 2 * 7
 
 
 def test_stored_inputs_are_those_that_the_linear_read(
