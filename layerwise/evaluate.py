@@ -49,7 +49,7 @@ def objective_rows(
         return rows
     found = []
     for part in slabs(len(weight)):
-        change = problem.weight[part].double() - weight[part]  # in float64 too
+        change = problem.weight[part].double() - weight[part]  # no copy
         gradient = change @ problem.gram
         if problem.shift is not None:
             gradient.add_(problem.shift[part], alpha=2)

@@ -219,13 +219,14 @@ def test_stages_need_a_prepared_block(
 
 
 def test_the_small_programme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its limits, which a busy machine exceeds; other tests are about those."""
     monkeypatch.setattr(gpu, "SMALL", (opt("tiny opt", 16, 2), TINY))
     monkeypatch.setattr(gpu, "SMALL_RESTORED", restored("tiny 30b", 16, 24, 2))
     monkeypatch.setattr(gpu, "SMALL_TOKENS", 64)
     monkeypatch.setattr(gpu, "SMALL_GEMM", 16)
     monkeypatch.setattr(gpu, "SMALL_COPY", 1 << 12)
     monkeypatch.setattr("layerwise.run.timing.floor.LEAST_SECONDS", 0.0)
-    monkeypatch.setattr(gpu, "time_limit", lambda _: nullcontext())  # be slow
+    monkeypatch.setattr(gpu, "time_limit", lambda _: nullcontext())
     path = tmp_path / "out.json"
     assert gpu.main(["--output", str(path), "--small", "--device", "cpu"]) == 0
     found = json.loads(path.read_text())

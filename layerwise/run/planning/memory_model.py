@@ -281,12 +281,13 @@ def _both(moment: Moment) -> int:
 def _driver(model: ModelShape, run: RunShape) -> tuple[Item, ...]:
     """What hands out the blocks: it runs the dense model, one block at a time."""
     block = max((b.parameters for b in model.blocks), default=0)
-    states = 2 * stream_bytes(model, run)
-    return (
+    items = [
         Item("driver: Python, PyTorch, transformers", run.base, "host"),
         Item("driver: block", model.itemsize * block, "host"),
-        Item("driver: hidden states", 0 if run.on_disk else states, "host"),
-    )
+    ]
+    if not run.on_disk:
+        items.append(Item("driver: hidden states", 2 * stream_bytes(model, run), "host"))
+    return tuple(items)
 
 
 def _of_workers(moment: Moment, workers: int, driver: tuple[Item, ...]) -> Moment:
