@@ -1,19 +1,21 @@
 r"""Proofs of how far an answer is from the best possible one.
 
-Refit. On a fixed support the damped problem is a least squares problem. With r the
-residual ``T - w G`` set to zero off the support and ``G = L L^T``,
+Refit. On a fixed support S the damped problem is a least squares problem. Its Lagrange dual
+has one multiplier for each weight that has to be zero. With ``G = L L^T`` and any y that
+vanishes on S,
 
-.. math:: f(w) - f^\star = r_S (G_{SS})^{-1} r_S \le r_S (G^{-1})_{SS} r_S = \|L^{-1} r\|^2,
+.. math:: f(w) - f^\star \le (v - y) G^{-1} (v - y) = \|L^{-1} (v - y)\|^2,
+          \quad v = T - w G .
 
-because the Schur complement makes ``(G^-1)_SS`` the larger of the two. One triangular
-solve certifies every row.
+One triangular solve certifies every row. The natural y is v off the support; the dual
+method of the refit (:mod:`layerwise.solvers.least_squares`) brings better ones.
 
 l1. For ``f(w) + penalty * ||w||_1`` the scaled residual is dual feasible, and so is half
 of any subgradient of the penalty; primal minus the better dual bounds the excess of every
 row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -32,11 +34,14 @@ class RefitState:
     Parameters
     ----------
     residual
-        ``T - w G`` of the damped problem, zero off the support, shape (out, in).
+        ``T - w G - y`` of the damped problem, shape (out, in). With the natural
+        multipliers it is zero off the support.
+    multipliers
+        y, what the weights off the support would still gain; zero on it, shape (out, in).
     objective
         Damped objective, shape (out,).
     excess
-        Bound ``||L^-1 r||^2`` on what the objective can still lose, shape (out,).
+        Bound ``||L^-1 residual||^2`` on what the objective can still lose, shape (out,).
     relative
         The excess divided by a lower bound of the optimum, shape (out,).
     energy
@@ -44,23 +49,28 @@ class RefitState:
     """
 
     residual: Tensor
+    multipliers: Tensor
     objective: Tensor
     excess: Tensor
     relative: Tensor
     energy: Tensor
 
-    def where(self, chosen: Tensor, other: "RefitState") -> "RefitState":
-        """Return this state in the chosen rows, the other one elsewhere."""
-        return RefitState(
-            torch.where(chosen[:, None], self.residual, other.residual),
-            torch.where(chosen, self.objective, other.objective),
-            torch.where(chosen, self.excess, other.excess),
-            torch.where(chosen, self.relative, other.relative),
-            self.energy,
-        )
+    def rows(self, selection: Tensor) -> "RefitState":
+        """Return the state of some rows."""
+        return RefitState(*(getattr(self, f.name)[selection] for f in fields(self)))
+
+    def put(self, selection: Tensor, other: "RefitState") -> None:
+        """Make another state, which has as many rows, that of some rows of this one."""
+        for field in fields(self):
+            getattr(self, field.name)[selection] = getattr(other, field.name)
 
 
-def refit_state(problem: LayerProblem, weight: Tensor, mask: Tensor) -> RefitState:
+def refit_state(
+    problem: LayerProblem,
+    weight: Tensor,
+    mask: Tensor,
+    multipliers: Tensor | None = None,
+) -> RefitState:
     """Residuals, objectives and certificates of weights on a mask, all at once.
 
     Cost: one (out, in, in) product and one triangular solve in float64.
@@ -71,17 +81,23 @@ def refit_state(problem: LayerProblem, weight: Tensor, mask: Tensor) -> RefitSta
         The problem at the damping that was used.
     weight, mask
         Shape (out, in), the weight zero off the mask.
+    multipliers
+        Any numbers that are zero on the mask, shape (out, in), float64; None for the
+        natural ones, ``T - w G`` off the mask.
     """
     factor = problem.factor(torch.float64)
     gradient = residual(problem, weight)
     objective = objective_from_residual(problem, weight, gradient)
-    rest = gradient.mul_(mask)
+    if multipliers is None:
+        multipliers = torch.where(mask, 0, gradient)
+    rest = gradient.sub_(multipliers)
     if factor.raised:  # the gram is singular at this damping, and proves nothing
         excess = torch.full_like(problem.energy, torch.inf)
-        return RefitState(rest, objective, excess, excess, problem.energy)
-    excess = factor.inverse_norms(rest)
-    relative = relative_excess(problem, objective, excess)
-    return RefitState(rest, objective, excess, relative, problem.energy)
+        relative = excess
+    else:
+        excess = factor.inverse_norms(rest)
+        relative = relative_excess(problem, objective, excess)
+    return RefitState(rest, multipliers, objective, excess, relative, problem.energy)
 
 
 def refit_excess(problem: LayerProblem, weight: Tensor, mask: Tensor) -> Tensor:

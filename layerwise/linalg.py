@@ -60,7 +60,7 @@ class Factor:
         """``r inverse r^T`` of every row r of a matrix (m, in), shape (m,)."""
         right_sides = rows.to(self.lower.dtype).T
         half: Tensor = torch.linalg.solve_triangular(self.lower, right_sides, upper=False)
-        return half.square().sum(dim=0)
+        return half.square_().sum(dim=0)
 
 
 def damped(

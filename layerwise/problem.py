@@ -33,7 +33,7 @@ from layerwise.slabs import all_finite, slabs
 if TYPE_CHECKING:
     import cvxpy
 
-OF_THE_DATA = ("target", "shift", "drift")  # properties without damping and pattern
+OF_THE_DATA = ("target", "shift", "drift")  # row by row, without damping and pattern
 CHUNK_TOKENS = 65536
 
 
@@ -296,13 +296,18 @@ class LayerProblem:
         """
         assert isinstance(self.pattern, FixedMask)
         kept, gradient_norm = self.pattern.kept[selection], self.gradient_norm
-        return replace(
+        part = replace(
             self,
             weight=self.weight[selection],
             pattern=FixedMask(kept),
             energy=self.energy[selection],
             gradient_norm=None if gradient_norm is None else gradient_norm[selection],
         )
+        known = {name: vars(self)[name] for name in OF_THE_DATA if name in vars(self)}
+        vars(part).update(
+            {n: None if value is None else value[selection] for n, value in known.items()}
+        )
+        return part
 
     def normalized(self) -> tuple["LayerProblem", int]:
         """Problem scaled by ``2^-k`` so that mean(diag(gram)) is near one, and k.

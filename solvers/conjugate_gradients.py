@@ -33,7 +33,7 @@ from layerwise.solvers.factor_model import FactorModel
 
 Products = Literal["auto", "bfloat16", "float32"]
 
-LOOK_EVERY = 4  # iterations between two looks at which rows are done
+LOOK_EVERY = {"cuda": 4}  # iterations between two looks at which rows are done, else 1
 REPLACE_EVERY = 12  # iterations between two exact residuals, with rounded products
 NARROW = 512  # below it, other work outweighs the products
 FEWEST_DONE = 0.1  # share of the rows that is worth a smaller batch
@@ -70,6 +70,11 @@ class SupportSolver:
         """Whether there are products in bfloat16."""
         return self._remainder is not None
 
+    def image(self, rows: Tensor) -> Tensor:
+        """Rows (m, in) times the gram as it was given."""
+        scaled = (rows * self.root).to(self.gram.dtype)
+        return (scaled @ self.gram) * self.root
+
     def product(self, rows: Tensor, out: Tensor, rounded: bool) -> Tensor:
         """Rows (m, in) times the gram of unit diagonal; rounded, its remainder only."""
         if not rounded:
@@ -81,6 +86,8 @@ class SupportSolver:
         else:
             out.copy_(half @ self._remainder)
         out.addcmul_(rows, self._diagonal)
+        if self.model.rank == 0:
+            return out
         basis = self.model.basis
         return out.addmm_((rows @ basis).mul_(self.model.values), basis.T)
 
@@ -95,6 +102,7 @@ class SupportSolver:
         max_iterations: int,
         *,
         rounded: bool,
+        rises: bool = False,
     ) -> tuple[Tensor, int]:  # (rows, in)
         """Change of every row that solves ``d_S G_SS = r_S`` well enough.
 
@@ -117,6 +125,8 @@ class SupportSolver:
             Products with the gram.
         rounded
             Whether they are rounded to bfloat16.
+        rises
+            Whether the objective is maximised: it rises by ``<d, r>``.
 
         Returns
         -------
@@ -130,14 +140,14 @@ class SupportSolver:
         value, least, bound = (
             (v / scale.square()).to(dtype) for v in (objective, floor, excess)
         )
-        batch = _Batch(self, mask.to(dtype), sides, value)
+        batch = _Batch(self, mask.to(dtype), sides, value, 1 if rises else -1)
         share = tolerance * torch.where(bound > 0, batch.energy / bound, 1)
         rounding = torch.finfo(dtype).eps ** 2 * batch.energy  # less cannot be seen
         solution = torch.zeros_like(sides)
         rows = torch.arange(len(sides), device=sides.device)
-        iteration = 0
+        iteration, look_every = 0, LOOK_EVERY.get(sides.device.type, 1)
         while True:
-            if iteration % LOOK_EVERY == 0 or iteration == max_iterations:
+            if iteration % look_every == 0 or iteration == max_iterations:
                 enough = share * torch.maximum(batch.value, least)
                 done = ~(batch.energy > torch.maximum(enough, rounding))
                 if iteration == max_iterations:
@@ -164,8 +174,9 @@ class _Batch:
         kept: Tensor,  # (rows, in)
         sides: Tensor,  # (rows, in)
         value: Tensor,  # (rows,)
+        sign: int,
     ) -> None:
-        self._system = system
+        self._system, self._sign = system, sign
         self._inverse = system.model.restricted(kept)
         self._sides, self._rest = sides, sides.clone()
         self.value = value
@@ -199,7 +210,7 @@ class _Batch:
         curvature = self._dot(self._direction, self._image)
         step = torch.where(curvature > 0, self.energy / curvature, 0)[:, None]
         self.found.addcmul_(step, self._direction)
-        self.value = self.value - step[:, 0] * self.energy
+        self.value = self.value + self._sign * step[:, 0] * self.energy
         if rounded and exact:
             torch.addmm(self._sides, self.found, system.gram, alpha=-1, out=self._rest)
             self._rest.mul_(kept)

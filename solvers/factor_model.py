@@ -61,6 +61,8 @@ class FactorModel:
         Cost: ``SUBSPACE_ITERATIONS + 2`` products of (in, in) and (in, rank).
         """
         width = len(gram)
+        if rank == 0:
+            return cls(gram.new_empty(width, 0), gram.new_empty(0), 1.0)
         columns = min(width, rank + OVERSAMPLING)
         generator = torch.Generator().manual_seed(0)
         start = torch.randn(width, columns, generator=generator, dtype=gram.dtype)
@@ -116,6 +118,8 @@ class RestrictedModel:
 
     def solve(self, residuals: Tensor, out: Tensor) -> Tensor:
         """``level * M_SS^-1 r_S`` of every row r of (rows, in), zero off the supports."""
+        if self.model.rank == 0:
+            return torch.mul(residuals, self.kept, out=out)
         basis, level = self.model.basis, self.model.level
         inner = torch.bmm((residuals @ basis)[:, None], self.inverses)[:, 0]
         return torch.addmm(residuals, inner, basis.T, alpha=-1 / level, out=out).mul_(

@@ -23,38 +23,34 @@ References
    gradients over all rows).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from layerwise.certificates import (
-    ENERGY_FLOOR,
-    RefitState,
-    certificate_of,
-    refit_state,
-)
+from layerwise.certificates import RefitState, certificate_of, refit_state
 from layerwise.chunks import in_chunks
 from layerwise.errors import MemoryBudgetError
 from layerwise.evaluate import evaluate
 from layerwise.patterns import FixedMask
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution, Status
-from layerwise.solvers.conjugate_gradients import Products, SupportSolver
+from layerwise.solvers.conjugate_gradients import Products
 from layerwise.solvers.options import check_at_least, check_one_of
-from layerwise.solvers.row_systems import solve_on_complements, solve_on_supports
-
-Round = Callable[[RefitState, Tensor], Tensor]  # state, open rows -> changes
+from layerwise.solvers.refit_rounds import (
+    ConjugateRounds,
+    Round,
+    Side,
+    direct_round,
+    precision_of,
+)
 
 REFINEMENTS = 6
-EXPECTED_ITERATIONS = 60  # of cg on full rows; fewer in proportion to what is kept
+EXPECTED_ITERATIONS = 60  # of cg, in proportion to the share of the unknowns
 BATCH_EFFICIENCY = 8  # a flop of a batched factorization takes this many of a product's
 PATIENCE = 2.0  # cg may cost this multiple of the direct solver before it gives up
 STALLED = 0.7  # rounds end where no certificate falls below this share of the last
-FIRST_AIM, NEXT_AIM = 1.5, 0.7  # times the tolerance; certificates tighten on the way
 ARRAYS_PER_ROW = 12  # (in,) vectors of float64 that cg and the certificate keep per row
 CACHED_ROWS = 512  # more at a time leave the caches of a processor
 RANK_SHARE, LARGEST_RANK = 64, 256  # the model has in / 64 directions
@@ -80,6 +76,10 @@ class LeastSquares:
         Precision of cg's products with the gram: ``"bfloat16"``, ``"float32"``, or
         ``"auto"``, bfloat16 where the device has units for it. The answer is certified in
         float64 in every case.
+    side
+        Where the systems are posed: on the ``"support"`` of a row, for its weights, on
+        the ``"complement"``, for the multipliers of the weights that are gone, or
+        ``"auto"``, where fewer unknowns are.
     memory_budget
         Bytes for the row systems; rows are solved in chunks that fit, and chunks that do
         not fit the device after all are halved.
@@ -93,11 +93,13 @@ class LeastSquares:
     max_iterations: int = 300
     rank: int | None = None
     products: Products = "auto"
+    side: Literal["auto", "support", "complement"] = "auto"
     memory_budget: int = 1 << 30
 
     def __post_init__(self) -> None:
         check_one_of(self, "method", "auto", "direct", "cg")
         check_one_of(self, "products", "auto", "bfloat16", "float32")
+        check_one_of(self, "side", "auto", "support", "complement")
         if self.rank is not None:
             check_at_least(self, rank=0)
 
@@ -135,8 +137,9 @@ class LeastSquares:
         pending = torch.arange(len(weight), device=weight.device)
         iterations = 0
         for method in self._methods(problem, mask):
-            refit = _Refit(self, problem, weight, mask, excess, method)
-            in_chunks(pending, self._chunk(problem, mask[pending], method), refit)
+            side = self._side(mask[pending], method)
+            refit = _Refit(self, problem, weight, mask, excess, method, side)
+            in_chunks(pending, self._chunk(problem, mask[pending], method, side), refit)
             iterations += refit.iterations
             pending = (~(excess <= self.tolerance)).nonzero()[:, 0]
             if len(pending) == 0:
@@ -157,17 +160,26 @@ class LeastSquares:
             return (self.method,)
         return ("direct",) if direct_pays(problem, mask) else ("cg", "direct")
 
+    def _side(self, mask: Tensor, method: str) -> Side:
+        """Where fewer unknowns are; level, cg takes the complement."""
+        if self.side != "auto":
+            return self.side
+        if method == "cg":
+            return "complement" if 2 * int(mask.sum()) >= mask.numel() else "support"
+        support, complement = _unknowns(mask, "support"), _unknowns(mask, "complement")
+        return "complement" if complement < support else "support"
+
     def _rank(self, width: int) -> int:
         return min(width // RANK_SHARE, LARGEST_RANK) if self.rank is None else self.rank
 
-    def _chunk(self, problem: LayerProblem, mask: Tensor, method: str) -> int:
+    def _chunk(self, problem: LayerProblem, mask: Tensor, method: str, side: Side) -> int:
         """Rows that fit the memory budget."""
         width = problem.shape[1]
-        itemsize = _precision(problem).itemsize
+        itemsize = precision_of(problem).itemsize
         per_row = 8 * ARRAYS_PER_ROW * width
         if method == "direct":
-            per_row += 3 * _smaller_side(mask) ** 2 * itemsize
-        else:
+            per_row += 3 * _unknowns(mask, side) ** 2 * itemsize
+        elif side == "support":
             per_row += 3 * self._rank(width) ** 2 * itemsize
         chunk = self.memory_budget // per_row
         if method == "cg" and mask.device.type == "cpu":
@@ -192,118 +204,116 @@ class _Refit:
         mask: Tensor,  # (out, in)
         excess: Tensor,  # (out,), updated
         method: str,
+        side: Side,
     ) -> None:
-        self._solver, self._problem, self._method = solver, problem, method
+        self._solver, self._problem = solver, problem
         self._weight, self._mask, self._excess = weight, mask, excess
+        self._method, self._side = method, side
+        self._conjugate: ConjugateRounds | None = None
         self.iterations = 0  # of the chunk that took most
-        self._of_chunk = 0
 
     def __call__(self, rows: Tensor) -> None:
         """Correct the rows until the certificate of each is below the tolerance."""
         part = self._problem.rows(rows)
         current, kept = self._weight[rows].double(), self._mask[rows]
-        state = refit_state(part, current, kept)
+        state, first = self._begin(part, current, kept)
         rounds: list[Round] | None = None
-        self._of_chunk = 0
         for _ in range(REFINEMENTS):
-            open_rows = ~(state.relative <= self._solver.tolerance)
-            if not bool(open_rows.any()):
+            picked = self._open(state)
+            if len(picked) == 0:
                 break
             if rounds is None:
-                rounds = self._direct(kept) if self._method == "direct" else self._cg(kept)
-            trial = current + rounds[0](state, open_rows)
+                rounds = self._rounds(part, kept)
+            whole = len(picked) == len(rows)
+            open_part, before = (
+                (part, state) if whole else (part.rows(picked), state.rows(picked))
+            )
+            change, multipliers = rounds[0](before, picked)
+            trial = change.add_(current[picked])
             trial = trial.to(self._problem.dtype).double()  # what will be returned
-            found = refit_state(part, trial, kept)
-            better = found.relative < state.relative
-            helped = bool((found.relative < STALLED * state.relative)[open_rows].any())
-            current = torch.where(better[:, None], trial, current)
-            state = found.where(better, state)
+            found = refit_state(open_part, trial, kept[picked], multipliers)
+            better = (found.relative < before.relative).nonzero()[:, 0]
+            helped = bool((found.relative < STALLED * before.relative).any())
+            current[picked[better]] = trial[better]
+            state.put(picked[better], found.rows(better))
             if not helped:
                 rounds = rounds[1:]
                 if not rounds:
                     break
-        self._weight[rows] = current.to(self._weight.dtype)
-        self._excess[rows] = state.relative
+        better = state.relative <= first
+        self._weight[rows[better]] = current[better].to(self._weight.dtype)
+        self._excess[rows] = torch.where(better, state.relative, first)
+        if rounds is not None and self._conjugate is not None:
+            self.iterations = max(self.iterations, self._conjugate.iterations)
 
-    def _direct(self, kept: Tensor) -> list[Round]:
-        moments, damping = self._problem.moments, self._problem.damping
-        precision = _precision(self._problem)
-        if _smaller_side(kept) < int(kept.sum(dim=1).amax()):
-            inverse = moments.shared(
-                ("inverse", damping, precision),
-                lambda: torch.cholesky_inverse(
-                    self._problem.factor(torch.float64).lower
-                ).to(precision),
-            )
-            correct = solve_on_complements(inverse, kept)
-        else:
-            correct = solve_on_supports(self._problem.damped_gram(precision), kept)
+    def _begin(
+        self, part: LayerProblem, weight: Tensor, kept: Tensor
+    ) -> tuple[RefitState, Tensor]:
+        """State of the rows, and how far each is proven to be from its optimum, (rows,).
 
-        def on_all(state: RefitState, open_rows: Tensor) -> Tensor:
-            return torch.where(open_rows[:, None], correct(state.residual), 0)
+        On complements all that is not optimal begins anew, in place, at the dense weight
+        and at zero multipliers: rows on which multipliers and weights do not belong
+        together would stop too early.
+        """
+        if self._method == "direct" or self._side == "support":
+            state = refit_state(part, weight, kept)
+            return state, state.relative.clone()
+        dense = torch.where(kept, part.weight.double(), 0)
+        zeros = torch.zeros_like(weight)
+        if torch.equal(weight, dense):
+            state = refit_state(part, weight, kept, zeros)
+            return state, state.relative.clone()
+        state = refit_state(part, weight, kept)
+        first, picked = state.relative.clone(), self._open(state)
+        if len(picked) > 0:
+            weight[picked] = dense[picked]
+            problem, mask = part.rows(picked), kept[picked]
+            state.put(picked, refit_state(problem, weight[picked], mask, zeros[picked]))
+        return state, first
 
-        return [on_all]
+    def _open(self, state: RefitState) -> Tensor:
+        """Indices of the rows that are not certified yet."""
+        return (~(state.relative <= self._solver.tolerance)).nonzero()[:, 0]
 
-    def _cg(self, kept: Tensor) -> list[Round]:
-        """Rounds with rounded products, if there are any, and with exact ones."""
-        problem, solver = self._problem, self._solver
-        rank, products = solver._rank(problem.shape[1]), solver.products
-        precision = _precision(problem)
-        system = problem.moments.shared(
-            ("support solver", problem.damping, precision, rank, products),
-            lambda: SupportSolver(problem.damped_gram(precision), rank, products),
-        )
+    def _rounds(self, part: LayerProblem, kept: Tensor) -> list[Round]:
+        solver = self._solver
+        if self._method == "direct":
+            return [direct_round(part, kept, self._side)]
         limit = solver.max_iterations
         if solver.method == "auto":
-            worth = PATIENCE * _flops_of_direct(kept) / _flops_of_iteration(problem)
+            worth = PATIENCE * _flops_of_direct(kept) / _flops_of_iteration(part)
             limit = min(limit, 1 + int(worth))
-        aim = FIRST_AIM * solver.tolerance
-
-        def on_open(state: RefitState, open_rows: Tensor, *, rounded: bool) -> Tensor:
-            nonlocal aim
-            picked = open_rows.nonzero()[:, 0]
-            step, used = system.solve(
-                kept[picked],
-                state.residual[picked],
-                state.objective[picked],
-                ENERGY_FLOOR * state.energy[picked],
-                state.excess[picked],
-                aim,
-                limit,
-                rounded=rounded,
-            )
-            self._of_chunk += used
-            self.iterations = max(self.iterations, self._of_chunk)
-            aim = NEXT_AIM * solver.tolerance
-            change = torch.zeros_like(state.residual)
-            change[picked] = step
-            return change
-
-        choices = (True, False) if system.can_round else (False,)
-        return [partial(on_open, rounded=rounded) for rounded in choices]
+        self._conjugate = ConjugateRounds(
+            part,
+            kept,
+            self._side,
+            solver._rank(part.shape[1]),
+            solver.products,
+            solver.tolerance,
+            limit,
+        )
+        return self._conjugate.rounds()
 
 
 def direct_pays(problem: LayerProblem, mask: Tensor) -> bool:
     """Whether factoring the system of every row is expected to be the cheaper way."""
-    share = float(mask.sum(dim=1).amax()) / problem.shape[1]
-    iterations = EXPECTED_ITERATIONS * share
+    iterations = EXPECTED_ITERATIONS * _fewest_unknowns(mask) / problem.shape[1]
     return _flops_of_direct(mask) <= iterations * _flops_of_iteration(problem)
 
 
-def _precision(problem: LayerProblem) -> torch.dtype:
-    """Precision of the inner solvers: float64 if the weight or the gram needs it."""
-    factor = problem.factor(torch.float64)
-    return problem.dtype if factor.holds_in(problem.dtype) else torch.float64
-
-
-def _smaller_side(mask: Tensor) -> int:
-    """Most weights that a row keeps, or that it loses, whichever is less."""
+def _unknowns(mask: Tensor, side: Side) -> int:
+    """Most weights that a row keeps, or that it loses."""
     kept = mask.sum(dim=1)
-    return min(int(kept.amax()), int((mask.shape[1] - kept).amax()))
+    counts = kept if side == "support" else mask.shape[1] - kept
+    return int(counts.amax())
+
+
+def _fewest_unknowns(mask: Tensor) -> int:
+    return min(_unknowns(mask, "support"), _unknowns(mask, "complement"))
 
 
 def _flops_of_direct(mask: Tensor) -> float:
-    return BATCH_EFFICIENCY * _smaller_side(mask) ** 3 / 3
+    return BATCH_EFFICIENCY * _fewest_unknowns(mask) ** 3 / 3
 
 
 def _flops_of_iteration(problem: LayerProblem) -> float:

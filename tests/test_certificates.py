@@ -14,10 +14,10 @@ from layerwise.certificates import (
     refit_excess,
     refit_state,
 )
-from layerwise.evaluate import objective_rows
+from layerwise.evaluate import objective_rows, residual
 from layerwise.patterns import FixedMask, Unstructured
 from layerwise.solvers.lasso import lasso
-from tests.problems import PROBLEMS, Layer, make_layer
+from tests.problems import PROBLEMS, Layer, make_layer, uneven_mask
 from tests.reference import Equations
 from tests.tolerances import CLOSED_FORM, GRID, LASSO_GAP, LASSO_ITERATIONS, ROUNDING
 
@@ -54,6 +54,36 @@ def test_refit_bound_on_a_diagonal_gram_is_exact_on_any_mask() -> None:
     unit = np.maximum(optimum, ENERGY_FLOOR * problem.energy.numpy())
     limit = CLOSED_FORM[torch.float64]
     np.testing.assert_allclose(bound * unit, excess, rtol=limit)
+
+
+@pytest.mark.parametrize("name", DRIFTED)
+def test_any_multipliers_bound_the_excess_and_the_best_are_exact(name: str) -> None:
+    """Weak and strong duality, in the units of each row's optimum."""
+    layer = PROBLEMS[name].to(torch.float64)
+    mask = uneven_mask(layer)
+    problem = layer.problem(FixedMask(mask))
+    equations = Equations(layer)
+    best = torch.from_numpy(equations.least_squares(mask))
+    optimum = torch.from_numpy(equations.objective_rows(best.numpy()))
+    weight = torch.where(mask, make_layer(85, *layer.shape).weight, 0)
+    excess = objective_rows(problem, weight, damped=True) - optimum
+    exact = torch.where(mask, 0, residual(problem, best))
+    slack = ROUNDING * problem.energy.clamp(min=float(excess.max()))
+    found = refit_state(problem, weight, mask, exact)
+    assert bool(((found.excess - excess).abs() <= slack).all())
+    noise = make_layer(86, *layer.shape).weight
+    for size in (0.0, 1e-3, 1.0):
+        trial = torch.where(mask, 0, exact + size * exact.abs().mean() * noise)
+        state = refit_state(problem, weight, mask, trial)
+        assert bool((state.excess >= excess - slack).all())
+        assert bool((state.objective - state.excess <= optimum + slack).all())
+    worse = state.excess > excess + slack
+    assert bool((worse == ~mask.all(dim=1)).all())  # multipliers of nothing are exact
+    zeros = torch.zeros_like(weight)
+    unconstrained = refit_state(problem, weight, mask, zeros)
+    least = least_squares_minimum(problem)
+    bound = unconstrained.objective - unconstrained.excess
+    assert bool(((bound - least).abs() <= slack).all())
 
 
 def test_refit_bound_ignores_the_residual_off_the_mask() -> None:

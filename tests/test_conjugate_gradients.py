@@ -121,6 +121,43 @@ def test_objective_falls_with_every_iteration() -> None:
         assert bool((after < before).all())
 
 
+def test_dual_objective_rises_with_every_iteration() -> None:
+    problem, mask = spiked(torch.float64)
+    inverse = torch.linalg.inv(problem.damped_gram(torch.float64))
+    system = SupportSolver(inverse, 0)
+    weight = torch.where(mask, problem.weight, 0)
+    start = refit_state(problem, weight, mask, torch.zeros_like(weight))
+    values = []
+    for limit in range(7):
+        multipliers, _ = system.solve(
+            ~mask,
+            torch.where(mask, 0, problem.weight),
+            start.objective - start.excess,
+            0 * start.energy,
+            start.excess,
+            0.0,
+            limit,
+            rounded=False,
+            rises=True,
+        )
+        assert not multipliers[mask].any()
+        state = refit_state(problem, weight, mask, multipliers)
+        values.append(state.objective - state.excess)
+    for before, after in pairwise(values):
+        assert bool((after > before).all())
+    best = lw.solve(problem, "least-squares")
+    optimum = objective_rows(problem, best.weight, damped=True)
+    assert bool((values[-1] < optimum).all())
+    assert bool((values[-1] > optimum / 2).all())
+
+
+def test_image_is_that_of_the_matrix_as_given() -> None:
+    problem, _ = spiked(torch.float64)
+    gram = problem.damped_gram(torch.float64)
+    expected = problem.weight @ gram
+    torch.testing.assert_close(SupportSolver(gram, 8).image(problem.weight), expected)
+
+
 def test_converged_rows_stay_converged() -> None:
     """Iterations behind the last digit of the precision do no harm."""
     problem, mask = spiked()

@@ -357,3 +357,18 @@ def test_constant_channel_moves_into_the_bias() -> None:
     assert solution.bias is not None
     slack = EXPLICIT[torch.float32] * float(error.abs().max())
     torch.testing.assert_close(solution.bias, error.mean(dim=1), rtol=0, atol=slack)
+
+
+def test_rows_keep_what_is_known_of_the_data() -> None:
+    layer = make_layer(91, rows=6, width=9, drift=0.3)
+    mask = Unstructured(0.5).mask(layer.weight.abs())
+    problem = layer.problem(FixedMask(mask))
+    picked = torch.tensor([4, 1])
+    known = {"target": problem.target, "shift": problem.shift, "drift": problem.drift}
+    part = problem.rows(picked)
+    for name, value in known.items():
+        assert value is not None
+        torch.testing.assert_close(vars(part)[name], value[picked], rtol=0, atol=0)
+    same = make_layer(92, rows=6, width=9).problem(FixedMask(mask))
+    assert same.shift is None
+    assert vars(same.rows(picked))["shift"] is None
