@@ -119,7 +119,7 @@ class RestrictedModel:
     def solve(self, residuals: Tensor, out: Tensor) -> Tensor:
         """``level * M_SS^-1 r_S`` of every row r of (rows, in), zero off the supports."""
         if self.model.rank == 0:
-            return torch.mul(residuals, self.kept, out=out)
+            return out.copy_(residuals)
         basis, level = self.model.basis, self.model.level
         inner = torch.bmm((residuals @ basis)[:, None], self.inverses)[:, 0]
         return torch.addmm(residuals, inner, basis.T, alpha=-1 / level, out=out).mul_(

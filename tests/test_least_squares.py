@@ -89,6 +89,24 @@ def test_memory_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(chunks) == 2
 
 
+def test_memory_budget_counts_the_side_that_is_factored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = make_layer(62, rows=6, width=16)
+    problem = layer.problem(FixedMask(Unstructured(0.25).mask(layer.weight.abs())))
+    chunks = []
+    rows_of = LayerProblem.rows
+
+    def record(self: LayerProblem, selection: Tensor) -> LayerProblem:
+        chunks.append(len(selection))
+        return rows_of(self, selection)
+
+    monkeypatch.setattr(LayerProblem, "rows", record)
+    # a row needs its vectors and three 4 x 4 systems, 1920 bytes
+    lw.solve(problem, LeastSquares(method="direct", memory_budget=2 * 1920))
+    assert max(chunks) == 2
+
+
 def test_memory_budget_too_small_for_one_row() -> None:
     problem = PROBLEMS["plain"].problem(FixedMask(torch.arange(96).view(6, 16) % 2 == 0))
     # vectors, and three 8 x 8 systems
@@ -295,6 +313,38 @@ def test_cg_takes_the_side_with_fewer_iterations(sparsity: float, better: int) -
     ]
     assert taken[better] < taken[1 - better]
     assert taken[2] == taken[better]
+
+
+def test_both_sides_share_the_moments() -> None:
+    layer = make_layer(73, rows=6, width=64, tokens=200)
+    problem = layer.problem(FixedMask(Unstructured(0.5).mask(layer.weight.abs())))
+    sides: tuple[Any, ...] = ("support", "complement", "support")
+    weights = []
+    for side in sides:
+        found = lw.solve(problem, LeastSquares(method="cg", rank=0, side=side))
+        assert found.status is Status.OPTIMAL
+        weights.append(found.weight)
+    torch.testing.assert_close(weights[0], weights[2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("side", ["support", "complement"])
+def test_one_round_of_the_right_length(side: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that stop early cost another certificate, those that stop late iterations."""
+    layer = make_layer(74, rows=8, width=96, tokens=400, condition=300)
+    mask = Unstructured(0.5).mask(layer.weight.abs())
+    rounds = []
+    solve_on = SupportSolver.solve
+
+    def record(self: SupportSolver, mask: Tensor, *args: Any, **options: Any) -> Any:
+        rounds.append(len(mask))
+        return solve_on(self, mask, *args, **options)
+
+    monkeypatch.setattr(SupportSolver, "solve", record)
+    solver = LeastSquares(method="cg", side=side, products="float32")
+    solution = lw.solve(layer.problem(FixedMask(mask)), solver)
+    assert rounds == [8]
+    assert solution.certificate is not None
+    assert solver.tolerance / 10 < solution.certificate.bound <= solver.tolerance
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-3, 100])
