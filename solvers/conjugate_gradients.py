@@ -1,6 +1,8 @@
 r"""Conjugate gradients on ``d_S G_SS = r_S`` for all rows at once, each with its support.
 
-What they add to the plain method (:mod:`.polish`), for the exact refit of wide layers:
+G is a damped gram and S the support of a row, or G is the inverse of one and S the
+complement (:mod:`.refit_rounds`). What they add to the plain method (:mod:`.polish`), for
+the exact refit of wide layers:
 
 - the gram is scaled to unit diagonal, and a model of it (:mod:`.factor_model`) is the
   preconditioner, exactly inverted on every support;
@@ -11,8 +13,8 @@ What they add to the plain method (:mod:`.polish`), for the exact refit of wide 
 - the direction is made conjugate by the change of the residual, which allows for inexact
   products [1]_;
 - a row is done when what it can still gain is a given share of its objective. It leaves
-  the batch at the next look, which is taken every few iterations because looking makes a
-  GPU wait.
+  the batch at the next look, which is taken every few iterations on a GPU because looking
+  makes it wait.
 
 References
 ----------
@@ -45,7 +47,7 @@ class SupportSolver:
     Parameters
     ----------
     gram
-        Damped gram, positive definite, shape (in, in), in the working precision.
+        Damped gram or its inverse, shape (in, in), in the working precision.
     rank
         Of the model that preconditions; 0 leaves the diagonal.
     products

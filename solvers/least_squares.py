@@ -2,17 +2,18 @@ r"""Exact refit: the best weights on a fixed mask, every row certified.
 
 Row i with support S minimises the damped objective over vectors that vanish outside S;
 the change d from any starting point solves ``d_S G_SS = r_S`` with r the residual
-``T - w G``. Two inner solvers find d, in the precision in which the gram factors:
+``T - w G``. Or its dual is solved, for the multipliers of the weights that are gone. Two
+inner solvers work on either side, in the precision in which the gram factors:
 
-- direct: gather the systems of many rows and factor them as one batch, O(kept^3 / 3) a
-  row, or O(removed^3 / 3) on the complement (:mod:`.row_systems`);
-- cg: conjugate gradients on all rows at once, preconditioned by a model of the gram that
-  is inverted exactly on every support, O(2 in^2) a row and iteration
+- direct: gather the systems of many rows and factor them as one batch, O(kept^3 / 3) or
+  O(removed^3 / 3) a row (:mod:`.row_systems`);
+- cg: conjugate gradients on all rows at once, O(2 in^2) a row and iteration
   (:mod:`.conjugate_gradients`).
 
-Weights and residuals are float64, and each correction repeats until the certificate
-``||L^-1 r||^2`` of every row is below the tolerance (iterative refinement); rows that are
-there leave. Starting at the dense weight, a full mask returns it bit for bit.
+Weights and residuals are float64, and each correction (:mod:`.refit_rounds`) repeats until
+the certificate of every row (:func:`layerwise.certificates.refit_state`) is below the
+tolerance: iterative refinement. Rows that are there leave. Starting at the dense weight, a
+full mask returns it bit for bit.
 
 References
 ----------
@@ -21,6 +22,8 @@ References
 .. [2] X. Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for
    Large Language Models", NeurIPS 2024, arXiv:2406.07831, section 3.3 (conjugate
    gradients over all rows).
+
+The dual systems for conjugate gradients are our own.
 """
 
 from dataclasses import dataclass, replace
@@ -70,8 +73,8 @@ class LeastSquares:
     max_iterations
         Of cg, per correction.
     rank
-        Directions of the model that preconditions cg; None is a 64th of the width, 0 the
-        diagonal alone.
+        Directions of the model that preconditions cg on supports; None is a 64th of the
+        width, 0 the diagonal alone.
     products
         Precision of cg's products with the gram: ``"bfloat16"``, ``"float32"``, or
         ``"auto"``, bfloat16 where the device has units for it. The answer is certified in
