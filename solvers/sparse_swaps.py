@@ -7,6 +7,8 @@ objective of a row by exactly
 .. math:: 2 w_u g_u - 2 w_q g_q + w_u^2 G_{uu} + w_q^2 G_{qq} - 2 w_u w_q G_{uq}.
 
 All pairs are compared, and every row takes its best one while that lowers the objective.
+They are compared tile by tile: some lines of the gram against many rows, so that no pair is
+ever stored and a round reads the gram once.
 
 References
 ----------
@@ -14,6 +16,7 @@ References
    arXiv:2512.10922.
 """
 
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
 from typing import ClassVar
@@ -30,16 +33,17 @@ from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.options import check_at_least
 from layerwise.solvers.wanda import wanda_mask
 
-CACHE = 32 << 20  # bytes
 GAIN = 1e-9  # smallest improvement worth a swap, relative to the energy of the row
-PAIRS = 4  # arrays of (in, group) that a row needs
+ARRAYS_PER_ROW = 12  # (in,) vectors of float64 that a row needs
+TILE = {"cpu": 2 << 20, "cuda": 256 << 20}  # bytes of the pairs that are compared at once
+LINES = 8  # of the gram in a tile, where rows are many
 
 
 @dataclass(frozen=True)
 class SparseSwaps:
     """Local search on the mask, weights unchanged; counts never change.
 
-    Cost: O(in^2) per row and round; memory O(in^2) a row.
+    Cost: O(in^2) per row and round; memory O(in) a row.
 
     Parameters
     ----------
@@ -77,26 +81,22 @@ class SparseSwaps:
         every = torch.arange(len(mask), device=mask.device)
         movable = not isinstance(problem.pattern, FixedMask)
         group = problem.pattern.m if isinstance(problem.pattern, NM) else problem.shape[1]
-        parts = torch.split(every, self._chunk(problem, group)) if movable else ()
-        for rows in parts:
+        for rows in torch.split(every, self._chunk(problem)) if movable else ():
             swaps += self._refine(fixed.rows(rows), mask, rows, group)
         weight = torch.where(mask, problem.weight.to(problem.dtype), 0)
         stats = {"damping": problem.damping, "swaps": float(swaps)}
         return evaluate(problem, weight, mask, Status.FEASIBLE, stats=stats)
 
-    def _chunk(self, problem: LayerProblem, group: int) -> int:
+    def _chunk(self, problem: LayerProblem) -> int:
         """Rows that fit the memory budget."""
-        per_row = PAIRS * 8 * problem.shape[1] * group
+        per_row = ARRAYS_PER_ROW * 8 * problem.shape[1]
         if per_row > self.memory_budget:
             message = (
-                f"the pairs of one row need {per_row} bytes, the memory budget is "
+                f"one row needs {per_row} bytes, the memory budget is "
                 f"{self.memory_budget}; raise it or use another method"
             )
             raise MemoryBudgetError(message)
-        budget = self.memory_budget
-        if problem.weight.device.type == "cpu":  # pairs that stay in the cache
-            budget = min(budget, max(CACHE, per_row))
-        return int(budget // per_row)
+        return self.memory_budget // per_row
 
     def _refine(self, part: LayerProblem, mask: Tensor, rows: Tensor, group: int) -> int:
         """Swap in some rows of the mask, in place, until none improves."""
@@ -124,36 +124,57 @@ class Pairs:
         The rows, on a fixed mask.
     size
         Of the groups in which entries are exchanged.
+    tile
+        Bytes of the pairs that are compared at once; None for what suits the device.
     """
 
-    def __init__(self, problem: LayerProblem, size: int) -> None:
+    def __init__(self, problem: LayerProblem, size: int, tile: int | None = None) -> None:
         self.problem, self._size = problem, size
         gram = problem.damped_gram(torch.float64)
+        self._diagonal = gram.diagonal().clone()
         blocks = gram.unfold(0, size, size).unfold(1, size, size)
-        blocks = blocks.diagonal().permute(2, 0, 1)  # (groups, m, m)
-        weight = problem.weight.double()
-        self._own = weight.square() * gram.diagonal()
-        parts = weight.view(len(weight), -1, size)
-        # what two entries of a group have in common, (rows, groups, m, m)
-        self._shared = -2 * parts[..., :, None] * blocks * parts[..., None, :]
+        self._blocks = blocks.diagonal().permute(2, 0, 1).contiguous()  # (groups, m, m)
+        self._tile = TILE.get(gram.device.type, TILE["cpu"]) if tile is None else tile
 
     def of(self, rows: Tensor) -> "Pairs":
         """Return the pairs of some of the rows."""
         chosen = copy(self)
         chosen.problem = self.problem.rows(rows)
-        chosen._own, chosen._shared = self._own[rows], self._shared[rows]
         return chosen
 
     def best(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (rows,) each
         """Change by the best swap of every row, what it prunes, what it restores."""
         weight, size = self.problem.weight.double(), self._size
         gradient = residual(self.problem, torch.where(mask, weight, 0))
-        drop = (self._own + 2 * weight * gradient).masked_fill(~mask, torch.inf)
-        add = (self._own - 2 * weight * gradient).masked_fill(mask, torch.inf)
-        drop, add = (part.reshape(len(mask), -1, size) for part in (drop, add))
-        change = torch.add(self._shared, add[..., None, :])
-        by_pruned = change.amin(dim=3).add_(drop).flatten(1)  # its best partner, by entry
-        best, pruned = by_pruned.min(dim=1)
-        each = torch.arange(len(mask), device=mask.device)
-        partner = change[each, pruned // size, pruned % size].argmin(dim=1)
-        return best, pruned, pruned // size * size + partner
+        own = weight.square() * self._diagonal
+        drop = (own + 2 * weight * gradient).masked_fill(~mask, torch.inf)
+        add = (own - 2 * weight * gradient).masked_fill(mask, torch.inf)
+        weight, drop, add = (part.view(len(mask), -1, size) for part in (weight, drop, add))
+        best = torch.empty_like(drop)  # with the best partner, by pruned entry
+        for rows, groups, lines in self._tiles(len(mask)):
+            # what two entries of a group have in common, (rows, groups, lines, m)
+            shared = self._blocks[groups, lines] * weight[rows, groups, None]
+            shared.mul_(weight[rows, groups, lines, None]).mul_(-2)
+            shared.add_(add[rows, groups, None])
+            best[rows, groups, lines] = shared.amin(dim=3)
+        change, pruned = best.add_(drop).flatten(1).min(dim=1)
+        each, group = torch.arange(len(mask), device=mask.device), pruned // size
+        shared = self._blocks[group, pruned % size] * weight[each, group]
+        shared.mul_(weight[each, group, pruned % size, None]).mul_(-2)
+        partner = shared.add_(add[each, group]).argmin(dim=1)
+        return change, pruned, group * size + partner
+
+    def _tiles(self, count: int) -> Iterator[tuple[slice, slice, slice]]:
+        """Rows, groups and lines of the gram that are compared together."""
+        size, entries = self._size, max(1, self._tile // 8)
+        lines = min(size, max(LINES, entries // (size * count)), max(1, entries // size))
+        groups = max(1, entries // (size * size * count)) if lines == size else 1
+        rows = max(1, entries // (size * lines * groups))
+        for group in range(0, len(self._blocks), groups):
+            for line in range(0, size, lines):
+                for row in range(0, count, rows):
+                    yield (
+                        slice(row, row + rows),
+                        slice(group, group + groups),
+                        slice(line, line + lines),
+                    )

@@ -67,6 +67,17 @@ def test_best_pair_is_that_of_explicit_objectives(
     torch.testing.assert_close(taken, best[at], rtol=0, atol=slack)
 
 
+@pytest.mark.parametrize("size", [4, 8, 16])
+@pytest.mark.parametrize("tile", [1, 8 * 16, 8 * 50, 8 * 500, 1 << 20])
+def test_tiles_change_nothing(size: int, tile: int) -> None:
+    layer = LAYERS["correlated"]
+    mask = Unstructured(0.5).mask(make_layer(97, *layer.shape).weight)
+    problem = layer.problem(FixedMask(mask))
+    whole = Pairs(problem, size).best(mask)
+    for one, other in zip(whole, Pairs(problem, size, tile).best(mask), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_no_pair_improves_the_answer(name: str, pattern: Pattern) -> None:
@@ -98,12 +109,14 @@ def test_objective_falls_with_every_round(data: st.DataObject) -> None:
 def test_memory_budget_changes_the_chunks_and_not_the_mask() -> None:
     problem = LAYERS["correlated"].problem(Unstructured(0.5))
     whole = lw.solve(problem, SparseSwaps())
-    row = 4 * 8 * 16**2
+    row = 12 * 8 * 16
     for rows in (1, 3):
         parts = lw.solve(problem, SparseSwaps(memory_budget=rows * row))
         assert torch.equal(parts.mask, whole.mask)
         assert parts.stats["swaps"] == whole.stats["swaps"]
-    with pytest.raises(MemoryBudgetError, match=rf"need {row} bytes.* is {row - 1}; raise"):
+    with pytest.raises(
+        MemoryBudgetError, match=rf"needs {row} bytes.* is {row - 1}; raise"
+    ):
         lw.solve(problem, SparseSwaps(memory_budget=row - 1))
 
 
