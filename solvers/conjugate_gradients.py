@@ -8,8 +8,8 @@ the exact refit of wide layers:
   preconditioner, exactly inverted on every support;
 - products with the gram may run in bfloat16. Only the remainder ``C - U V U^T`` is
   rounded: its leading directions and its diagonal stay in the working precision, so what
-  is lost is relative to the small part. Every few iterations the residual is computed
-  again from scratch in the working precision;
+  is lost is relative to the small part. Every few iterations, and before the first row is
+  believed to be done, the residual is computed again from scratch in the working precision;
 - the direction is made conjugate by the change of the residual, which allows for inexact
   products [1]_;
 - a row is done when what it can still gain is a given share of its objective. It leaves
@@ -148,13 +148,18 @@ class SupportSolver:
         solution = torch.zeros_like(sides)
         rows = torch.arange(len(sides), device=sides.device)
         iteration, look_every = 0, LOOK_EVERY.get(sides.device.type, 1)
+        checked = not rounded  # whether a residual was computed again by now
         while True:
+            doubtful = False
             if iteration % look_every == 0 or iteration == max_iterations:
                 enough = share * torch.maximum(batch.value, least)
                 done = ~(batch.energy > torch.maximum(enough, rounding))
                 if iteration == max_iterations:
                     done = torch.ones_like(done)
-                if float(done.float().mean()) >= FEWEST_DONE:
+                doubtful = not checked and 0 < iteration < max_iterations
+                if float(done.float().mean()) < FEWEST_DONE:
+                    doubtful = False
+                elif not doubtful:
                     solution[rows[done]] = batch.found[done]
                     more = (~done).nonzero()[:, 0]  # a mask would be counted at each use
                     batch = batch.rows(more)
@@ -163,7 +168,9 @@ class SupportSolver:
                 if len(rows) == 0:
                     break
             iteration += 1
-            batch.advance(rounded, exact=iteration % REPLACE_EVERY == 0)
+            exact = doubtful or iteration % REPLACE_EVERY == 0
+            batch.advance(rounded, exact=exact)
+            checked = checked or exact
         return solution.to(residuals.dtype) * scale[:, None] / self.root, iteration
 
 

@@ -28,7 +28,7 @@ from layerwise.solvers.row_systems import solve_on_complements, solve_on_support
 
 Side = Literal["support", "complement"]
 
-AIM = 0.7  # share of the tolerance at which conjugate gradients believe to be done
+AIM = 0.6  # share of the tolerance at which conjugate gradients believe to be done
 
 
 class Correction(NamedTuple):
