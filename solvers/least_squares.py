@@ -48,11 +48,13 @@ from layerwise.solvers.refit_rounds import (
     direct_round,
     precision_of,
 )
+from layerwise.solvers.spread import complement_is_easier
 
 REFINEMENTS = 6
 EXPECTED_ITERATIONS = 60  # of cg, in proportion to the share of the unknowns
 BATCH_EFFICIENCY = 8  # a flop of a batched factorization takes this many of a product's
 PATIENCE = 2.0  # cg may cost this multiple of the direct solver before it gives up
+MOSTLY_KEPT, MOSTLY_REMOVED = 0.35, 0.7  # shares that decide the side of cg alone
 STALLED = 0.7  # rounds end where no certificate falls below this share of the last
 ARRAYS_PER_ROW = 12  # (in,) vectors of float64 that cg and the certificate keep per row
 CACHED_ROWS = 512  # more at a time leave the caches of a processor
@@ -82,7 +84,7 @@ class LeastSquares:
     side
         Where the systems are posed: on the ``"support"`` of a row, for its weights, on
         the ``"complement"``, for the multipliers of the weights that are gone, or
-        ``"auto"``, where fewer unknowns are.
+        ``"auto"``, where fewer iterations are expected.
     memory_budget
         Bytes for the row systems; rows are solved in chunks that fit, and chunks that do
         not fit the device after all are halved.
@@ -140,7 +142,7 @@ class LeastSquares:
         pending = torch.arange(len(weight), device=weight.device)
         iterations = 0
         for method in self._methods(problem, mask):
-            side = self._side(mask[pending], method)
+            side = self._side(problem, mask[pending], method)
             refit = _Refit(self, problem, weight, mask, excess, method, side)
             in_chunks(pending, self._chunk(problem, mask[pending], method, side), refit)
             iterations += refit.iterations
@@ -163,14 +165,18 @@ class LeastSquares:
             return (self.method,)
         return ("direct",) if direct_pays(problem, mask) else ("cg", "direct")
 
-    def _side(self, mask: Tensor, method: str) -> Side:
-        """Where fewer unknowns are; level, cg takes the complement."""
+    def _side(self, problem: LayerProblem, mask: Tensor, method: str) -> Side:
+        """Where fewer unknowns are or, for cg and little between them, iterations."""
         if self.side != "auto":
             return self.side
-        if method == "cg":
-            return "complement" if 2 * int(mask.sum()) >= mask.numel() else "support"
-        support, complement = _unknowns(mask, "support"), _unknowns(mask, "complement")
-        return "complement" if complement < support else "support"
+        if method == "direct":
+            support, complement = (_unknowns(mask, s) for s in ("support", "complement"))
+            return "complement" if complement < support else "support"
+        removed = 1 - float(mask.sum()) / mask.numel()
+        if not MOSTLY_KEPT < removed < MOSTLY_REMOVED:
+            return "complement" if removed <= MOSTLY_KEPT else "support"
+        rank = self._rank(problem.shape[1])
+        return "complement" if complement_is_easier(problem, mask, rank) else "support"
 
     def _rank(self, width: int) -> int:
         return min(width // RANK_SHARE, LARGEST_RANK) if self.rank is None else self.rank

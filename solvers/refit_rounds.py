@@ -11,7 +11,7 @@ conjugate gradients (:mod:`.conjugate_gradients`):
   those of directions that many inputs share, and there are few of them; the large ones are
   level, at the inverse of the damping, so that the diagonal alone preconditions.
 
-Fewer unknowns mean fewer iterations, so the smaller side of the mask is taken.
+Fewer unknowns mean fewer iterations; :mod:`.spread` says which side has the advantage.
 """
 
 from collections.abc import Callable

@@ -304,6 +304,7 @@ def test_refit_race_tells_every_spectrum_and_sparsity(
     monkeypatch.setattr(refit_race, "realistic_gram", small)
     monkeypatch.setattr(refit_race, "SHAPES", ((6, 16),))
     monkeypatch.setattr(refit_race, "CROSSOVER", ((16, 4),))
+    monkeypatch.setattr(refit_race, "SIDES", (16, 4))
     lines = refit_race.race(1)
     assert len(lines) == 2 + len(refit_race.LAYERS) * len(refit_race.DAMPINGS)
     assert {name for _, name in asked} == set(refit_race.LAYERS.values())
@@ -312,3 +313,7 @@ def test_refit_race_tells_every_spectrum_and_sparsity(
     rows = len(refit_race.DAMPINGS) * len(refit_race.SPARSITIES)
     assert len(table) == 2 + rows
     assert all(line.rstrip(" |").endswith(("direct", "cg")) for line in table[2:])
+    counted = refit_race.sides()
+    assert len(counted) == 2 + len(refit_race.LAYERS) * len(refit_race.SIDES_DAMPINGS)
+    cells = (len(refit_race.WAYS) - 1) * len(refit_race.SIDES_SPARSITIES)
+    assert all(line.count("/") == cells for line in counted[2:])

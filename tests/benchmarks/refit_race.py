@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.refit_race [--repeats 5] [--threads 2]
     python -m tests.benchmarks.refit_race --crossover
+    python -m tests.benchmarks.refit_race --sides
 
 Half of the weights of every row kept by Wanda, grams with the spectra of captured layers,
 float32 weights. Ours is the whole call on fresh moments: factorizations, certificates of
@@ -16,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
@@ -39,6 +41,14 @@ LAYERS: Mapping[str, str] = MappingProxyType(
 )
 CROSSOVER = ((512, 128), (1024, 128), (2048, 64))  # width, rows
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9)
+SIDES = (1024, 128)  # width, rows
+SIDES_DAMPINGS = (0.1, 0.01, 1e-3, 1e-4)
+SIDES_SPARSITIES = (0.3, 0.5, 0.7, 0.9)
+WAYS = (
+    LeastSquares(method="cg", products="float32", side="support", rank=0),
+    LeastSquares(method="cg", products="float32", side="support"),
+    LeastSquares(method="cg", products="float32", side="complement"),
+)
 
 
 def make_problem(gram: Tensor, rows: int, damping: float, sparsity: float) -> LayerProblem:
@@ -185,16 +195,44 @@ def crossover(repeats: int) -> list[str]:
     return lines
 
 
+def sides() -> list[str]:
+    """Iterations of cg on either side of the masks, products in float32."""
+    columns = " | ".join(f"{sparsity:g}" for sparsity in SIDES_SPARSITIES)
+    lines = [
+        f"| spectrum | damping | {columns} |",
+        "|---" * (2 + len(SIDES_SPARSITIES)) + "|",
+    ]
+    width, rows = SIDES
+    for label, layer in LAYERS.items():
+        gram = realistic_gram(width, layer)
+        for damping in SIDES_DAMPINGS:
+            cells = [label, f"{damping:g}"]
+            for sparsity in SIDES_SPARSITIES:
+                problem = make_problem(gram, rows, damping, sparsity)
+                taken = []
+                for way in WAYS:
+                    solver = replace(way, tolerance=TOLERANCE)
+                    taken.append(f"{seconds_of(solver, problem)[1]}")
+                cells.append(" / ".join(taken))
+            lines.append(f"| {' | '.join(cells)} |")
+            sys.stderr.write(lines[-1] + "\n")
+    return lines
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description="race of the exact refit")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--crossover", action="store_true", help="table by sparsity")
+    parser.add_argument("--sides", action="store_true", help="iterations on both sides")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    table = crossover if arguments.crossover else race
-    sys.stdout.write("\n".join(table(arguments.repeats)) + "\n")
+    if arguments.sides:
+        lines = sides()
+    else:
+        lines = (crossover if arguments.crossover else race)(arguments.repeats)
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

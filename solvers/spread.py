@@ -1,0 +1,81 @@
+r"""Which side of the masks needs fewer iterations, from the spread of eigenvalues.
+
+The spread of a positive definite matrix A of size n is its mean squared eigenvalue over
+its squared mean eigenvalue,
+
+.. math:: s(A) = n \operatorname{tr} A^2 / (\operatorname{tr} A)^2 \ge 1 ,
+
+one if all are equal. On captured spectra, at dampings from 0.1 to 1e-4, the iterations of
+conjugate gradients on a share u of the unknowns of A are proportional to ``s(A) u^1.5``
+within a factor of about 1.5, while they themselves differ by a factor of 40: it is what
+the middle of the spectrum says, and the ends are found by the iterations themselves.
+"""
+
+import torch
+from torch import Tensor
+
+from layerwise.problem import LayerProblem
+from layerwise.solvers.factor_model import FactorModel
+
+PROBES = 16
+EXPONENT = 1.5
+MODEL_COST = 1.25  # of an iteration with the model of the gram, to one without
+
+
+def complement_is_easier(problem: LayerProblem, mask: Tensor, rank: int) -> bool:
+    """Whether the systems of the removed weights are solved in less time.
+
+    Parameters
+    ----------
+    problem
+        At the damping at which its gram factors.
+    mask
+        Which weights are kept, shape (out, in).
+    rank
+        Of the model that preconditions on the supports.
+    """
+    kept = float(mask.sum()) / mask.numel()
+    support = spread_on_supports(problem, rank) * kept**EXPONENT
+    complement = spread_on_complements(problem) * (1 - kept) ** EXPONENT
+    return complement <= MODEL_COST * support
+
+
+def spread_on_supports(problem: LayerProblem, rank: int) -> float:
+    """Spread of the gram of unit diagonal without the directions of its model; shared.
+
+    Cost: that of the model, see :meth:`FactorModel.of`.
+    """
+
+    def make() -> float:
+        gram = problem.damped_gram(torch.float32)
+        root = gram.diagonal().sqrt()
+        gram /= root
+        gram /= root[:, None]
+        model = FactorModel.of(gram, rank)
+        leading = model.values.double() + model.level
+        left, rest = len(gram) - model.rank, len(gram) - float(leading.sum())
+        if left == 0 or rest <= 0:
+            return 1.0
+        squares = float(gram.square_().sum(dtype=torch.float64) - leading.square().sum())
+        return max(left * squares / rest**2, 1.0)
+
+    return problem.moments.shared(("spread", problem.damping, rank), make)
+
+
+def spread_on_complements(problem: LayerProblem) -> float:
+    """Spread of the inverse of the gram of unit diagonal; shared.
+
+    Traces are estimated by random signs. Cost: ``PROBES`` solves with the factor.
+    """
+
+    def make() -> float:
+        factor = problem.factor(torch.float64)
+        root = (problem.gram.diagonal() + problem.ridge).sqrt()
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (PROBES, len(root)), generator=generator)
+        probes = (2.0 * signs - 1).to(root)
+        images = factor.solve_rows(probes * root) * root
+        trace = (images * probes).sum(dim=1).mean()
+        return float(len(root) * images.square().sum(dim=1).mean() / trace.square())
+
+    return problem.moments.shared(("spread of the inverse", problem.damping), make)
