@@ -114,7 +114,8 @@ def refit_excess(problem: LayerProblem, weight: Tensor, mask: Tensor) -> Tensor:
         Shape (out,), float64: ``||L^-1 r||^2`` divided by the row's damped optimum, which
         itself is bounded from below by the objective minus the excess and floored at
         1e-12 of the row's energy. Rows without residual get 0, and all rows get inf if
-        the gram is singular at this damping.
+        the gram is singular at this damping. The multipliers are the natural ones; a
+        refit that has better ones may have proven less.
     """
     return refit_state(problem, weight, mask).relative
 
