@@ -37,7 +37,7 @@ def complement_is_easier(problem: LayerProblem, mask: Tensor, rank: int) -> bool
     kept = float(mask.sum()) / mask.numel()
     support = spread_on_supports(problem, rank) * kept**EXPONENT
     complement = spread_on_complements(problem) * (1 - kept) ** EXPONENT
-    return complement <= MODEL_COST * support
+    return bool(complement <= MODEL_COST * support)
 
 
 def spread_on_supports(problem: LayerProblem, rank: int) -> float:
