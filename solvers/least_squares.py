@@ -170,8 +170,8 @@ class LeastSquares:
         if self.side != "auto":
             return self.side
         if method == "direct":
-            support, complement = (_unknowns(mask, s) for s in ("support", "complement"))
-            return "complement" if complement < support else "support"
+            less = _unknowns(mask, "complement") < _unknowns(mask, "support")
+            return "complement" if less else "support"
         removed = 1 - float(mask.sum()) / mask.numel()
         if not MOSTLY_KEPT < removed < MOSTLY_REMOVED:
             return "complement" if removed <= MOSTLY_KEPT else "support"
@@ -217,7 +217,8 @@ class _Refit:
     ) -> None:
         self._solver, self._problem = solver, problem
         self._weight, self._mask, self._excess = weight, mask, excess
-        self._method, self._side = method, side
+        self._method = method
+        self._side: Side = side
         self._conjugate: ConjugateRounds | None = None
         self.iterations = 0  # of the chunk that took most
 
