@@ -17,6 +17,7 @@ Damping adds ``damping * mean(diag G) * ||E||^2``: it pulls towards the dense we
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -263,9 +264,15 @@ class LayerProblem:
     def _posed(self, **changes: Any) -> "LayerProblem":
         """Return the same data, posed otherwise; what was computed of them stays true."""
         posed = replace(self, **changes)
-        known = {name: vars(self)[name] for name in OF_THE_DATA if name in vars(self)}
-        vars(posed).update(known)
+        self._pass_on(posed, lambda value: value)
         return posed
+
+    def _pass_on(self, other: "LayerProblem", change: Callable[[Tensor], Tensor]) -> None:
+        """Give what was computed of the data, changed, to a problem made of this one."""
+        for name in OF_THE_DATA:
+            if name in vars(self):
+                value = vars(self)[name]
+                vars(other)[name] = None if value is None else change(value)
 
     def centered(self) -> "CenteredProblem":
         """Return the problem about the means, whose optimal shift is a bias.
@@ -303,10 +310,7 @@ class LayerProblem:
             energy=self.energy[selection],
             gradient_norm=None if gradient_norm is None else gradient_norm[selection],
         )
-        known = {name: vars(self)[name] for name in OF_THE_DATA if name in vars(self)}
-        vars(part).update(
-            {n: None if value is None else value[selection] for n, value in known.items()}
-        )
+        self._pass_on(part, lambda value: value[selection])
         return part
 
     def normalized(self) -> tuple["LayerProblem", int]:
@@ -330,10 +334,7 @@ class LayerProblem:
             energy=self.energy * scale,
             gradient_norm=gradient_norm,
         )
-        known = {name: vars(self)[name] for name in OF_THE_DATA if name in vars(self)}
-        vars(scaled).update(
-            {n: None if value is None else value * scale for n, value in known.items()}
-        )
+        self._pass_on(scaled, lambda value: value * scale)
         return scaled, exponent
 
     def to_cvxpy(self) -> "cvxpy.Problem":

@@ -126,8 +126,8 @@ class ConjugateRounds:
         self, state: RefitState, picked: Tensor, *, rounded: bool
     ) -> Correction:
         kept = self._kept[picked]
-        sides = torch.where(kept, state.residual, 0)
-        change = self._solve(kept, sides, state.objective, state, rounded=rounded)
+        right = torch.where(kept, state.residual, 0)
+        change = self._solve(kept, right, state.objective, state, rounded=rounded)
         return Correction(change)
 
     def _on_complement(
@@ -136,9 +136,9 @@ class ConjugateRounds:
         removed = ~self._kept[picked]
         factor = self._problem.factor(torch.float64)
         step = factor.solve_rows(state.residual).contiguous()
-        sides = torch.where(removed, step, 0)
+        right = torch.where(removed, step, 0)
         bound = state.objective - state.excess  # the dual objective
-        rise = self._solve(removed, sides, bound, state, rounded=rounded)
+        rise = self._solve(removed, right, bound, state, rounded=rounded)
         step -= self._system.image(rise)
         rise += state.multipliers
         return Correction(step.masked_fill_(removed, 0), rise)
@@ -146,7 +146,7 @@ class ConjugateRounds:
     def _solve(
         self,
         mask: Tensor,  # (picked, in)
-        sides: Tensor,  # (picked, in)
+        right: Tensor,  # (picked, in)
         value: Tensor,  # (picked,)
         state: RefitState,
         *,
@@ -154,7 +154,7 @@ class ConjugateRounds:
     ) -> Tensor:  # (picked, in)
         found, used = self._system.solve(
             mask,
-            sides,
+            right,
             value,
             ENERGY_FLOOR * state.energy,
             state.excess,

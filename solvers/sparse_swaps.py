@@ -152,16 +152,21 @@ class Pairs:
         weight, drop, add = (part.view(len(mask), -1, size) for part in (weight, drop, add))
         best = torch.empty_like(drop)  # with the best partner, by pruned entry
         for rows, groups, lines in self._tiles(len(mask)):
-            # what two entries of a group have in common, (rows, groups, lines, m)
-            shared = self._blocks[groups, lines] * weight[rows, groups, None]
-            shared.mul_(weight[rows, groups, lines, None]).mul_(-2)
-            shared.add_(add[rows, groups, None])
-            best[rows, groups, lines] = shared.amin(dim=3)
+            best[rows, groups, lines] = _with_partners(
+                self._blocks[groups, lines],
+                weight[rows, groups, lines, None],
+                weight[rows, groups, None],
+                add[rows, groups, None],
+            ).amin(dim=3)
         change, pruned = best.add_(drop).flatten(1).min(dim=1)
         each, group = torch.arange(len(mask), device=mask.device), pruned // size
-        shared = self._blocks[group, pruned % size] * weight[each, group]
-        shared.mul_(weight[each, group, pruned % size, None]).mul_(-2)
-        partner = shared.add_(add[each, group]).argmin(dim=1)
+        line = pruned % size
+        partner = _with_partners(
+            self._blocks[group, line],
+            weight[each, group, line, None],
+            weight[each, group],
+            add[each, group],
+        ).argmin(dim=1)
         return change, pruned, group * size + partner
 
     def _tiles(self, count: int) -> Iterator[tuple[slice, slice, slice]]:
@@ -178,3 +183,8 @@ class Pairs:
                         slice(group, group + groups),
                         slice(line, line + lines),
                     )
+
+
+def _with_partners(gram: Tensor, pruned: Tensor, restored: Tensor, add: Tensor) -> Tensor:
+    """Change by each restored entry, and by what it shares with the pruned one."""
+    return (gram * restored).mul_(pruned).mul_(-2).add_(add)

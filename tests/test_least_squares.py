@@ -73,9 +73,8 @@ def test_memory_budget_changes_the_chunks_and_not_the_answer(method: Any) -> Non
         assert parts.iterations <= whole.iterations  # of one chunk, not of their sum
 
 
-def test_memory_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = make_layer(61, rows=12, drift=0.2)
-    problem = layer.problem(FixedMask(uneven_mask(layer)))
+def recorded_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """List that gets the numbers of rows that are worked on together."""
     chunks = []
     rows_of = LayerProblem.rows
 
@@ -84,6 +83,26 @@ def test_memory_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         return rows_of(self, selection)
 
     monkeypatch.setattr(LayerProblem, "rows", record)
+    return chunks
+
+
+def recorded_rounds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """List that gets the numbers of rows that each run of cg begins with."""
+    rounds = []
+    solve_on = SupportSolver.solve
+
+    def record(self: SupportSolver, mask: Tensor, *args: Any, **options: Any) -> Any:
+        rounds.append(len(mask))
+        return solve_on(self, mask, *args, **options)
+
+    monkeypatch.setattr(SupportSolver, "solve", record)
+    return rounds
+
+
+def test_memory_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer(61, rows=12, drift=0.2)
+    problem = layer.problem(FixedMask(uneven_mask(layer)))
+    chunks = recorded_chunks(monkeypatch)
     # a row needs its vectors and three 16 x 16 systems, 7680 bytes
     lw.solve(problem, LeastSquares(method="direct", memory_budget=2 * 7680))
     assert max(chunks) == 2
@@ -94,14 +113,7 @@ def test_memory_budget_counts_the_side_that_is_factored(
 ) -> None:
     layer = make_layer(62, rows=6, width=16)
     problem = layer.problem(FixedMask(Unstructured(0.25).mask(layer.weight.abs())))
-    chunks = []
-    rows_of = LayerProblem.rows
-
-    def record(self: LayerProblem, selection: Tensor) -> LayerProblem:
-        chunks.append(len(selection))
-        return rows_of(self, selection)
-
-    monkeypatch.setattr(LayerProblem, "rows", record)
+    chunks = recorded_chunks(monkeypatch)
     # a row needs its vectors and three 4 x 4 systems, 1920 bytes
     lw.solve(problem, LeastSquares(method="direct", memory_budget=2 * 1920))
     assert max(chunks) == 2
@@ -275,16 +287,21 @@ def test_rounding_that_breaks_the_gram_is_noticed(method: Any, side: Any) -> Non
     assert bool((objective_rows(problem, solution.weight, damped=True) < start).all())
 
 
-def test_a_round_that_makes_a_row_worse_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = PROBLEMS["correlated"]
-    mask = uneven_mask(layer)
-    mask[:, 0] = False  # a row that keeps everything needs no iteration
-    problem = layer.problem(FixedMask(mask))
+def spoil_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make cg return large weights, whatever is asked."""
     monkeypatch.setattr(
         SupportSolver,
         "solve",
         lambda _, mask, *args, **options: (torch.where(mask, 1e3, 0.0).double(), 1),
     )
+
+
+def test_a_round_that_makes_a_row_worse_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = PROBLEMS["correlated"]
+    mask = uneven_mask(layer)
+    mask[:, 0] = False  # a row that keeps everything needs no iteration
+    problem = layer.problem(FixedMask(mask))
+    spoil_iterations(monkeypatch)
     stopped = lw.solve(problem, LeastSquares(method="cg"))
     masked = torch.where(stopped.mask, layer.weight, 0)
     torch.testing.assert_close(stopped.weight, masked, rtol=0, atol=0)
@@ -334,14 +351,7 @@ def test_one_round_of_the_right_length(side: Any, monkeypatch: pytest.MonkeyPatc
     """Rows that stop early cost another certificate, those that stop late iterations."""
     layer = make_layer(74, rows=8, width=96, tokens=400, condition=300)
     mask = Unstructured(0.5).mask(layer.weight.abs())
-    rounds = []
-    solve_on = SupportSolver.solve
-
-    def record(self: SupportSolver, mask: Tensor, *args: Any, **options: Any) -> Any:
-        rounds.append(len(mask))
-        return solve_on(self, mask, *args, **options)
-
-    monkeypatch.setattr(SupportSolver, "solve", record)
+    rounds = recorded_rounds(monkeypatch)
     solver = LeastSquares(method="cg", side=side, products="float32")
     solution = lw.solve(layer.problem(FixedMask(mask)), solver)
     assert rounds == [8]
@@ -377,11 +387,7 @@ def test_a_start_that_is_never_improved_is_returned(
     best = lw.solve(problem, "least-squares")
     noise = torch.where(best.mask, make_layer(72, *layer.shape).weight, 0)
     start = replace(best, weight=best.weight + 1e-3 * noise)
-    monkeypatch.setattr(
-        SupportSolver,
-        "solve",
-        lambda _, mask, *args, **options: (torch.where(mask, 1e3, 0.0).double(), 1),
-    )
+    spoil_iterations(monkeypatch)
     solver = LeastSquares(method="cg", side="complement")
     stopped = solver.solve(problem, initial=start)
     assert stopped.status is Status.MAX_ITERATIONS
@@ -397,14 +403,7 @@ def test_rows_that_are_certified_are_not_solved_again(
     layer = make_layer(71, rows=8, width=96, tokens=300, condition=1e4)
     mask = Unstructured(0.5).mask(layer.weight.abs())
     mask[:4, :90] = True  # few unknowns, done at once
-    worked = []
-    solve_on = SupportSolver.solve
-
-    def record(self: SupportSolver, mask: Tensor, *args: Any, **options: Any) -> Any:
-        worked.append(len(mask))
-        return solve_on(self, mask, *args, **options)
-
-    monkeypatch.setattr(SupportSolver, "solve", record)
+    worked = recorded_rounds(monkeypatch)
     solver = LeastSquares(method="cg", side="complement", max_iterations=12)
     solution = lw.solve(layer.problem(FixedMask(mask)), solver)
     assert solution.status is Status.OPTIMAL

@@ -29,7 +29,8 @@ from layerwise.moments import Moments
 from layerwise.patterns import FixedMask, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import Status
-from layerwise.solvers.least_squares import LeastSquares, direct_pays
+from layerwise.solvers.least_squares import RANK_SHARE, LeastSquares, direct_pays
+from layerwise.solvers.spread import ratio_of_iterations
 from tests.benchmarks.spectra import FLAT, MIDDLE, STEEP, realistic_gram
 
 SHAPES = ((2048, 2048), (1024, 4096))  # rows, width
@@ -196,7 +197,7 @@ def crossover(repeats: int) -> list[str]:
 
 
 def sides() -> list[str]:
-    """Iterations of cg on either side of the masks, products in float32."""
+    """Iterations of cg on either side of the masks, and their ratio as it is expected."""
     columns = " | ".join(f"{sparsity:g}" for sparsity in SIDES_SPARSITIES)
     lines = [
         f"| spectrum | damping | {columns} |",
@@ -212,8 +213,13 @@ def sides() -> list[str]:
                 taken = []
                 for way in WAYS:
                     solver = replace(way, tolerance=TOLERANCE)
-                    taken.append(f"{seconds_of(solver, problem)[1]}")
-                cells.append(" / ".join(taken))
+                    taken.append(seconds_of(solver, problem)[1])
+                mask = problem.pattern.mask(problem.weight)
+                expected = ratio_of_iterations(problem, mask, width // RANK_SHARE)
+                cells.append(
+                    " / ".join(map(str, taken))
+                    + f" ({taken[1] / taken[2]:.1f}, expected {expected:.1f})"
+                )
             lines.append(f"| {' | '.join(cells)} |")
             sys.stderr.write(lines[-1] + "\n")
     return lines
