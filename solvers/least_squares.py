@@ -55,7 +55,7 @@ EXPECTED_ITERATIONS = 60  # of cg, in proportion to the share of the unknowns
 BATCH_EFFICIENCY = 8  # a flop of a batched factorization takes this many of a product's
 PATIENCE = 2.0  # cg may cost this multiple of the direct solver before it gives up
 MOSTLY_KEPT, MOSTLY_REMOVED = 0.35, 0.7  # shares that decide the side of cg alone
-STALLED = 0.7  # rounds end where no certificate falls below this share of the last
+STALLED = 0.7  # a certificate that does not fall below this share of the last
 ARRAYS_PER_ROW = 12  # (in,) vectors of float64 that cg and the certificate keep per row
 CACHED_ROWS = 512  # more at a time leave the caches of a processor
 RANK_SHARE, LARGEST_RANK = 64, 256  # the model has in / 64 directions
@@ -243,13 +243,13 @@ class _Refit:
             trial = trial.to(self._problem.dtype).double()  # what will be returned
             found = refit_state(open_part, trial, kept[picked], multipliers)
             better = (found.relative < before.relative).nonzero()[:, 0]
-            helped = bool((found.relative < STALLED * before.relative).any())
+            fell = found.relative < STALLED * before.relative
             current[picked[better]] = trial[better]
             state.put(picked[better], found.rows(better))
-            if not helped:
+            if len(rounds) > 1 and not bool(fell.all()):
                 rounds = rounds[1:]
-                if not rounds:
-                    break
+            elif not bool(fell.any()):
+                break
         better = state.relative <= first
         self._weight[rows[better]] = current[better].to(self._weight.dtype)
         self._excess[rows] = torch.where(better, state.relative, first)
