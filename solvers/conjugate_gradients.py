@@ -37,6 +37,7 @@ Products = Literal["auto", "bfloat16", "float32"]
 
 LOOK_EVERY = {"cuda": 4}  # iterations between two looks at which rows are done, else 1
 REPLACE_EVERY = 12  # iterations between two exact residuals, with rounded products
+BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")  # of processors
 NARROW = 512  # below it, other work outweighs the products
 FEWEST_DONE = 0.1  # share of the rows that is worth a smaller batch
 
@@ -238,5 +239,5 @@ def rounding_pays(gram: Tensor) -> bool:
         return False
     if gram.device.type == "cuda":
         return torch.cuda.get_device_capability(gram.device) >= (8, 0)
-    tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)  # no public question
-    return gram.device.type == "cpu" and tiles is not None and bool(tiles())
+    units = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 cannot tell
+    return gram.device.type == "cpu" and any(units.get(name) for name in BFLOAT16_UNITS)

@@ -11,7 +11,7 @@ from layerwise.certificates import RefitState, refit_state
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import FixedMask, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solvers.conjugate_gradients import SupportSolver
+from layerwise.solvers.conjugate_gradients import NARROW, SupportSolver
 from layerwise.solvers.polish import polish
 from tests.problems import PROBLEMS, make_layer, uneven_mask
 from tests.tolerances import ROUNDING
@@ -98,6 +98,24 @@ def test_rounded_products_reach_the_same_answer() -> None:
         0 < float(error.norm()) < float(plain.norm()) / 4
     )  # only the remainder is rounded
     assert not SupportSolver(gram.double(), 8, "bfloat16").can_round
+
+
+@pytest.mark.parametrize(
+    ("units", "rounds"), [("amx_bf16", True), ("avx512_bf16", True), ("avx2", False)]
+)
+def test_wide_grams_round_where_the_processor_has_units(
+    units: str, rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {units: True}, raising=False)
+    assert SupportSolver(torch.eye(NARROW), 0).can_round == rounds
+    assert not SupportSolver(torch.eye(NARROW - 1), 0).can_round
+
+
+def test_torch_that_cannot_tell_its_units_rounds_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not SupportSolver(torch.eye(NARROW), 0).can_round
 
 
 def test_shared_directions_save_iterations() -> None:
