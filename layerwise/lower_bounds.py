@@ -168,8 +168,7 @@ class _ScaledProblem:
             free = dense + problem.factor(torch.float64).solve_rows(shift)
         gram = problem.damped_gram(torch.float64)
         scale = torch.exp2(-(gram.diagonal().log2() / 2).round())
-        gram = gram * scale * scale[:, None]
-        self.gram = (gram + gram.T) / 2  # the objective reads no more of it
+        self.gram = gram * scale * scale[:, None]
         self.scale, self.dense, self.free = scale, dense / scale, free / scale
         self.shift = None if shift is None else shift * scale
         self.drift = problem.drift
@@ -214,6 +213,8 @@ class _ScaledProblem:
             direction, importance = self._relaxed(prepared, start)
             directions.append(direction)
             yield self.evaluate(prepared, direction)
+            if index + 1 == ROUNDS:
+                break
             # the best bound is concave in D, with `importance` as its slope: Frank-Wolfe
             better = weighted_split(self.gram, split[:, 0, 0], importance)[:, None, None]
             split = proven_split(self.gram, torch.lerp(split, better, 1 / (index + 2)))

@@ -103,6 +103,7 @@ def _shares(
     if root is None:
         root = (1 + PENALTY) / sizes.mean(dim=1, keepdim=True).clamp(min=TINY)
     root = torch.maximum(root, low)
+    rounding = torch.finfo(sizes.dtype).eps * sizes.shape[1]  # of a sum of shares
     for _ in range(ROOT_STEPS):
         raw = (sizes * root - 1) / PENALTY
         share = raw.clamp(0, 1)
@@ -113,7 +114,8 @@ def _shares(
         step = root - excess / slope.clamp(min=TINY)
         middle = torch.where(torch.isinf(high), 2 * low, (low + high) / 2)
         inside = (step > low) & (step < high)
-        root = torch.where(excess == 0, root, torch.where(inside, step, middle))
+        found = excess.abs() <= rounding  # from there, a step may leave the bracket
+        root = torch.where(found, root, torch.where(inside, step, middle))
     share = ((sizes * root - 1) / PENALTY).clamp(0, 1)
     return share.view_as(centre), root
 
