@@ -37,7 +37,8 @@ class RefitState:
         ``T - w G - y`` of the damped problem, shape (out, in). With the natural
         multipliers it is zero off the support.
     multipliers
-        y, what the weights off the support would still gain; zero on it, shape (out, in).
+        y, zero on the support, shape (out, in). Off it, the natural ones are minus half the
+        gradient of the objective.
     objective
         Damped objective, shape (out,).
     excess
@@ -100,6 +101,24 @@ def refit_state(
     return RefitState(rest, multipliers, objective, excess, relative, problem.energy)
 
 
+def dense_state(problem: LayerProblem, mask: Tensor) -> RefitState:
+    """State of the dense weight on a mask, with multipliers of zero.
+
+    If both models see the same inputs, it can lose its whole objective, because the dense
+    weight has none: the cost is one product.
+    """
+    weight = torch.where(mask, problem.weight.double(), 0)
+    zeros = torch.zeros_like(weight)
+    if problem.shift is not None or problem.factor(torch.float64).raised:
+        return refit_state(problem, weight, mask, zeros)
+    gradient = residual(problem, weight)
+    objective = objective_from_residual(problem, weight, gradient)
+    relative = relative_excess(problem, objective, objective)
+    return RefitState(
+        gradient, zeros, objective, objective.clone(), relative, problem.energy
+    )
+
+
 def refit_excess(problem: LayerProblem, weight: Tensor, mask: Tensor) -> Tensor:
     """Bound on every row's excess over its damped optimum on the mask, relative to it.
 
@@ -123,7 +142,8 @@ def refit_excess(problem: LayerProblem, weight: Tensor, mask: Tensor) -> Tensor:
 def relative_excess(problem: LayerProblem, objective: Tensor, excess: Tensor) -> Tensor:
     """Excess of every row divided by a lower bound of its damped optimum; all (out,)."""
     floor = torch.maximum(objective - excess, ENERGY_FLOOR * problem.energy)
-    return torch.where(excess > 0, excess / floor, torch.zeros_like(excess))
+    relative = torch.where(excess == 0, 0, excess / floor)
+    return relative.nan_to_num(nan=torch.inf, posinf=torch.inf)  # of which nothing is known
 
 
 def refit_certificate(problem: LayerProblem, weight: Tensor, mask: Tensor) -> Certificate:

@@ -64,11 +64,11 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return left.to(precision).T @ right.to(precision)
 
 
-def precision_of(tokens: Tensor, device: torch.device) -> torch.dtype:
-    """Precision in which activations are multiplied on a device."""
-    if tokens.dtype == torch.bfloat16 and exact_bfloat16(device):
+def precision_of(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Precision in which activations of a type are multiplied on a device."""
+    if dtype == torch.bfloat16 and exact_bfloat16(device):
         return torch.bfloat16
-    return torch.float64 if tokens.dtype == torch.float64 else torch.float32
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @cache

@@ -7,6 +7,7 @@ Nothing is clipped and no other matrix is put in place of the gram.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,17 +41,21 @@ class Factor:
         """Whether the damping had to be raised."""
         return self.damping > self.requested
 
+    @cached_property
+    def smallest_pivot(self) -> float:
+        """Smallest share of a diagonal entry that elimination leaves."""
+        lengths = torch.linalg.vector_norm(self.lower, dim=1)
+        return float((self.lower.diagonal() / lengths).square().min())
+
     def holds_in(self, dtype: torch.dtype) -> bool:
         """Whether the pivots stand out of the rounding of a precision."""
-        diagonal = self.lower.square().sum(dim=1)
-        pivots = self.lower.diagonal().square() / diagonal
-        return float(pivots.min()) > torch.finfo(dtype).eps * len(self.lower)
+        return self.smallest_pivot > torch.finfo(dtype).eps * len(self.lower)
 
     def solve_rows(self, rows: Tensor) -> Tensor:
         """``rows @ inverse`` for a matrix (m, in) of row vectors."""
-        right_sides = rows.to(self.lower.dtype).T
-        solved: Tensor = torch.cholesky_solve(right_sides, self.lower).T
-        return solved.to(rows.dtype)
+        half = self._half_solved(rows)
+        solved = torch.linalg.solve_triangular(self.lower.T, half, upper=True)
+        return solved.T.to(rows.dtype)
 
     def inverse_diagonal(self) -> Tensor:
         """Diagonal of the inverse, shape (in,)."""
@@ -58,9 +63,12 @@ class Factor:
 
     def inverse_norms(self, rows: Tensor) -> Tensor:
         """``r inverse r^T`` of every row r of a matrix (m, in), shape (m,)."""
+        return self._half_solved(rows).square_().sum(dim=0)
+
+    def _half_solved(self, rows: Tensor) -> Tensor:  # (in, m)
         right_sides = rows.to(self.lower.dtype).T
         half: Tensor = torch.linalg.solve_triangular(self.lower, right_sides, upper=False)
-        return half.square_().sum(dim=0)
+        return half
 
 
 def damped(

@@ -48,7 +48,8 @@ class Moments:
     Parameters
     ----------
     gram
-        ``Xhat Xhat^T / tokens``, shape (in, in), symmetric positive semi-definite.
+        ``Xhat Xhat^T / tokens``, shape (in, in), symmetric positive semi-definite. What it
+        lacks of symmetry by rounding is averaged: the objective reads no more of it.
     cross_gram
         ``X Xhat^T / tokens``, shape (in, in); None if the dense and the pruned model see
         the same inputs.
@@ -81,7 +82,8 @@ class Moments:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, value.detach().to(torch.float64))
-        _check_gram(self.gram, self.may_vanish)
+        if not _check_gram(self.gram, self.may_vanish):  # the objective reads no more of it
+            object.__setattr__(self, "gram", (self.gram / 2).add_(self.gram.T, alpha=0.5))
         if self.cross_gram is not None:
             _check_matrix(self.cross_gram, "cross_gram", self.width)
         for name in VECTORS:
@@ -296,7 +298,7 @@ class MomentAccumulator:
         device = self._gram.device
         exponent = math.frexp(float(largest))[1]
         exponent = max(-MAX_EXPONENT, min(MAX_EXPONENT, exponent))
-        tokens = tokens.to(device, precision_of(tokens, device), copy=True)
+        tokens = tokens.to(device, precision_of(tokens.dtype, device), copy=True)
         return tokens.mul_(2.0**-exponent), exponent
 
     def _update_pair(
@@ -427,7 +429,8 @@ def _check_matrix(matrix: Tensor, name: str, width: int) -> None:
         raise InvalidProblemError(message)
 
 
-def _check_gram(gram: Tensor, may_vanish: bool) -> None:
+def _check_gram(gram: Tensor, may_vanish: bool) -> bool:
+    """Raise unless it is a gram up to rounding; returns whether it is exactly symmetric."""
     if gram.dim() != 2:
         message = f"gram is a square matrix, got shape {tuple(gram.shape)}"
         raise InvalidProblemError(message)
@@ -440,10 +443,12 @@ def _check_gram(gram: Tensor, may_vanish: bool) -> None:
     if not may_vanish and not bool((diagonal > 0).any()):
         message = "gram is zero: every input is zero in every token"
         raise InvalidProblemError(message)
-    root = diagonal.sqrt()
+    root, symmetric = diagonal.sqrt(), True
     for rows in slabs(len(gram)):  # no copy of a large gram
         part, bound = gram[rows], torch.outer(root[rows], root)
-        wrong = (part - gram[:, rows].T).abs() > SLACK * bound
+        apart = (part - gram[:, rows].T).abs()
+        symmetric = symmetric and not bool(apart.any())
+        wrong = apart > SLACK * bound
         if bool(wrong.any()):
             row, column = wrong.nonzero()[0].tolist()
             row += rows.start
@@ -461,3 +466,4 @@ def _check_gram(gram: Tensor, may_vanish: bool) -> None:
                 f"sqrt(G[{row}, {row}] G[{column}, {column}])"
             )
             raise InvalidProblemError(message)
+    return symmetric

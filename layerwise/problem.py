@@ -88,6 +88,10 @@ class LayerProblem:
             raise InvalidProblemError(message)
         if self.gradient_norm is not None:
             _check_gradient_norm(self.gradient_norm, self.weight)
+        for name in ("weight", "energy", "gradient_norm"):  # parameters of a model
+            value = getattr(self, name)
+            if value is not None and value.requires_grad:
+                object.__setattr__(self, name, value.detach())
 
     @classmethod
     def from_inputs(
@@ -165,7 +169,10 @@ class LayerProblem:
             follows without cancellation; what :class:`MomentAccumulator` collects.
         """
         _check_weight(weight, moments)
+        weight = weight.detach()
         known: dict[str, Tensor] = {}
+        if drift is not None and moments.cross_gram is not None:
+            known["drift"] = drift.detach().double()
         if energy is None:
             energy = _row_forms(weight, moments.gram)
             if moments.cross_gram is not None:
@@ -175,15 +182,10 @@ class LayerProblem:
                         "from gram and cross_gram: pass energy or drift"
                     )
                     raise InvalidProblemError(message)
-                shift = _shift(weight, moments)
-                energy += drift + 2 * _row_dots(shift, weight)
-                known = {"shift": shift, "drift": drift.double()}
+                known["shift"] = _shift(weight, moments)
+                energy += known["drift"] + 2 * _row_dots(known["shift"], weight)
             energy = energy.clamp(min=0)
-        if isinstance(gradient_norm, Tensor):
-            gradient_norm = gradient_norm.detach()
-        problem = cls(
-            weight.detach(), moments, pattern, energy.double(), damping, gradient_norm
-        )
+        problem = cls(weight, moments, pattern, energy.double(), damping, gradient_norm)
         vars(problem).update(known)  # cached properties: each would be a product again
         return problem
 
@@ -302,7 +304,8 @@ class LayerProblem:
         Only for a :class:`FixedMask`; rows are independent once the mask is fixed.
         """
         assert isinstance(self.pattern, FixedMask)
-        kept, gradient_norm = self.pattern.kept[selection], self.gradient_norm
+        kept = self.pattern.mask(self.weight)[selection]
+        gradient_norm = self.gradient_norm
         part = replace(
             self,
             weight=self.weight[selection],
@@ -370,7 +373,7 @@ def _row_forms(
     """``w G w^T`` of every row, some rows at a time."""
     found = []
     for rows in slabs(len(weight)):
-        part = weight[rows].detach().double()
+        part = weight[rows].double()
         found.append((part @ gram).mul_(part).sum(dim=1))
     return torch.cat(found)
 
@@ -380,7 +383,7 @@ def _row_dots(
     other: Tensor,  # (out, in)
 ) -> Tensor:  # (out,)
     """Inner products of the rows of two matrices."""
-    found = [(one[r] * other[r].detach()).sum(dim=1) for r in slabs(len(one))]
+    found = [(one[r] * other[r]).sum(dim=1) for r in slabs(len(one))]
     return torch.cat(found)
 
 

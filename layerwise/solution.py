@@ -22,7 +22,8 @@ class Status(StrEnum):
     """How a solution relates to the problem as posed, its pattern included."""
 
     OPTIMAL = "optimal"
-    """The certificate bounds the excess over the optimum by the solver's tolerance."""
+    """The certificate bounds the excess over the optimum by the solver's tolerance, at the
+    damping in the stats if the gram was singular at that of the problem."""
     FEASIBLE = "feasible"
     """The pattern holds; a heuristic chose the mask and nothing is claimed about it."""
     MAX_ITERATIONS = "max_iterations"

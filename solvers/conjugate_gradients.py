@@ -112,7 +112,7 @@ class SupportSolver:
         Parameters
         ----------
         mask
-            Support S of each row, True = kept.
+            Support S of each row, True = in it.
         residuals
             ``r_S``, minus half the gradient of the objective.
         objective
@@ -176,7 +176,7 @@ class SupportSolver:
 
 
 class _Batch:
-    """Rows that still iterate, with work space, so that an iteration allocates nothing."""
+    """Rows that still iterate, with the work space of an iteration."""
 
     def __init__(
         self,

@@ -86,6 +86,8 @@ class FactorModel:
         Cost: O(rows in rank^2), and rank^3 per row.
         """
         rows, rank = len(kept), self.rank
+        if rank == 0:
+            return RestrictedModel(self, kept, self.basis.new_empty(rows, 0, 0))
         matrix = self.basis.new_empty(rows, rank, rank)
         for begin in range(0, rank, BLOCK):  # below the diagonal, all rows in one product
             end = min(begin + BLOCK, rank)

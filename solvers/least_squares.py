@@ -13,7 +13,7 @@ inner solvers work on either side, in the precision in which the gram factors:
 Weights and residuals are float64, and each correction (:mod:`.refit_rounds`) repeats until
 the certificate of every row (:func:`layerwise.certificates.refit_state`) is below the
 tolerance: iterative refinement. Rows that are there leave. Starting at the dense weight, a
-full mask returns it bit for bit.
+full mask returns it bit for bit where both models see the same inputs.
 
 References
 ----------
@@ -32,7 +32,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from layerwise.certificates import RefitState, certificate_of, refit_state
+from layerwise.certificates import (
+    RefitState,
+    certificate_of,
+    dense_state,
+    refit_state,
+)
 from layerwise.chunks import in_chunks
 from layerwise.errors import MemoryBudgetError
 from layerwise.evaluate import evaluate
@@ -46,7 +51,7 @@ from layerwise.solvers.refit_rounds import (
     Round,
     Side,
     direct_round,
-    precision_of,
+    inner_precision,
 )
 from layerwise.solvers.spread import complement_is_easier
 
@@ -73,7 +78,7 @@ class LeastSquares:
         ``"direct"``, ``"cg"``, or ``"auto"``: the cheaper one, and direct for rows on
         which cg missed the tolerance.
     max_iterations
-        Of cg, per correction.
+        Of cg, per correction; with ``"auto"`` no more than pay against direct.
     rank
         Directions of the model that preconditions cg on supports; None is a 64th of the
         width, 0 the diagonal alone.
@@ -84,7 +89,7 @@ class LeastSquares:
     side
         Where the systems are posed: on the ``"support"`` of a row, for its weights, on
         the ``"complement"``, for the multipliers of the weights that are gone, or
-        ``"auto"``, where fewer iterations are expected.
+        ``"auto"``, where less time is expected.
     memory_budget
         Bytes for the row systems; rows are solved in chunks that fit, and chunks that do
         not fit the device after all are halved.
@@ -105,6 +110,7 @@ class LeastSquares:
         check_one_of(self, "method", "auto", "direct", "cg")
         check_one_of(self, "products", "auto", "bfloat16", "float32")
         check_one_of(self, "side", "auto", "support", "complement")
+        check_at_least(self, max_iterations=0, tolerance=0, memory_budget=1)
         if self.rank is not None:
             check_at_least(self, rank=0)
 
@@ -139,12 +145,17 @@ class LeastSquares:
         problem = problem.with_damping(damping)
         weight = torch.where(mask, start.to(problem.dtype), 0)
         excess = torch.zeros_like(problem.energy)
-        pending = torch.arange(len(weight), device=weight.device)
+        pending = mask.any(dim=1).nonzero()[:, 0]  # rows that keep nothing are done
         iterations = 0
-        for method in self._methods(problem, mask):
+        for method in self._methods(problem, mask[pending]):
             side = self._side(problem, mask[pending], method)
             refit = _Refit(self, problem, weight, mask, excess, method, side)
-            in_chunks(pending, self._chunk(problem, mask[pending], method, side), refit)
+            try:
+                in_chunks(pending, self._chunk(problem, mask[pending], method, side), refit)
+            except MemoryBudgetError:
+                if iterations == 0:
+                    raise
+                break  # what cg has found is not lost
             iterations += refit.iterations
             pending = (~(excess <= self.tolerance)).nonzero()[:, 0]
             if len(pending) == 0:
@@ -161,12 +172,15 @@ class LeastSquares:
         )
 
     def _methods(self, problem: LayerProblem, mask: Tensor) -> tuple[str, ...]:
+        if len(mask) == 0:
+            return ()
         if self.method != "auto":
             return (self.method,)
-        return ("direct",) if direct_pays(problem, mask) else ("cg", "direct")
+        pays = direct_pays(problem, mask, self.side)
+        return ("direct",) if pays else ("cg", "direct")
 
     def _side(self, problem: LayerProblem, mask: Tensor, method: str) -> Side:
-        """Where fewer unknowns are or, for cg and little between them, iterations."""
+        """Where fewer unknowns are or, for cg and little between them, less time goes."""
         if self.side != "auto":
             return self.side
         if method == "direct":
@@ -184,7 +198,7 @@ class LeastSquares:
     def _chunk(self, problem: LayerProblem, mask: Tensor, method: str, side: Side) -> int:
         """Rows that fit the memory budget."""
         width = problem.shape[1]
-        itemsize = precision_of(problem).itemsize
+        itemsize = inner_precision(problem).itemsize
         per_row = 8 * ARRAYS_PER_ROW * width
         if method == "direct":
             per_row += 3 * _unknowns(mask, side) ** 2 * itemsize
@@ -196,8 +210,10 @@ class LeastSquares:
         if chunk < 1:
             message = (
                 f"one row of this refit needs {per_row} bytes, the memory budget is "
-                f"{self.memory_budget}; raise it or use LeastSquares(method='cg')"
+                f"{self.memory_budget}: raise it"
             )
+            if method == "direct":
+                message += " or use LeastSquares(method='cg')"
             raise MemoryBudgetError(message)
         return int(chunk)
 
@@ -219,7 +235,6 @@ class _Refit:
         self._weight, self._mask, self._excess = weight, mask, excess
         self._method = method
         self._side: Side = side
-        self._conjugate: ConjugateRounds | None = None
         self.iterations = 0  # of the chunk that took most
 
     def __call__(self, rows: Tensor) -> None:
@@ -227,13 +242,17 @@ class _Refit:
         part = self._problem.rows(rows)
         current, kept = self._weight[rows].double(), self._mask[rows]
         state, first = self._begin(part, current, kept)
-        rounds: list[Round] | None = None
+        rounds: list[Round] = []
+        conjugate: ConjugateRounds | None = None
         for _ in range(REFINEMENTS):
             picked = self._open(state)
             if len(picked) == 0:
                 break
-            if rounds is None:
-                rounds = self._rounds(part, kept)
+            if not rounds and self._method == "direct":
+                rounds = [direct_round(part, kept, self._side)]
+            elif not rounds:
+                conjugate = self._conjugate_rounds(part, kept)
+                rounds = conjugate.rounds()
             whole = len(picked) == len(rows)
             open_part, before = (
                 (part, state) if whole else (part.rows(picked), state.rows(picked))
@@ -253,8 +272,8 @@ class _Refit:
         better = state.relative <= first
         self._weight[rows[better]] = current[better].to(self._weight.dtype)
         self._excess[rows] = torch.where(better, state.relative, first)
-        if rounds is not None and self._conjugate is not None:
-            self.iterations = max(self.iterations, self._conjugate.iterations)
+        if conjugate is not None:
+            self.iterations = max(self.iterations, conjugate.iterations)
 
     def _begin(
         self, part: LayerProblem, weight: Tensor, kept: Tensor
@@ -269,31 +288,28 @@ class _Refit:
             state = refit_state(part, weight, kept)
             return state, state.relative.clone()
         dense = torch.where(kept, part.weight.double(), 0)
-        zeros = torch.zeros_like(weight)
         if torch.equal(weight, dense):
-            state = refit_state(part, weight, kept, zeros)
+            state = dense_state(part, kept)
             return state, state.relative.clone()
         state = refit_state(part, weight, kept)
         first, picked = state.relative.clone(), self._open(state)
         if len(picked) > 0:
             weight[picked] = dense[picked]
-            problem, mask = part.rows(picked), kept[picked]
-            state.put(picked, refit_state(problem, weight[picked], mask, zeros[picked]))
+            state.put(picked, dense_state(part.rows(picked), kept[picked]))
         return state, first
 
     def _open(self, state: RefitState) -> Tensor:
         """Indices of the rows that are not certified yet."""
         return (~(state.relative <= self._solver.tolerance)).nonzero()[:, 0]
 
-    def _rounds(self, part: LayerProblem, kept: Tensor) -> list[Round]:
+    def _conjugate_rounds(self, part: LayerProblem, kept: Tensor) -> ConjugateRounds:
         solver = self._solver
-        if self._method == "direct":
-            return [direct_round(part, kept, self._side)]
         limit = solver.max_iterations
         if solver.method == "auto":
-            worth = PATIENCE * _flops_of_direct(kept) / _flops_of_iteration(part)
+            direct = _flops_of_direct(_unknowns(kept, solver.side))
+            worth = PATIENCE * direct / _flops_of_iteration(part)
             limit = min(limit, 1 + int(worth))
-        self._conjugate = ConjugateRounds(
+        return ConjugateRounds(
             part,
             kept,
             self._side,
@@ -302,28 +318,29 @@ class _Refit:
             solver.tolerance,
             limit,
         )
-        return self._conjugate.rounds()
 
 
-def direct_pays(problem: LayerProblem, mask: Tensor) -> bool:
+def direct_pays(
+    problem: LayerProblem, mask: Tensor, side: Side | Literal["auto"] = "auto"
+) -> bool:
     """Whether factoring the system of every row is expected to be the cheaper way."""
-    iterations = EXPECTED_ITERATIONS * _fewest_unknowns(mask) / problem.shape[1]
-    return _flops_of_direct(mask) <= iterations * _flops_of_iteration(problem)
+    unknowns = _unknowns(mask, side)
+    iterations = EXPECTED_ITERATIONS * unknowns / problem.shape[1]
+    return _flops_of_direct(unknowns) <= iterations * _flops_of_iteration(problem)
 
 
-def _unknowns(mask: Tensor, side: Side) -> int:
-    """Most weights that a row keeps, or that it loses."""
+def _unknowns(mask: Tensor, side: Side | Literal["auto"]) -> int:
+    """Most weights that a row keeps, or that it loses, or the smaller of the two."""
     kept = mask.sum(dim=1)
-    counts = kept if side == "support" else mask.shape[1] - kept
-    return int(counts.amax())
+    most = {
+        "support": int(kept.amax()),
+        "complement": mask.shape[1] - int(kept.amin()),
+    }
+    return min(most.values()) if side == "auto" else most[side]
 
 
-def _fewest_unknowns(mask: Tensor) -> int:
-    return min(_unknowns(mask, "support"), _unknowns(mask, "complement"))
-
-
-def _flops_of_direct(mask: Tensor) -> float:
-    return BATCH_EFFICIENCY * _fewest_unknowns(mask) ** 3 / 3
+def _flops_of_direct(unknowns: int) -> float:
+    return BATCH_EFFICIENCY * unknowns**3 / 3
 
 
 def _flops_of_iteration(problem: LayerProblem) -> float:

@@ -42,7 +42,7 @@ class Correction(NamedTuple):
 Round = Callable[[RefitState, Tensor], Correction]
 
 
-def precision_of(problem: LayerProblem) -> torch.dtype:
+def inner_precision(problem: LayerProblem) -> torch.dtype:
     """Precision of inner solvers: float64 if the weight or the gram needs it."""
     factor = problem.factor(torch.float64)
     return problem.dtype if factor.holds_in(problem.dtype) else torch.float64
@@ -51,12 +51,12 @@ def precision_of(problem: LayerProblem) -> torch.dtype:
 def inverse_of(problem: LayerProblem) -> Tensor:
     """Inverse of the damped gram in the precision of inner solvers."""
     factor = problem.factor(torch.float64)
-    return torch.cholesky_inverse(factor.lower).to(precision_of(problem))
+    return torch.cholesky_inverse(factor.lower).to(inner_precision(problem))
 
 
 def direct_round(problem: LayerProblem, kept: Tensor, side: Side) -> Round:
     """Solve the system of every row by a factorization of its own."""
-    precision = precision_of(problem)
+    precision = inner_precision(problem)
     if side == "complement":
         key = ("inverse", problem.damping, precision)
         inverse = problem.moments.shared(key, lambda: inverse_of(problem))
@@ -74,6 +74,9 @@ def direct_round(problem: LayerProblem, kept: Tensor, side: Side) -> Round:
 
 class ConjugateRounds:
     """Rounds by conjugate gradients on one side of the masks.
+
+    On complements, the first one begins at the dense weight and at zero multipliers
+    (:func:`layerwise.certificates.dense_state`).
 
     Parameters
     ----------
@@ -105,8 +108,9 @@ class ConjugateRounds:
     ) -> None:
         self._problem, self._kept, self._side = problem, kept, side
         self._tolerance, self._limit = tolerance, max_iterations
+        self._at_dense = side == "complement"
         self.iterations = 0  # of all rounds
-        precision = precision_of(problem)
+        precision = inner_precision(problem)
 
         def make() -> SupportSolver:
             if side == "complement":
@@ -134,8 +138,12 @@ class ConjugateRounds:
         self, state: RefitState, picked: Tensor, *, rounded: bool
     ) -> Correction:
         removed = ~self._kept[picked]
-        factor = self._problem.factor(torch.float64)
-        step = factor.solve_rows(state.residual).contiguous()
+        if self._at_dense and self._problem.shift is None:  # no need to solve for it
+            step = torch.where(removed, self._problem.weight[picked].double(), 0)
+        else:
+            factor = self._problem.factor(torch.float64)
+            step = factor.solve_rows(state.residual).contiguous()
+        self._at_dense = False
         right = torch.where(removed, step, 0)
         bound = state.objective - state.excess  # the dual objective
         rise = self._solve(removed, right, bound, state, rounded=rounded)

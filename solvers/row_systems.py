@@ -10,13 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Correction = Callable[[Tensor], Tensor]  # residual (rows, in) -> change (rows, in)
+RowSolve = Callable[[Tensor], Tensor]  # residual (rows, in) -> change (rows, in)
 
 
 def solve_on_supports(
     gram: Tensor,  # (in, in)
     mask: Tensor,  # (rows, in)
-) -> Correction:
+) -> RowSolve:
     """Solver of ``d_S G_SS = r_S`` for all rows, each with its own support S.
 
     Batched Cholesky of the gathered systems; shorter rows are padded with identity.
@@ -28,12 +28,13 @@ def solve_on_supports(
     padding = torch.arange(size, device=mask.device) >= counts[:, None]
     index = order.masked_fill(padding, width)
     bordered = torch.nn.functional.pad(gram, (0, 1, 0, 1))
-    systems = bordered[index[:, :, None], index[:, None, :]]
+    # one index: of two, a GPU makes copies of the size of the systems
+    systems = bordered.take(index[:, :, None] * (width + 1) + index[:, None, :])
     systems.diagonal(dim1=1, dim2=2).add_(padding.to(gram.dtype))
     lower, info = torch.linalg.cholesky_ex(systems)
     if bool((info > 0).any()):
         lower, info = torch.linalg.cholesky_ex(systems.double())
-        lower[info > 0] = torch.nan  # a failed factor must show in the weights
+        lower[info > 0] = torch.nan  # no certificate accepts the weights that follow
     del systems
 
     def correct(residuals: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def solve_on_supports(
 def solve_on_complements(
     inverse: Tensor,  # (in, in)
     mask: Tensor,  # (rows, in)
-) -> Correction:
+) -> RowSolve:
     """The same answers from the inverse of the gram: O(removed^3 / 3) a row."""
     pull = solve_on_supports(inverse, ~mask)
 

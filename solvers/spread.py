@@ -24,7 +24,8 @@ MODEL_COST = 1.25  # of an iteration with the model of the gram, to one without
 
 def complement_is_easier(problem: LayerProblem, mask: Tensor, rank: int) -> bool:
     """Whether the systems of the removed weights are expected to take less time."""
-    return MODEL_COST * ratio_of_iterations(problem, mask, rank) >= 1
+    cost = MODEL_COST if rank > 0 else 1.0
+    return cost * ratio_of_iterations(problem, mask, rank) >= 1
 
 
 def ratio_of_iterations(problem: LayerProblem, mask: Tensor, rank: int) -> float:

@@ -207,3 +207,36 @@ def test_ten_thousand_bounds_are_not_below_the_excess() -> None:
         best = objective_rows(problem, weight + torch.where(kept, solved, 0), damped=True)
         slack = ROUNDING * problem.energy
         assert bool(((state.objective - excess - best).abs() <= slack).all())
+
+
+def test_weights_that_are_no_numbers_are_not_certified() -> None:
+    layer = PROBLEMS["correlated"]
+    mask = uneven_mask(layer)
+    problem = layer.problem(FixedMask(mask))
+    best = lw.solve(problem, "least-squares").weight.clone()
+    row = int(mask.sum(dim=1).argmax())
+    best[row, int(mask[row].nonzero()[0])] = torch.nan
+    relative = refit_excess(problem, best, mask)
+    assert relative[row] == torch.inf
+    assert refit_certificate(problem, best, mask).bound == torch.inf
+    others = torch.arange(len(mask)) != row
+    assert bool(torch.isfinite(relative[others]).all())
+
+
+def test_bounds_hold_where_a_gram_was_given_with_a_slight_asymmetry() -> None:
+    """As in files of other programs; the objective reads the symmetric part."""
+    width = 101
+    gram = torch.eye(width, dtype=torch.float64)
+    gram[1:, 0] = 9e-5
+    mask = torch.zeros(1, width, dtype=torch.bool)
+    mask[:, 0] = True
+    problem = lw.LayerProblem.from_moments(
+        torch.ones(1, width, dtype=torch.float64),
+        lw.Moments(gram),
+        pattern=FixedMask(mask),
+    )
+    found = lw.solve(problem, "least-squares")
+    assert found.status is lw.Status.OPTIMAL
+    pull = float(gram[1:, 0].sum()) / 2  # half of it is above the diagonal
+    expected = 1 + pull / (1 + problem.ridge)
+    assert float(found.weight[0, 0]) == pytest.approx(expected, rel=ROUNDING)

@@ -21,7 +21,7 @@ from layerwise.problem import LayerProblem
 from layerwise.solution import Status
 from layerwise.solvers.conjugate_gradients import SupportSolver
 from layerwise.solvers.fista import Fista
-from layerwise.solvers.least_squares import LeastSquares
+from layerwise.solvers.least_squares import LeastSquares, direct_pays
 from tests.problems import PROBLEMS, Layer, layers, make_layer, patterns, uneven_mask
 from tests.reference import Equations
 from tests.tolerances import CLOSED_FORM, EQUIVARIANCE, REFIT_REFERENCE, ROUNDING
@@ -122,7 +122,7 @@ def test_memory_budget_counts_the_side_that_is_factored(
 def test_memory_budget_too_small_for_one_row() -> None:
     problem = PROBLEMS["plain"].problem(FixedMask(torch.arange(96).view(6, 16) % 2 == 0))
     # vectors, and three 8 x 8 systems
-    with pytest.raises(MemoryBudgetError, match=r"needs 3072 bytes.* budget is 100; raise"):
+    with pytest.raises(MemoryBudgetError, match=r"needs 3072 bytes.* budget is 100: raise"):
         lw.solve(problem, LeastSquares(method="direct", memory_budget=100))
 
 
@@ -287,21 +287,24 @@ def test_rounding_that_breaks_the_gram_is_noticed(method: Any, side: Any) -> Non
     assert bool((objective_rows(problem, solution.weight, damped=True) < start).all())
 
 
-def spoil_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make cg return large weights, whatever is asked."""
+def spoil_iterations(monkeypatch: pytest.MonkeyPatch, weight: float = 1e3) -> None:
+    """Make cg return one weight for all, whatever is asked."""
     monkeypatch.setattr(
         SupportSolver,
         "solve",
-        lambda _, mask, *args, **options: (torch.where(mask, 1e3, 0.0).double(), 1),
+        lambda _, mask, *args, **options: (torch.where(mask, weight, 0.0).double(), 1),
     )
 
 
-def test_a_round_that_makes_a_row_worse_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("weight", [1e3, math.nan])
+def test_a_round_that_makes_a_row_worse_is_dropped(
+    weight: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer = PROBLEMS["correlated"]
     mask = uneven_mask(layer)
     mask[:, 0] = False  # a row that keeps everything needs no iteration
     problem = layer.problem(FixedMask(mask))
-    spoil_iterations(monkeypatch)
+    spoil_iterations(monkeypatch, weight)
     stopped = lw.solve(problem, LeastSquares(method="cg"))
     masked = torch.where(stopped.mask, layer.weight, 0)
     torch.testing.assert_close(stopped.weight, masked, rtol=0, atol=0)
@@ -460,4 +463,51 @@ def test_matrices_with_the_same_inputs_share_the_preparation(
 )
 def test_unknown_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
+        LeastSquares(**options)
+
+
+def test_what_cg_has_found_is_not_lost_where_direct_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = make_layer(75, rows=6, width=64, tokens=200)
+    mask = Unstructured(0.5).mask(layer.weight.abs())
+    problem = layer.problem(FixedMask(mask))
+    monkeypatch.setattr(LeastSquares, "_methods", lambda *_: ("cg", "direct"))
+    solver = LeastSquares(tolerance=0, memory_budget=10_000)
+    found = lw.solve(problem, solver)
+    assert found.status is Status.MAX_ITERATIONS
+    assert found.certificate is not None
+    assert found.certificate.bound < LeastSquares.tolerance
+    monkeypatch.setattr(LeastSquares, "_methods", lambda *_: ("direct",))
+    with pytest.raises(MemoryBudgetError, match="or use LeastSquares\\(method='cg'\\)"):
+        lw.solve(problem, solver)
+
+
+def test_rows_that_keep_nothing_are_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On complements they would be the hardest: every multiplier is an unknown."""
+    layer = make_layer(76, rows=8, width=96, tokens=300)
+    mask = Unstructured(0.3).mask(layer.weight.abs())
+    mask[3] = False
+    worked = recorded_rounds(monkeypatch)
+    solver = LeastSquares(method="cg", side="complement")
+    found = lw.solve(layer.problem(FixedMask(mask)), solver)
+    assert found.status is Status.OPTIMAL
+    assert not found.weight[3].any()
+    assert max(worked) == 7
+
+
+def test_the_price_is_that_of_the_side_that_was_asked_for() -> None:
+    layer = make_layer(77, rows=4, width=256, tokens=600)
+    problem = layer.problem(FixedMask(Unstructured(0.05).mask(layer.weight.abs())))
+    mask = problem.pattern.mask(problem.weight)
+    assert direct_pays(problem, mask)
+    assert direct_pays(problem, mask, "complement")
+    assert not direct_pays(problem, mask, "support")
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_iterations": -1}, {"tolerance": math.nan}, {"memory_budget": 0}]
+)
+def test_options_that_mean_nothing_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(options))} must be at least"):
         LeastSquares(**options)

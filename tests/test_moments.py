@@ -344,3 +344,13 @@ def test_products_in_bfloat16_are_exact(monkeypatch: pytest.MonkeyPatch) -> None
     assert set(seen) == {torch.bfloat16, torch.float32}
     for name in ("gram", "cross_gram", "drift"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+
+
+def test_a_gram_that_is_symmetric_up_to_rounding_is_kept_symmetric() -> None:
+    gram = torch.eye(3, dtype=torch.float64)
+    assert Moments(gram).gram.data_ptr() == gram.data_ptr()  # no copy of what is right
+    gram[0, 1] = 5e-5
+    kept = Moments(gram).gram
+    assert torch.equal(kept, kept.T)
+    assert float(kept[0, 1]) == pytest.approx(2.5e-5)
+    assert float(gram[0, 1]) == 5e-5  # what was given is left alone

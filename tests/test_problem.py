@@ -16,6 +16,7 @@ from layerwise.evaluate import objective_rows, relative_error, residual
 from layerwise.moments import Moments
 from layerwise.patterns import NM, FixedMask, Unstructured
 from layerwise.problem import CenteredProblem, LayerProblem
+from layerwise.solvers.least_squares import LeastSquares
 from tests.problems import PROBLEMS, Layer, layers, make_layer
 from tests.reference import Equations
 from tests.tolerances import CLOSED_FORM, EQUIVARIANCE, EXPLICIT, ROUNDING, SMALL_STEP
@@ -372,3 +373,37 @@ def test_rows_keep_what_is_known_of_the_data() -> None:
     same = make_layer(92, rows=6, width=9).problem(FixedMask(mask))
     assert same.shift is None
     assert vars(same.rows(picked))["shift"] is None
+
+
+def test_parameters_of_a_model_leave_no_graph_behind() -> None:
+    layer = PROBLEMS["drifted"]
+    parameter = replace(layer, weight=torch.nn.Parameter(layer.weight))
+    mask = FixedMask(Unstructured(0.5).mask(layer.weight.abs()))
+    problem = parameter.problem(mask)
+    for value in (problem.weight, problem.energy, problem.shift, problem.target):
+        assert value is not None
+        assert not value.requires_grad
+    expected = layer.problem(mask)
+    assert torch.equal(problem.energy, expected.energy)
+    for method in ("direct", "cg"):
+        solver = LeastSquares(method=method)
+        found = lw.solve(problem, solver).weight
+        assert not found.requires_grad
+        assert torch.equal(found, lw.solve(expected, solver).weight)
+    posed = LayerProblem(parameter.weight, problem.moments, mask, problem.energy)
+    assert not posed.weight.requires_grad
+
+
+def test_a_drift_is_taken_as_it_is_next_to_an_energy() -> None:
+    layer = PROBLEMS["drifted"]
+    known = layer.problem(Unstructured(0.5))
+    drift = known.drift * (1 + 1e-9)  # less than its cancellation would show
+    problem = LayerProblem.from_moments(
+        layer.weight,
+        known.moments,
+        pattern=known.pattern,
+        energy=known.energy,
+        drift=drift,
+    )
+    assert torch.equal(problem.drift, drift)
+    assert torch.equal(problem.energy, known.energy)
