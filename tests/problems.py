@@ -85,9 +85,10 @@ class Layer:
             None if self.pruned_inputs is None else seen - seen.mean(dim=1, keepdim=True),
         )
 
-    def to(self, dtype: torch.dtype) -> "Layer":
-        other = None if self.pruned_inputs is None else self.pruned_inputs.to(dtype)
-        return Layer(self.weight.to(dtype), self.inputs.to(dtype), other)
+    def to(self, where: torch.dtype | str) -> "Layer":
+        """Return the layer in another precision, or on another device."""
+        other = None if self.pruned_inputs is None else self.pruned_inputs.to(where)
+        return Layer(self.weight.to(where), self.inputs.to(where), other)
 
     def scaled(self, factor: float) -> "Layer":
         """Return the layer with all inputs multiplied by a factor."""

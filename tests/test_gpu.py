@@ -10,7 +10,7 @@ from layerwise.problem import LayerProblem
 from layerwise.solution import Status
 from layerwise.solvers import SOLVERS, get_solver
 from layerwise.solvers.lasso import lasso
-from tests.problems import Layer, make_layer
+from tests.problems import make_layer
 from tests.tolerances import GPU_OBJECTIVE, L1_REFERENCE
 
 pytestmark = pytest.mark.gpu
@@ -20,15 +20,6 @@ LAYERS = {
     "drifted": make_layer(102, rows=48, width=96, tokens=400, drift=0.2, correlation=0.8),
 }
 PATTERNS = [Unstructured(0.5), Unstructured(0.7, "layer"), NM(2, 4)]
-
-
-def to_cuda(layer: Layer, dtype: torch.dtype) -> Layer:
-    other = layer.pruned_inputs
-    return Layer(
-        layer.weight.to("cuda", dtype),
-        layer.inputs.to("cuda", dtype),
-        None if other is None else other.to("cuda", dtype),
-    )
 
 
 def for_solver(solver: str, problem: LayerProblem, pattern: Pattern) -> LayerProblem:
@@ -51,7 +42,7 @@ def test_solver_on_cuda(
     reference = for_solver(solver, layer.problem(pattern), pattern)
     expected = lw.solve(reference, solver)
     found = lw.solve(
-        for_solver(solver, to_cuda(layer, dtype).problem(pattern), pattern), solver
+        for_solver(solver, layer.to(dtype).to("cuda").problem(pattern), pattern), solver
     )
     assert found.weight.is_cuda
     assert found.mask.is_cuda
@@ -73,8 +64,24 @@ def test_lasso_on_cuda(name: str) -> None:
     problem = layer.problem(Unstructured(0))
     penalty = 0.2 * float(problem.target.abs().max())
     expected = lasso(problem, penalty, tolerance=L1_REFERENCE)
-    on_cuda = to_cuda(layer, torch.float64).problem(Unstructured(0))
+    on_cuda = layer.to("cuda").problem(Unstructured(0))
     found = lasso(on_cuda, penalty, tolerance=L1_REFERENCE)
     assert found.weight.is_cuda
     assert found.status is expected.status is Status.OPTIMAL
     assert found.primal == pytest.approx(expected.primal, rel=2 * L1_REFERENCE)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("pattern", PATTERNS[:2], ids=str)
+def test_long_rows_lose_the_same_entries_on_cuda(rows: int, pattern: Pattern) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 1 << 20, (rows, 1 << 20), generator=generator).float()
+    assert torch.equal(pattern.mask(scores.cuda()).cpu(), pattern.mask(scores))
+
+
+def test_a_mask_on_the_cpu_serves_a_layer_on_cuda() -> None:
+    layer = LAYERS["drifted"]
+    mask = FixedMask(Unstructured(0.5).mask(layer.weight.abs()))
+    found = lw.solve(layer.to("cuda").problem(mask), "least-squares")
+    assert found.status is Status.OPTIMAL
+    assert torch.equal(found.mask.cpu(), mask.kept)

@@ -1,6 +1,8 @@
 """The GPU programme: floors by hand, and no stage is lost without a word."""
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -12,11 +14,13 @@ import torch
 from torch import Tensor
 
 from layerwise.moments import MomentAccumulator
+from layerwise.solvers.lasso_path import lasso_to_sparsity
 from tests.benchmarks import gpu, gpu_layers, gpu_stages
 from tests.benchmarks.captured import layers_of
 from tests.benchmarks.gpu_layers import Block, Group, LayerSet, llama, opt, restored
 from tests.benchmarks.gpu_stages import STAGES, Rates, Stage, Unit
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 RATES = Rates(1e6, 2e6, 3e6, 4e6, 5e6)
 TINY = llama("tiny", 32, 8, 48, 3)
@@ -51,8 +55,8 @@ def stage(name: str) -> Stage:
 def test_matrices_of_the_models() -> None:
     """224 matrices of Llama-3-8B, 72 of OPT-125M; the parameters are those published."""
     for layers, matrices, parameters in (
-        (gpu_layers.FULL[1], 72, 84_934_656),
-        (gpu_layers.FULL[2], 224, 6_979_321_856),
+        (gpu_layers.FULL[0], 72, 84_934_656),
+        (gpu_layers.FULL[1], 224, 6_979_321_856),
     ):
         count = layers.blocks * sum(len(group.rows) for group in layers.groups)
         size = layers.blocks * sum(sum(g.rows) * g.width for g in layers.groups)
@@ -233,11 +237,13 @@ def test_the_small_programme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ran = [(one["model"], one["stage"]) for one in found["stages"]]
     names = ["preparation", *(one.name for one in STAGES)]
     assert ran == [
-        *(("tiny opt", name) for name in names),
-        ("tiny 30b", "preparation"),
-        ("tiny 30b", "restoration"),
-        *(("tiny", name) for name in names),
+        (name, stage)
+        for model in ("tiny opt", "tiny 30b", "tiny")
+        for name in (f"{model}, warm-up", model)
+        for stage in (("preparation", "restoration") if model == "tiny 30b" else names)
     ]
+    whole = [one for one in found["stages"] if one["stage"] == "gram"]
+    assert [len(one["units"]) for one in whole] == [1, 4, 1, 4]
     assert found["not_done"] == []
     assert set(found["ceilings"]) == {"bfloat16", "tf32", "float32", "float64", "copy"}
 
@@ -253,3 +259,24 @@ def test_every_group_has_a_captured_layer() -> None:
     for layers in (*gpu_layers.FULL, *gpu_layers.SMALL, gpu_layers.FULL_RESTORED):
         groups += layers.groups
     assert {group.captured for group in groups} == known
+
+
+def test_the_programme_needs_few_packages() -> None:
+    """A machine with a GPU is borrowed as it is."""
+    missing = ("pydantic", "cvxpy", "ray", "matplotlib", "datasets", "lm_eval")
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); "
+    code += "import tests.benchmarks.gpu, tests.test_gpu, tests.test_sweep_kernel"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_penalty_that_misses_the_sparsity_is_not_certified(
+    block: Block, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def misses(problem: Any, sparsity: float, **options: Any) -> Any:
+        return lasso_to_sparsity(problem, sparsity + 0.1, **options)
+
+    (first, *_) = stage("fista").run(block, RATES, 0)
+    assert first.figures["certified"]
+    monkeypatch.setattr(gpu_stages, "lasso_to_sparsity", misses)
+    (first, *_) = stage("fista").run(block, RATES, 0)
+    assert not first.figures["certified"]

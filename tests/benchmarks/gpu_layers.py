@@ -91,6 +91,11 @@ def restored(name: str, hidden: int, inner: int, blocks: int) -> LayerSet:
     )
 
 
+def warm_up(layers: LayerSet) -> LayerSet:
+    """Return the first group alone."""
+    return LayerSet(f"{layers.name}, warm-up", 1, layers.groups[:1])
+
+
 @dataclass(eq=False)
 class Block:
     """Weights and grams of one decoder block on a device.
@@ -153,12 +158,10 @@ class Block:
 
 
 FULL = (
-    llama("warm-up", 512, 128, 1024, 1),  # as wide as products in bfloat16 need
     opt("opt-125m", 768, 12),
     llama("llama-3-8b", 4096, 1024, 14336, 32),
 )
 SMALL = (
-    llama("warm-up", 64, 16, 128, 1),
     opt("opt-125m / 6", 128, 12),
     llama("llama-3-8b / 32", 128, 32, 448, 32),
 )

@@ -14,7 +14,8 @@ from layerwise.run.checkpoints.skeleton import (
     stored_name,
 )
 from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.smaller.native import is_native, read_native
+from layerwise.run.smaller.native import read_native
+from layerwise.run.smaller.native_type import is_native
 
 FLOATS = {
     "F64": torch.float64,

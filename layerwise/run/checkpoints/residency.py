@@ -24,7 +24,7 @@ from layerwise.run.checkpoints.skeleton import (
 )
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.gradients import required_gradient
-from layerwise.run.smaller.native import is_native
+from layerwise.run.smaller.native_type import is_native
 from layerwise.run.smaller.structure import Structure
 
 

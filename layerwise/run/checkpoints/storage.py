@@ -40,7 +40,7 @@ from layerwise.run.checkpoints.validation import (
     read_weight_map,
 )
 from layerwise.run.quoting import one_line
-from layerwise.run.smaller.native import is_native, load_native
+from layerwise.run.smaller.native_type import is_native
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -162,6 +162,8 @@ class Checkpoint:
     def load_model(self, device: torch.device | str = "cpu") -> PreTrainedModel:
         """Load the model, see :func:`layerwise.run.checkpoints.loading.load_model`."""
         if is_native(self.config):
+            from layerwise.run.smaller.native import load_native  # checks with pydantic
+
             return load_native(self, device)
         return load_model(self, device)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +29,7 @@ from layerwise.run.checkpoints.strict_json import read_object
 from layerwise.run.checkpoints.validation import check_config
 from layerwise.run.quoting import one_line
 from layerwise.run.smaller.narrow import GatheredLinear, ScatteredLinear
+from layerwise.run.smaller.native_type import MODEL_TYPE
 from layerwise.run.smaller.stock import skeleton
 from layerwise.run.smaller.surgery import Cut, shrink, steps_of
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
     from layerwise.run.checkpoints.storage import Checkpoint
 
-MODEL_TYPE = "layerwise_native"
 SURGERY = "surgery.json"
 VERSION = 1
 Unit = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
@@ -87,11 +87,6 @@ class Surgery(BaseModel):
         except LayerwiseError as error:
             message = f"{path} does not fit its config.json: {one_line(error)}"
             raise DataError(message) from error
-
-
-def is_native(config: Mapping[str, Any]) -> bool:
-    """Whether a parsed ``config.json`` is that of a native folder."""
-    return config.get("model_type") == MODEL_TYPE
 
 
 def save_native(
