@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import InvalidProblemError
-from layerwise.slabs import slabs
+from layerwise.slabs import SLAB, slabs
 
+ENTRIES_AT_ONCE = 1 << 26  # of the scores on a GPU
+LONG_ROW = 1 << 20
 SMALL_GROUP = 8  # up to this size all pairs are compared, which is faster than sorting
 
 
@@ -274,7 +276,10 @@ def keep_largest(
         return torch.ones_like(scores, dtype=torch.bool)
     if scores.shape[1] <= SMALL_GROUP:
         return _ranks(scores) >= removed
-    parts = [_keep_largest(scores[rows], removed) for rows in slabs(len(scores))]
+    at_once = SLAB  # a GPU is asked as rarely as the memory allows
+    if scores.device.type != "cpu":
+        at_once = max(SLAB, ENTRIES_AT_ONCE // scores.shape[1])
+    parts = [_keep_largest(scores[rows], removed) for rows in slabs(len(scores), at_once)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -307,6 +312,8 @@ def _kth_smallest(scores: Tensor, k: int) -> Tensor:
         # three times as fast as kthvalue
         found = np.partition(scores.detach().numpy(), k - 1, axis=1)[:, k - 1 : k]
         return torch.from_numpy(found)
+    if scores.device.type == "cuda" and scores.shape[1] >= LONG_ROW:
+        return scores.sort(dim=1).values[:, k - 1 : k]  # kthvalue: a row, a thread block
     return scores.kthvalue(k, dim=1, keepdim=True).values
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 SLAB = 512  # rows
 
 
-def slabs(size: int) -> Iterator[slice]:
-    """Ranges of at most :data:`SLAB` rows that cover all."""
-    for begin in range(0, size, SLAB):
-        yield slice(begin, min(begin + SLAB, size))
+def slabs(size: int, rows: int = SLAB) -> Iterator[slice]:
+    """Ranges of at most so many rows that cover all."""
+    for begin in range(0, size, rows):
+        yield slice(begin, min(begin + rows, size))
 
 
 def all_finite(matrix: Tensor) -> bool:

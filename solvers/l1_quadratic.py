@@ -46,7 +46,10 @@ class Quadratic:
         self.gram = problem.damped_gram(problem.dtype)
         self.dense = problem.weight.to(problem.dtype)
         self.factor: Factor = problem.factor()
-        scale, self.lipschitz, self.smallest = self._metric(metric)
+        key = ("l1 metric", problem.damping, problem.dtype, metric)
+        scale, self.lipschitz, self.smallest = problem.moments.shared(
+            key, lambda: self._metric(metric)
+        )
         self.root = scale.sqrt()
         self.scaled_gram = self.gram / self.root / self.root[:, None]
         self.scaled_dense = self.dense * self.root

@@ -187,4 +187,4 @@ class Pairs:
 
 def _with_partners(gram: Tensor, pruned: Tensor, restored: Tensor, add: Tensor) -> Tensor:
     """Change by each restored entry, and by what it shares with the pruned one."""
-    return (gram * restored).mul_(pruned).mul_(-2).add_(add)
+    return (gram * restored).mul_(-2 * pruned).add_(add)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from layerwise.certificates import l1_bounds
 from layerwise.errors import InvalidProblemError
@@ -9,7 +10,7 @@ from layerwise.evaluate import residual
 from layerwise.patterns import Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import Status
-from layerwise.solvers import l1_fista
+from layerwise.solvers import l1_fista, l1_quadratic
 from layerwise.solvers.l1_state import CHECK_EVERY
 from layerwise.solvers.lasso import L1Path, Quadratic, lasso
 from layerwise.solvers.lasso_path import ShareSearch, lasso_to_sparsity
@@ -161,3 +162,24 @@ def test_secant_finds_the_share_of_a_line() -> None:
         share = 0.1 + 0.3 * search.log_penalty
         search.update(share)
     assert search.log_penalty == pytest.approx(4 / 3)
+
+
+def test_matrices_with_the_same_inputs_share_their_metric(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    largest = l1_quadratic.largest_eigenvalue
+    calls = []
+
+    def count(gram: Tensor) -> float:
+        calls.append(len(gram))
+        return largest(gram)
+
+    monkeypatch.setattr(l1_quadratic, "largest_eigenvalue", count)
+    problem = wide()
+    first, second = (Quadratic(problem.with_damping(0.1), "auto") for _ in range(2))
+    assert calls == [64, 64]  # one of each metric
+    assert torch.equal(first.root, second.root)
+    first.lipschitz *= 2  # of this problem, as a step found it
+    assert second.lipschitz == Quadratic(problem.with_damping(0.1), "auto").lipschitz
+    Quadratic(problem.with_damping(0.2), "auto")
+    assert len(calls) == 4
