@@ -116,6 +116,7 @@ def test_forward_work_by_hand() -> None:
 def test_gram_and_grading_by_hand() -> None:
     assert gram_work([3], [False], 5).flops == {torch.float32: 5 * (3 * 4)}
     assert gram_work([3], [True], 5).flops == {torch.float32: 5 * (3 * 4) + 2 * 5 * 9}
+    assert gram_work([3], [False], 5, torch.bfloat16).flops == {torch.bfloat16: 60}
     assert grading_work([(2, 3), (4, 5)]).flops == {torch.float64: 2 * 2 * 9 + 2 * 4 * 25}
 
 
@@ -134,7 +135,7 @@ def test_work_of_a_run(mode: Any, whole: int, inside: int, cross: int) -> None:
     adapter = get_adapter("llama")
     report = prune_model(model, "wanda", 0.5, calibration=random_tokens(2, 8), **SETTINGS)
     shapes = {record.name: record.shape for record in report.records}
-    work = run_work(model, adapter, shapes, mode, TOKENS, LENGTH)
+    work = run_work(model, adapter, shapes, mode, TOKENS, LENGTH, torch.device("cpu"))
     block = next(iter(adapter.blocks_of(model).values()))
     once = forward_work(block, model.config, TOKENS, LENGTH)
     last = 2 * TOKENS * WIDTH * INNER  # outputs that nothing reads

@@ -26,7 +26,7 @@ class LayerRecord:
     status
         Outcome of the solver.
     certificate, certificate_kind
-        Proven bound and what it bounds, or None.
+        Proven bound and what it bounds, or None; of the answer before the cast.
     damping
         The damping that was used, and `damping_raised` whether more than was asked for.
     rank, dead_channels, n_tokens

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from layerwise.adapters import Adapter
+from layerwise.gram import precision_of
 from layerwise.moments import EXACT_RANK_WIDTH
 from layerwise.run.dense_side import STORE
 from layerwise.run.planning.memory_model import ModelShape, RunShape
@@ -99,12 +100,15 @@ def estimates(
     certify
         Whether gaps are proven, of which no cost is known.
     """
-    floors = run_work(model, adapter, shapes, run.error_correction, run.tokens, run.length)
+    device = machine.device
+    floors = run_work(
+        model, adapter, shapes, run.error_correction, run.tokens, run.length, device
+    )
     files = Work(bytes=float(stored))
     expected = {
         "load": files,
         "forward": forward_passes(model, adapter, shapes, sizes, run),
-        "gram": floors["gram"] + _drift(sizes, run),
+        "gram": floors["gram"] + _drift(sizes, run, precision_of(model.dtype, device)),
         "solve": _solving(solver, sizes, run),
         "write": Work(bytes=2.0 * stored),
     }
@@ -180,7 +184,7 @@ def _keeps(sizes: ModelShape, run: RunShape, number: int) -> bool:
     return len(stages) > 1 and run.tokens * widths * sizes.itemsize <= STORE
 
 
-def _drift(sizes: ModelShape, run: RunShape) -> Work:
+def _drift(sizes: ModelShape, run: RunShape, dtype: torch.dtype) -> Work:
     """Grams of the difference of two streams."""
     if not run.staged:
         return Work()
@@ -190,7 +194,7 @@ def _drift(sizes: ModelShape, run: RunShape) -> Work:
         for index, stage in enumerate(block.stages)
         if index or (run.error_correction == "full" and number)
     ]
-    return gram_work(widths, [False] * len(widths), run.tokens)
+    return gram_work(widths, [False] * len(widths), run.tokens, dtype)
 
 
 def _solving(solver: Any, sizes: ModelShape, run: RunShape) -> Work | None:

@@ -33,6 +33,7 @@ STAGES: tuple[str, ...] = (
     *("forward", "gram", "solve", "certify", "write"),
 )
 REST = "rest"
+DISK_STAGES = ("load", "hash", "write")
 LONGEST = 512  # of the default sequence length
 N_SEQUENCES = 16
 
@@ -224,20 +225,23 @@ class _Run:
             self._error_correction,
             ids.numel(),
             self.length,
+            self.device,
         )
         read = Work(bytes=_size(checkpoint.path))
-        work |= {"load": read, "hash": read, "write": Work(bytes=_size(output))}
+        work |= dict.fromkeys(DISK_STAGES, read) | {"write": Work(bytes=_size(output))}
         for stage, more in work.items():
             self._work[stage] = self._work.get(stage, Work()) + more
 
     def result(self, title: str) -> Bench:
         """Stages that were there, with their floors."""
         machine = Machine(self.device)
+        disk = machine if self.device.type == "cpu" else Machine(torch.device("cpu"))
         stages = []
         for stage, seconds in self._seconds.items():
             work = self._work.get(stage, Work())
             if seconds or work.total_flops or work.bytes:
-                stages.append(StageTime(stage, seconds, work, machine.floor(work)))
+                floor = (disk if stage in DISK_STAGES else machine).floor(work)
+                stages.append(StageTime(stage, seconds, work, floor))
         return Bench(title, tuple(stages), dict(machine.gemm_rates), machine.copy_rate)
 
 

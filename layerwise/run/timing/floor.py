@@ -18,6 +18,7 @@ from torch import nn
 
 from layerwise.adapters import Adapter
 from layerwise.adapters.linear import is_linear, matrix
+from layerwise.gram import precision_of
 
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
@@ -66,7 +67,7 @@ class Machine:
         copy_bytes: int | None = None,
         least_seconds: float | None = None,
     ) -> None:
-        self._device = device
+        self.device = device
         self._least_seconds = LEAST_SECONDS if least_seconds is None else least_seconds
         self._gemm_size = gemm_size or GEMM_SIZE.get(device.type, 1024)
         self._copy_bytes = copy_bytes or COPY_BYTES.get(device.type, 1 << 28)
@@ -77,7 +78,8 @@ class Machine:
         """Operations per second of the fastest of a few square products."""
         if dtype not in self.gemm_rates:
             n = self._gemm_size
-            a, b = (torch.ones(n, n, dtype=dtype, device=self._device) for _ in range(2))
+            # not of ones: a GPU is faster where few bits change
+            a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
             out = torch.empty_like(a)
             self.gemm_rates[dtype] = 2 * n**3 / self._best(lambda: torch.mm(a, b, out=out))
         return self.gemm_rates[dtype]
@@ -87,7 +89,7 @@ class Machine:
         """Bytes per second of the fastest of a few copies, read and written ones."""
         if not self._copy_rate:
             size = self._copy_bytes
-            a = torch.ones(size, dtype=torch.uint8, device=self._device)
+            a = torch.ones(size, dtype=torch.uint8, device=self.device)
             b = torch.empty_like(a)
             self._copy_rate = 2 * size / self._best(lambda: b.copy_(a))
         return self._copy_rate
@@ -104,8 +106,8 @@ class Machine:
         while tries <= TRIES or spent < self._least_seconds:
             start = time.perf_counter()
             run()
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
             seconds = time.perf_counter() - start
             tries, spent = tries + 1, spent + seconds
             if tries > 1:  # the first one warms up
@@ -145,7 +147,12 @@ def forward_work(
     return Work({weight.dtype: flops}, float(sum(p.nbytes for p in block.parameters())))
 
 
-def gram_work(widths: Sequence[int], pairs: Sequence[bool], tokens: int) -> Work:
+def gram_work(
+    widths: Sequence[int],
+    pairs: Sequence[bool],
+    tokens: int,
+    dtype: torch.dtype = torch.float32,
+) -> Work:
     """Second moments: half of each gram, and the whole cross-gram of a pair of streams.
 
     Parameters
@@ -156,11 +163,13 @@ def gram_work(widths: Sequence[int], pairs: Sequence[bool], tokens: int) -> Work
         Whether the dense and the pruned model give a stage different inputs.
     tokens
         Tokens in all.
+    dtype
+        In which inputs are multiplied, see :func:`layerwise.gram.precision_of`.
     """
     flops = 0.0
     for width, pair in zip(widths, pairs, strict=True):
         flops += tokens * width * (width + 1.0) + pair * 2.0 * tokens * width**2
-    return Work({torch.float32: flops})
+    return Work({dtype: flops})
 
 
 def grading_work(shapes: Sequence[tuple[int, int]]) -> Work:
@@ -175,6 +184,7 @@ def run_work(
     error_correction: str,
     tokens: int,
     length: int,
+    device: torch.device,
 ) -> dict[str, Work]:
     """Work of the stages forward, gram and solve of a run over a model.
 
@@ -188,6 +198,8 @@ def run_work(
         Mode of the run, which decides how many passes there are.
     tokens, length
         Tokens in all, and of a sequence.
+    device
+        Where the run computes.
     """
     forward, widths, pairs = Work(), [], []
     blocks = adapter.blocks_of(model)
@@ -208,7 +220,7 @@ def run_work(
             pairs.append(error_correction in ("block", "full") and not first)
     return {
         "forward": forward,
-        "gram": gram_work(widths, pairs, tokens),
+        "gram": gram_work(widths, pairs, tokens, precision_of(model.dtype, device)),
         "solve": grading_work(list(shapes.values())),
     }
 
