@@ -54,7 +54,7 @@ class Factor:
     def solve_rows(self, rows: Tensor) -> Tensor:
         """``rows @ inverse`` for a matrix (m, in) of row vectors."""
         half = self._half_solved(rows)
-        solved = torch.linalg.solve_triangular(self.lower.T, half, upper=True)
+        solved: Tensor = torch.linalg.solve_triangular(self.lower.T, half, upper=True)
         return solved.T.to(rows.dtype)
 
     def inverse_diagonal(self) -> Tensor:

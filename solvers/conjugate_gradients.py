@@ -24,6 +24,7 @@ References
    Iterative Methods", SIAM J. Scientific Computing 2000.
 """
 
+from collections.abc import Mapping
 from copy import copy
 from typing import Literal
 
@@ -239,5 +240,8 @@ def rounding_pays(gram: Tensor) -> bool:
         return False
     if gram.device.type == "cuda":
         return torch.cuda.get_device_capability(gram.device) >= (8, 0)
-    units = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 cannot tell
-    return gram.device.type == "cpu" and any(units.get(name) for name in BFLOAT16_UNITS)
+    ask = getattr(torch.cpu, "get_capabilities", None)  # torch 2.10 cannot tell
+    if gram.device.type != "cpu" or ask is None:
+        return False
+    units: Mapping[str, object] = ask()
+    return any(units.get(name) for name in BFLOAT16_UNITS)

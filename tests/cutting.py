@@ -83,8 +83,9 @@ def logits_of(model: Any) -> Tensor:
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """Largest difference."""
-    return float((one.float() - other.float()).abs().max())
+    """Largest difference, over the largest entry if that is above one."""
+    one, other = one.double(), other.double()
+    return float((one - other).abs().max() / one.abs().max().clamp(min=1))
 
 
 def size_of(model: Any) -> int:

@@ -111,7 +111,9 @@ def test_dense_and_pruned_agree_where_nothing_is_removed(
     names = [name.rpartition(".")[2] for name in problems]
     assert names == 2 * LINEARS[family]
     for name, problem in problems.items():
-        assert torch.equal(problem.cross_gram, problem.gram), name
+        cross, gram = problem.cross_gram, problem.gram  # whose triangles are one
+        slack = ROUNDING * float(gram.abs().max())
+        torch.testing.assert_close(cross, gram, rtol=0, atol=slack, msg=name)
         assert not bool(problem.drift.any()), name
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 

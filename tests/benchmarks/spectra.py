@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layerwise.gram import mirror_
 from tests.benchmarks.captured import layers_of_model
 
 STEEP = "opt/model.decoder.layers.1.self_attn.out_proj"
@@ -59,5 +60,4 @@ def realistic_gram(
     sizes = np.interp(places, np.linspace(0, 1, len(scales)), scales.numpy())
     order = torch.randperm(width, generator=generator, device=device)
     root = torch.from_numpy(sizes).to(device)[order].sqrt() / gram.diagonal().sqrt()
-    scaled: Tensor = root[:, None] * gram * root
-    return scaled
+    return mirror_(root[:, None] * gram * root)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from layerwise.adapters.linear import matrix
 from layerwise.errors import UsageError
+from layerwise.gram import mirror_
 from layerwise.moments import Moments
 from layerwise.run.checkpoints.architecture import adapter_of
 from layerwise.run.grams.layer_files import StoredLayer
@@ -99,4 +100,4 @@ def random_gram(width: int, device: torch.device, seed: int) -> Tensor:
     scales = (SPREAD * normal(width)).exp()
     gram = scales[:, None] * gram * scales
     trace = float(gram.diagonal().sum())
-    return gram * (width / trace)
+    return mirror_(gram * (width / trace))
