@@ -245,6 +245,9 @@ def test_a_workspace_is_its_largest_peak_and_rows_fit_the_budget() -> None:
     rows = (1 << 20) // (12 * 8 * 100)
     only_rows = Workspace((Peak(rows=2.0),), budget=1 << 20)
     assert only_rows.bytes(1000, 100) == 8 * 2 * rows * 100
+    many = Workspace((Peak(rows=2.0),))
+    assert many.bytes(1000, 100) == 8 * 2 * 512 * 100
+    assert many.bytes(1000, 100, accelerator=True) == 8 * 2 * 1000 * 100
 
 
 def skeleton(family: str, **more: Any) -> Any:

@@ -144,11 +144,12 @@ class Workspace:
     peaks: tuple[Peak, ...]
     budget: int = 1 << 30
 
-    def bytes(self, rows: int, width: int) -> int:
+    def bytes(self, rows: int, width: int, *, accelerator: bool = False) -> int:
         """Bytes for a matrix (rows, width)."""
+        most = rows if accelerator else MOST_ROWS
 
         def size(peak: Peak) -> float:
-            chunk = min(rows, MOST_ROWS, self.budget // (ARRAYS * 8 * width))
+            chunk = min(rows, most, self.budget // (ARRAYS * 8 * width))
             arrays = peak.matrices * rows + peak.rows * chunk + peak.grams * width
             return 8.0 * arrays * width
 
@@ -476,7 +477,7 @@ def _problem(run: RunShape, stage: StageShape, sums: int) -> list[tuple[str, flo
     if run.workspace is None:
         return []
     rows = max(stage.rows)
-    need = run.workspace.bytes(rows, stage.width)
+    need = run.workspace.bytes(rows, stage.width, accelerator=run.accelerator)
     items: list[tuple[str, float, bool]] = [("workspace of the solver", need, True)]
     if not run.accelerator and 4 * rows * stage.width < LARGE_ARRAY:
         items.append(("what the C library keeps for later", KEPT * (need + sums), True))

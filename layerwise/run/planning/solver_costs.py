@@ -103,14 +103,14 @@ SWEEP = Costs(
     Cost(0, 1.65, 5, 0.34, 0, 1100, (DRIFT, Peak(4.5, 1.5))),
 )
 REFIT = Costs(
-    Cost(30, 4, 7, 0.34, 0, 7000, (Peak(1.2, 3.4, 8.6),)),
-    Cost(31, 4.3, 10, 0.34, 0, 8500, (Peak(2.2, 3.4, 8.6), Peak(2.2, 0.1, 13.2))),
+    Cost(17, 2.4, 6.9, 0.33, 1.2, 4800, (Peak(1.2, 2.4, 11.0),)),
+    Cost(17, 2.4, 8.4, 0.33, 1.2, 5100, (Peak(2.2, 2.4, 11.0), Peak(2.2, 0.1, 13.2))),
     iterative=True,
 )
 """By conjugate gradients, as a step behind another method."""
 SEARCH = Costs(
-    Cost(25, 130, 23, 1.4, 0, 24000, (Peak(11.4, 2.0), Peak(5.3, 6.2, 6.4))),
-    Cost(25, 130, 28, 1.4, 0, 27000, (DRIFT, Peak(13.7, 3.7), Peak(6.3, 6.2, 6.4))),
+    Cost(17, 140, 23.8, 1.4, 1.6, 24000, (Peak(11.4, 2.0), Peak(5.3, 6.2, 6.4))),
+    Cost(17, 140, 26.3, 1.4, 1.6, 26000, (DRIFT, Peak(13.7, 3.7), Peak(6.3, 6.2, 6.4))),
     iterative=True,
 )
 SEARCH_AS_PUBLISHED = Costs(
