@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM
 
 import layerwise
 
@@ -28,9 +29,7 @@ def main() -> None:
     if not arguments.tokens.is_file():
         make_tokens(arguments.tokens, arguments.model)
     tokens = torch.load(arguments.tokens)
-    from layerwise.run.checkpoints.storage import Checkpoint
-
-    model = Checkpoint.open(arguments.model).load_model()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model)
     start = time.perf_counter()
     report = layerwise.prune_model(
         model,
