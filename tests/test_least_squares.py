@@ -1,6 +1,7 @@
 """The refit: both inner solvers, unequal rows, memory, and the honesty of its status."""
 
 import math
+import re
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -18,6 +19,7 @@ from layerwise.errors import InvalidProblemError, MemoryBudgetError, UsageError
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import FixedMask, Unstructured
 from layerwise.problem import LayerProblem
+from layerwise.run.planning.dry import LiveBytes
 from layerwise.solution import Status
 from layerwise.solvers.conjugate_gradients import SupportSolver
 from layerwise.solvers.fista import Fista
@@ -473,7 +475,7 @@ def test_what_cg_has_found_is_not_lost_where_direct_does_not_fit(
     mask = Unstructured(0.5).mask(layer.weight.abs())
     problem = layer.problem(FixedMask(mask))
     monkeypatch.setattr(LeastSquares, "_methods", lambda *_: ("cg", "direct"))
-    solver = LeastSquares(tolerance=0, memory_budget=10_000)
+    solver = LeastSquares(tolerance=0, memory_budget=20_000)
     found = lw.solve(problem, solver)
     assert found.status is Status.MAX_ITERATIONS
     assert found.certificate is not None
@@ -511,3 +513,29 @@ def test_the_price_is_that_of_the_side_that_was_asked_for() -> None:
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"{next(iter(options))} must be at least"):
         LeastSquares(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("side", ["support", "complement"])
+@pytest.mark.parametrize("drift", [0.0, 0.2])
+def test_rows_of_cg_fit_what_is_planned_for_them(
+    drift: float, side: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk of all rows, against one of half of them."""
+    layer = make_layer(78, rows=256, width=128, tokens=400, drift=drift).to(dtype)
+    mask = Unstructured(0.5).mask(layer.weight.abs())
+    planned, peaks = [], []
+    for rows in (128, 256):
+        part = replace(layer, weight=layer.weight[:rows])
+        problem = part.problem(FixedMask(mask[:rows]))
+        _ = problem.target, problem.shift, problem.factor(torch.float64)
+        solver = LeastSquares(method="cg", side=side)
+        with LiveBytes() as live:
+            solver.solve(problem)
+        peaks.append(live.peak)
+        with pytest.raises(MemoryBudgetError) as caught:
+            replace(solver, memory_budget=1).solve(problem)
+        planned.append(int(re.findall(r"needs (\d+) bytes", str(caught.value))[0]))
+    assert planned[0] == planned[1]
+    needed = (peaks[1] - peaks[0]) / 128
+    assert 0.7 * planned[0] < needed <= 1.15 * planned[0]
