@@ -105,7 +105,14 @@ def dense_state(problem: LayerProblem, mask: Tensor) -> RefitState:
     """State of the dense weight on a mask, with multipliers of zero.
 
     If both models see the same inputs, it can lose its whole objective, because the dense
-    weight has none: the cost is one product.
+    weight has none: the cost is one product, otherwise that of :func:`refit_state`.
+
+    Parameters
+    ----------
+    problem
+        The problem at the damping that was used.
+    mask
+        Shape (out, in).
     """
     weight = torch.where(mask, problem.weight.double(), 0)
     zeros = torch.zeros_like(weight)

@@ -20,7 +20,7 @@ from layerwise.errors import InvalidProblemError
 from layerwise.slabs import SLAB, slabs
 
 ENTRIES_AT_ONCE = 1 << 26  # of the scores on a GPU
-LONG_ROW = 1 << 20
+LONG_ROW = 1 << 20  # on a GPU, sorting is faster: github.com/pytorch/pytorch/issues/75599
 SMALL_GROUP = 8  # up to this size all pairs are compared, which is faster than sorting
 
 
@@ -313,7 +313,7 @@ def _kth_smallest(scores: Tensor, k: int) -> Tensor:
         found = np.partition(scores.detach().numpy(), k - 1, axis=1)[:, k - 1 : k]
         return torch.from_numpy(found)
     if scores.device.type == "cuda" and scores.shape[1] >= LONG_ROW:
-        return scores.sort(dim=1).values[:, k - 1 : k]  # kthvalue: a row, a thread block
+        return scores.sort(dim=1).values[:, k - 1 : k]
     return scores.kthvalue(k, dim=1, keepdim=True).values
 
 

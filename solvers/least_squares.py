@@ -62,7 +62,8 @@ PATIENCE = 2.0  # cg may cost this multiple of the direct solver before it gives
 MOSTLY_KEPT, MOSTLY_REMOVED = 0.35, 0.7  # shares that decide the side of cg alone
 STALLED = 0.7  # a certificate that does not fall below this share of the last
 ARRAYS_PER_ROW = 12  # (in,) vectors of float64 that direct and the certificate keep per row
-CG_ARRAYS = 22  # in the precision of cg, with 3 of float64: the batch, and half of its copy
+CG_ARRAYS = 20  # in the precision of cg: its batch, and the smaller one that follows
+FLOAT64_ARRAYS = 6  # beside them
 CACHED_ROWS = 512  # more at a time leave the caches of a processor
 RANK_SHARE, LARGEST_RANK = 64, 256  # the model has in / 64 directions
 
@@ -204,7 +205,7 @@ class LeastSquares:
             per_row = 8 * ARRAYS_PER_ROW * width
             per_row += 3 * _unknowns(mask, side) ** 2 * itemsize
         else:
-            per_row = (CG_ARRAYS * itemsize + 3 * 8) * width
+            per_row = (CG_ARRAYS * itemsize + FLOAT64_ARRAYS * 8) * width
             if side == "support":
                 per_row += 3 * self._rank(width) ** 2 * itemsize
         chunk = self.memory_budget // per_row

@@ -475,7 +475,7 @@ def test_what_cg_has_found_is_not_lost_where_direct_does_not_fit(
     mask = Unstructured(0.5).mask(layer.weight.abs())
     problem = layer.problem(FixedMask(mask))
     monkeypatch.setattr(LeastSquares, "_methods", lambda *_: ("cg", "direct"))
-    solver = LeastSquares(tolerance=0, memory_budget=20_000)
+    solver = LeastSquares(tolerance=0, memory_budget=25_000)
     found = lw.solve(problem, solver)
     assert found.status is Status.MAX_ITERATIONS
     assert found.certificate is not None
@@ -519,7 +519,7 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("side", ["support", "complement"])
 @pytest.mark.parametrize("drift", [0.0, 0.2])
 def test_rows_of_cg_fit_what_is_planned_for_them(
-    drift: float, side: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    drift: float, side: Any, dtype: torch.dtype
 ) -> None:
     """A chunk of all rows, against one of half of them."""
     layer = make_layer(78, rows=256, width=128, tokens=400, drift=drift).to(dtype)
@@ -538,4 +538,4 @@ def test_rows_of_cg_fit_what_is_planned_for_them(
         planned.append(int(re.findall(r"needs (\d+) bytes", str(caught.value))[0]))
     assert planned[0] == planned[1]
     needed = (peaks[1] - peaks[0]) / 128
-    assert 0.7 * planned[0] < needed <= 1.15 * planned[0]
+    assert 0.7 * planned[0] < needed <= planned[0]

@@ -268,6 +268,9 @@ def test_chunks_of_rows_change_nothing(
 ) -> None:
     layer = PROBLEMS["drifted"]
     problem = layer.problem(pattern)
+    budget = 2 * 8 * MODULE.TEMPORARIES * layer.shape[1]
+    rounded = lower_bounds(problem), lower_bounds(problem, memory_budget=budget)
+    torch.testing.assert_close(*rounded, rtol=1e-6, atol=0)
     sizes: list[int] = []
 
     def in_float64(inverse: Tensor, weight: Tensor, start: Tensor, pattern: Any) -> Any:
@@ -279,7 +282,7 @@ def test_chunks_of_rows_change_nothing(
     whole = lower_bounds(problem)
     assert set(sizes) == {layer.shape[0]}
     sizes.clear()
-    found = lower_bounds(problem, memory_budget=2 * 8 * MODULE.TEMPORARIES * layer.shape[1])
+    found = lower_bounds(problem, memory_budget=budget)
     torch.testing.assert_close(found, whole)
     assert set(sizes) == {2}
     fixed = problem.with_pattern(FixedMask(pattern.mask(problem.weight.abs())))

@@ -111,11 +111,21 @@ def test_dense_and_pruned_agree_where_nothing_is_removed(
     names = [name.rpartition(".")[2] for name in problems]
     assert names == 2 * LINEARS[family]
     for name, problem in problems.items():
-        cross, gram = problem.cross_gram, problem.gram  # whose triangles are one
-        slack = ROUNDING * float(gram.abs().max())
+        cross, gram = problem.cross_gram, problem.gram
+        slack = 0 if triangles_agree() else ROUNDING * float(gram.abs().max())
         torch.testing.assert_close(cross, gram, rtol=0, atol=slack, msg=name)
         assert not bool(problem.drift.any()), name
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def triangles_agree() -> bool:
+    """Whether this processor rounds a product with the transpose symmetrically."""
+    found = []
+    for width in (8, 64, 128):
+        inputs = torch.randn(2 * width, width, dtype=torch.float64)
+        product = inputs.T @ inputs
+        found.append(torch.equal(product, product.T))
+    return all(found)
 
 
 def test_the_four_modes_pose_different_problems(monkeypatch: pytest.MonkeyPatch) -> None:

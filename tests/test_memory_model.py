@@ -242,7 +242,7 @@ def test_a_workspace_is_its_largest_peak_and_rows_fit_the_budget() -> None:
     workspace = Workspace((Peak(1.0), Peak(0.0, 3.0)))
     assert workspace.bytes(1000, 10) == 8 * 1000 * 10
     assert workspace.bytes(10, 1000) == 8 * 3 * 1000**2
-    rows = (1 << 20) // (14 * 8 * 100)
+    rows = (1 << 20) // (16 * 8 * 100)
     only_rows = Workspace((Peak(rows=2.0),), budget=1 << 20)
     assert only_rows.bytes(1000, 100) == 8 * 2 * rows * 100
     many = Workspace((Peak(rows=2.0),))

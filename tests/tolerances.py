@@ -119,9 +119,8 @@ RECORDED_ERROR = 1e-6
 # the matrix: both round every gradient at 6e-8. Measured 8e-8.
 GRADIENTS = 1e-6
 
-# Largest difference of logits, over the largest if that is above one, between a masked
-# model in float32 and the one whose channels have left: sums of fewer terms are added in
-# another order. Measured 3e-6.
+# Largest difference of logits (of size one) between a masked model in float32 and the one
+# whose channels have left: sums of fewer terms are added in another order. Measured 3e-6.
 SURGERY = 1e-5
 
 # What a survey measures against the same by hand, relative: losses of float32 passes differ

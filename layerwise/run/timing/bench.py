@@ -228,7 +228,7 @@ class _Run:
             self.device,
         )
         read = Work(bytes=_size(checkpoint.path))
-        work |= dict.fromkeys(DISK_STAGES, read) | {"write": Work(bytes=_size(output))}
+        work |= {"load": read, "hash": read, "write": Work(bytes=_size(output))}
         for stage, more in work.items():
             self._work[stage] = self._work.get(stage, Work()) + more
 
