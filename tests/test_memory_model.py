@@ -117,12 +117,33 @@ def test_inputs_of_stages_leave_one_by_one() -> None:
     ]
     stored = 16 * 32 * 2
     assert inputs == [400 * stored, 400 * stored, 100 * stored]
-    copies = [
-        moment.name
-        for moment in memory.moments
-        if any(item.name.startswith("copy") for item in moment.items)
-    ]
-    assert copies == ["pass that keeps inputs"]
+
+
+def test_a_block_is_copied_where_its_inputs_are_not_kept() -> None:
+    for tokens, copies in ((32, 0), (1 << 22, 2)):
+        memory = memory_of(MODEL, replace(RUN, length=tokens))
+        names = [item.name for moment in memory.moments for item in moment.items]
+        assert names.count("copy of the block for the dense side") == copies
+
+
+def test_what_is_settled_stays_until_the_block_is_done() -> None:
+    """Pruned inputs of the stage that ends a module, then the outputs of the module."""
+    name, stored = "outputs of modules that are settled", 16 * 32 * 2
+    ending, last = StageShape(120, (70,), ends=True), StageShape(10, (1,))
+
+    def settled(*stages: StageShape, mode: Any = "block") -> list[int]:
+        model = replace(MODEL, blocks=(BlockShape(10, stages),))
+        memory = memory_of(model, replace(RUN, error_correction=mode))
+        moments = ("sums over the inputs of a stage", "problem of a matrix")
+        return [items_of(memory, moment).get(name, 0) for moment in moments]
+
+    wide = StageShape(900, (100,))  # its moment is the largest
+    assert settled(ATTENTION, ending, wide) == [70 * stored, 70 * stored]
+    assert settled(ATTENTION, replace(ending, width=1200), last) == [1200 * stored] * 2
+    assert settled(ATTENTION, replace(ending, ends=False), wide) == [0, 0]
+    assert settled(ending, wide) == [0, 0]  # both streams enter with the same inputs
+    assert settled(ending, wide, mode="full") == [70 * stored, 70 * stored]
+    assert settled(ATTENTION, ending, wide, mode="sequential") == [0, 0]
 
 
 @pytest.mark.parametrize(

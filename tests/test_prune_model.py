@@ -28,7 +28,7 @@ from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.data.perplexity import perplexity
 from layerwise.run.outputs.journal import read_layers, read_masks
 from layerwise.run.outputs.recipe import Recipe
-from layerwise.run.pipeline import ERROR_CORRECTIONS, advance
+from layerwise.run.pipeline import ERROR_CORRECTIONS, advance, advance_dense
 from layerwise.run.prune import prune_model
 from layerwise.run.prune_report import PruneReport
 from layerwise.run.settings import with_published_start
@@ -165,11 +165,15 @@ def test_blocks_are_advanced_no_further_than_needed(
     """Of three blocks the last one has no successor."""
     calls: list[str] = []
 
-    def counted(task: Any, inputs: Any, hidden: Any) -> Any:
-        calls.append(inputs.name)
-        return advance(task, inputs, hidden)
+    def counted(original: Any) -> Any:
+        def count(task: Any, inputs: Any, *hidden: Any) -> Any:
+            calls.append(inputs.name)
+            return original(task, inputs, *hidden)
 
-    monkeypatch.setattr(walk, "advance", counted)
+        return count
+
+    for function in (advance, advance_dense):
+        monkeypatch.setattr(walk, function.__name__, counted(function))
     in_memory(tiny_model("llama", layers=3), error_correction=mode)
     assert len(calls) == passes
     assert "model.layers.2" not in calls

@@ -1,19 +1,21 @@
 """The dense half of a block that is pruned stage by stage: what its linears read.
 
 Every stage needs the inputs that the dense block gives it. If those of all stages fit into
-`STORE` bytes they come from one pass; else a pass per stage, each stopped where the stage
-has been seen, needs no memory.
+`STORE` bytes they come from one pass, which the hidden states behind the block come from as
+well; else a pass per stage, each stopped where the stage has been seen, needs no memory.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from layerwise.adapters import Stage
-from layerwise.run.streams import Tap, visit_inputs
+from layerwise.run.endings import Ending, Endings
+from layerwise.run.streams import Tap, behind, visit_inputs
 
 if TYPE_CHECKING:
     from layerwise.run.pipeline import BlockInputs, Task
@@ -24,10 +26,12 @@ STORE = 1 << 30
 class DenseSide:
     """A block as it was before anything in it was written.
 
+    The inputs of the first stage are asked for before the first weight is written.
+
     Parameters
     ----------
     task, inputs
-        The block is copied.
+        The block is copied if a pass per stage is needed.
     stages
         Those whose inputs will be asked for.
     """
@@ -35,39 +39,60 @@ class DenseSide:
     def __init__(
         self, task: "Task", inputs: "BlockInputs", stages: Sequence[Stage]
     ) -> None:
-        self._task, self._inputs, self._stages = task, inputs, stages
-        self._block: nn.Module | None = copy.deepcopy(inputs.block)
+        self._inputs, self._stages, self._device = inputs, stages, task.device
         self._stored: dict[str, list[Tensor]] = {}
+        self._seen = False  # whether the one pass was made
+        self._endings = Endings(inputs.block, stages)
         tokens = sum(states[..., 0].numel() for states in inputs.dense)
         widths = [task.adapter.weight(inputs.block, s.linears[0]).shape[1] for s in stages]
         size = max((states.element_size() for states in inputs.dense), default=1)
-        self._fits = len(stages) > 1 and tokens * sum(widths) * size <= STORE
+        self.fits = len(stages) > 1 and tokens * sum(widths) * size <= STORE
+        again = bool(stages) and not self.fits
+        self._copy: nn.Module | None = copy.deepcopy(inputs.block) if again else None
+
+    def advance(self) -> Iterator[Tensor]:
+        """Hidden states behind the block, batch by batch; inputs are kept on the way."""
+        inputs = self._inputs
+        if not self.fits:
+            yield from behind(inputs.block, inputs.calls, inputs.dense, self._device)
+            return
+        for states in self._pass(stop=False):
+            assert states is not None
+            yield states
 
     def inputs_of(self, stage: Stage) -> Iterable[Tensor]:
         """Inputs of a stage, batch by batch."""
-        name = stage.linears[0]
-        if self._fits and self._block is not None:
-            self._store()
-        if self._fits:
-            return self._stored[name]
-        inputs = self._inputs
-        assert self._block is not None
-        return inputs_of(self._task.device, inputs, self._block, stage, inputs.dense)
+        if not self.fits:
+            assert self._copy is not None
+            inputs = self._inputs
+            return inputs_of(self._device, inputs, self._copy, stage, inputs.dense)
+        if not self._seen:
+            for _ in self._pass(stop=True):
+                pass
+        return self._stored[stage.linears[0]]
 
     def forget(self, stage: Stage) -> None:
         """Free the inputs of a stage that will not be asked for again."""
         self._stored.pop(stage.linears[0], None)
 
-    def _store(self) -> None:
-        assert self._block is not None
+    @property
+    def endings(self) -> Mapping[str, Ending]:
+        """Modules that end with a linear, by its name, if the one pass was made."""
+        return self._endings.found()
+
+    def _pass(self, *, stop: bool) -> Iterator[Tensor | None]:
         self._stored = {stage.linears[0]: [] for stage in self._stages}
         taps = [Tap(stage, self._keep(stage.linears[0])) for stage in self._stages]
-        inputs, device = self._inputs, self._task.device
-        for _ in visit_inputs(
-            self._block, taps, inputs.calls, inputs.dense, device, inputs.name, stop=True
-        ):
-            pass
-        self._block = None  # everything was seen
+        inputs = self._inputs
+        with ExitStack() as stack:
+            for handle in self._endings.attach():
+                stack.callback(handle.remove)
+            yield from visit_inputs(
+                *(inputs.block, taps, inputs.calls, inputs.dense),
+                *(self._device, inputs.name),
+                stop=stop,
+            )
+        self._seen = True
 
     def _keep(self, name: str) -> Callable[[Tensor], None]:
         def visit(batch: Tensor) -> None:

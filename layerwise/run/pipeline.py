@@ -36,8 +36,9 @@ from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.allocator import trim_memory
 from layerwise.run.data.calibration import Calibration
-from layerwise.run.dense_side import DenseSide, inputs_of
+from layerwise.run.dense_side import DenseSide
 from layerwise.run.outputs.records import LayerRecord
+from layerwise.run.pruned_side import PrunedSide
 from layerwise.run.smaller.structure import Structure
 from layerwise.run.streams import Call, Tap, behind, visit_inputs
 from layerwise.run.targets import Choice
@@ -79,6 +80,10 @@ class Task:
         """The task with all it must know of the whole model before the first block."""
         return self
 
+    def dense_side(self, inputs: "BlockInputs") -> DenseSide:
+        """The block as it is, for the inputs of the stages that will be pruned."""
+        return DenseSide(self, inputs, inputs.stages)
+
     def prune(
         self, inputs: "BlockInputs", on_layer: OnLayer = lambda record: None
     ) -> "PrunedBlock":
@@ -105,7 +110,10 @@ class PrunedBlock:
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """A block, its name, and what goes into it."""
+    """A block, its name, and what goes into it.
+
+    `side` is what a pass through the dense block has kept; without one it is made anew.
+    """
 
     name: str
     block: nn.Module
@@ -114,6 +122,7 @@ class BlockInputs:
     dense: Sequence[Tensor]  # hidden states of the dense model, per batch
     pruned: Sequence[Tensor]  # of the pruned model; the same object where there is one
     gradients: Mapping[str, Tensor] = field(default_factory=dict)  # norms, by linear
+    side: DenseSide | None = None
 
 
 def prune_block(
@@ -141,18 +150,32 @@ def prune_block(
         for part in parts:
             _solve_stages(task, inputs, part, result, on_layer)
         return result
-    dense = DenseSide(task, inputs, inputs.stages)
+    dense = inputs.side or task.dense_side(inputs)
+    pruned = PrunedSide(task, inputs, dense)
     for index, stage in enumerate(inputs.stages):
         same = index == 0 and inputs.pruned is inputs.dense
-        accumulator = collect_pair(task, inputs, dense, stage, same=same)
+        accumulator = collect_pair(task, inputs, dense, None if same else pruned, stage)
         dense.forget(stage)
         _solve_stages(task, inputs, [(stage, accumulator)], result, on_layer)
+        with timed("forward"):
+            pruned.settle(stage)
     return result
 
 
 def advance(task: Task, inputs: BlockInputs, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
     """Hidden states behind the block as it is now, batch by batch."""
-    batches = behind(inputs.block, inputs.calls, hidden, task.device)
+    return _timed_passes(behind(inputs.block, inputs.calls, hidden, task.device))
+
+
+def advance_dense(task: Task, inputs: BlockInputs) -> Iterator[Tensor]:
+    """Hidden states behind the dense block, before anything in it is written."""
+    if inputs.side is None:
+        return advance(task, inputs, inputs.dense)
+    return _timed_passes(inputs.side.advance())
+
+
+def _timed_passes(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Batches, what it takes to make them counted as forward passes."""
     while True:
         with timed("forward"):
             batch = next(batches, None)
@@ -197,20 +220,26 @@ def _in_parts(batch: Tensor) -> tuple[Tensor, ...]:
 
 
 def collect_pair(
-    task: Task, inputs: BlockInputs, dense: DenseSide, stage: Stage, *, same: bool
+    task: Task,
+    inputs: BlockInputs,
+    dense: DenseSide,
+    pruned: PrunedSide | None,
+    stage: Stage,
 ) -> MomentAccumulator:
-    """Moments of one stage from the dense and the partly pruned block, side by side."""
+    """Moments of one stage from the dense and the partly pruned block, side by side.
+
+    `pruned` is None where both give the same.
+    """
     accumulator = _accumulator(task, inputs, stage)
     update = _named_update(inputs, stage, accumulator)
     with timed("forward"):
         seen = dense.inputs_of(stage)
-        if same:
+        if pruned is None:
             for batch in seen:
                 update(batch)
         else:
-            pruned = inputs_of(task.device, inputs, inputs.block, stage, inputs.pruned)
-            for batch, pruned_batch in zip(seen, pruned, strict=True):
-                update(batch, pruned_batch)
+            for batches in zip(seen, pruned.inputs_of(stage), strict=True):
+                update(*batches)
     return accumulator
 
 
@@ -253,7 +282,7 @@ def _solve_stages(
         result.weights[name] = matrix.weight.cpu()  # on the CPU the layer's own, no copy
         result.masks[name] = solved.mask.cpu()
         result.records.append(solved.record)
-        trim_memory()  # before that of the next matrix is needed
+        trim_memory(_gram_bytes(matrix.weight))  # before the next matrix needs it
         on_layer(solved.record)
 
 
@@ -261,7 +290,7 @@ def _matrices(
     task: Task, inputs: BlockInputs, stage: Stage, accumulator: MomentAccumulator
 ) -> list[_Matrix]:
     """Matrices of a stage, which share their moments."""
-    trim_memory()
+    trim_memory(_gram_bytes(task.adapter.weight(inputs.block, stage.linears[0])))
     with naming(f"{inputs.name}.{stage.linears[0]}"), timed("gram"):
         if task.ranks.are_several:
             accumulator.add_over(task.ranks.add)
@@ -321,6 +350,10 @@ def _exchanged(
     return SolvedMatrix(weight, mask, record)
 
 
+def _gram_bytes(weight: Tensor) -> int:
+    return torch.float64.itemsize * weight.shape[1] ** 2
+
+
 def _pose(
     task: Task,
     weight: Tensor,
@@ -369,7 +402,7 @@ def solve_matrix(task: Task, name: str, pose: Callable[[], LayerProblem]) -> Sol
     start = time.perf_counter()
     with naming(name), timed("solve"):
         problem = pose()
-        trim_memory()
+        trim_memory(problem.gram.nbytes)
         solution = solve(problem, task.solver)
         stored = solution.weight.to(problem.weight.dtype)
         seconds = time.perf_counter() - start

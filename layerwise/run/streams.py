@@ -91,7 +91,7 @@ def capture(
 
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
-            stack.enter_context(_replaced_forward(block, recorder(index)))
+            stack.enter_context(replaced_forward(block, recorder(index)))
         for batch in batches:
             _run_until_captured(model, batch)
     return stream
@@ -110,7 +110,7 @@ def _other_outputs(
         seen.append((None,) * (len(output) - 1) if several else None)
         raise _Captured
 
-    with _replaced_forward(block, probe):
+    with replaced_forward(block, probe):
         _run_until_captured(model, tokens)
     return seen[0]
 
@@ -124,16 +124,17 @@ def _run_until_captured(model: nn.Module, tokens: Tensor) -> None:
 
 
 @contextmanager
-def _replaced_forward(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    wrapped = vars(block).get("forward")  # by other libraries, on the instance
-    block.forward = forward
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Put another function in the place of a module's forward, inside the context."""
+    wrapped = vars(module).get("forward")  # by other libraries, on the instance
+    module.forward = forward
     try:
         yield
     finally:
         if wrapped is None:
-            del block.forward  # the method of the class shows again
+            del module.forward  # the method of the class shows again
         else:
-            block.forward = wrapped
+            module.forward = wrapped
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ correction asks for them, that of the dense model and that of the pruned one.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,14 @@ from layerwise.run.gradients import gradient_norms, required_gradient
 from layerwise.run.hidden_store import HiddenStore
 from layerwise.run.outputs.journal import Journal
 from layerwise.run.outputs.records import LayerRecord
-from layerwise.run.pipeline import BlockInputs, OnLayer, PrunedBlock, Task, advance
+from layerwise.run.pipeline import (
+    BlockInputs,
+    OnLayer,
+    PrunedBlock,
+    Task,
+    advance,
+    advance_dense,
+)
 from layerwise.run.smaller.structure import Structure
 from layerwise.run.streams import BATCH, capture
 from layerwise.run.targets import Choice
@@ -71,11 +79,14 @@ def walk(
         last = index == len(blocks) - 1  # nothing reads what comes behind it
         next_dense = dense
         with residency.block(block, task.device):
-            if task.error_correction != "sequential" and not last:
-                next_dense = store.keep(advance(task, inputs, dense))
             result = journal.read_block(index) if journal else None
+            if task.error_correction != "sequential" and not last:
+                if result is None and task.staged:
+                    inputs = replace(inputs, side=task.dense_side(inputs))
+                next_dense = store.keep(advance_dense(task, inputs))
             if result is None:
                 result = task.prune(inputs, on_layer)
+                inputs = replace(inputs, side=None)
                 if journal is not None:
                     with stage("write"):
                         journal.write_block(index, result)

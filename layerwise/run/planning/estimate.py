@@ -143,9 +143,9 @@ def forward_passes(
     total = Work()
     blocks = adapter.blocks_of(model)
     for number, (name, block) in enumerate(blocks.items()):
-        stages = [
-            stage
-            for stage in adapter.stages_of(name)
+        order = [
+            index
+            for index, stage in enumerate(adapter.stages_of(name))
             if any(f"{name}.{linear}" in shapes for linear in stage.linears)
         ]
 
@@ -155,26 +155,38 @@ def forward_passes(
             skipped = [adapter.linear(block, n) for stage in later for n in stage.linears]
             return forward_work(block, model.config, run.tokens, run.length, skipped)
 
-        order = [adapter.stages_of(name).index(stage) for stage in stages]
-        if number < len(blocks) - 1:
+        advanced = number < len(blocks) - 1
+        if advanced:
+            streams = 2 if run.error_correction == "full" else 1
             whole = forward_work(block, model.config, run.tokens, run.length)
-            total += whole
-            if run.error_correction == "full":
-                total += whole
+            total += sum([whole] * streams, Work())
         if not order:
             continue
         if not run.staged:
             total += until(order[-1])
             continue
-        if _keeps(sizes, run, number):
-            total += until(order[-1])
-        else:
-            for index in order:
-                total += until(index)
         same = run.error_correction == "block" or number == 0
-        for index in order[1:] if same else order:
-            total += until(index)
+        pruned = list(enumerate(order))[1 if same else 0 :]
+        if not _keeps(sizes, run, number):
+            passes = order + [index for _, index in pruned]
+            total += sum((until(index) for index in passes), Work())
+            continue
+        if not (advanced and run.workers == 1):  # else inputs are kept on that pass
+            total += until(order[-1])
+        settled: Work | None = None  # in front of where the pruned block changes
+        for place, index in pruned:
+            total += until(index) if settled is None else _rest(until(index), settled)
+            if sizes.blocks[number].stages[place].ends:
+                settled = until(index + 1)
+                total += _rest(settled, until(index))  # the output of the module
     return total
+
+
+def _rest(work: Work, known: Work) -> Work:
+    """Products of a pass without those that another one has made."""
+    return Work(
+        {dtype: count - known.flops.get(dtype, 0.0) for dtype, count in work.flops.items()}
+    )
 
 
 def _keeps(sizes: ModelShape, run: RunShape, number: int) -> bool:

@@ -28,15 +28,21 @@ HOST_WITH_DEVICE = 1 << 30  # what they add to the process
 BATCH_NAME = "a batch on its way through the block"
 COPY = "copy of the block for the dense side"
 INPUTS = "inputs of the stages that are left"
+SETTLED = "outputs of modules that are settled"
 RESULTS = "pruned weights and masks of the block"
 
 
 @dataclass(frozen=True)
 class StageShape:
-    """Matrices of a block that share their inputs: the width, and the rows of each."""
+    """Matrices of a block that share their inputs: the width, and the rows of each.
+
+    `ends` says that they are one matrix, whose output may be that of a module around it
+    (:mod:`layerwise.run.endings`).
+    """
 
     width: int
     rows: tuple[int, ...]
+    ends: bool = False
 
     @property
     def weights(self) -> int:
@@ -401,13 +407,10 @@ def _stages(model: ModelShape, run: RunShape, block: BlockShape) -> list[Moment]
     left = _stored(model, run, block)
     moments = []
     if left:
-        copied = (COPY, own, True)
         batch = (BATCH_NAME, _working(model, run), True)
         kept = (INPUTS, sum(left), True)
-        moments.append(
-            _moment("pass that keeps inputs", run, [*present, copied, kept, batch])
-        )
-    done = 0
+        moments.append(_moment("pass that keeps inputs", run, [*present, kept, batch]))
+    done = settled = 0
     for index, stage in enumerate(block.stages):
         rest: list[tuple[str, float, bool]] = [*present]
         if run.staged and not left:
@@ -415,6 +418,10 @@ def _stages(model: ModelShape, run: RunShape, block: BlockShape) -> list[Moment]
         first = index == 0 and run.error_correction == "block"
         sums = _sums(run, block, stage, pair=run.staged and not first)
         gathering = max(_working(model, run), _update(run, stage))
+        known = settled  # and the inputs of what will be
+        if left and stage.ends and not first:
+            known += left[index]
+            settled += run.tokens * stage.rows[0] * model.itemsize
         moments.append(
             _moment(
                 "sums over the inputs of a stage",
@@ -422,6 +429,7 @@ def _stages(model: ModelShape, run: RunShape, block: BlockShape) -> list[Moment]
                 [
                     *rest,
                     (INPUTS, sum(left[index:]), True),
+                    (SETTLED, known, True),
                     (RESULTS, done, False),
                     (*sums, True),
                     (BATCH_NAME, gathering, True),
@@ -436,6 +444,7 @@ def _stages(model: ModelShape, run: RunShape, block: BlockShape) -> list[Moment]
                 [
                     *rest,
                     (INPUTS, sum(left[index + 1 :]), True),
+                    (SETTLED, known, True),
                     (RESULTS, done, False),
                     (*sums, True),
                     *_problem(run, stage, sums[1]),

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from layerwise.adapters import Adapter
+from layerwise.run.endings import modules_around
 from layerwise.run.planning.dry import working_set
 from layerwise.run.planning.memory_model import BlockShape, ModelShape, StageShape
 
@@ -47,10 +48,16 @@ def model_shape(
 def _block(
     adapter: Adapter, name: str, block: Any, shapes: Mapping[str, tuple[int, int]]
 ) -> BlockShape:
+    chosen = [
+        stage.only([linear for linear in stage.linears if f"{name}.{linear}" in shapes])
+        for stage in adapter.stages_of(name)
+    ]
+    chosen = [stage for stage in chosen if stage.linears]
     stages = []
-    for stage in adapter.stages_of(name):
-        chosen = [shapes[key] for n in stage.linears if (key := f"{name}.{n}") in shapes]
-        if chosen:
-            stages.append(StageShape(chosen[0][1], tuple(rows for rows, _ in chosen)))
+    for index, stage in enumerate(chosen):
+        matrices = [shapes[f"{name}.{linear}"] for linear in stage.linears]
+        rows = tuple(out for out, _ in matrices)
+        ends = bool(modules_around(chosen, index))
+        stages.append(StageShape(matrices[0][1], rows, ends))
     parameters = sum(parameter.numel() for parameter in block.parameters())
     return BlockShape(parameters, tuple(stages))

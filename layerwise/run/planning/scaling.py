@@ -68,7 +68,7 @@ class Llama:
         queries, keys = self.heads * HEAD, self.groups * HEAD
         return (
             StageShape(self.hidden, (queries, keys, keys)),
-            StageShape(queries, (self.hidden,)),
+            StageShape(queries, (self.hidden,), ends=True),
             StageShape(self.hidden, (self.inner, self.inner)),
             StageShape(self.inner, (self.hidden,)),
         )

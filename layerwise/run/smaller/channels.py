@@ -31,6 +31,7 @@ from layerwise.run.pipeline import (
     naming,
     record_of,
 )
+from layerwise.run.pruned_side import PrunedSide
 from layerwise.run.timing.stopwatch import stage
 from layerwise.solve import solve
 
@@ -158,7 +159,10 @@ class Restoration:
     ) -> None:
         self._task, self._inputs, self._on_layer = task, inputs, on_layer
         self._collected = collected
-        self._dense = None if collected is not None else task.dense_side(inputs)
+        self._dense: DenseSide | None = None
+        if collected is None:
+            self._dense = inputs.side or task.dense_side(inputs)
+        self._pruned = PrunedSide(task, inputs)
         self._same = inputs.pruned is inputs.dense  # until the first weight is written
         self.result = PrunedBlock()
 
@@ -191,9 +195,8 @@ class Restoration:
         if self._collected is not None:
             return self._collected[name]
         assert self._dense is not None
-        return collect_pair(
-            self._task, self._inputs, self._dense, Stage((name,)), same=self._same
-        )
+        pruned = None if self._same else self._pruned
+        return collect_pair(self._task, self._inputs, self._dense, pruned, Stage((name,)))
 
     def _fixed(self, name: str, kept: Tensor) -> FixedMask:
         weight = self._task.adapter.weight(self._inputs.block, name)
