@@ -250,9 +250,9 @@ def test_a_block_is_copied_only_where_passes_are_repeated(
         assert len(copied) == copies
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "fasp"])
+@pytest.mark.parametrize(("family", "method"), [("llama", "sparsegpt"), ("mamba", "fasp")])
 def test_nothing_is_kept_behind_the_block(
-    monkeypatch: pytest.MonkeyPatch, method: str
+    monkeypatch: pytest.MonkeyPatch, family: str, method: str
 ) -> None:
     """Inputs that were kept are gone when the pruned stream moves on."""
     sides: list[weakref.ref[DenseSide]] = []
@@ -270,7 +270,7 @@ def test_nothing_is_kept_behind_the_block(
 
     monkeypatch.setattr(DenseSide, "__init__", make)
     monkeypatch.setattr(walk, "advance", count)
-    pruned(tiny_model("llama", layers=3), "full", method=method)
+    pruned(tiny_model(family, layers=3), "full", method=method)
     assert len(sides) == 3
     assert alive == [0, 0]
 
