@@ -49,9 +49,12 @@ def inner_precision(problem: LayerProblem) -> torch.dtype:
 
 
 def inverse_of(problem: LayerProblem) -> Tensor:
-    """Inverse of the damped gram in the precision of inner solvers."""
+    """Inverse of the damped gram in the precision of inner solvers.
+
+    It errs by the rounding of the factor at worst, which is that of the inverse itself.
+    """
     factor = problem.factor(torch.float64)
-    return torch.cholesky_inverse(factor.lower).to(inner_precision(problem))
+    return torch.cholesky_inverse(factor.lower.to(inner_precision(problem)))
 
 
 def direct_round(problem: LayerProblem, kept: Tensor, side: Side) -> Round:
