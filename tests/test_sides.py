@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from layerwise.adapters import OutputSlice, Stage
 from layerwise.run import allocator, dense_side, walk
 from layerwise.run.allocator import WORTH, trim_memory
-from layerwise.run.dense_side import DenseSide
+from layerwise.run.dense_side import STORE, DenseSide, room
 from layerwise.run.endings import Ending, Endings, modules_around
 from layerwise.run.pipeline import BlockInputs, advance
 from layerwise.run.prune import prune_model
@@ -171,8 +171,8 @@ def pruned(model: Any, mode: Any, **options: Any) -> Any:
     ("mode", "store", "passes"),
     [
         # dense, and pruned in front of o, in every block; full: pruned to the end as well
-        ("block", dense_side.STORE, 2 + 2 + 2),
-        ("full", dense_side.STORE, 3 + 3 + 2),
+        ("block", STORE, 2 + 2 + 2),
+        ("full", STORE, 3 + 3 + 2),
         # dense to the end, dense for o, gate, down, and pruned for those
         ("block", 0, 7 + 7 + 6),
         ("full", 0, 8 + 8 + 6),
@@ -194,7 +194,7 @@ def test_what_is_kept_changes_no_bit(
     monkeypatch: pytest.MonkeyPatch, family: str, mode: str
 ) -> None:
     found = []
-    for store in (0, dense_side.STORE):
+    for store in (0, STORE):
         monkeypatch.setattr(dense_side, "STORE", store)
         model = tiny_model(family, layers=2)
         pruned(model, mode)
@@ -239,10 +239,29 @@ def test_what_is_settled_is_replayed() -> None:
     assert "forward" not in vars(block.attention)
 
 
+@pytest.mark.parametrize(
+    ("free", "cached", "expected"), [(130, 14, 18), (1, 1, 1)], ids=["large", "small"]
+)
+def test_there_is_more_room_on_an_accelerator(
+    monkeypatch: pytest.MonkeyPatch, free: int, cached: int, expected: int
+) -> None:
+    """An eighth of what is free, and of what PyTorch holds free, but no less than here."""
+    gib, own = 1 << 30, 2
+    told = {
+        "mem_get_info": (free * gib, 200 * gib),
+        "memory_reserved": (own + cached) * gib,
+        "memory_allocated": own * gib,
+    }
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert room(torch.device("cuda")) == expected * gib
+    assert room(torch.device("cpu")) == STORE == gib
+
+
 def test_a_block_is_copied_only_where_passes_are_repeated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for store, copies in ((0, 2), (dense_side.STORE, 0)):
+    for store, copies in ((0, 2), (STORE, 0)):
         monkeypatch.setattr(dense_side, "STORE", store)
         model = tiny_model("llama", layers=2)
         with counted(copy, "deepcopy") as copied:

@@ -1,7 +1,7 @@
 """The dense half of a block that is pruned stage by stage: what its linears read.
 
-Every stage needs the inputs that the dense block gives it. If those of all stages fit into
-`STORE` bytes they come from one pass, which the hidden states behind the block come from as
+Every stage needs the inputs that the dense block gives it. If there is `room` for those of
+all stages they come from one pass, which the hidden states behind the block come from as
 well; else a pass per stage, each stopped where the stage has been seen, needs no memory.
 """
 
@@ -20,7 +20,17 @@ from layerwise.run.streams import Tap, behind, visit_inputs
 if TYPE_CHECKING:
     from layerwise.run.pipeline import BlockInputs, Task
 
-STORE = 1 << 30
+STORE = 1 << 30  # bytes of inputs that are kept on the host
+DEVICE_SHARE = 8  # of what is free on an accelerator, its inverse, that they may take there
+
+
+def room(device: torch.device) -> int:
+    """Bytes that inputs of a block may take on a device; the result is the same anyway."""
+    if device.type != "cuda":
+        return STORE
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + cached
+    return max(STORE, int(free) // DEVICE_SHARE)
 
 
 class DenseSide:
@@ -46,7 +56,7 @@ class DenseSide:
         tokens = sum(states[..., 0].numel() for states in inputs.dense)
         widths = [task.adapter.weight(inputs.block, s.linears[0]).shape[1] for s in stages]
         size = max((states.element_size() for states in inputs.dense), default=1)
-        self.fits = len(stages) > 1 and tokens * sum(widths) * size <= STORE
+        self.fits = len(stages) > 1 and tokens * sum(widths) * size <= room(task.device)
         again = bool(stages) and not self.fits
         self._copy: nn.Module | None = copy.deepcopy(inputs.block) if again else None
 

@@ -17,7 +17,6 @@ import torch
 from layerwise.adapters import Adapter
 from layerwise.gram import precision_of
 from layerwise.moments import EXACT_RANK_WIDTH
-from layerwise.run.dense_side import STORE
 from layerwise.run.planning.memory_model import ModelShape, RunShape
 from layerwise.run.planning.solver_costs import cost_of
 from layerwise.run.timing.floor import Machine, Work, forward_work, gram_work, run_work
@@ -193,7 +192,7 @@ def _keeps(sizes: ModelShape, run: RunShape, number: int) -> bool:
     """Whether the inputs of all stages of a dense block are kept."""
     stages = sizes.blocks[number].stages
     widths = sum(stage.width for stage in stages)
-    return len(stages) > 1 and run.tokens * widths * sizes.itemsize <= STORE
+    return len(stages) > 1 and run.tokens * widths * sizes.itemsize <= run.store
 
 
 def _drift(sizes: ModelShape, run: RunShape, dtype: torch.dtype) -> Work:

@@ -17,7 +17,6 @@ BATCH = 8  # sequences that go through a block together
 GRAM_ITEM = 8  # float64
 MOST_ROWS = 512  # that a refit works on together on a processor
 ARRAYS = 16  # of the width, that it plans for a row
-STORE = 1 << 30  # inputs of the stages of a dense block that are kept, at most
 LOOK = 2  # truth values per entry of a tensor that is checked, beside a copy of it
 SLAB = 512  # rows of a product that are made at a time
 LARGE_ARRAY = 32 << 20  # bytes from which the C library gives back what is freed
@@ -184,6 +183,8 @@ class RunShape:
         Whether hidden states between the blocks are files.
     streamed
         Whether one block at a time is in memory, and not the whole model.
+    store
+        Bytes that the inputs of the stages of a block may take where it is computed.
     """
 
     n_sequences: int
@@ -195,6 +196,7 @@ class RunShape:
     workers: int = 1
     on_disk: bool = False
     streamed: bool = True
+    store: int = 1 << 30
 
     @property
     def tokens(self) -> int:
@@ -457,7 +459,7 @@ def _stages(model: ModelShape, run: RunShape, block: BlockShape) -> list[Moment]
 def _stored(model: ModelShape, run: RunShape, block: BlockShape) -> list[int]:
     """Inputs of every stage of the dense block, if all of them fit the store."""
     sizes = [run.tokens * stage.width * model.itemsize for stage in block.stages]
-    fits = run.staged and len(sizes) > 1 and sum(sizes) <= STORE
+    fits = run.staged and len(sizes) > 1 and sum(sizes) <= run.store
     return sizes if fits else []
 
 

@@ -25,6 +25,7 @@ from layerwise.run.atomic import atomic_write
 from layerwise.run.checkpoints.headers import Headers
 from layerwise.run.checkpoints.residency import can_stream
 from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.dense_side import room
 from layerwise.run.gradients import required_gradient
 from layerwise.run.hidden_store import LARGEST_SHARE, check_activations
 from layerwise.run.parallel import Workers
@@ -292,6 +293,7 @@ def plan_run(
         workspace=workspace_of(solver, pair=error_correction in ("block", "full")),
         workers=workers,
         streamed=streamed,
+        store=room(place),
     )
     run = _with_store(sizes, run, activations, capacity)
     disk = disk_of(source, sizes, run)
