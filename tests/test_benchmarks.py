@@ -306,7 +306,10 @@ def test_refit_race_tells_every_spectrum_and_sparsity(
     monkeypatch.setattr(refit_race, "CROSSOVER", ((16, 4),))
     monkeypatch.setattr(refit_race, "SIDES", (16, 4))
     lines = refit_race.race(1)
-    assert len(lines) == 2 + len(refit_race.LAYERS) * len(refit_race.DAMPINGS)
+    spectra = [refit_race.DRAWN, *refit_race.LAYERS]
+    assert len(lines) == 2 + len(spectra) * len(refit_race.DAMPINGS)
+    told = {line.split(" | ")[1] for line in lines[2:]}
+    assert told == set(spectra)
     assert {name for _, name in asked} == set(refit_race.LAYERS.values())
     assert all(line.count("x") >= 3 for line in lines[2:])
     table = refit_race.crossover(1)

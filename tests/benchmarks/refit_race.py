@@ -4,12 +4,12 @@
     python -m tests.benchmarks.refit_race --crossover
     python -m tests.benchmarks.refit_race --sides
 
-Half of the weights of every row kept by Wanda, grams with the spectra of captured layers,
-float32 weights. Ours is the whole call on fresh moments: factorizations, certificates of
-every row below 1e-6, grading. Jacobi-CG is the same call on the supports of the rows, with
-``rank=0`` and float32 products. A peer factors ``G_SS`` in float32 and solves, no more;
-rows cost the same, so a peer is timed on a few of them and its time is that of a row times
-the rows.
+Half of the weights of every row kept by Wanda, float32 weights, grams drawn as ``real-ish``
+(:mod:`tests.benchmarks.optimality`) and with the spectra of captured layers. Ours is the
+whole call on fresh moments: factorizations, certificates of every row below 1e-6, grading.
+Jacobi-CG is the same call on the supports of the rows, with ``rank=0`` and float32
+products. A peer factors ``G_SS`` in float32 and solves, no more; rows cost the same, so a
+peer is timed on a few of them and its time is that of a row times the rows.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from layerwise.problem import LayerProblem
 from layerwise.solution import Status
 from layerwise.solvers.least_squares import RANK_SHARE, LeastSquares, direct_pays
 from layerwise.solvers.spread import ratio_of_iterations
+from tests.benchmarks.optimality import SPECTRA
 from tests.benchmarks.spectra import FLAT, MIDDLE, STEEP, realistic_gram
 
 SHAPES = ((2048, 2048), (1024, 4096))  # rows, width
@@ -40,6 +41,7 @@ PEER_ROWS = 16
 LAYERS: Mapping[str, str] = MappingProxyType(
     {"steep": STEEP, "middle": MIDDLE, "flat": FLAT}
 )
+DRAWN = "real-ish"  # of :mod:`tests.benchmarks.optimality`
 CROSSOVER = ((512, 128), (1024, 128), (2048, 64))  # width, rows
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9)
 SIDES = (1024, 128)  # width, rows
@@ -50,6 +52,13 @@ WAYS = (
     LeastSquares(method="cg", products="float32", side="support"),
     LeastSquares(method="cg", products="float32", side="complement"),
 )
+
+
+def gram_of(label: str, width: int) -> Tensor:
+    """Gram of a spectrum by its name, shape (width, width), float64."""
+    if label == DRAWN:
+        return SPECTRA[DRAWN](torch.Generator().manual_seed(0), width)
+    return realistic_gram(width, LAYERS[label])
 
 
 def make_problem(gram: Tensor, rows: int, damping: float, sparsity: float) -> LayerProblem:
@@ -138,8 +147,8 @@ def race(repeats: int) -> list[str]:
         tolerance=TOLERANCE, method="cg", side="support", rank=0, products="float32"
     )
     for rows, width in SHAPES:
-        for label, layer in LAYERS.items():
-            gram = realistic_gram(width, layer)
+        for label in (DRAWN, *LAYERS):
+            gram = gram_of(label, width)
             for damping in DAMPINGS:
                 taken: dict[str, list[float]] = {}
                 iterations: dict[str, int] = {}
@@ -176,7 +185,7 @@ def crossover(repeats: int) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for width, rows in CROSSOVER:
-        gram = realistic_gram(width, STEEP)
+        gram = gram_of("steep", width)
         for damping in DAMPINGS:
             for sparsity in SPARSITIES:
                 median = {}
@@ -204,8 +213,8 @@ def sides() -> list[str]:
         "|---" * (2 + len(SIDES_SPARSITIES)) + "|",
     ]
     width, rows = SIDES
-    for label, layer in LAYERS.items():
-        gram = realistic_gram(width, layer)
+    for label in LAYERS:
+        gram = gram_of(label, width)
         for damping in SIDES_DAMPINGS:
             cells = [label, f"{damping:g}"]
             for sparsity in SIDES_SPARSITIES:
