@@ -10,9 +10,18 @@ vanishes on S,
 One triangular solve certifies every row. The natural y is v off the support; the dual
 method of the refit (:mod:`layerwise.solvers.least_squares`) brings better ones.
 
+v is known up to its own rounding only, which a small eigenvalue of G magnifies. The bound
+contains it (:func:`bounded_energy`): it is nothing for a gram that is damped as usual, and
+all there is for one that is singular up to rounding.
+
 l1. For ``f(w) + penalty * ||w||_1`` the scaled residual is dual feasible, and so is half
 of any subgradient of the penalty; primal minus the better dual bounds the excess of every
 row.
+
+References
+----------
+.. [1] N. Higham, T. Mary, "A New Approach to Probabilistic Rounding Error Analysis",
+   SIAM J. Scientific Computing 2019: sums of n terms err by some sqrt(n) eps.
 """
 
 from dataclasses import dataclass, fields
@@ -21,10 +30,13 @@ import torch
 from torch import Tensor
 
 from layerwise.evaluate import objective_from_residual, objective_rows, residual
+from layerwise.linalg import Factor
 from layerwise.problem import LayerProblem
 from layerwise.solution import Certificate
 
 ENERGY_FLOOR = 1e-12  # optima below this share of a row's energy count as this share
+EPSILON = torch.finfo(torch.float64).eps
+ROUNDING = 4.0  # times the root of the width: roundings of a sum, of random signs [1]_
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,14 +101,18 @@ def refit_state(
     factor = problem.factor(torch.float64)
     gradient = residual(problem, weight)
     objective = objective_from_residual(problem, weight, gradient)
+    natural = multipliers is None
     if multipliers is None:
         multipliers = torch.where(mask, 0, gradient)
+    size = size_of_terms(problem, weight, multipliers)
+    if natural:
+        size *= mask.any(dim=1)  # the rest of a row that keeps nothing is exactly zero
     rest = gradient.sub_(multipliers)
     if factor.raised:  # the gram is singular at this damping, and proves nothing
         excess = torch.full_like(problem.energy, torch.inf)
         relative = excess
     else:
-        excess = factor.inverse_norms(rest)
+        excess = bounded_energy(factor, rest, size)
         relative = relative_excess(problem, objective, excess)
     return RefitState(rest, multipliers, objective, excess, relative, problem.energy)
 
@@ -126,6 +142,47 @@ def dense_state(problem: LayerProblem, mask: Tensor) -> RefitState:
     )
 
 
+def bounded_energy(factor: Factor, rest: Tensor, size: Tensor) -> Tensor:  # (out,)
+    """Upper bound of ``r G^-1 r`` of every row r, the rounding of r included.
+
+    With g the diagonal of G, entry j of r errs by ``sqrt(in g_j size) eps``, and the factor
+    by ``in eps`` times the trace of the inverse at unit diagonal, relative to the energy.
+
+    Parameters
+    ----------
+    factor
+        Of G, in float64.
+    rest
+        Rows, shape (out, in).
+    size
+        What they were computed from, see :func:`size_of_terms`, shape (out,); zero for
+        rows that are exact.
+    """
+    width, trace = len(factor.lower), factor.trace_bound
+    found = factor.inverse_norms(rest)
+    lost = width * EPSILON * trace
+    if not lost < 0.5:
+        return torch.where(size > 0, torch.inf, found)
+    rounding = size.sqrt() * (ROUNDING * EPSILON * (width * trace) ** 0.5)
+    bound: Tensor = (found.sqrt() + rounding).square_() / (1 - lost)
+    return bound
+
+
+def size_of_terms(problem: LayerProblem, weight: Tensor, *more: Tensor) -> Tensor:
+    """Squared size of what makes a residual, in units of the gram's diagonal g, (out,).
+
+    That is ``(W - w)^2 g``, and ``s^2 / g`` for the shift and for `more` rows.
+    """
+    diagonal = problem.gram.diagonal() + problem.ridge
+    change = problem.weight.double() - weight.double()
+    size = change.square_() @ diagonal
+    if problem.shift is not None:
+        more = (*more, problem.shift)
+    for rows in more:
+        size += rows.square() @ (1 / diagonal)
+    return size
+
+
 def refit_excess(problem: LayerProblem, weight: Tensor, mask: Tensor) -> Tensor:
     """Bound on every row's excess over its damped optimum on the mask, relative to it.
 
@@ -137,11 +194,11 @@ def refit_excess(problem: LayerProblem, weight: Tensor, mask: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        Shape (out,), float64: ``||L^-1 r||^2`` divided by the row's damped optimum, which
-        itself is bounded from below by the objective minus the excess and floored at
-        1e-12 of the row's energy. Rows without residual get 0, and all rows get inf if
-        the gram is singular at this damping. The multipliers are the natural ones; a
-        refit that has better ones may have proven less.
+        Shape (out,), float64: ``||L^-1 r||^2`` and its rounding, divided by the row's
+        damped optimum, which itself is bounded from below by the objective minus the
+        excess and floored at 1e-12 of the row's energy. Rows that are dense get 0, and
+        all rows get inf if the gram is singular at this damping. The multipliers are the
+        natural ones; a refit that has better ones may have proven less.
     """
     return refit_state(problem, weight, mask).relative
 
@@ -193,7 +250,8 @@ def l1_bounds(
         return primal, dual
     feasible = subgradient.double().clamp(-penalty / 2, penalty / 2)
     second = smooth + 2 * (feasible * weight.double()).sum(dim=1)
-    second -= factor.inverse_norms(stationarity - feasible)
+    size = size_of_terms(problem, weight, feasible)
+    second -= bounded_energy(factor, stationarity - feasible, size)
     return primal, torch.maximum(dual, second)
 
 
@@ -218,4 +276,5 @@ def least_squares_minimum(problem: LayerProblem) -> Tensor:
     factor = problem.factor(torch.float64)
     if factor.raised:  # a larger damping would overstate the minimum
         return torch.zeros_like(problem.drift)
-    return (problem.drift - factor.inverse_norms(problem.shift)).clamp(min=0)
+    gained = bounded_energy(factor, problem.shift, torch.zeros_like(problem.drift))
+    return (problem.drift - gained).clamp(min=0)

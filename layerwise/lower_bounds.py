@@ -201,7 +201,7 @@ class _ScaledProblem:
         if weight is None:
             start = torch.where(self.pattern.mask(self.free.abs()), self.free, 0)
         else:
-            start = weight.double() / self.scale
+            start = weight.detach().double() / self.scale
         of_largest = _Split.of(self.gram, largest)
         yield self.evaluate(of_largest, torch.zeros_like(self.free))  # the free minimum
         split: Tensor | None = INSIDE * largest

@@ -52,7 +52,7 @@ def solve(
     UsageError
         If the name is unknown.
     InvalidProblemError
-        If the solver does not handle the pattern.
+        If the solver does not handle the pattern, or `initial` has another shape.
     SolveError
         If arithmetic failed.
     VerificationError
@@ -60,6 +60,8 @@ def solve(
     """
     chosen = resolve(solver)
     refuse_unless_solvable(chosen, problem)
+    if initial is not None:
+        initial = _checked_start(problem, initial)
     scaled, exponent = problem.normalized()
     if isinstance(chosen, Solver):
         report = on_iteration and (lambda entry: on_iteration(_as_posed(entry, exponent)))
@@ -93,6 +95,16 @@ def solve(
         )
         raise SolveError(message)
     return graded
+
+
+def _checked_start(problem: LayerProblem, initial: Solution) -> Solution:
+    """Start of the right shape, without the graph of weights that need gradients."""
+    for name in ("weight", "mask"):
+        shape = tuple(getattr(initial, name).shape)
+        if shape != problem.shape:
+            message = f"initial has a {name} of shape {shape}, expected {problem.shape}"
+            raise InvalidProblemError(message)
+    return replace(initial, weight=initial.weight.detach())
 
 
 def refuse_unless_solvable(solver: Solver | Any, problem: LayerProblem) -> None:

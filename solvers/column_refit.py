@@ -13,8 +13,8 @@ References
 import torch
 from torch import Tensor
 
-from layerwise.certificates import relative_excess
-from layerwise.evaluate import residual
+from layerwise.certificates import bounded_energy, relative_excess, size_of_terms
+from layerwise.evaluate import objective_from_residual, residual
 from layerwise.linalg import Factor, factorize
 from layerwise.problem import LayerProblem
 from layerwise.solution import Certificate
@@ -64,7 +64,7 @@ def refit_columns(
             weight[:, kept] += factor.solve_rows(rest[:, kept])
             weight = weight.to(problem.dtype).double()
             rest = residual(problem, weight)
-            excess = _relative_excess(problem, dense - weight, rest, kept, factor)
+            excess = _relative_excess(problem, weight, rest, kept, factor)
             if bool((excess <= tolerance / 2).all()):
                 break
     certificate = Certificate("refit", float(excess.max()), RELATIVE_TO)
@@ -72,9 +72,9 @@ def refit_columns(
 
 
 def _relative_excess(
-    problem: LayerProblem, change: Tensor, rest: Tensor, kept: Tensor, factor: Factor
+    problem: LayerProblem, weight: Tensor, rest: Tensor, kept: Tensor, factor: Factor
 ) -> Tensor:
-    """Exact excess of every row, relative to its damped optimum, shape (out,)."""
-    pull = rest if problem.shift is None else rest + problem.shift
-    objective = (pull * change).sum(dim=1) + problem.drift
-    return relative_excess(problem, objective, factor.inverse_norms(rest[:, kept]))
+    """Excess of every row and its rounding, relative to its damped optimum, (out,)."""
+    objective = objective_from_residual(problem, weight, rest)
+    size = size_of_terms(problem, weight)
+    return relative_excess(problem, objective, bounded_energy(factor, rest[:, kept], size))

@@ -6,9 +6,10 @@ rows that are still open after some steps are finished by FISTA
 (:mod:`layerwise.solvers.l1_fista`). The result is always exactly sparse.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from layerwise.certificates import l1_bounds
 from layerwise.errors import InvalidProblemError
 from layerwise.problem import LayerProblem
+from layerwise.slabs import all_finite
 from layerwise.solution import Status
 from layerwise.solvers.l1_fista import run_fista
 from layerwise.solvers.l1_quadratic import STEP_MARGIN, Metric, Quadratic
@@ -49,7 +51,8 @@ class LassoResult:
     checks
         Evaluations of the gap, each a product with the gram and a triangular solve.
     status
-        ``OPTIMAL`` if the gap is below the tolerance, else ``MAX_ITERATIONS``.
+        ``OPTIMAL`` if the gap is below the tolerance, else ``MAX_ITERATIONS``;
+        ``NUMERICAL_ERROR`` if it is no number.
     """
 
     weight: Tensor
@@ -100,16 +103,41 @@ def lasso(
         with the smaller condition number.
     restart
         Whether the momentum of a row of FISTA restarts where it points uphill.
+
+    Raises
+    ------
+    InvalidProblemError
+        For a penalty that is negative or no number, a word that is none of the above, and
+        a start that is not finite or of another shape.
     """
-    if penalty < 0:
-        message = f"penalty must not be negative, got {penalty}"
+    if not 0 <= penalty < math.inf:
+        message = f"penalty must be a finite number and not negative, got {penalty}"
         raise InvalidProblemError(message)
+    _check_word("method", method, get_args(Method))
+    _check_word("metric", metric, get_args(Metric))
+    if initial is not None:
+        _check_start(problem, initial)
     scaled, exponent = problem.normalized()
     path = L1Path(scaled.factorized()[0], metric, method, restart=restart)
     path.start(problem.weight if initial is None else initial)
     unit_penalty = penalty * 2.0**-exponent
     found = path.minimize(unit_penalty, tolerance, max_iterations)
     return path.certify(found, unit_penalty, tolerance, exponent)
+
+
+def _check_word(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        message = f"{name} is one of {', '.join(known)}, got {value!r}"
+        raise InvalidProblemError(message)
+
+
+def _check_start(problem: LayerProblem, initial: Tensor) -> None:
+    if tuple(initial.shape) != problem.shape:
+        message = f"initial has shape {tuple(initial.shape)}, expected {problem.shape}"
+        raise InvalidProblemError(message)
+    if not all_finite(initial):
+        message = "initial contains NaN or infinite entries"
+        raise InvalidProblemError(message)
 
 
 class L1Path:
@@ -142,7 +170,7 @@ class L1Path:
     def start(self, weight: Tensor) -> None:
         """Start the next problem at some weights; its residual is the first dual point."""
         quadratic = self.quadratic
-        self._scaled = weight.to(quadratic.dense.dtype) * quadratic.root
+        self._scaled = weight.detach().to(quadratic.dense.dtype) * quadratic.root
         self._subgradient = quadratic.residual(self._scaled)
 
     def minimize(self, penalty: float, tolerance: float, max_iterations: int) -> Point:
@@ -189,7 +217,10 @@ class L1Path:
         subgradient = point.subgradient * self.quadratic.root
         bounds = l1_bounds(self.quadratic.problem, weight, penalty, subgradient)
         primal, dual = (float(rows.sum()) for rows in bounds)
-        gap = (primal - dual) / primal if primal > 0 else 0.0
+        gap = 0.0 if primal == 0 else (primal - dual) / primal
+        status = Status.OPTIMAL if gap <= tolerance else Status.MAX_ITERATIONS
+        if not math.isfinite(gap):
+            gap, status = math.inf, Status.NUMERICAL_ERROR
         unit = 2.0**exponent
         return LassoResult(
             weight=weight,
@@ -198,5 +229,5 @@ class L1Path:
             gap=gap,
             iterations=point.iterations,
             checks=point.checks,
-            status=Status.OPTIMAL if gap <= tolerance else Status.MAX_ITERATIONS,
+            status=status,
         )

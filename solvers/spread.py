@@ -17,7 +17,6 @@ from torch import Tensor
 from layerwise.problem import LayerProblem
 from layerwise.solvers.factor_model import FactorModel
 
-PROBES = 16
 EXPONENT = 1.5
 MODEL_COST = 1.25  # of an iteration with the model of the gram, to one without
 
@@ -68,19 +67,6 @@ def spread_on_supports(problem: LayerProblem, rank: int) -> float:
 
 
 def spread_on_complements(problem: LayerProblem) -> float:
-    """Spread of the inverse of the gram of unit diagonal; shared.
-
-    Traces are estimated by random signs. Cost: ``PROBES`` solves with the factor.
-    """
-
-    def make() -> float:
-        factor = problem.factor(torch.float64)
-        root = (problem.gram.diagonal() + problem.ridge).sqrt()
-        generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, (PROBES, len(root)), generator=generator)
-        probes = (2.0 * signs - 1).to(root)
-        images = factor.solve_rows(probes * root) * root
-        trace = (images * probes).sum(dim=1).mean()
-        return float(len(root) * images.square().sum(dim=1).mean() / trace.square())
-
-    return problem.moments.shared(("spread of the inverse", problem.damping), make)
+    """Spread of the inverse of the gram of unit diagonal; shared with its factor."""
+    trace, squares = problem.factor(torch.float64).unit_inverse
+    return problem.shape[1] * squares / trace**2

@@ -26,6 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import OnIteration, Solution
@@ -39,6 +40,7 @@ HOLD_ENTERED = (3, 5, 8, 4, 11, 6)  # steps that an entry that came is held, in 
 HOLD_LEFT = (2, 1, 3)  # steps that an entry that went is held
 PATIENCE = 250  # tabu steps without a better mask after which a row gives up
 NOISE = 1e-12  # of a row's energy: changes below it are rounding
+WORSE = 1e-6  # share of its first objective by which a row may end above it
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,21 @@ class Swaps:
         chunk = Supports.chunk(slots, self.memory_budget, self.candidates)
         weight = torch.zeros_like(mask, dtype=torch.float64)
         history: list[Mapping[str, float]] = []
+        start, begin = mask.clone(), torch.zeros_like(problem.drift)
         every = torch.arange(len(mask), device=mask.device)
         for rows in torch.split(every, chunk):
             search = _Search(self, problem, rows, mask[rows], history, on_iteration)
+            begin[rows] = search.first_objective
             search.run()
             mask[rows] = search.supports.mask
             weight[rows] = search.supports.dense(search.all)
         found = refit.refit(problem, weight, mask)
+        reached = objective_rows(problem, found.weight, damped=True)
+        worse = self._worse(problem, reached, begin)
+        if bool(worse.any()):  # on a gram that is singular up to rounding updates drift
+            mask[worse] = start[worse]
+            weight = torch.where(mask, problem.weight.double(), 0)
+            found = refit.refit(problem, weight, mask)
         swaps = sum(entry["swaps"] for entry in history)
         return replace(
             found,
@@ -110,6 +120,13 @@ class Swaps:
             history=tuple(history),
             stats={**found.stats, "swaps": swaps},
         )
+
+    def _worse(self, problem: LayerProblem, reached: Tensor, begin: Tensor) -> Tensor:
+        """Rows that have to go back to where they began, (out,): alone, or all together."""
+        slack = 1 + WORSE
+        if _spare(problem.pattern):  # rows have traded entries
+            return (reached.sum() > slack * begin.sum()).expand(len(reached))
+        return reached > slack * begin + NOISE * problem.energy
 
 
 def _spare(pattern: Pattern) -> int:
@@ -137,6 +154,7 @@ class _Search:
         self.all = torch.arange(len(rows), device=rows.device)
         self.supports = Supports(problem, rows, mask, self._spare)
         self._objective = self.supports.objective()
+        self.first_objective = self._objective.clone()
         least = options.tolerance * self._objective.mean()
         self._least = torch.maximum(least, NOISE * problem.energy[rows])
 

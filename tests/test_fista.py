@@ -15,7 +15,7 @@ from layerwise.patterns import NM, Columns, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import Solution, Status
 from layerwise.solvers.fista import BRACKET, Fista, PenaltySearch, fista_paper
-from layerwise.solvers.lasso import Quadratic, lasso
+from layerwise.solvers.lasso import L1Path, Quadratic, lasso
 from layerwise.solvers.least_squares import LeastSquares
 from tests.problems import PROBLEMS, make_layer
 from tests.tolerances import EQUIVARIANCE, LASSO_GAP, LASSO_ITERATIONS, ROUNDING
@@ -189,8 +189,41 @@ def test_scaling_the_inputs_scales_the_penalty(dtype: torch.dtype) -> None:
         assert found.gap == expected.gap
 
 
+@pytest.mark.parametrize("penalty", [float("nan"), float("inf"), -float("inf")])
+def test_penalties_that_are_no_numbers(penalty: float) -> None:
+    with pytest.raises(InvalidProblemError, match="must be a finite number"):
+        lasso(PROBLEMS["plain"].problem(Unstructured(0.5)), penalty)
+
+
+def test_starts_of_an_l1_problem_are_checked() -> None:
+    problem = PROBLEMS["plain"].problem(Unstructured(0.5))
+    for start, message in (
+        (problem.weight * float("nan"), "initial contains NaN"),
+        (problem.weight[:1], "initial has shape"),
+    ):
+        with pytest.raises(InvalidProblemError, match=message):
+            lasso(problem, 1.0, initial=start)
+
+
+@pytest.mark.parametrize("option", ["method", "metric"])
+def test_words_of_an_l1_problem_are_checked(option: str) -> None:
+    wrong: Any = {option: "best"}
+    with pytest.raises(InvalidProblemError, match=f"{option} is one of auto"):
+        lasso(PROBLEMS["plain"].problem(Unstructured(0.5)), 1.0, **wrong)
+
+
+def test_a_gap_that_is_no_number_is_no_success() -> None:
+    problem = PROBLEMS["plain"].problem(Unstructured(0.5))
+    path = L1Path(problem)
+    point = path.minimize(1.0, 1e-3, 10)
+    broken = replace(point, scaled=point.scaled * float("nan"))
+    found = path.certify(broken, 1.0, 1e-3)
+    assert found.status is Status.NUMERICAL_ERROR
+    assert found.gap == float("inf")
+
+
 def test_negative_penalty() -> None:
-    with pytest.raises(InvalidProblemError, match="must not be negative, got -1"):
+    with pytest.raises(InvalidProblemError, match="not negative, got -1"):
         lasso(PROBLEMS["plain"].problem(EVERYTHING), -1.0)
 
 
