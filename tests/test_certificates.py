@@ -131,18 +131,18 @@ def exact_excess(problem: LayerProblem, weight: Tensor, mask: Tensor) -> Fractio
         return inner(change, [inner(row, change) for row in gram])
 
     kept: list[int] = mask[0].nonzero()[:, 0].tolist()
-    system: list[list[Fraction]] = [
-        [*(gram[i][j] for j in kept), inner(gram[i], dense)] for i in kept
-    ]
-    for column in range(len(kept)):  # Gauss and Jordan; a definite gram needs no pivoting
-        for row in range(len(kept)):
-            if row != column:
-                factor = system[row][column] / system[column][column]
-                pairs = zip(system[row], system[column], strict=True)
-                system[row] = [a - factor * b for a, b in pairs]
+    system = [[*(gram[i][j] for j in kept), inner(gram[i], dense)] for i in kept]
+    size = range(len(kept))
+    for column in size:  # Gauss and Jordan; a definite gram needs no pivoting
+        pivot = system[column]
+        for other in size:
+            if other != column:
+                factor = system[other][column] / pivot[column]
+                pairs = zip(system[other], pivot, strict=True)
+                system[other] = [a - factor * b for a, b in pairs]
     best = [Fraction()] * len(dense)
-    for row, index in enumerate(kept):
-        best[index] = system[row][-1] / system[row][row]
+    for place, index in enumerate(kept):
+        best[index] = system[place][-1] / system[place][place]
     optimum = objective(best)
     least = Fraction(ENERGY_FLOOR) * Fraction(float(problem.energy[0]))
     return (objective(rational(weight[0])) - optimum) / max(optimum, least)
