@@ -49,9 +49,20 @@ class Factor:
         lengths = torch.linalg.vector_norm(self.lower, dim=1)
         return float((self.lower.diagonal() / lengths).square().min())
 
+    @cached_property
+    def smallest_diagonal(self) -> float:
+        """Smallest entry of the diagonal of the damped gram."""
+        return float(torch.linalg.vector_norm(self.lower, dim=1).min()) ** 2
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether the diagonal lies in the range of a precision."""
+        limits = torch.finfo(dtype)
+        return self.smallest_diagonal > limits.tiny / limits.eps
+
     def holds_in(self, dtype: torch.dtype) -> bool:
-        """Whether the pivots stand out of the rounding of a precision."""
-        return self.smallest_pivot > torch.finfo(dtype).eps * len(self.lower)
+        """Whether it fits a precision, and pivots stand out of the rounding there."""
+        rounding = torch.finfo(dtype).eps * len(self.lower)
+        return self.fits(dtype) and self.smallest_pivot > rounding
 
     @cached_property
     def unit_inverse(self) -> tuple[float, float]:

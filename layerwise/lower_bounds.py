@@ -232,7 +232,8 @@ class _ScaledProblem:
         diagonal = split.blocks[:, 0, 0]
         root = diagonal.sqrt()
         inverse = shared_inverse(split.left / root / root[:, None]).float()
-        size = (self.free * root).abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+        size = max((part * root).abs().max() for part in (self.free, start))
+        size = size.clamp(min=torch.finfo(torch.float64).tiny)
         root = root / size
         directions, importance = [], torch.zeros_like(diagonal)
         for rows in self.chunks:

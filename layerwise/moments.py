@@ -82,7 +82,8 @@ class Moments:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, value.detach().to(torch.float64))
-        if not _check_gram(self.gram, self.may_vanish):  # the objective reads no more of it
+        if not _check_gram(self.gram, self._noise(), self.may_vanish):
+            # the objective reads no more of it
             object.__setattr__(self, "gram", (self.gram / 2).add_(self.gram.T, alpha=0.5))
         if self.cross_gram is not None:
             _check_matrix(self.cross_gram, "cross_gram", self.width)
@@ -92,6 +93,10 @@ class Moments:
                 shape = tuple(vector.shape)
                 message = f"{name} has shape {shape}, expected ({self.width},)"
                 raise InvalidProblemError(message)
+
+    def _noise(self) -> Tensor | None:
+        """Roots of the rounding in the diagonal, (in,), beside that of the gram itself."""
+        return None
 
     @property
     def width(self) -> int:
@@ -208,6 +213,14 @@ class CenteredMoments(Moments):
     """Moments about the means; the gram is zero if every input is constant."""
 
     may_vanish: ClassVar[bool] = True
+
+    def _noise(self) -> Tensor | None:
+        """Variances are rests of second moments, and have their rounding."""
+        mean = self.pruned_input_mean
+        if mean is None:
+            return None
+        second = self.gram.diagonal().clamp(min=0) + mean.square()
+        return second.mul_(CONSTANT_VARIANCE).sqrt_()
 
 
 class MomentAccumulator:
@@ -429,7 +442,7 @@ def _check_matrix(matrix: Tensor, name: str, width: int) -> None:
         raise InvalidProblemError(message)
 
 
-def _check_gram(gram: Tensor, may_vanish: bool) -> bool:
+def _check_gram(gram: Tensor, noise: Tensor | None, may_vanish: bool) -> bool:
     """Raise unless it is a gram up to rounding; returns whether it is exactly symmetric."""
     if gram.dim() != 2:
         message = f"gram is a square matrix, got shape {tuple(gram.shape)}"
@@ -444,11 +457,13 @@ def _check_gram(gram: Tensor, may_vanish: bool) -> bool:
         message = "gram is zero: every input is zero in every token"
         raise InvalidProblemError(message)
     root, symmetric = diagonal.sqrt(), True
+    slack = SLACK**0.5 * root if noise is None else SLACK**0.5 * root + noise
     for rows in slabs(len(gram)):  # no copy of a large gram
         part, bound = gram[rows], torch.outer(root[rows], root)
+        rounding = torch.outer(slack[rows], slack)
         apart = (part - gram[:, rows].T).abs()
         symmetric = symmetric and not bool(apart.any())
-        wrong = apart > SLACK * bound
+        wrong = apart > rounding
         if bool(wrong.any()):
             row, column = wrong.nonzero()[0].tolist()
             row += rows.start
@@ -457,7 +472,7 @@ def _check_gram(gram: Tensor, may_vanish: bool) -> bool:
                 f"{float(gram[column, row])} at ({column}, {row})"
             )
             raise InvalidProblemError(message)
-        wrong = part.abs() > (1 + SLACK) * bound
+        wrong = part.abs() > bound + rounding
         if bool(wrong.any()):
             row, column = wrong.nonzero()[0].tolist()
             row += rows.start

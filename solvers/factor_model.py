@@ -72,10 +72,11 @@ class FactorModel:
         values, vectors = torch.linalg.eigh(basis.T @ (gram @ basis))
         values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
         count, level, found = 0, 1.0, 0.0
+        noise = torch.finfo(gram.dtype).eps * width  # of the trace
         for value in values.tolist():
             found += value
             rest = max(width - found, 0.0) / max(width - count - 1, 1)  # of the trace
-            if value <= LEADING * rest or rest == 0.0:
+            if value <= LEADING * rest or width - found <= noise:
                 break
             count, level = count + 1, rest
         return cls(basis @ vectors[:, :count], values[:count] - level, level)
@@ -96,8 +97,11 @@ class FactorModel:
             matrix[:, begin:end, :end] = product.view(rows, end - begin, end)
         matrix /= self.level
         matrix.diagonal(dim1=1, dim2=2).add_(1 / self.values)
-        lower = torch.linalg.cholesky_ex(matrix)[0]
-        return RestrictedModel(self, kept, torch.cholesky_inverse(lower))
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        broken = (info > 0)[:, None, None]  # these rows go without the model
+        lower = torch.where(broken, torch.eye(rank).to(lower), lower)
+        inverses = torch.cholesky_inverse(lower).masked_fill_(broken, 0)
+        return RestrictedModel(self, kept, inverses)
 
 
 @dataclass(frozen=True, eq=False)

@@ -50,7 +50,7 @@ from layerwise.solvers.refit_rounds import (
     ConjugateRounds,
     Round,
     Side,
-    direct_round,
+    direct_rounds,
     inner_precision,
 )
 from layerwise.solvers.spread import complement_is_easier
@@ -249,11 +249,11 @@ class _Refit:
         rounds: list[Round] = []
         conjugate: ConjugateRounds | None = None
         for _ in range(REFINEMENTS):
-            picked = self._open(state)
+            picked = self._open(state, rounds[0].above if rounds else 1.0)
             if len(picked) == 0:
                 break
             if not rounds and self._method == "direct":
-                rounds = [direct_round(part, kept, self._side)]
+                rounds = direct_rounds(part, kept, self._side)
             elif not rounds:
                 conjugate = self._conjugate_rounds(part, kept)
                 rounds = conjugate.rounds()
@@ -261,7 +261,7 @@ class _Refit:
             open_part, before = (
                 (part, state) if whole else (part.rows(picked), state.rows(picked))
             )
-            change, multipliers = rounds[0](before, picked)
+            change, multipliers = rounds[0].correct(before, picked)
             trial = change.add_(current[picked])
             trial = trial.to(self._problem.dtype).double()  # what will be returned
             found = refit_state(open_part, trial, kept[picked], multipliers)
@@ -302,9 +302,9 @@ class _Refit:
             state.put(picked, dense_state(part.rows(picked), kept[picked]))
         return state, first
 
-    def _open(self, state: RefitState) -> Tensor:
-        """Indices of the rows that are not certified yet."""
-        return (~(state.relative <= self._solver.tolerance)).nonzero()[:, 0]
+    def _open(self, state: RefitState, above: float = 1.0) -> Tensor:
+        """Indices of the rows that are not certified to a multiple of the tolerance."""
+        return (~(state.relative <= above * self._solver.tolerance)).nonzero()[:, 0]
 
     def _conjugate_rounds(self, part: LayerProblem, kept: Tensor) -> ConjugateRounds:
         solver = self._solver

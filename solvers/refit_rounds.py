@@ -24,10 +24,15 @@ from torch import Tensor
 from layerwise.certificates import ENERGY_FLOOR, RefitState
 from layerwise.problem import LayerProblem
 from layerwise.solvers.conjugate_gradients import Products, SupportSolver
-from layerwise.solvers.row_systems import solve_on_complements, solve_on_supports
+from layerwise.solvers.row_systems import (
+    RowSolve,
+    solve_on_complements,
+    solve_on_supports,
+)
 
 Side = Literal["support", "complement"]
 
+FAR = 100.0  # times the tolerance: what is nearer is the rounding of the weights themselves
 AIM = 0.6  # share of the tolerance at which conjugate gradients believe to be done
 
 
@@ -38,41 +43,62 @@ class Correction(NamedTuple):
     multipliers: Tensor | None = None  # None for the natural ones of the new weights
 
 
-# of the state of some rows and their indices in the chunk, in order
-Round = Callable[[RefitState, Tensor], Correction]
+class Round(NamedTuple):
+    """One way to correct rows, and how far from the tolerance they must be for it."""
+
+    # of the state of some rows and their indices in the chunk, in order
+    correct: Callable[[RefitState, Tensor], Correction]
+    above: float = 1.0  # of the tolerance: rows below it are left as they are
 
 
 def inner_precision(problem: LayerProblem) -> torch.dtype:
-    """Precision of inner solvers: float64 if the weight or the gram needs it."""
+    """Precision of factorizations: float64 if the weight or the gram needs it."""
     factor = problem.factor(torch.float64)
     return problem.dtype if factor.holds_in(problem.dtype) else torch.float64
 
 
-def inverse_of(problem: LayerProblem) -> Tensor:
-    """Inverse of the damped gram in the precision of inner solvers.
+def inverse_of(problem: LayerProblem, precision: torch.dtype) -> Tensor:
+    """Inverse of the damped gram.
 
     It errs by the rounding of the factor at worst, which is that of the inverse itself.
     """
-    factor = problem.factor(torch.float64)
-    return torch.cholesky_inverse(factor.lower.to(inner_precision(problem)))
+    return torch.cholesky_inverse(problem.factor(torch.float64).lower.to(precision))
 
 
-def direct_round(problem: LayerProblem, kept: Tensor, side: Side) -> Round:
-    """Solve the system of every row by a factorization of its own."""
+def direct_rounds(problem: LayerProblem, kept: Tensor, side: Side) -> list[Round]:
+    """Solve the system of every row by a factorization of its own.
+
+    Where float32 turns out not to be enough, the rows are factored again in float64.
+    """
     precision = inner_precision(problem)
-    if side == "complement":
-        key = ("inverse", problem.damping, precision)
-        inverse = problem.moments.shared(key, lambda: inverse_of(problem))
-        correct = solve_on_complements(inverse, kept)
-    else:
-        correct = solve_on_supports(problem.damped_gram(precision), kept)
+    correct = _row_solve(problem, kept, side, precision)
 
     def step(state: RefitState, picked: Tensor) -> Correction:
         residual = torch.zeros(kept.shape, dtype=torch.float64, device=kept.device)
         residual[picked] = state.residual
         return Correction(correct(torch.where(kept, residual, 0))[picked])
 
-    return step
+    def precise(state: RefitState, picked: Tensor) -> Correction:
+        parts = []
+        for part in torch.arange(len(picked), device=picked.device).chunk(2):  # as large
+            on = kept[picked[part]]
+            solved = _row_solve(problem.rows(picked[part]), on, side, torch.float64)
+            parts.append(solved(torch.where(on, state.residual[part], 0)))
+        return Correction(torch.cat(parts))
+
+    if precision == torch.float64:
+        return [Round(step)]
+    return [Round(step), Round(precise, FAR)]
+
+
+def _row_solve(
+    problem: LayerProblem, kept: Tensor, side: Side, precision: torch.dtype
+) -> RowSolve:
+    if side == "support":
+        return solve_on_supports(problem.damped_gram(precision), kept)
+    key = ("inverse", problem.damping, precision)
+    inverse = problem.moments.shared(key, lambda: inverse_of(problem, precision))
+    return solve_on_complements(inverse, kept)
 
 
 class ConjugateRounds:
@@ -113,32 +139,51 @@ class ConjugateRounds:
         self._tolerance, self._limit = tolerance, max_iterations
         self._at_dense = side == "complement"
         self.iterations = 0  # of all rounds
-        precision = inner_precision(problem)
+        self._rank, self._products = rank, products
+
+    def _system(self, precision: torch.dtype) -> SupportSolver:
+        problem = self._problem
 
         def make() -> SupportSolver:
-            if side == "complement":
-                return SupportSolver(inverse_of(problem), 0, products)
-            return SupportSolver(problem.damped_gram(precision), rank, products)
+            if self._side == "complement":
+                return SupportSolver(inverse_of(problem, precision), 0, self._products)
+            gram = problem.damped_gram(precision)
+            return SupportSolver(gram, self._rank, self._products)
 
-        key = (side, problem.damping, precision, rank, products)
-        self._system = problem.moments.shared(("conjugate gradients", *key), make)
+        key = (self._side, problem.damping, precision, self._rank, self._products)
+        found: SupportSolver = problem.moments.shared(("conjugate gradients", *key), make)
+        return found
 
     def rounds(self) -> list[Round]:
-        """Rounds with rounded products, if there are any, and with exact ones."""
-        choices = (True, False) if self._system.can_round else (False,)
+        """Rounds with rounded products, if there are any, with exact ones, and in float64.
+
+        A gram that does not factor in float32 is often solved in it all the same.
+        """
         step = self._on_support if self._side == "support" else self._on_complement
-        return [partial(step, rounded=rounded) for rounded in choices]
+        precision, factor = self._problem.dtype, self._problem.factor(torch.float64)
+        system = self._system(precision if factor.fits(precision) else torch.float64)
+        choices = (True, False) if system.can_round else (False,)
+        found = [Round(partial(step, system=system, rounded=one)) for one in choices]
+        if system.gram.dtype != torch.float64:
+            enough = inner_precision(self._problem) != torch.float64
+            found.append(Round(partial(self._precise, step), FAR if enough else 1.0))
+        return found
+
+    def _precise(
+        self, step: Callable[..., Correction], state: RefitState, picked: Tensor
+    ) -> Correction:
+        return step(state, picked, system=self._system(torch.float64), rounded=False)
 
     def _on_support(
-        self, state: RefitState, picked: Tensor, *, rounded: bool
+        self, state: RefitState, picked: Tensor, *, system: SupportSolver, rounded: bool
     ) -> Correction:
         kept = self._kept[picked]
         right = torch.where(kept, state.residual, 0)
-        change = self._solve(kept, right, state.objective, state, rounded=rounded)
+        change = self._solve(system, kept, right, state.objective, state, rounded=rounded)
         return Correction(change)
 
     def _on_complement(
-        self, state: RefitState, picked: Tensor, *, rounded: bool
+        self, state: RefitState, picked: Tensor, *, system: SupportSolver, rounded: bool
     ) -> Correction:
         removed = ~self._kept[picked]
         if self._at_dense and self._problem.shift is None:  # no need to solve for it
@@ -149,13 +194,14 @@ class ConjugateRounds:
         self._at_dense = False
         right = torch.where(removed, step, 0)
         bound = state.objective - state.excess  # the dual objective
-        rise = self._solve(removed, right, bound, state, rounded=rounded)
-        step -= self._system.image(rise)
+        rise = self._solve(system, removed, right, bound, state, rounded=rounded)
+        step -= system.image(rise)
         rise += state.multipliers
         return Correction(step.masked_fill_(removed, 0), rise)
 
     def _solve(
         self,
+        system: SupportSolver,
         mask: Tensor,  # (picked, in)
         right: Tensor,  # (picked, in)
         value: Tensor,  # (picked,)
@@ -163,7 +209,7 @@ class ConjugateRounds:
         *,
         rounded: bool,
     ) -> Tensor:  # (picked, in)
-        found, used = self._system.solve(
+        found, used = system.solve(
             mask,
             right,
             value,

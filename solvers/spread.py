@@ -51,7 +51,8 @@ def spread_on_supports(problem: LayerProblem, rank: int) -> float:
     """
 
     def make() -> float:
-        gram = problem.damped_gram(torch.float32)
+        fits = problem.factor(torch.float64).fits(torch.float32)
+        gram = problem.damped_gram(torch.float32 if fits else torch.float64)
         root = gram.diagonal().sqrt()
         gram /= root
         gram /= root[:, None]

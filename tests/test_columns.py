@@ -478,3 +478,17 @@ def test_presets() -> None:
         "wanda-sp": ("wanda", "none"),
         "magnitude-sp": ("magnitude", "none"),
     }
+
+
+@pytest.mark.parametrize("method", ["columns", "flap"])
+@pytest.mark.parametrize("spread", [2e-3, 5e-3, 2e-2])
+def test_inputs_that_hardly_vary_are_no_error(method: str, spread: float) -> None:
+    """Their variances are rests of float32 products, and not exactly those of a gram."""
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(16, 1000, generator=generator)
+        inputs[3] = 1 + spread * inputs[5]
+        inputs[7] = -3 * inputs[3]
+        weight = torch.randn(4, 16, generator=generator)
+        problem = LayerProblem.from_inputs(weight, inputs, pattern=Columns(8))
+        assert lw.solve(problem, method).relative_error < 1

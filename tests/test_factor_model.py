@@ -70,3 +70,11 @@ def test_inverse_on_every_support(rank: int) -> None:
     some = torch.tensor([4, 1])
     part = inverse.rows(some).solve(rows[some], torch.empty_like(rows[some]))
     torch.testing.assert_close(part / model.level, found[some], rtol=0, atol=LIMIT)
+
+
+def test_rows_on_which_the_model_breaks_go_without_it() -> None:
+    model = FactorModel(torch.eye(4)[:, :1], torch.tensor([-1.0]), 1.0)
+    kept = torch.tensor([[1.0, 1, 0, 1], [0, 1, 1, 1]])  # 1 - 1 and 0 - 1 of the direction
+    restricted = model.restricted(kept)
+    assert not restricted.inverses.any()
+    assert torch.equal(restricted.solve(kept, torch.empty(2, 4)), kept)

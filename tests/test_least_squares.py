@@ -17,6 +17,7 @@ import layerwise as lw
 from layerwise.certificates import refit_certificate
 from layerwise.errors import InvalidProblemError, MemoryBudgetError, UsageError
 from layerwise.evaluate import objective_rows
+from layerwise.moments import Moments
 from layerwise.patterns import FixedMask, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.run.planning.dry import LiveBytes
@@ -539,3 +540,93 @@ def test_rows_of_cg_fit_what_is_planned_for_them(
     assert planned[0] == planned[1]
     needed = (peaks[1] - peaks[0]) / 128
     assert 0.7 * planned[0] < needed <= planned[0]
+
+
+def half_of(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+
+
+def precisions_of_cg(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Precisions in which cg is run from here on."""
+    used: list[torch.dtype] = []
+    original = SupportSolver.solve
+
+    def note(system: SupportSolver, *args: Any, **kwargs: Any) -> Any:
+        used.append(system.gram.dtype)
+        return original(system, *args, **kwargs)
+
+    monkeypatch.setattr(SupportSolver, "solve", note)
+    return used
+
+
+@pytest.mark.parametrize("method", ["auto", "direct", "cg"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("exponent", [-23, -35])
+def test_a_channel_below_the_range_of_float32(
+    monkeypatch: pytest.MonkeyPatch, method: Any, dtype: torch.dtype, exponent: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(128, 400, generator=generator, dtype=torch.float64)
+    inputs[5] *= 10.0**exponent
+    weight = torch.randn(4, 128, generator=generator, dtype=dtype)
+    mask = half_of(4, 128)
+    mask[:, 5] = True
+    problem = LayerProblem.from_inputs(weight, inputs, pattern=FixedMask(mask), damping=0.0)
+    used = precisions_of_cg(monkeypatch)
+    found = lw.solve(problem, LeastSquares(method=method, tolerance=1e-6))
+    assert found.status is Status.OPTIMAL
+    assert set(used) <= {torch.float64}
+    assert bool(used) == (method == "cg")
+
+
+@pytest.mark.parametrize("method", ["auto", "direct"])
+@pytest.mark.parametrize("side", ["support", "complement"])
+def test_float64_follows_where_float32_stalls(method: Any, side: Any) -> None:
+    """Pivots of 0.1 and more, but a condition of 4e8."""
+    generator, n = torch.Generator().manual_seed(1), 16
+    below = torch.rand(n, n, generator=generator, dtype=torch.float64) / 2 + 0.5
+    lower = torch.eye(n, dtype=torch.float64) - torch.tril(below, -1)
+    weight = torch.randn(2, n, generator=generator)
+    problem = LayerProblem.from_moments(
+        weight, Moments(lower @ lower.T), pattern=FixedMask(half_of(2, n)), damping=0.0
+    )
+    assert problem.factor(torch.float64).holds_in(torch.float32)
+    found = lw.solve(problem, LeastSquares(method=method, side=side, tolerance=1e-6))
+    assert found.status is Status.OPTIMAL
+
+
+@pytest.mark.parametrize("width", [3, 8, 32])
+@pytest.mark.parametrize("damping", [1e-6, 1e-2])
+def test_a_model_of_as_many_directions_as_inputs(width: int, damping: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(width, width, generator=generator)
+    weight = torch.randn(8, width, generator=generator)
+    mask = torch.rand(8, width, generator=generator) < 0.3
+    problem = LayerProblem.from_inputs(
+        weight, inputs, pattern=FixedMask(mask), damping=damping
+    )
+    solver = LeastSquares(method="cg", side="support", rank=width, tolerance=1e-5)
+    assert lw.solve(problem, solver).status is Status.OPTIMAL
+
+
+@pytest.mark.parametrize(
+    ("size", "precisions"),
+    [(30, {torch.float32}), (100, {torch.float32, torch.float64})],
+)
+def test_massive_channels_are_begun_in_float32(
+    monkeypatch: pytest.MonkeyPatch, size: float, precisions: set[torch.dtype]
+) -> None:
+    """Two inputs that are large and nearly the same: pivots that drown in rounding."""
+    generator, width = torch.Generator().manual_seed(3), 256
+    inputs = torch.randn(width, 2000, generator=generator)
+    inputs[7] *= size
+    inputs[9] = inputs[7] + 0.1 * inputs[9]
+    weight = torch.randn(16, width, generator=generator)
+    problem = LayerProblem.from_inputs(
+        weight, inputs, pattern=FixedMask(half_of(16, width)), damping=1e-4
+    )
+    assert not problem.factor(torch.float64).holds_in(torch.float32)
+    used = precisions_of_cg(monkeypatch)
+    found = lw.solve(problem, LeastSquares(method="cg", tolerance=1e-6))
+    assert found.status is Status.OPTIMAL
+    assert set(used) == precisions

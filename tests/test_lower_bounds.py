@@ -484,3 +484,14 @@ def test_shape_of_a_layer_is_no_shape_of_a_row() -> None:
     layer = Layer(make_layer(74, rows=5, width=7).weight, make_layer(74, 5, 7).inputs)
     for pattern in (Unstructured(0.3), Unstructured(0.3, "layer")):
         assert bool(torch.isfinite(lower_bounds(layer.problem(pattern))).all())
+
+
+def test_bounds_of_a_layer_of_zeros_and_of_weights_that_need_gradients() -> None:
+    layer = make_layer(3, rows=3, width=8)
+    given = torch.nn.Parameter(layer.weight.clone())
+    for weight in (0 * layer.weight, layer.weight):
+        problem = Layer(weight, layer.inputs).problem(Unstructured(0.5))
+        bounds = lower_bounds(problem, given)
+        assert not bounds.requires_grad
+        assert bool((bounds >= 0).all())
+        assert bool(bounds.any()) == bool(weight.any())
