@@ -95,7 +95,7 @@ class Moments:
                 raise InvalidProblemError(message)
 
     def _noise(self) -> Tensor | None:
-        """Roots of the rounding in the diagonal, (in,), beside that of the gram itself."""
+        """Rounding of the diagonal, (in,), beside that of the gram itself."""
         return None
 
     @property
@@ -219,8 +219,7 @@ class CenteredMoments(Moments):
         mean = self.pruned_input_mean
         if mean is None:
             return None
-        second = self.gram.diagonal().clamp(min=0) + mean.square()
-        return second.mul_(CONSTANT_VARIANCE).sqrt_()
+        return CONSTANT_VARIANCE * (self.gram.diagonal() + mean.square())
 
 
 class MomentAccumulator:
@@ -456,14 +455,13 @@ def _check_gram(gram: Tensor, noise: Tensor | None, may_vanish: bool) -> bool:
     if not may_vanish and not bool((diagonal > 0).any()):
         message = "gram is zero: every input is zero in every token"
         raise InvalidProblemError(message)
-    root, symmetric = diagonal.sqrt(), True
-    slack = SLACK**0.5 * root if noise is None else SLACK**0.5 * root + noise
+    root = (diagonal if noise is None else diagonal + noise).sqrt()
+    symmetric = True
     for rows in slabs(len(gram)):  # no copy of a large gram
         part, bound = gram[rows], torch.outer(root[rows], root)
-        rounding = torch.outer(slack[rows], slack)
         apart = (part - gram[:, rows].T).abs()
         symmetric = symmetric and not bool(apart.any())
-        wrong = apart > rounding
+        wrong = apart > SLACK * bound
         if bool(wrong.any()):
             row, column = wrong.nonzero()[0].tolist()
             row += rows.start
@@ -472,7 +470,7 @@ def _check_gram(gram: Tensor, noise: Tensor | None, may_vanish: bool) -> bool:
                 f"{float(gram[column, row])} at ({column}, {row})"
             )
             raise InvalidProblemError(message)
-        wrong = part.abs() > bound + rounding
+        wrong = part.abs() > (1 + SLACK) * bound
         if bool(wrong.any()):
             row, column = wrong.nonzero()[0].tolist()
             row += rows.start
