@@ -7,6 +7,13 @@ from torch import Tensor
 
 from layerwise.errors import MemoryBudgetError
 
+OUT_OF_MEMORY = (  # of a CPU, and of a GPU and its libraries
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+)
+
 
 def in_chunks(rows: Tensor, size: int, work: Callable[[Tensor], None]) -> None:
     """Do the work chunk by chunk; where memory runs out, halve the chunks and go on.
@@ -45,7 +52,7 @@ def in_chunks(rows: Tensor, size: int, work: Callable[[Tensor], None]) -> None:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed; on a CPU torch says so by a message alone."""
+    """Whether an allocation failed; some libraries say so by a message alone."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return "can't allocate memory" in str(error)
+    return any(words in str(error) for words in OUT_OF_MEMORY)

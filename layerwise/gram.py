@@ -13,6 +13,7 @@ from layerwise.slabs import slabs
 
 BLOCKS = 8  # of columns: 9/16 of the products of a full square remain
 NARROW = 128  # columns that are not worth two products
+FILLS = 1024  # columns that keep all of a GPU at work
 
 
 def add_gram(total: Tensor, tokens: Tensor, scale: float) -> None:
@@ -28,7 +29,7 @@ def add_gram(total: Tensor, tokens: Tensor, scale: float) -> None:
         A power of two.
     """
     width = tokens.shape[1]
-    block = max(NARROW, -(-width // BLOCKS))
+    block = max(FILLS if tokens.is_cuda else NARROW, -(-width // BLOCKS))
     for begin in range(0, width, block):
         rows = slice(begin, begin + block)
         found = product(tokens[:, rows], tokens[:, begin:])

@@ -5,7 +5,8 @@ damping, then ten times the damping up to 1. The rung that held is part of the r
 Nothing is clipped and no other matrix is put in place of the gram.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +19,24 @@ FIRST_DAMPING = 1e-8  # rung that follows an undamped gram that turned out singu
 POWER_ITERATIONS = 40
 EXACT_WIDTH = 128
 PROBES, TRACE_MARGIN = 16, 8.0
+
+
+@contextmanager
+def ieee_products() -> Iterator[None]:
+    """Products of float32 matrices in float32, whatever the program has allowed elsewhere.
+
+    Shorter formats such as TF32 would make grams, residuals and what is called exact wrong
+    in the fourth digit, without a word.
+    """
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @dataclass(frozen=True, eq=False)

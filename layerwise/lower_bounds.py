@@ -27,6 +27,8 @@ from torch import Tensor
 
 from layerwise.errors import InvalidProblemError
 from layerwise.evaluate import objective_rows
+from layerwise.gram import exact_bfloat16
+from layerwise.linalg import ieee_products
 from layerwise.patterns import NM, FixedMask, Pattern, Unstructured
 from layerwise.perspective import has_one_budget, relax, shared_inverse
 from layerwise.problem import LayerProblem
@@ -40,13 +42,14 @@ from layerwise.splits import (
 
 EPSILON = torch.finfo(torch.float64).eps
 TINY = 1e-30  # importance where nothing is important: no row loses anything
-ROUNDS = 6  # of splits, each better for the relaxed answer to the one before
+ROUNDS = 4  # of splits, each better for the relaxed answer to the one before
 INSIDE = 0.98  # of the largest multiple of the diagonal: a split with room to move
 LARGEST_COUNT = 70  # masks of a block that are tried: 4:8
 MEMORY_BUDGET = 1 << 30
 TEMPORARIES = 16  # float64 matrices of the size of a chunk
 
 
+@ieee_products()
 def lower_bounds(
     problem: LayerProblem,
     weight: Tensor | None = None,
@@ -231,7 +234,9 @@ class _ScaledProblem:
         """Direction y of the relaxation, and what each entry of D would add to it."""
         diagonal = split.blocks[:, 0, 0]
         root = diagonal.sqrt()
-        inverse = shared_inverse(split.left / root / root[:, None]).float()
+        inverse = shared_inverse(split.left / root / root[:, None])
+        rounded = exact_bfloat16(inverse.device)  # any direction gives a bound
+        inverse = inverse.to(torch.bfloat16 if rounded else torch.float32)
         size = max((part * root).abs().max() for part in (self.free, start))
         size = size.clamp(min=torch.finfo(torch.float64).tiny)
         root = root / size

@@ -29,7 +29,7 @@ from layerwise.gram import (
     mirrored,
     precision_of,
 )
-from layerwise.linalg import Factor, factorize
+from layerwise.linalg import Factor, factorize, ieee_products
 from layerwise.slabs import all_finite, slabs
 
 Shared = TypeVar("Shared")
@@ -263,13 +263,14 @@ class MomentAccumulator:
         self._drifts = [zeros(len(weight)) for weight in self._weights]
         self._fluctuation = RunningFluctuation(width, device) if fluctuation else None
 
+    @ieee_products()
     def update(self, inputs: Tensor, pruned_inputs: Tensor | None = None) -> None:
         """Add tokens: inputs of shape (..., in), of the dense and of the pruned model.
 
         For the fluctuation the last dimension but one counts the tokens of a sequence.
         """
         dense, exponent = self._prepare(inputs, "inputs")
-        self._sum += _descale(dense.sum(dim=0, dtype=torch.float64), exponent)
+        self._sum += _descale(_sum(dense), exponent)
         if pruned_inputs is None:
             if self._cross is not None:
                 message = "an accumulator takes pruned inputs in every update or in none"
@@ -324,9 +325,7 @@ class MomentAccumulator:
         add_gram(self._gram, pruned, 2.0 ** (2 * pruned_exponent))
         cross_scale = 2.0 ** (exponent + pruned_exponent)
         add_product(self._cross, dense, pruned, cross_scale)
-        self._pruned_sum += _descale(
-            pruned.sum(dim=0, dtype=torch.float64), pruned_exponent
-        )
+        self._pruned_sum += _descale(_sum(pruned), pruned_exponent)
         if self._weights:
             precision = torch.promote_types(dense.dtype, torch.float32)  # it rounds
             other = _descale(pruned.to(precision), pruned_exponent - exponent)
@@ -425,6 +424,12 @@ def even_exponent(mean_diagonal: float) -> int:
     """Power of two near a number, even, so that its root is a power of two as well."""
     exponent = math.frexp(mean_diagonal)[1]
     return exponent - exponent % 2
+
+
+def _sum(tokens: Tensor) -> Tensor:
+    """Sum over tokens, float64; of bfloat16 in float32 first, else all would be copied."""
+    half = tokens.dtype == torch.bfloat16
+    return tokens.sum(dim=0, dtype=torch.float32 if half else torch.float64).double()
 
 
 def _descale(values: Tensor, exponent: int) -> Tensor:

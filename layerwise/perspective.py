@@ -50,8 +50,8 @@ def relax(
 ) -> Relaxed:
     """Solve the relaxation approximately, in the precision of the weight.
 
-    `inverse` is that of :func:`shared_inverse`, `start` where ADMM begins. Cost: one
-    (out, in, in) product per iteration.
+    `inverse` is that of :func:`shared_inverse`, in the precision of the products, `start`
+    where ADMM begins. Cost: one (out, in, in) product per iteration.
     """
     sparse, dual = start, torch.zeros_like(start)
     root, share = None, torch.ones_like(start)
@@ -59,7 +59,7 @@ def relax(
     direction = sparse - weight
     for iteration in range(1, ITERATIONS + 1):
         pull = sparse - dual - weight
-        change = pull @ inverse
+        change = _times(pull, inverse)
         if iteration % CHECKED == 0:
             slope = PENALTY * (pull - change)  # change R, without a product
             value = _bound(change, slope, weight, pattern)[:, None]
@@ -73,6 +73,13 @@ def relax(
         dual = dual + mixed - sparse
     spread = sparse.square() * (1 / share.clamp(min=SMALLEST_SHARE) - 1)
     return Relaxed(direction, spread.sum(dim=0, dtype=torch.float64))
+
+
+def _times(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Product in the precision of the matrix, summed and given in that of the rows."""
+    if matrix.dtype == rows.dtype:
+        return rows @ matrix
+    return torch.mm(rows.to(matrix.dtype), matrix, out_dtype=rows.dtype)
 
 
 def has_one_budget(pattern: Pattern) -> bool:

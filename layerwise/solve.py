@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from layerwise.errors import InvalidProblemError, SolveError, UsageError
 from layerwise.evaluate import check_feasible, evaluate
+from layerwise.linalg import ieee_products
 from layerwise.patterns import FixedMask
 from layerwise.problem import LayerProblem
 from layerwise.slabs import all_finite
@@ -19,6 +20,7 @@ from layerwise.solvers import get_solver
 SCALED_FIGURES = ("objective", "penalty")  # figures of an iteration that grow with gram
 
 
+@ieee_products()
 def solve(
     problem: LayerProblem,
     solver: str | Solver | Any,

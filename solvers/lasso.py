@@ -16,6 +16,7 @@ from torch import Tensor
 
 from layerwise.certificates import l1_bounds
 from layerwise.errors import InvalidProblemError
+from layerwise.linalg import ieee_products
 from layerwise.problem import LayerProblem
 from layerwise.slabs import all_finite
 from layerwise.solution import Status
@@ -64,6 +65,7 @@ class LassoResult:
     status: Status
 
 
+@ieee_products()
 def lasso(
     problem: LayerProblem,
     penalty: float,

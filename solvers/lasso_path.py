@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from layerwise.errors import InvalidProblemError
+from layerwise.linalg import ieee_products
 from layerwise.patterns import Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solvers.l1_quadratic import Metric
@@ -54,6 +55,7 @@ class SparseLasso:
     checks: int
 
 
+@ieee_products()
 def lasso_to_sparsity(
     problem: LayerProblem,
     sparsity: float,

@@ -139,7 +139,8 @@ class ConjugateRounds:
         self._tolerance, self._limit = tolerance, max_iterations
         self._at_dense = side == "complement"
         self.iterations = 0  # of all rounds
-        self._rank, self._products = rank, products
+        self._rank = rank
+        self._products: Products = products
 
     def _system(self, precision: torch.dtype) -> SupportSolver:
         problem = self._problem

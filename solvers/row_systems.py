@@ -12,6 +12,8 @@ from torch import Tensor
 
 RowSolve = Callable[[Tensor], Tensor]  # residual (rows, in) -> change (rows, in)
 
+LARGE_SYSTEM = 1024  # unknowns of a row
+
 
 def solve_on_supports(
     gram: Tensor,  # (in, in)
@@ -31,9 +33,9 @@ def solve_on_supports(
     # one index: of two, a GPU makes copies of the size of the systems
     systems = bordered.take(index[:, :, None] * (width + 1) + index[:, None, :])
     systems.diagonal(dim1=1, dim2=2).add_(padding.to(gram.dtype))
-    lower, info = torch.linalg.cholesky_ex(systems)
+    lower, info = _factors(systems)
     if bool((info > 0).any()):
-        lower, info = torch.linalg.cholesky_ex(systems.double())
+        lower, info = _factors(systems.double())
         lower[info > 0] = torch.nan  # no certificate accepts the weights that follow
     del systems
 
@@ -46,6 +48,26 @@ def solve_on_supports(
         return inside
 
     return correct
+
+
+def _factors(systems: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factors, and which failed; large ones one by one on a GPU.
+
+    Its routine for many systems at once is made for small ones.
+    """
+    if systems.device.type != "cuda" or systems.shape[1] < LARGE_SYSTEM:
+        lower, info = torch.linalg.cholesky_ex(systems)
+        return lower, info
+    return one_by_one(systems)
+
+
+def one_by_one(systems: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factors of systems (rows, n, n), and which failed, (rows,)."""
+    info = torch.empty(len(systems), dtype=torch.int32, device=systems.device)
+    result = torch.empty_like(systems)
+    for row, system in enumerate(systems):
+        result[row], info[row] = torch.linalg.cholesky_ex(system)
+    return result, info
 
 
 def solve_on_complements(

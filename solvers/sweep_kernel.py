@@ -8,6 +8,8 @@ by column up to the order of the sums. Importing this module needs Triton, which
 with PyTorch for NVIDIA GPUs.
 """
 
+from contextlib import nullcontext
+
 import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
@@ -44,21 +46,23 @@ def sweep_block(
     columns, rows = block.stop - block.start, start.shape[1]
     local = upper[block, block]
     launch = _sweep[(triton.cdiv(rows, TILE),)]  # pyright: ignore[reportIndexIssue]
-    launch(
-        local,
-        start[block],
-        carry[block],
-        mask[block].view(torch.uint8),
-        result[block],
-        error[block],
-        rows,
-        columns,
-        local.stride(0),
-        local.stride(1),
-        BLOCK=triton.next_power_of_2(columns),
-        TILE_ROWS=TILE,
-        num_warps=WARPS,
-    )
+    on = torch.cuda.device(start.device) if start.is_cuda else nullcontext()
+    with on:  # a kernel starts on the current device, wherever its tensors are
+        launch(
+            local,
+            start[block],
+            carry[block],
+            mask[block].view(torch.uint8),
+            result[block],
+            error[block],
+            rows,
+            columns,
+            local.stride(0),
+            local.stride(1),
+            BLOCK=triton.next_power_of_2(columns),
+            TILE_ROWS=TILE,
+            num_warps=WARPS,
+        )
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from layerwise.solvers.row_systems import solve_on_complements, solve_on_supports
+from layerwise.solvers.row_systems import (
+    one_by_one,
+    solve_on_complements,
+    solve_on_supports,
+)
 from tests.problems import make_layer
 from tests.tolerances import CLOSED_FORM
 
@@ -32,3 +36,16 @@ def test_nothing_removed_at_all() -> None:
     found = solve_on_complements(torch.linalg.inv(gram), everything)(sides)
     torch.testing.assert_close(found, sides / gram.diagonal())
     assert not solve_on_supports(gram, ~everything)(sides).any()
+
+
+def test_systems_are_factored_alike_one_by_one() -> None:
+    generator = torch.Generator().manual_seed(4)
+    half = torch.randn(5, 6, 6, generator=generator)
+    systems = half @ half.mT + torch.eye(6)
+    systems[2] -= 9 * torch.eye(6)  # indefinite
+    expected = torch.linalg.cholesky_ex(systems)
+    lower, info = one_by_one(systems)
+    good = info == 0
+    assert torch.equal(good, expected[1] == 0)
+    assert good.tolist() == [True, True, False, True, True]
+    torch.testing.assert_close(lower[good], expected[0][good])

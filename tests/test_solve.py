@@ -1,6 +1,7 @@
 """The front door: users' own solvers, chains, and names."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -221,3 +222,41 @@ def test_pattern_that_a_solver_cannot_take() -> None:
         lw.solve(layer.problem(Unstructured(0.5)), "least-squares")
     with pytest.raises(InvalidProblemError, match="sparsegpt does not handle"):
         lw.solve(layer.problem(Columns(8)), "sparsegpt")
+
+
+@pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
+def test_products_of_float32_are_float32_inside(allowed: Any) -> None:
+    """Whatever the program has allowed outside, and that is left as it was."""
+    problem, seen = PROBLEMS["plain"].problem(Unstructured(0.5)), []
+
+    class Watching:
+        def solve(self, problem: LayerProblem) -> Solution:
+            seen.append(torch.get_float32_matmul_precision())
+            return lw.solve(problem, "wanda")
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(allowed)
+        lw.solve(problem, Watching())
+        assert torch.get_float32_matmul_precision() == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["highest"]
+
+
+@pytest.mark.parametrize("name", ["weight", "mask"])
+def test_starts_of_another_shape(name: str) -> None:
+    problem = PROBLEMS["plain"].problem(Unstructured(0.5))
+    start = lw.solve(problem, "wanda")
+    wrong: Any = {name: getattr(start, name)[1:]}
+    broken = replace(start, **wrong)
+    with pytest.raises(InvalidProblemError, match=f"initial has a {name} of shape"):
+        lw.solve(problem, "fista", initial=broken)
+
+
+@pytest.mark.parametrize("method", ["fista", "swaps", "wanda+least-squares", "alps"])
+def test_starts_that_need_gradients_leave_no_graph(method: str) -> None:
+    problem = PROBLEMS["plain"].problem(Unstructured(0.5))
+    start = lw.solve(problem, "wanda")
+    given = replace(start, weight=torch.nn.Parameter(start.weight))
+    assert not lw.solve(problem, method, initial=given).weight.requires_grad

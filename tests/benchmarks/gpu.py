@@ -17,6 +17,7 @@ two minutes.
 import argparse
 import gc
 import json
+import os
 import platform
 import signal
 import sys
@@ -85,6 +86,8 @@ class Programme:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "threads": torch.get_num_threads(),
+            "float32_products": torch.get_float32_matmul_precision(),
+            "float32_override": os.environ.get("NVIDIA_TF32_OVERRIDE"),
             "small": small,
             "tokens": self._tokens,
             "stages": [],
@@ -284,7 +287,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if found == "cpu" and not options.small:
         parser.error("there is no GPU: --small runs on a CPU")
+    torch.set_float32_matmul_precision("highest")  # an image may have allowed less
     programme = Programme(options.output, torch.device(found), options.small)
+    programme.write()  # a folder that is missing is no reason to lose a run
     rates = programme.measure()
     opt, largest = SMALL if options.small else FULL
     restored = SMALL_RESTORED if options.small else FULL_RESTORED

@@ -26,7 +26,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.seconds: dict[str, float] = {}
-        self._cuda = torch.device(device).type == "cuda"
+        self._device = torch.device(device)
         self._open: list[str] = []
         self._since = 0.0
         self._token: Token[Stopwatch | None] | None = None
@@ -50,8 +50,8 @@ class Stopwatch:
 
     def _book(self) -> None:
         """Give the time since the last change to the innermost stage."""
-        if self._cuda:
-            torch.cuda.synchronize()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         if self._open:
             self.seconds[self._open[-1]] += now - self._since
