@@ -42,7 +42,7 @@ from layerwise.splits import (
 
 EPSILON = torch.finfo(torch.float64).eps
 TINY = 1e-30  # importance where nothing is important: no row loses anything
-ROUNDS = 4  # of splits, each better for the relaxed answer to the one before
+ROUNDS = 5  # of splits, each better for the relaxed answer to the one before
 INSIDE = 0.98  # of the largest multiple of the diagonal: a split with room to move
 LARGEST_COUNT = 70  # masks of a block that are tried: 4:8
 MEMORY_BUDGET = 1 << 30

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 BARRIER = 0.3  # nu over the mean of c d
-NEWTON_STEPS = 2
-LENGTHS = (8, 4, 2, 1)  # of a step, times 1 / (1 + its Newton length), which is safe
+NEWTON_STEPS = 4
+LENGTHS = (8, 4, 2, 1, 0.25, 0.06)  # of a step, times 1 / (1 + its Newton length)
 SMALLEST_SHARE = 0.02  # of what it was is what an entry has at least after a step
 SHARES = (1, 1 - 1e-6, 1 - 1e-4, 0.999, 0.99, 0.9, 0.5, 0.1, 0.01)  # of a split
 LANCZOS_STEPS = 40
