@@ -6,9 +6,10 @@ Nothing is clipped and no other matrix is put in place of the gram.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,17 +27,26 @@ def ieee_products() -> Iterator[None]:
     """Products of float32 matrices in float32, whatever the program has allowed elsewhere.
 
     Shorter formats such as TF32 would make grams, residuals and what is called exact wrong
-    in the fourth digit, without a word.
+    in the fourth digit, without a word. PyTorch has two interfaces for them, which refuse
+    each other's settings; both are left as they were.
     """
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
+    backends: Any = torch.backends
+    places = (backends.cuda.matmul, backends.mkldnn.matmul)
+    before = [place.fp32_precision for place in places]
+    if all(precision in ("ieee", "none") for precision in before):
         yield
         return
-    torch.set_float32_matmul_precision("highest")
+    older: str | None = None
+    with suppress(RuntimeError):  # the program has used the newer interface
+        older = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # by both interfaces
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
 
 
 @dataclass(frozen=True, eq=False)

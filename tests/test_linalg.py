@@ -1,9 +1,14 @@
 """Factorizations: the ladder of damping, solves against the factor, eigenvalue bounds."""
 
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+import layerwise as lw
 from layerwise.errors import InvalidProblemError, SolveError
 from layerwise.linalg import (
     FIRST_DAMPING,
@@ -13,6 +18,9 @@ from layerwise.linalg import (
     smallest_eigenvalue,
 )
 from layerwise.moments import Moments
+from layerwise.patterns import Unstructured
+from layerwise.problem import LayerProblem
+from layerwise.solution import Solution
 from tests.problems import PROBLEMS, make_layer
 from tests.tolerances import CLOSED_FORM, POWER_ITERATION
 
@@ -126,3 +134,60 @@ def test_eigenvalues_are_bounded_from_inside(name: str) -> None:
         rounding = 1 + CLOSED_FORM[torch.float64]
         assert largest * (1 - POWER_ITERATION) <= above <= largest * rounding
         assert least / rounding <= below <= least * (1 + POWER_ITERATION)
+
+
+BACKENDS: Any = torch.backends
+MATMULS = (BACKENDS.cuda.matmul, BACKENDS.mkldnn.matmul)
+
+
+def precisions() -> list[str]:
+    """Of float32 products, by both interfaces of PyTorch."""
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        older = "refused"
+    return [older, *(place.fp32_precision for place in MATMULS)]
+
+
+@pytest.fixture
+def _default_precision() -> Iterator[None]:
+    yield
+    BACKENDS.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    for place in MATMULS:
+        place.fp32_precision = "none"
+
+
+def older(precision: str) -> None:
+    torch.set_float32_matmul_precision(precision)
+
+
+def newer(place: Any, precision: str) -> None:
+    place.fp32_precision = precision
+
+
+@pytest.mark.usefixtures("_default_precision")
+@pytest.mark.parametrize(
+    ("allow", "argument"),
+    [
+        *((older, precision) for precision in ("highest", "high", "medium")),
+        *((partial(newer, place), "tf32") for place in (BACKENDS, MATMULS[0])),
+        (partial(newer, MATMULS[1]), "bf16"),
+    ],
+)
+def test_float32_products_are_float32_inside(
+    allow: Callable[[str], None], argument: str
+) -> None:
+    """Whatever the program has allowed, by either interface, and it keeps that."""
+    allow(argument)
+    before, seen = precisions(), []
+
+    class Watching:
+        def solve(self, problem: LayerProblem) -> Solution:
+            seen.extend(precisions())
+            return lw.solve(problem, "wanda")
+
+    lw.solve(PROBLEMS["plain"].problem(Unstructured(0.5)), Watching())
+    assert seen[0] == "highest"
+    assert set(seen[1:]) <= {"ieee", "none"}
+    assert precisions() == before

@@ -224,26 +224,6 @@ def test_pattern_that_a_solver_cannot_take() -> None:
         lw.solve(layer.problem(Columns(8)), "sparsegpt")
 
 
-@pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
-def test_products_of_float32_are_float32_inside(allowed: Any) -> None:
-    """Whatever the program has allowed outside, and that is left as it was."""
-    problem, seen = PROBLEMS["plain"].problem(Unstructured(0.5)), []
-
-    class Watching:
-        def solve(self, problem: LayerProblem) -> Solution:
-            seen.append(torch.get_float32_matmul_precision())
-            return lw.solve(problem, "wanda")
-
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision(allowed)
-        lw.solve(problem, Watching())
-        assert torch.get_float32_matmul_precision() == allowed
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert seen == ["highest"]
-
-
 @pytest.mark.parametrize("name", ["weight", "mask"])
 def test_starts_of_another_shape(name: str) -> None:
     problem = PROBLEMS["plain"].problem(Unstructured(0.5))
