@@ -156,13 +156,13 @@ def bounded_energy(factor: Factor, rest: Tensor, size: Tensor) -> Tensor:  # (ou
         Rows, shape (out, in).
     size
         What they were computed from, see :func:`size_of_terms`, shape (out,); zero for
-        rows that are exact.
+        rows that have no rounding.
     """
     width, trace = len(factor.lower), factor.trace_bound
     found = factor.inverse_norms(rest)
     lost = width * EPSILON * trace
-    if not lost < 0.5:
-        return torch.where(size > 0, torch.inf, found)
+    if not lost < 0.5:  # nothing is known but of rows of zeros
+        return torch.where((size > 0) | (found > 0), torch.inf, 0.0)
     rounding = size.sqrt() * (ROUNDING * EPSILON * (width * trace) ** 0.5)
     bound: Tensor = (found.sqrt() + rounding).square_() / (1 - lost)
     return bound

@@ -75,18 +75,18 @@ class Factor:
     @cached_property
     def smallest_pivot(self) -> float:
         """Smallest share of a diagonal entry that elimination leaves."""
-        lengths = torch.linalg.vector_norm(self.lower, dim=1)
-        return float((self.lower.diagonal() / lengths).square().min())
+        return float((self.lower.diagonal() / self.root).square().min())
 
     @cached_property
-    def smallest_diagonal(self) -> float:
-        """Smallest entry of the diagonal of the damped gram."""
-        return float(torch.linalg.vector_norm(self.lower, dim=1).min()) ** 2
+    def root(self) -> Tensor:
+        """Root of the diagonal of the damped gram, shape (in,)."""
+        lengths: Tensor = torch.linalg.vector_norm(self.lower, dim=1)
+        return lengths
 
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether the diagonal lies in the range of a precision."""
         limits = torch.finfo(dtype)
-        return self.smallest_diagonal > limits.tiny / limits.eps
+        return float(self.root.min()) ** 2 > limits.tiny / limits.eps
 
     def holds_in(self, dtype: torch.dtype) -> bool:
         """Whether it fits a precision, and pivots stand out of the rounding there."""
@@ -101,8 +101,7 @@ class Factor:
         one eigenvalue makes all of the trace, they find less than an eighth of it once in
         a hundred thousand times.
         """
-        root = torch.linalg.vector_norm(self.lower, dim=1)
-        width = len(root)
+        root, width = self.root, len(self.lower)
         if width <= EXACT_WIDTH:
             inverse = torch.cholesky_inverse(self.lower) * root * root[:, None]
             return float(inverse.trace()), float(inverse.square().sum())

@@ -24,6 +24,7 @@ from layerwise.solvers.l1_fista import run_fista
 from layerwise.solvers.l1_quadratic import STEP_MARGIN, Metric, Quadratic
 from layerwise.solvers.l1_splitting import Splitting
 from layerwise.solvers.l1_state import Point
+from layerwise.solvers.options import check_word
 
 __all__ = ["STEP_MARGIN", "L1Path", "LassoResult", "Metric", "Quadratic", "lasso"]
 
@@ -109,14 +110,14 @@ def lasso(
     Raises
     ------
     InvalidProblemError
-        For a penalty that is negative or no number, a word that is none of the above, and
-        a start that is not finite or of another shape.
+        For a penalty that is negative or no number, and a start that is not finite or of
+        another shape.
+    UsageError
+        For a word that is none of the above.
     """
     if not 0 <= penalty < math.inf:
         message = f"penalty must be a finite number and not negative, got {penalty}"
         raise InvalidProblemError(message)
-    _check_word("method", method, get_args(Method))
-    _check_word("metric", metric, get_args(Metric))
     if initial is not None:
         _check_start(problem, initial)
     scaled, exponent = problem.normalized()
@@ -125,12 +126,6 @@ def lasso(
     unit_penalty = penalty * 2.0**-exponent
     found = path.minimize(unit_penalty, tolerance, max_iterations)
     return path.certify(found, unit_penalty, tolerance, exponent)
-
-
-def _check_word(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        message = f"{name} is one of {', '.join(known)}, got {value!r}"
-        raise InvalidProblemError(message)
 
 
 def _check_start(problem: LayerProblem, initial: Tensor) -> None:
@@ -161,6 +156,8 @@ class L1Path:
         *,
         restart: bool = True,
     ) -> None:
+        check_word("method", method, get_args(Method))
+        check_word("metric", metric, get_args(Metric))
         self.quadratic = Quadratic(problem, metric)
         self.method, self.restart = method, restart
         self._scaled = self._subgradient = self.quadratic.scaled_dense

@@ -1,5 +1,7 @@
 """Checks of hyper-parameters, in one line each."""
 
+from collections.abc import Collection
+
 from layerwise.errors import UsageError
 
 
@@ -31,7 +33,11 @@ def check_finite(solver: object, *names: str) -> None:
 
 def check_one_of(solver: object, name: str, *choices: str) -> None:
     """Raise :class:`UsageError` unless the named option is one of the choices."""
-    value = getattr(solver, name)
+    check_word(name, getattr(solver, name), choices)
+
+
+def check_word(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise :class:`UsageError` unless an option is one of the choices."""
     if value not in choices:
         message = f"{name} is one of {', '.join(choices)}, got {value!r}"
         raise UsageError(message)

@@ -11,6 +11,7 @@ from torch import Tensor
 import layerwise as lw
 from layerwise.certificates import (
     ENERGY_FLOOR,
+    bounded_energy,
     l1_bounds,
     l1_dual,
     least_squares_minimum,
@@ -19,6 +20,7 @@ from layerwise.certificates import (
     refit_state,
 )
 from layerwise.evaluate import objective_rows, residual
+from layerwise.moments import Moments
 from layerwise.patterns import FixedMask, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import Status
@@ -179,6 +181,21 @@ def test_singular_gram_proves_nothing() -> None:
     mask = torch.ones(layer.shape, dtype=torch.bool)
     assert torch.isinf(refit_excess(problem, layer.weight, mask)).all()
     assert not least_squares_minimum(problem).any()  # zero is a lower bound as well
+
+
+def test_a_factor_that_is_rounding_proves_nothing() -> None:
+    """It factors at the damping that was asked for, but its last pivot is rounding."""
+    eps = torch.finfo(torch.float64).eps
+    gram = torch.tensor([[1.0, 1.0], [1.0, 1.0 + 4 * eps]], dtype=torch.float64)
+    weight = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
+    problem = LayerProblem.from_moments(
+        weight, Moments(gram), pattern=EVERYTHING, damping=0.0
+    )
+    factor = problem.factor(torch.float64)
+    assert not factor.raised
+    rows = torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    bound = bounded_energy(factor, rows, torch.zeros(2, dtype=torch.float64))
+    assert bound.tolist() == [0.0, float("inf")]
 
 
 def test_certificates_do_not_depend_on_the_scale() -> None:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 import layerwise as lw
-from layerwise.errors import InvalidProblemError
+from layerwise.errors import InvalidProblemError, UsageError
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, Columns, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import Solution, Status
 from layerwise.solvers.fista import BRACKET, Fista, PenaltySearch, fista_paper
 from layerwise.solvers.lasso import L1Path, Quadratic, lasso
+from layerwise.solvers.lasso_path import lasso_to_sparsity
 from layerwise.solvers.least_squares import LeastSquares
 from tests.problems import PROBLEMS, make_layer
 from tests.tolerances import EQUIVARIANCE, LASSO_GAP, LASSO_ITERATIONS, ROUNDING
@@ -207,9 +208,16 @@ def test_starts_of_an_l1_problem_are_checked() -> None:
 
 @pytest.mark.parametrize("option", ["method", "metric"])
 def test_words_of_an_l1_problem_are_checked(option: str) -> None:
+    """Wherever one is solved: alone, for a share of zeros, or within `fista`."""
+    problem = PROBLEMS["plain"].problem(Unstructured(0.5))
     wrong: Any = {option: "best"}
-    with pytest.raises(InvalidProblemError, match=f"{option} is one of auto"):
-        lasso(PROBLEMS["plain"].problem(Unstructured(0.5)), 1.0, **wrong)
+    for solving in (
+        lambda: lasso(problem, 1.0, **wrong),
+        lambda: lasso_to_sparsity(problem, 0.5, **wrong),
+        lambda: Fista(**wrong).solve(problem),
+    ):
+        with pytest.raises(UsageError, match=f"{option} is one of auto"):
+            solving()
 
 
 def test_a_gap_that_is_no_number_is_no_success() -> None:

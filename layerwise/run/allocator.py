@@ -10,18 +10,19 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+GRAM_ITEM = 8  # bytes of a float64
 WORTH = 4 << 20  # bytes of a gram; to fetch the pages of smaller ones again takes longer
 
 
-def trim_memory(gram_bytes: int) -> None:
+def trim_memory(width: int) -> None:
     """Return free memory of the C heap, where the C library can do that; milliseconds.
 
     Parameters
     ----------
-    gram_bytes
-        Size of the grams at hand: nothing is done if they are small.
+    width
+        Of the grams at hand: nothing is done if they are small.
     """
-    if gram_bytes >= WORTH and (trim := _malloc_trim()) is not None:
+    if GRAM_ITEM * width**2 >= WORTH and (trim := _malloc_trim()) is not None:
         trim(0)
 
 

@@ -98,8 +98,12 @@ class DenseSide:
             for handle in self._endings.attach():
                 stack.callback(handle.remove)
             yield from visit_inputs(
-                *(inputs.block, taps, inputs.calls, inputs.dense),
-                *(self._device, inputs.name),
+                inputs.block,
+                taps,
+                inputs.calls,
+                inputs.dense,
+                self._device,
+                inputs.name,
                 stop=stop,
             )
         self._seen = True

@@ -282,7 +282,7 @@ def _solve_stages(
         result.weights[name] = matrix.weight.cpu()  # on the CPU the layer's own, no copy
         result.masks[name] = solved.mask.cpu()
         result.records.append(solved.record)
-        trim_memory(_gram_bytes(matrix.weight))  # before the next matrix needs it
+        trim_memory(matrix.weight.shape[1])  # before the next matrix needs it
         on_layer(solved.record)
 
 
@@ -290,7 +290,7 @@ def _matrices(
     task: Task, inputs: BlockInputs, stage: Stage, accumulator: MomentAccumulator
 ) -> list[_Matrix]:
     """Matrices of a stage, which share their moments."""
-    trim_memory(_gram_bytes(task.adapter.weight(inputs.block, stage.linears[0])))
+    trim_memory(task.adapter.weight(inputs.block, stage.linears[0]).shape[1])
     with naming(f"{inputs.name}.{stage.linears[0]}"), timed("gram"):
         if task.ranks.are_several:
             accumulator.add_over(task.ranks.add)
@@ -350,10 +350,6 @@ def _exchanged(
     return SolvedMatrix(weight, mask, record)
 
 
-def _gram_bytes(weight: Tensor) -> int:
-    return torch.float64.itemsize * weight.shape[1] ** 2
-
-
 def _pose(
     task: Task,
     weight: Tensor,
@@ -402,7 +398,7 @@ def solve_matrix(task: Task, name: str, pose: Callable[[], LayerProblem]) -> Sol
     start = time.perf_counter()
     with naming(name), timed("solve"):
         problem = pose()
-        trim_memory(problem.gram.nbytes)
+        trim_memory(problem.shape[1])
         solution = solve(problem, task.solver)
         stored = solution.weight.to(problem.weight.dtype)
         seconds = time.perf_counter() - start
