@@ -4,7 +4,7 @@ An adapter is a declaration and nothing else. It names the list of decoder block
 a block, the *stages* in the order in which data flow through them: a stage is a group of
 linear layers that read the same inputs, and so share one gram. An adapter knows nothing
 of methods, and how a block is called is taken from the model itself (see
-:mod:`layerwise.run.streams`).
+:mod:`layerwise.run.activations.streams`).
 """
 
 from collections.abc import Collection, Mapping

@@ -12,14 +12,15 @@ from layerwise.lower_bounds import lower_bounds, proven_gap
 from layerwise.moments import MomentAccumulator, Moments
 from layerwise.patterns import NM, Columns, FixedMask, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import Certificate, Solution, Solver, Status
+from layerwise.solution import Certificate, Solution, Status
 from layerwise.solve import chain, solve
+from layerwise.solver import Solver
 from layerwise.solvers import SOLVERS
 from layerwise.solvers.adapprox import Adapprox
 
 if TYPE_CHECKING:
     from layerwise.recovery.retrain import retrain_model
-    from layerwise.run.checkpoints.opening import load
+    from layerwise.run.models.opening import load
     from layerwise.run.prune import prune_model
 
 __version__ = "0.1.0"
@@ -51,7 +52,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "load":  # loads transformers, so only when asked for
-        from layerwise.run.checkpoints.opening import load
+        from layerwise.run.models.opening import load
 
         return load
     if name == "prune_model":  # the same

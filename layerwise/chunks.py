@@ -1,6 +1,6 @@
 """Work on rows in chunks that fit the memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -56,3 +56,17 @@ def _out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+SLAB = 512  # rows
+
+
+def slabs(size: int, rows: int = SLAB) -> Iterator[slice]:
+    """Ranges of at most so many rows that cover all."""
+    for begin in range(0, size, rows):
+        yield slice(begin, min(begin + rows, size))
+
+
+def all_finite(matrix: Tensor) -> bool:
+    """Whether no entry of a matrix is NaN or infinite."""
+    return all(bool(torch.isfinite(matrix[rows]).all()) for rows in slabs(len(matrix)))

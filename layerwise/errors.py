@@ -60,3 +60,8 @@ class Interrupted(LayerwiseError):
     """The run was stopped; what is finished is kept and the run can be resumed."""
 
     exit_code: ClassVar[int] = 75
+
+
+def one_line(error: BaseException, length: int = 300) -> str:
+    """First ``length`` characters of an error's message, without line breaks."""
+    return " ".join(str(error).split())[:length] or type(error).__name__

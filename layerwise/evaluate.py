@@ -10,9 +10,9 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from layerwise.chunks import all_finite, slabs
 from layerwise.errors import VerificationError
 from layerwise.problem import CenteredProblem, LayerProblem
-from layerwise.slabs import all_finite, slabs
 from layerwise.solution import Certificate, Solution, Status
 
 

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from layerwise.slabs import slabs
+from layerwise.chunks import slabs
 
 BLOCKS = 8  # of columns: 9/16 of the products of a full square remain
 NARROW = 128  # columns that are not worth two products

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from layerwise.chunks import all_finite, slabs
 from layerwise.errors import InvalidProblemError
 from layerwise.fluctuation import RunningFluctuation
 from layerwise.gram import (
@@ -30,7 +31,6 @@ from layerwise.gram import (
     precision_of,
 )
 from layerwise.linalg import Factor, factorize, ieee_products
-from layerwise.slabs import all_finite, slabs
 
 Shared = TypeVar("Shared")
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layerwise.chunks import SLAB, slabs
 from layerwise.errors import InvalidProblemError
-from layerwise.slabs import SLAB, slabs
 
 ENTRIES_AT_ONCE = 1 << 26  # of the scores on a GPU
 LONG_ROW = 1 << 20  # on a GPU, sorting is faster: github.com/pytorch/pytorch/issues/75599

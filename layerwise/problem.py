@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from layerwise.chunks import all_finite, slabs
 from layerwise.errors import InvalidProblemError
 from layerwise.linalg import Factor, damped
 from layerwise.moments import MomentAccumulator, Moments, even_exponent
 from layerwise.patterns import FixedMask, Pattern
-from layerwise.slabs import all_finite, slabs
 
 if TYPE_CHECKING:
     import cvxpy

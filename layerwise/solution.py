@@ -5,17 +5,15 @@ objective and the relative error of a :class:`Solution` come from
 :func:`layerwise.evaluate.evaluate`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from layerwise.problem import LayerProblem
-
-OnIteration = Callable[[Mapping[str, float]], None]
+    pass
 
 
 class Status(StrEnum):
@@ -92,42 +90,3 @@ class Solution:
     iterations: int = 0
     history: tuple[Mapping[str, float], ...] = ()
     stats: Mapping[str, float] = field(default_factory=dict)
-
-
-@runtime_checkable
-class Solver(Protocol):
-    """Hyper-parameters of one algorithm: a frozen dataclass, safe to share.
-
-    An attribute ``requires`` names the statistics that the algorithm reads, see
-    :func:`requirements`.
-    """
-
-    @property
-    def name(self) -> str:
-        """Name in tables and logs."""
-        ...
-
-    def can_solve(self, problem: "LayerProblem") -> bool:
-        """Whether the algorithm handles the pattern of this problem."""
-        ...
-
-    def solve(
-        self,
-        problem: "LayerProblem",
-        *,
-        initial: Solution | None = None,
-        on_iteration: OnIteration | None = None,
-    ) -> Solution:
-        """Return feasible weights, starting from `initial` where that makes sense."""
-        ...
-
-
-def requirements(solver: object) -> frozenset[str]:
-    """Names of the statistics that a solver reads, as its ``requires`` tells them.
-
-    ``"gram"``, ``"mean"``, ``"fluctuation"``, ``"gradient"``, or ``"mask"`` if it only
-    finds weights for a mask that is already fixed. It is a constant of the class, or a
-    property where it depends on the hyper-parameters; a solver without it requires
-    nothing.
-    """
-    return getattr(solver, "requires", frozenset())

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from layerwise.chunks import all_finite
 from layerwise.errors import InvalidProblemError, SolveError, UsageError
 from layerwise.evaluate import check_feasible, evaluate
 from layerwise.linalg import ieee_products
 from layerwise.patterns import FixedMask
 from layerwise.problem import LayerProblem
-from layerwise.slabs import all_finite
-from layerwise.solution import OnIteration, Solution, Solver, Status, requirements
+from layerwise.solution import Solution, Status
+from layerwise.solver import OnIteration, Solver, requirements
 from layerwise.solvers import get_solver
 
 SCALED_FIGURES = ("objective", "penalty")  # figures of an iteration that grow with gram

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from layerwise.errors import UsageError
-from layerwise.solution import Solver
+from layerwise.solver import Solver
 from layerwise.solvers.admm import ADMM, ALPS
 from layerwise.solvers.best import Best
 from layerwise.solvers.columns import (

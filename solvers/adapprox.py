@@ -58,14 +58,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from layerwise.errors import SolveError
-from layerwise.solvers.adapprox_directions import (
+from layerwise.solvers.optimizer.directions import (
     Entry,
     batches,
     directions,
     precision,
     prepare,
 )
-from layerwise.solvers.optimizer_memory import StateBytes, state_bytes
+from layerwise.solvers.optimizer.memory import StateBytes, state_bytes
 
 MAX_GUIDANCE = 10.0  # cap of 1 / (1 - cos)
 

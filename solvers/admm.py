@@ -38,10 +38,11 @@ from layerwise.errors import UsageError
 from layerwise.evaluate import evaluate
 from layerwise.patterns import FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solution import Solution, Status
+from layerwise.solver import OnIteration
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.options import check_at_least, check_positive
-from layerwise.solvers.polish import polish
+from layerwise.solvers.refit.polish import polish
 
 Finish = Literal["exact", "cg"]
 

@@ -31,7 +31,8 @@ import torch
 from layerwise.evaluate import evaluate
 from layerwise.patterns import NM, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solution import Solution, Status
+from layerwise.solver import OnIteration
 from layerwise.solvers.admm import ALPS
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.options import check_one_of

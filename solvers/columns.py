@@ -2,8 +2,8 @@ r"""Whole columns leave, the others are refitted and a bias takes the means.
 
 A column of W whose weights are all zero makes its input useless, and the rows of the
 layers before that compute this input leave for free. Two choices make a method. The
-*score* says which units of columns leave (:mod:`layerwise.solvers.column_scores`, or a
-search, :mod:`layerwise.solvers.column_search`). The *restoration* finds the rest:
+*score* says which units of columns leave (:mod:`layerwise.solvers.column.scores`, or a
+search, :mod:`layerwise.solvers.column.search`). The *restoration* finds the rest:
 
 =============  ========================================================================
 restoration    weights and bias
@@ -38,9 +38,10 @@ from torch import Tensor
 from layerwise.evaluate import evaluate
 from layerwise.patterns import Columns, FixedMask
 from layerwise.problem import LayerProblem
-from layerwise.solution import OnIteration, Solution, Status
-from layerwise.solvers.column_refit import refit_columns
-from layerwise.solvers.column_scores import (
+from layerwise.solution import Solution, Status
+from layerwise.solver import OnIteration
+from layerwise.solvers.column.refit import refit_columns
+from layerwise.solvers.column.scores import (
     ABOUT_MEANS,
     COMPAT,
     SCORES,
@@ -48,8 +49,8 @@ from layerwise.solvers.column_scores import (
     Score,
     unit_scores,
 )
-from layerwise.solvers.column_search import exchange_until_none_helps, removal_path
-from layerwise.solvers.column_support import ColumnSupport
+from layerwise.solvers.column.search import exchange_until_none_helps, removal_path
+from layerwise.solvers.column.support import ColumnSupport
 from layerwise.solvers.options import check_at_least, check_one_of
 
 Restoration = Literal["none", "bias", "least-squares", "intercept"]

@@ -39,7 +39,8 @@ from layerwise.evaluate import evaluate
 from layerwise.moments import CONSTANT_VARIANCE
 from layerwise.patterns import NM, Unstructured
 from layerwise.problem import CenteredProblem, LayerProblem
-from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solution import Solution, Status
+from layerwise.solver import OnIteration
 from layerwise.solvers.options import check_at_least, check_finite
 from layerwise.solvers.wanda import wanda_mask, wanda_scores
 

@@ -42,11 +42,12 @@ from layerwise.evaluate import (
 )
 from layerwise.patterns import NM, FixedMask, Pattern
 from layerwise.problem import LayerProblem
-from layerwise.solution import OnIteration, Solution, Solver, Status
+from layerwise.solution import Solution, Status
+from layerwise.solver import OnIteration, Solver
 from layerwise.solvers.lasso import L1Path, LassoResult, Method, Metric, Quadratic, lasso
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.magnitude import Magnitude
-from layerwise.solvers.polish import polish
+from layerwise.solvers.refit.polish import polish
 from layerwise.solvers.sparsegpt import SparseGPT
 from layerwise.solvers.wanda import Wanda
 

@@ -40,7 +40,8 @@ from layerwise.errors import UsageError
 from layerwise.evaluate import evaluate, objective_rows, residual
 from layerwise.patterns import NM, FixedMask, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solution import Solution, Status
+from layerwise.solver import OnIteration
 from layerwise.solvers.options import check_at_least, check_one_of
 from layerwise.solvers.wanda import wanda_mask, wanda_scores
 

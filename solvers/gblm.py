@@ -4,8 +4,8 @@ r"""GBLM: the Wanda score plus the weight times the size of its loss gradient.
 
 Here gamma is a norm over the calibration sequences of the gradient of the loss of the
 dense model with respect to the weight. The problem carries it as `gradient_norm`;
-:mod:`layerwise.run.gradients` collects it in two scalings, with g_s the gradient of the
-mean next-token loss of sequence s, N sequences and L tokens in each:
+:mod:`layerwise.run.pipeline.gradients` collects it in two scalings, with g_s the
+gradient of the mean next-token loss of sequence s, N sequences and L tokens in each:
 
 ========  ====================================  =================================
 scaling   l1                                    l2
@@ -43,7 +43,8 @@ from torch import Tensor
 from layerwise.errors import InvalidProblemError
 from layerwise.evaluate import evaluate
 from layerwise.problem import LayerProblem
-from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solution import Solution, Status
+from layerwise.solver import OnIteration
 from layerwise.solvers.options import check_finite, check_one_of
 from layerwise.solvers.wanda import wanda_scores
 

@@ -1,9 +1,9 @@
 r"""The convex l1 problem of a layer, solved to a duality gap.
 
 :math:`\min_U f(U) + p \sum_{ij} |U_{ij}|` with f the damped objective: alternating
-directions (:mod:`layerwise.solvers.l1_splitting`) until the gap of every row is proven;
+directions (:mod:`layerwise.solvers.l1.splitting`) until the gap of every row is proven;
 rows that are still open after some steps are finished by FISTA
-(:mod:`layerwise.solvers.l1_fista`). The result is always exactly sparse.
+(:mod:`layerwise.solvers.l1.fista`). The result is always exactly sparse.
 """
 
 import math
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from layerwise.certificates import l1_bounds
+from layerwise.chunks import all_finite
 from layerwise.errors import InvalidProblemError
 from layerwise.linalg import ieee_products
 from layerwise.problem import LayerProblem
-from layerwise.slabs import all_finite
 from layerwise.solution import Status
-from layerwise.solvers.l1_fista import run_fista
-from layerwise.solvers.l1_quadratic import STEP_MARGIN, Metric, Quadratic
-from layerwise.solvers.l1_splitting import Splitting
-from layerwise.solvers.l1_state import Point
+from layerwise.solvers.l1.fista import run_fista
+from layerwise.solvers.l1.quadratic import STEP_MARGIN, Metric, Quadratic
+from layerwise.solvers.l1.splitting import Splitting
+from layerwise.solvers.l1.state import Point
 from layerwise.solvers.options import check_word
 
 __all__ = ["STEP_MARGIN", "L1Path", "LassoResult", "Metric", "Quadratic", "lasso"]

@@ -15,8 +15,8 @@ from layerwise.errors import InvalidProblemError
 from layerwise.linalg import ieee_products
 from layerwise.patterns import Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solvers.l1_quadratic import Metric
-from layerwise.solvers.l1_state import Point
+from layerwise.solvers.l1.quadratic import Metric
+from layerwise.solvers.l1.state import Point
 from layerwise.solvers.lasso import L1Path, LassoResult, Method
 
 LOOSE_GAP = 1e-2  # until the share of zeros is near

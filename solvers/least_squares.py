@@ -43,17 +43,18 @@ from layerwise.errors import MemoryBudgetError
 from layerwise.evaluate import evaluate
 from layerwise.patterns import FixedMask
 from layerwise.problem import LayerProblem
-from layerwise.solution import OnIteration, Solution, Status
-from layerwise.solvers.conjugate_gradients import Products
+from layerwise.solution import Solution, Status
+from layerwise.solver import OnIteration
 from layerwise.solvers.options import check_at_least, check_one_of
-from layerwise.solvers.refit_rounds import (
+from layerwise.solvers.refit.conjugate_gradients import Products
+from layerwise.solvers.refit.rounds import (
     ConjugateRounds,
     Round,
     Side,
     direct_rounds,
     inner_precision,
 )
-from layerwise.solvers.spread import complement_is_easier
+from layerwise.solvers.refit.spread import complement_is_easier
 
 REFINEMENTS = 6
 EXPECTED_ITERATIONS = 60  # of cg, in proportion to the share of the unknowns

@@ -15,7 +15,8 @@ import torch
 
 from layerwise.evaluate import evaluate
 from layerwise.problem import LayerProblem
-from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solution import Solution, Status
+from layerwise.solver import OnIteration
 
 
 @dataclass(frozen=True)

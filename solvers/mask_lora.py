@@ -31,7 +31,8 @@ from layerwise.certificates import refit_certificate
 from layerwise.evaluate import evaluate, residual
 from layerwise.patterns import FixedMask
 from layerwise.problem import LayerProblem
-from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solution import Solution, Status
+from layerwise.solver import OnIteration
 from layerwise.solvers.options import check_at_least
 
 JITTER = 1e-12  # of the mean of diag(K): rows with fewer kept weights than the rank

@@ -17,7 +17,7 @@ The part's weights are removed jointly and the columns to the right compensate,
           (U_{BB}^\top)_{P,:} \, U_{BR} .
 
 Update. On the final mask, ``single`` sweeps the columns as SparseGPT does, ``joint`` takes
-the best weights: the closed form of :mod:`~layerwise.solvers.joint_removal` where few
+the best weights: the closed form of :mod:`~layerwise.solvers.refit.joint_removal` where few
 weights are removed, else the least squares problem of the kept ones.
 
 References
@@ -45,10 +45,11 @@ from torch import Tensor
 
 from layerwise.patterns import NM, FixedMask, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import OnIteration, Solution
-from layerwise.solvers.joint_removal import multipliers, remove_jointly
+from layerwise.solution import Solution
+from layerwise.solver import OnIteration
 from layerwise.solvers.least_squares import LeastSquares, direct_pays
 from layerwise.solvers.options import check_at_least, check_one_of
+from layerwise.solvers.refit.joint_removal import multipliers, remove_jointly
 from layerwise.solvers.sparsegpt import SparseGPT, least_squares_weight
 
 MOST_PATTERNS = 70  # of a group, those of 4:8; 8:16 has 12870

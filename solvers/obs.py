@@ -2,10 +2,10 @@ r"""Greedy optimal brain surgeon: one weight at a time, the rest refitted exactl
 
 With ``A = (G_SS)^-1`` the inverse of the damped gram on the support of a row and v the
 weights that are optimal there, removing j costs ``v_j^2 / A_jj``
-(:mod:`layerwise.solvers.supports`). The cheapest entry goes, weights and inverse follow,
-and so on. Rows are independent: each has a path of removals, and the pattern decides how
-far along its path a row goes. With one budget for the layer, the next removal is always
-taken from the row in which it is cheapest.
+(:mod:`layerwise.solvers.refit.supports`). The cheapest entry goes, weights and inverse
+follow, and so on. Rows are independent: each has a path of removals, and the pattern
+decides how far along its path a row goes. With one budget for the layer, the next removal
+is always taken from the row in which it is cheapest.
 
 References
 ----------
@@ -24,9 +24,10 @@ from torch import Tensor
 
 from layerwise.patterns import NM, FixedMask, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import OnIteration, Solution
+from layerwise.solution import Solution
+from layerwise.solver import OnIteration
 from layerwise.solvers.least_squares import LeastSquares
-from layerwise.solvers.supports import Supports
+from layerwise.solvers.refit.supports import Supports
 
 CACHE = 32 << 20  # bytes
 COMPACT_EVERY = 8  # times on the way to an empty row

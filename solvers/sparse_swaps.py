@@ -28,7 +28,8 @@ from layerwise.errors import MemoryBudgetError
 from layerwise.evaluate import evaluate, residual
 from layerwise.patterns import NM, FixedMask, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solution import Solution, Status
+from layerwise.solver import OnIteration
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.options import check_at_least
 from layerwise.solvers.wanda import wanda_mask

@@ -37,7 +37,8 @@ from layerwise.evaluate import evaluate
 from layerwise.linalg import Factor
 from layerwise.patterns import NM, FixedMask, Pattern, Unstructured, keep_largest
 from layerwise.problem import LayerProblem
-from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solution import Solution, Status
+from layerwise.solver import OnIteration
 
 WIDEST_FUSED = 128  # columns of a block whose errors fit into the registers of a GPU
 PANEL = 16  # columns swept one by one before their effect is applied as a product

@@ -1,10 +1,10 @@
 r"""Swaps: exchange a kept entry for a removed one while that lowers the objective.
 
-Weights are refitted exactly with every swap, so the change of the objective that decides
-is exact (:mod:`layerwise.solvers.supports`). Per row and round, the removed entries with
-the largest ``r_q^2 [G^-1]_qq``, a bound on what adding them can gain, are compared with
-all kept ones, and the best pair is taken if it lowers the objective. Rows that find none
-are finished.
+Weights are refitted exactly with every swap, so the change of the objective that decides is
+exact (:mod:`layerwise.solvers.refit.supports`). Per row and round, the removed entries with
+the largest ``r_q^2 [G^-1]_qq``, a bound on what adding them can gain, are compared with all
+kept ones, and the best pair is taken if it lowers the objective. Rows that find none are
+finished.
 
 Two extensions go beyond a local minimum of the rows. With one budget for the layer, a row
 in which a removal costs less than an addition gains elsewhere gives an entry to that row.
@@ -29,10 +29,11 @@ from torch import Tensor
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import OnIteration, Solution
+from layerwise.solution import Solution
+from layerwise.solver import OnIteration
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.options import check_at_least
-from layerwise.solvers.supports import Entries, Supports
+from layerwise.solvers.refit.supports import Entries, Supports
 from layerwise.solvers.wanda import wanda_mask
 
 SPARE_SLOTS = 8  # entries that a row can win beyond the longest, with one budget for all

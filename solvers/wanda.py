@@ -14,7 +14,8 @@ from torch import Tensor
 
 from layerwise.evaluate import evaluate
 from layerwise.problem import LayerProblem
-from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solution import Solution, Status
+from layerwise.solver import OnIteration
 
 
 @dataclass(frozen=True)

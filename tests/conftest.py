@@ -8,7 +8,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-pytest.register_assert_rewrite("tests.contract")  # before its first import
+pytest.register_assert_rewrite("tests.support.contract")  # before its first import
 
 # Ray reads its token once in a process, and would write one into the home.
 os.environ["RAY_AUTH_TOKEN"] = "0123456789abcdef" * 4

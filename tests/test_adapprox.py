@@ -11,10 +11,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from layerwise.errors import SolveError
-from layerwise.solvers import adapprox_directions
 from layerwise.solvers.adapprox import MAX_GUIDANCE, PUBLISHED, Adapprox
-from layerwise.solvers.optimizer_memory import state_bytes
-from tests.tolerances import FULL_RANK
+from layerwise.solvers.optimizer import directions as adapprox_directions
+from layerwise.solvers.optimizer.memory import state_bytes
+from tests.support.tolerances import FULL_RANK
 
 SHAPES = ((24, 40), (40, 24), (24, 40), (7,), (2, 9), (8, 4, 8), ())
 VARIANTS: Sequence[dict[str, Any]] = (

@@ -10,8 +10,14 @@ from transformers.pytorch_utils import Conv1D
 from layerwise.adapters import ADAPTERS, Adapter, OutputSlice, Stage, get_adapter
 from layerwise.adapters.linear import is_linear, matrix
 from layerwise.errors import UnsupportedModelError
-from layerwise.run.checkpoints.architecture import adapter_of
-from tests.models import FAMILIES, blocks_of, random_tokens, recorded_inputs, tiny_model
+from layerwise.run.models.architecture import adapter_of
+from tests.support.models import (
+    FAMILIES,
+    blocks_of,
+    random_tokens,
+    recorded_inputs,
+    tiny_model,
+)
 
 SUPPORTED = sorted(FAMILIES)
 DECLARED = sorted(ADAPTERS)

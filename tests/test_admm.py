@@ -14,8 +14,8 @@ from layerwise.problem import LayerProblem
 from layerwise.solution import Solution, Status
 from layerwise.solvers.admm import ADMM, ALPS, Scaled
 from layerwise.solvers.least_squares import LeastSquares
-from tests.problems import PROBLEMS, Layer, make_layer
-from tests.tolerances import EQUIVARIANCE, ROUNDING
+from tests.support.problems import PROBLEMS, Layer, make_layer
+from tests.support.tolerances import EQUIVARIANCE, ROUNDING
 
 LAYERS = {
     "plain": PROBLEMS["plain"],

@@ -14,8 +14,8 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from layerwise.errors import UsageError
-from layerwise.run.smaller.allocate import Allocation, Curve, allocate
-from tests.tolerances import ALLOCATION, ALLOCATION_PRICE
+from layerwise.run.channels.allocate import Allocation, Curve, allocate
+from tests.support.tolerances import ALLOCATION, ALLOCATION_PRICE
 
 COSTS = (3.0, 1.0, 2.0)
 
@@ -266,7 +266,7 @@ def test_curves_of_a_whole_model() -> None:
 def test_costs_without_common_multiple_are_answered_with_their_gap(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("layerwise.run.smaller.knapsack.MOST_STATES", 2)
+    monkeypatch.setattr("layerwise.run.channels.knapsack.MOST_STATES", 2)
     costs = [math.sqrt(2 + i) for i in range(8)]
     curves = random_curves(9, [9] * 8, shape="monotone", costs=costs)
     found = allocate(curves, 40.1)

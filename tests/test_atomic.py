@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from layerwise.errors import DataError
-from layerwise.run.atomic import atomic_write, remove_temporaries
+from layerwise.run.checkpoints.atomic import atomic_write, remove_temporaries
 
 
 @pytest.mark.parametrize("step", ["write", "fsync", "replace"])

@@ -11,9 +11,9 @@ from layerwise.adapters import ADAPTERS, Adapter, Stage, get_adapter
 from layerwise.adapters.auto import discover
 from layerwise.errors import InvalidProblemError, UnsupportedModelError
 from layerwise.patterns import NM
-from layerwise.run.checkpoints.architecture import adapter_of
-from layerwise.run.prune_report import PruneReport
-from tests.models import (
+from layerwise.run.models.architecture import adapter_of
+from layerwise.run.report import PruneReport
+from tests.support.models import (
     FAMILIES,
     INNER,
     VOCABULARY,
@@ -24,7 +24,7 @@ from tests.models import (
     random_tokens,
     tiny_model,
 )
-from tests.pruning import prune
+from tests.support.pruning import prune
 
 TOKENS = random_tokens(2, 8)
 GEMMA = (

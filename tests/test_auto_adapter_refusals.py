@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from layerwise.adapters.auto import discover
 from layerwise.errors import UnsupportedModelError
-from layerwise.run.checkpoints.architecture import adapter_of
-from tests.models import WIDTH, Block, Decoder, mixture_of_experts, random_tokens
-from tests.pruning import prune
+from layerwise.run.models.architecture import adapter_of
+from tests.support.models import WIDTH, Block, Decoder, mixture_of_experts, random_tokens
+from tests.support.pruning import prune
 
 
 def test_fused_experts_are_named() -> None:

@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 
 from layerwise.adapters import get_adapter
 from layerwise.errors import UsageError
+from layerwise.reports.tables import print_bench
 from layerwise.run.prune import prune_model
-from layerwise.run.reports.tables import print_bench
-from layerwise.run.timing import shapes
-from layerwise.run.timing.bench import REST, STAGES, bench
-from layerwise.run.timing.floor import (
+from layerwise.run.stopwatch import Stopwatch, timed
+from layerwise.timing import shapes
+from layerwise.timing.bench import REST, STAGES, bench
+from layerwise.timing.floor import (
     Machine,
     Work,
     forward_work,
@@ -22,9 +23,8 @@ from layerwise.run.timing.floor import (
     gram_work,
     run_work,
 )
-from layerwise.run.timing.shapes import SHAPES, piece_size, random_model
-from layerwise.run.timing.stopwatch import Stopwatch, stage
-from tests.models import (
+from layerwise.timing.shapes import SHAPES, piece_size, random_model
+from tests.support.models import (
     INNER,
     SHARD,
     WIDTH,
@@ -50,21 +50,21 @@ def test_stages_inside_stages_count_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
     with Stopwatch() as watch:
         pass_time(1)  # outside of all stages
-        with stage("forward"):
+        with timed("forward"):
             pass_time(2)
-            with stage("gram"):
+            with timed("gram"):
                 pass_time(4)
             pass_time(8)
-        with stage("gram"):
+        with timed("gram"):
             pass_time(16)
     assert watch.seconds == {"forward": 10, "gram": 20}
 
 
 def test_an_error_ends_a_stage() -> None:
     with Stopwatch() as watch:
-        with pytest.raises(ValueError, match="inside"), stage("solve"):
+        with pytest.raises(ValueError, match="inside"), timed("solve"):
             raise ValueError("inside")  # noqa: EM101
-        with stage("write"):
+        with timed("write"):
             pass
     assert list(watch.seconds) == ["solve", "write"]
     assert not watch._open
@@ -73,7 +73,7 @@ def test_an_error_ends_a_stage() -> None:
 def test_nothing_is_measured_without_a_stopwatch() -> None:
     with Stopwatch() as watch:
         pass
-    with stage("solve"):
+    with timed("solve"):
         pass
     assert not watch.seconds
 
@@ -162,9 +162,9 @@ def test_floor_is_work_over_rate() -> None:
 
 
 def test_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerwise.run.timing.floor.GEMM_SIZE", {"cpu": 16})
-    monkeypatch.setattr("layerwise.run.timing.floor.COPY_BYTES", {"cpu": 1 << 12})
-    monkeypatch.setattr("layerwise.run.timing.floor.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("layerwise.timing.floor.GEMM_SIZE", {"cpu": 16})
+    monkeypatch.setattr("layerwise.timing.floor.COPY_BYTES", {"cpu": 1 << 12})
+    monkeypatch.setattr("layerwise.timing.floor.LEAST_SECONDS", 0.0)
     machine = Machine(torch.device("cpu"))
     assert machine.gemm_rate(torch.float64) > 0
     assert machine.copy_rate > 0

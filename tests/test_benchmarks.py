@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from layerwise.demo import MODELS, model_path
+from layerwise.experiments.demo import all_methods
+from layerwise.experiments.experiment import DENSE, Experiment
+from layerwise.experiments.results import ResultStore
 from layerwise.moments import MomentAccumulator
 from layerwise.problem import LayerProblem
 from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.experiments.demo import all_methods
-from layerwise.run.experiments.experiment import DENSE, Experiment
-from layerwise.run.experiments.results import ResultStore
-from layerwise.run.pipeline import ERROR_CORRECTIONS
+from layerwise.run.pipeline.task import ERROR_CORRECTIONS
 from layerwise.solve import solve
 from tests.benchmarks import alps_race, captured, held_out, perplexity_grid, refit_race
 from tests.benchmarks.captured import CapturedLayer

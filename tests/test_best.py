@@ -18,9 +18,9 @@ from layerwise.solvers.admm import ALPS
 from layerwise.solvers.best import Best
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.swaps import Swaps
-from tests.problems import PROBLEMS, layers, make_layer, patterns
-from tests.reference import Equations
-from tests.tolerances import ROUNDING
+from tests.support.problems import PROBLEMS, layers, make_layer, patterns
+from tests.support.reference import Equations
+from tests.support.tolerances import ROUNDING
 
 EFFORTS: tuple[Any, ...] = ("fast", "balanced", "thorough")
 PATTERNS = [Unstructured(0.5), Unstructured(0.7), Unstructured(0.5, "layer"), NM(2, 4)]

@@ -10,21 +10,22 @@ from safetensors.torch import load_file, save_file
 
 from layerwise.cli import run
 from layerwise.errors import DataError, UnsupportedModelError, UsageError
+from layerwise.grams import collect_grams as module
+from layerwise.grams.collect_grams import collect_grams
+from layerwise.grams.gram_folder import file_sha256, read_manifest
+from layerwise.grams.layer_files import read_file, read_layers
 from layerwise.moments import even_exponent
 from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.grams import collect_grams as module
-from layerwise.run.grams.collect_grams import collect_grams
-from layerwise.run.grams.gram_folder import file_sha256, read_manifest
-from layerwise.run.grams.layer_files import read_file, read_layers
-from layerwise.run.timing.race import race
-from tests.models import (
+from layerwise.run.models.opening import load_model
+from layerwise.timing.race import race
+from tests.support.models import (
     mixture_of_experts,
     save_checkpoint,
     shard_hashes,
     tiny_model,
     tiny_text,
 )
-from tests.pruning import CALIBRATION, prune_and_record
+from tests.support.pruning import CALIBRATION, prune_and_record
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_stored_problems_are_those_of_a_prune(
 ) -> None:
     calibrate(workshop / family, tmp_path / "grams")
     stored = {layer.name: layer for layer in read_layers(tmp_path / "grams")}
-    model = Checkpoint.open(workshop / family).load_model()
+    model = load_model(Checkpoint.open(workshop / family))
     _, posed = prune_and_record(monkeypatch, model, error_correction="none")
     assert set(stored) == set(posed)
     for name, problem in posed.items():
@@ -175,9 +176,9 @@ def test_weights_without_a_tensor_of_their_own(
 
 
 def test_stored_means_can_be_raced(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerwise.run.timing.floor.GEMM_SIZE", {"cpu": 16})
-    monkeypatch.setattr("layerwise.run.timing.floor.COPY_BYTES", {"cpu": 1 << 12})
-    monkeypatch.setattr("layerwise.run.timing.floor.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("layerwise.timing.floor.GEMM_SIZE", {"cpu": 16})
+    monkeypatch.setattr("layerwise.timing.floor.COPY_BYTES", {"cpu": 1 << 12})
+    monkeypatch.setattr("layerwise.timing.floor.LEAST_SECONDS", 0.0)
     one = workshop / "grams" / "00000-01.safetensors"
     assert [lap.method for lap in race("dsnot", grams=one, device="cpu").laps] == ["dsnot"]
     with pytest.raises(UsageError, match="gblm needs the gradient"):

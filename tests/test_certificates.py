@@ -27,9 +27,15 @@ from layerwise.solution import Status
 from layerwise.solve import solve
 from layerwise.solvers.lasso import lasso
 from layerwise.solvers.least_squares import LeastSquares
-from tests.problems import PROBLEMS, Layer, make_layer, uneven_mask
-from tests.reference import Equations
-from tests.tolerances import CLOSED_FORM, GRID, LASSO_GAP, LASSO_ITERATIONS, ROUNDING
+from tests.support.problems import PROBLEMS, Layer, make_layer, uneven_mask
+from tests.support.reference import Equations
+from tests.support.tolerances import (
+    CLOSED_FORM,
+    GRID,
+    LASSO_GAP,
+    LASSO_ITERATIONS,
+    ROUNDING,
+)
 
 DRIFTED = ("drifted", "correlated", "condition-1e8", "odd-width", "one-row")
 EVERYTHING = Unstructured(0)

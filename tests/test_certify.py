@@ -12,21 +12,21 @@ import layerwise as lw
 from layerwise.errors import UsageError
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, FixedMask, Unstructured
-from layerwise.run.outputs.journal import read_layers
+from layerwise.reports.progress import PlainProgress, layer_line
+from layerwise.reports.report import run_page
+from layerwise.run.channels.structure import Structure
 from layerwise.run.outputs.recipe import Recipe
-from layerwise.run.outputs.records import in_percent
+from layerwise.run.pipeline.journal import read_layers
+from layerwise.run.pipeline.records import in_percent
 from layerwise.run.prune import prune_model
-from layerwise.run.reports.progress import PlainProgress, layer_line
-from layerwise.run.reports.report import run_page
 from layerwise.run.settings import choose_certify
-from layerwise.run.smaller.structure import Structure
 from layerwise.solve import chain
 from layerwise.solvers.best import Best
 from layerwise.solvers.magnitude import Magnitude
 from layerwise.solvers.sparsegpt import SparseGPT
-from tests.models import random_tokens, tiny_model
-from tests.pruning import prune_and_record
-from tests.tolerances import RECORDED_ERROR
+from tests.support.models import random_tokens, tiny_model
+from tests.support.pruning import prune_and_record
+from tests.support.tolerances import RECORDED_ERROR
 
 LENGTH = 12
 SETTINGS: Mapping[str, Any] = {

@@ -18,15 +18,17 @@ from safetensors.torch import load_file
 
 import layerwise
 from layerwise.cli import run
+from layerwise.reports.catalogue import catalogue
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.data.perplexity import perplexity
 from layerwise.run.data.tokens import encode
-from layerwise.run.outputs.journal import read_layers
-from layerwise.run.reports.catalogue import catalogue
+from layerwise.run.models.loading import load_tokenizer
+from layerwise.run.models.opening import load_model
+from layerwise.run.pipeline.journal import read_layers
 from layerwise.solution import Solution
 from layerwise.solvers import SOLVERS
 from layerwise.solvers.magnitude import Magnitude
-from tests.models import (
+from tests.support.models import (
     POSITIONS,
     SHARD,
     edit_shard,
@@ -272,7 +274,7 @@ def test_interruption_keeps_what_is_finished(
 def test_unfinished_run_with_other_flags(
     in_workshop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from layerwise.run.outputs.journal import Journal
+    from layerwise.run.pipeline.journal import Journal
 
     Journal(in_workshop / "out", {"seed": 7})
     assert run(flags({})) == 2
@@ -385,10 +387,10 @@ def test_prune_verify_report_evaluate(
     arguments = ["evaluate", "out", "--dataset", "text.txt", "--sequence-length", "16"]
     assert run(arguments) == 0
     checkpoint = Checkpoint.open("out")
-    tokenizer = checkpoint.load_tokenizer()
+    tokenizer = load_tokenizer(checkpoint)
     assert tokenizer is not None
     tokens = encode(Path("text.txt").read_text(), tokenizer)
-    expected_value = perplexity(checkpoint.load_model(), tokens, sequence_length=16)
+    expected_value = perplexity(load_model(checkpoint), tokens, sequence_length=16)
     assert capsys.readouterr().out == (
         f"perplexity {expected_value:.4f}  (text.txt, {len(tokens) // 16} windows of 16 "
         f"tokens)\n"
@@ -578,7 +580,7 @@ def test_process_that_fails(workshop: Path) -> None:
 KILLED = """
 import os, signal, sys
 from layerwise.cli import run
-from layerwise.run.outputs.journal import Journal
+from layerwise.run.pipeline.journal import Journal
 
 def die(journal, index, block, write=Journal.write_block):
     write(journal, index, block)

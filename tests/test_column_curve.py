@@ -8,10 +8,10 @@ import torch
 import layerwise as lw
 from layerwise.errors import InvalidProblemError
 from layerwise.patterns import Columns, Unstructured
-from layerwise.solvers.column_curve import error_curve
+from layerwise.solvers.column.curve import error_curve
 from layerwise.solvers.columns import RESTORATIONS, ColumnPruning
-from tests.problems import PROBLEMS, Layer, make_layer
-from tests.tolerances import CLOSED_FORM
+from tests.support.problems import PROBLEMS, Layer, make_layer
+from tests.support.tolerances import CLOSED_FORM
 
 WIDTH = 12
 STRUCTURES = {

@@ -9,12 +9,12 @@ from torch import Tensor
 import layerwise as lw
 from layerwise.patterns import Columns
 from layerwise.problem import LayerProblem
-from layerwise.solvers.column_search import exchange_until_none_helps, removal_path
-from layerwise.solvers.column_support import ColumnSupport
+from layerwise.solvers.column.search import exchange_until_none_helps, removal_path
+from layerwise.solvers.column.support import ColumnSupport
 from layerwise.solvers.columns import ColumnPruning
-from tests.problems import PROBLEMS, Layer, make_layer
-from tests.reference import Equations
-from tests.tolerances import (
+from tests.support.problems import PROBLEMS, Layer, make_layer
+from tests.support.reference import Equations
+from tests.support.tolerances import (
     CLOSED_FORM,
     COLUMN_EXCHANGE,
     COLUMNS_NEAR_BEST,

@@ -14,13 +14,14 @@ from layerwise.errors import InvalidProblemError, UsageError
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import Columns, FixedMask
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solution, Status, requirements
+from layerwise.solution import Solution, Status
+from layerwise.solver import requirements
 from layerwise.solvers import get_solver
-from layerwise.solvers.column_scores import unit_scores
+from layerwise.solvers.column.scores import unit_scores
 from layerwise.solvers.columns import RESTORATIONS, ColumnPruning
-from layerwise.solvers.joint_removal import remove_jointly
-from tests.problems import PROBLEMS, Layer, make_layer
-from tests.tolerances import (
+from layerwise.solvers.refit.joint_removal import remove_jointly
+from tests.support.problems import PROBLEMS, Layer, make_layer
+from tests.support.tolerances import (
     CLARABEL_OPTIONS,
     CLOSED_FORM,
     EQUIVARIANCE,

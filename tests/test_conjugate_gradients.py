@@ -11,10 +11,10 @@ from layerwise.certificates import RefitState, refit_state
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import FixedMask, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solvers.conjugate_gradients import NARROW, SupportSolver
-from layerwise.solvers.polish import polish
-from tests.problems import PROBLEMS, make_layer, uneven_mask
-from tests.tolerances import ROUNDING
+from layerwise.solvers.refit.conjugate_gradients import NARROW, SupportSolver
+from layerwise.solvers.refit.polish import polish
+from tests.support.problems import PROBLEMS, make_layer, uneven_mask
+from tests.support.tolerances import ROUNDING
 
 TOLERANCE = 1e-6
 

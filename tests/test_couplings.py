@@ -8,9 +8,17 @@ from torch import nn
 
 from layerwise.adapters import ADAPTERS, Adapter, Coupling, get_adapter, get_coupling
 from layerwise.errors import UnsupportedModelError
-from tests.cutting import COUPLED, EACH, PACKAGED, distance, logits_of, model_of, names_of
-from tests.models import tiny_model
-from tests.tolerances import SURGERY
+from tests.support.cutting import (
+    COUPLED,
+    EACH,
+    PACKAGED,
+    distance,
+    logits_of,
+    model_of,
+    names_of,
+)
+from tests.support.models import tiny_model
+from tests.support.tolerances import SURGERY
 
 ALL = [*EACH, *((family, name) for family in PACKAGED for name in names_of(family))]
 

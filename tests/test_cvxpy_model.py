@@ -11,9 +11,14 @@ from layerwise.cvxpy_model import _weight_bounds
 from layerwise.errors import InvalidProblemError, UsageError
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, Columns, FixedMask, Pattern, Unstructured
-from tests.problems import PROBLEMS, make_layer
-from tests.reference import Equations, scip_minimum
-from tests.tolerances import CLARABEL_OPTIONS, REFIT_REFERENCE, ROUNDING, SCIP_REFERENCE
+from tests.support.problems import PROBLEMS, make_layer
+from tests.support.reference import Equations, scip_minimum
+from tests.support.tolerances import (
+    CLARABEL_OPTIONS,
+    REFIT_REFERENCE,
+    ROUNDING,
+    SCIP_REFERENCE,
+)
 
 
 @pytest.mark.parametrize("name", ["plain", "drifted", "few-tokens", "odd-width", "one-row"])

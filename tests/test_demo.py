@@ -11,16 +11,19 @@ from torch import Tensor, nn
 from layerwise import demo
 from layerwise.cli import run
 from layerwise.errors import DataError, UsageError
+from layerwise.experiments import demo as run_demo
+from layerwise.experiments import experiment
+from layerwise.experiments.demo import MAIN_METHODS, all_methods, compare, demo_models
+from layerwise.experiments.experiment import Experiment, PackagedModel
+from layerwise.experiments.results import ResultStore
 from layerwise.patterns import Unstructured
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.data.perplexity import perplexity
 from layerwise.run.data.tokens import encode
-from layerwise.run.experiments import demo as run_demo
-from layerwise.run.experiments import experiment
-from layerwise.run.experiments.demo import MAIN_METHODS, all_methods, compare, demo_models
-from layerwise.run.experiments.experiment import Experiment, PackagedModel
-from layerwise.run.experiments.results import ResultStore
-from layerwise.run.settings import choose_solver, embedding_rows
+from layerwise.run.models.architecture import embedding_rows
+from layerwise.run.models.loading import load_tokenizer
+from layerwise.run.models.opening import load_model
+from layerwise.run.settings import choose_solver
 from layerwise.solvers import SOLVERS
 from layerwise.solvers.columns import ColumnPruning
 
@@ -33,7 +36,7 @@ HARM = 1.2  # perplexity of half the weights over that of all
 
 @cache
 def evaluation_tokens() -> Tensor:
-    tokenizer = Checkpoint.open(demo.model_path("llama")).load_tokenizer()
+    tokenizer = load_tokenizer(Checkpoint.open(demo.model_path("llama")))
     assert tokenizer is not None
     text = demo.evaluation_text()
     return encode(text[: len(text) // 4], tokenizer)[: WINDOWS * LENGTH]
@@ -50,9 +53,9 @@ def test_packaged_model_is_small_and_opens(name: str) -> None:
     assert sum(path.stat().st_size for path in folder.rglob("*")) < LIMIT
     checkpoint = Checkpoint.open(folder)
     assert checkpoint.config["model_type"] == name
-    tokenizer = checkpoint.load_tokenizer()
+    tokenizer = load_tokenizer(checkpoint)
     assert tokenizer is not None
-    model = checkpoint.load_model()
+    model = load_model(checkpoint)
     assert model.dtype == torch.bfloat16
     assert len(tokenizer) <= embedding_rows(model)
     suffixes = {".json", ".safetensors"}  # what the package installs
@@ -61,7 +64,7 @@ def test_packaged_model_is_small_and_opens(name: str) -> None:
 
 @pytest.mark.parametrize("name", demo.MODELS)
 def test_packaged_models_share_a_lossless_tokenizer(name: str) -> None:
-    tokenizer = Checkpoint.open(demo.model_path(name)).load_tokenizer()
+    tokenizer = load_tokenizer(Checkpoint.open(demo.model_path(name)))
     assert tokenizer is not None
     text = demo.evaluation_text()[:5000]
     tokens = encode(text, tokenizer)
@@ -71,7 +74,7 @@ def test_packaged_models_share_a_lossless_tokenizer(name: str) -> None:
 
 @pytest.mark.parametrize("name", demo.MODELS)
 def test_packaged_model_is_trained_and_pruning_hurts(name: str) -> None:
-    model = Checkpoint.open(demo.model_path(name)).load_model()
+    model = load_model(Checkpoint.open(demo.model_path(name)))
     dense = perplexity_of(model)
     assert dense < TRAINED
     with torch.no_grad():

@@ -18,8 +18,8 @@ import torch
 from layerwise.errors import DataError, UsageError
 from layerwise.run.checkpoints import shard, storage
 from layerwise.run.prune import prune_model
-from tests.folders import files_of, without_time
-from tests.models import differing, random_tokens, save_checkpoint, tiny_model
+from tests.support.folders import files_of, without_time
+from tests.support.models import differing, random_tokens, save_checkpoint, tiny_model
 
 BLOCKS = 2
 

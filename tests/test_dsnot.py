@@ -14,8 +14,8 @@ from layerwise.errors import InvalidProblemError, UsageError
 from layerwise.patterns import NM, Columns, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solvers.dsnot import DSnoT, mean_residual
-from tests.problems import Layer, make_layer
-from tests.tolerances import CLOSED_FORM, ROUNDING
+from tests.support.problems import Layer, make_layer
+from tests.support.tolerances import CLOSED_FORM, ROUNDING
 
 PATTERNS = [Unstructured(0.5), Unstructured(0.7, "layer"), NM(2, 4), NM(1, 4)]
 EAGER = DSnoT(tolerance=0.0)

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from layerwise.cli import run
 from layerwise.patterns import NM
-from layerwise.run.outputs.journal import read_masks
 from layerwise.run.outputs.output import Manifest
+from layerwise.run.pipeline.journal import read_masks
 from layerwise.run.prune import prune_model
-from tests.models import (
+from tests.support.models import (
     SHARD,
     edit_shard,
     mixture_of_experts,
@@ -117,7 +117,7 @@ def test_run_on_transposed_weights_is_resumed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("layerwise.run.outputs.journal.Journal.write_layers", stop)
+        patch.setattr("layerwise.run.pipeline.journal.Journal.write_layers", stop)
         assert run(arguments) == 130
     blocks = tmp_path / "out.partial" / "layerwise" / "blocks"
     assert len(list(blocks.iterdir())) == 1

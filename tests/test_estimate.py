@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.adapters import get_adapter
-from layerwise.run import dense_side
-from layerwise.run.planning.estimate import forward_passes
-from layerwise.run.planning.memory_model import RunShape
-from layerwise.run.planning.model_shape import model_shape
+from layerwise.planning.estimate import forward_passes
+from layerwise.planning.memory_model import RunShape
+from layerwise.planning.model_shape import model_shape
+from layerwise.run.activations import dense_side
 from layerwise.run.prune import prune_model
-from tests.models import blocks_name, random_tokens, tiny_model
+from tests.support.models import blocks_name, random_tokens, tiny_model
 
 LENGTH, SEQUENCES, LAYERS = 12, 8, 3
 TOKENS = random_tokens(SEQUENCES, LENGTH)

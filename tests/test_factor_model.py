@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerwise.solvers.factor_model import BLOCK, FactorModel
-from tests.problems import make_layer
-from tests.tolerances import CLOSED_FORM
+from layerwise.solvers.refit.factor_model import BLOCK, FactorModel
+from tests.support.problems import make_layer
+from tests.support.tolerances import CLOSED_FORM
 
 WIDTH = 48
 LIMIT = CLOSED_FORM[torch.float64]

@@ -18,8 +18,8 @@ from layerwise.solvers.fista import BRACKET, Fista, PenaltySearch, fista_paper
 from layerwise.solvers.lasso import L1Path, Quadratic, lasso
 from layerwise.solvers.lasso_path import lasso_to_sparsity
 from layerwise.solvers.least_squares import LeastSquares
-from tests.problems import PROBLEMS, make_layer
-from tests.tolerances import EQUIVARIANCE, LASSO_GAP, LASSO_ITERATIONS, ROUNDING
+from tests.support.problems import PROBLEMS, make_layer
+from tests.support.tolerances import EQUIVARIANCE, LASSO_GAP, LASSO_ITERATIONS, ROUNDING
 
 EVERYTHING = Unstructured(0)
 PRUNED = [Unstructured(0.5), Unstructured(0.7, "layer"), NM(2, 4)]

@@ -16,8 +16,8 @@ from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, Columns, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solvers.frank_wolfe import FrankWolfe, RelaxedMask
-from tests.problems import PROBLEMS, Layer, layers, make_layer, patterns
-from tests.tolerances import CLOSED_FORM, GRID, ROUNDING
+from tests.support.problems import PROBLEMS, Layer, layers, make_layer, patterns
+from tests.support.tolerances import CLOSED_FORM, GRID, ROUNDING
 
 PATTERNS = [Unstructured(0.5), Unstructured(0.7, "layer"), NM(2, 4), NM(1, 4)]
 FREE = FrankWolfe(fixed_share=0.0)

@@ -11,7 +11,7 @@ from layerwise.errors import InvalidProblemError, UsageError
 from layerwise.patterns import NM, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solvers.gblm import GBLM
-from tests.problems import PROBLEMS, Layer
+from tests.support.problems import PROBLEMS, Layer
 
 HALF = Unstructured(0.5)
 PATTERNS = [HALF, Unstructured(0.7, "layer"), NM(2, 4)]

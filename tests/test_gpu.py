@@ -10,8 +10,8 @@ from layerwise.problem import LayerProblem
 from layerwise.solution import Status
 from layerwise.solvers import SOLVERS, get_solver
 from layerwise.solvers.lasso import lasso
-from tests.problems import make_layer
-from tests.tolerances import GPU_OBJECTIVE, L1_REFERENCE
+from tests.support.problems import make_layer
+from tests.support.tolerances import GPU_OBJECTIVE, L1_REFERENCE
 
 pytestmark = pytest.mark.gpu
 

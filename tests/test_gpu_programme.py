@@ -229,7 +229,7 @@ def test_the_small_programme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gpu, "SMALL_TOKENS", 64)
     monkeypatch.setattr(gpu, "SMALL_GEMM", 16)
     monkeypatch.setattr(gpu, "SMALL_COPY", 1 << 12)
-    monkeypatch.setattr("layerwise.run.timing.floor.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("layerwise.timing.floor.LEAST_SECONDS", 0.0)
     monkeypatch.setattr(gpu, "time_limit", lambda _: nullcontext())
     path = tmp_path / "out.json"
     assert gpu.main(["--output", str(path), "--small", "--device", "cpu"]) == 0

@@ -13,15 +13,26 @@ from layerwise.demo import model_path
 from layerwise.errors import SolveError, UsageError
 from layerwise.patterns import Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.run import gradients as gradients_module
-from layerwise.run import walk as walk_module
 from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.gradients import GradientStatistic, gradient_norms, required_gradient
+from layerwise.run.models.opening import load_model
+from layerwise.run.pipeline import gradients as gradients_module
+from layerwise.run.pipeline import walk as walk_module
+from layerwise.run.pipeline.gradients import (
+    GradientStatistic,
+    gradient_norms,
+    required_gradient,
+)
 from layerwise.run.prune import prune_model
 from layerwise.solve import chain, solve
 from layerwise.solvers.gblm import GBLM
-from tests.models import random_tokens, save_checkpoint, shard_hashes, tiny_model, tiny_text
-from tests.tolerances import GRADIENTS
+from tests.support.models import (
+    random_tokens,
+    save_checkpoint,
+    shard_hashes,
+    tiny_model,
+    tiny_text,
+)
+from tests.support.tolerances import GRADIENTS
 
 MEAN = GradientStatistic()
 TOKENS = random_tokens(4, 11)
@@ -51,7 +62,7 @@ def reference(model: Any, tokens: Tensor, norm: Literal["l1", "l2"]) -> dict[str
 
 
 def packaged_mamba() -> Any:
-    return Checkpoint.open(model_path("mamba")).load_model()
+    return load_model(Checkpoint.open(model_path("mamba")))
 
 
 MODELS: dict[str, Callable[[], Any]] = {

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from layerwise.cli import run
 from layerwise.errors import DataError, LayerwiseError, UnsupportedModelError
 from layerwise.run.checkpoints.storage import Checkpoint
-from tests.checkpoints import INDEX, edit_json, write_checkpoints
-from tests.models import tiny_text
+from tests.support.checkpoints import INDEX, edit_json, write_checkpoints
+from tests.support.models import tiny_text
 
 SECONDS = 5.0  # of the processor, for any refusal
 COMMANDS: Mapping[str, Sequence[str]] = {

@@ -6,10 +6,10 @@ import torch
 from layerwise.errors import MemoryBudgetError
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import Unstructured
-from layerwise.solvers.joint_removal import remove_jointly
-from tests.problems import DOUBLE, PROBLEMS, make_layer, uneven_mask
-from tests.reference import Equations, hessian_and_start
-from tests.tolerances import CLOSED_FORM, EQUIVARIANCE, REFIT_REFERENCE, ROUNDING
+from layerwise.solvers.refit.joint_removal import remove_jointly
+from tests.support.problems import DOUBLE, PROBLEMS, make_layer, uneven_mask
+from tests.support.reference import Equations, hessian_and_start
+from tests.support.tolerances import CLOSED_FORM, EQUIVARIANCE, REFIT_REFERENCE, ROUNDING
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from layerwise.errors import DataError, SolveError, UsageError
-from layerwise.run import pipeline
-from layerwise.run.outputs.journal import Journal, read_layers, read_masks
-from layerwise.run.outputs.records import LayerRecord
-from layerwise.run.pipeline import ERROR_CORRECTIONS, PrunedBlock
+from layerwise.run.pipeline import blocks as pipeline
+from layerwise.run.pipeline.journal import Journal, read_layers, read_masks
+from layerwise.run.pipeline.records import LayerRecord
+from layerwise.run.pipeline.results import PrunedBlock
+from layerwise.run.pipeline.task import ERROR_CORRECTIONS
 from layerwise.run.prune import prune_model
 from layerwise.solve import solve
-from tests.folders import files_of, without_time
-from tests.models import (
+from tests.support.folders import files_of, without_time
+from tests.support.models import (
     differing,
     random_tokens,
     save_checkpoint,

@@ -20,10 +20,10 @@ import pytest
 import torch
 
 import layerwise
-from layerwise.run.pipeline import ERROR_CORRECTIONS
-from tests.folders import files_of, without_time
-from tests.models import differing, save_checkpoint, tiny_model
-from tests.zygote import FAMILIES
+from layerwise.run.pipeline.task import ERROR_CORRECTIONS
+from tests.support.folders import files_of, without_time
+from tests.support.models import differing, save_checkpoint, tiny_model
+from tests.support.zygote import FAMILIES
 
 BLOCKS = 3
 STAGES = (
@@ -57,7 +57,7 @@ class Workshop:
     @cached_property
     def _process(self) -> "subprocess.Popen[str]":
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.zygote"],
+            [sys.executable, "-m", "tests.support.zygote"],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,

@@ -11,12 +11,13 @@ from layerwise.linalg import largest_eigenvalue
 from layerwise.patterns import Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import Status
-from layerwise.solvers import l1_fista, l1_quadratic
-from layerwise.solvers.l1_state import CHECK_EVERY
+from layerwise.solvers.l1 import fista as l1_fista
+from layerwise.solvers.l1 import quadratic as l1_quadratic
+from layerwise.solvers.l1.state import CHECK_EVERY
 from layerwise.solvers.lasso import L1Path, Quadratic, lasso
 from layerwise.solvers.lasso_path import ShareSearch, lasso_to_sparsity
-from tests.problems import PROBLEMS, make_layer
-from tests.tolerances import EQUIVARIANCE, LASSO_GAP, ROUNDING
+from tests.support.problems import PROBLEMS, make_layer
+from tests.support.tolerances import EQUIVARIANCE, LASSO_GAP, ROUNDING
 
 EVERYTHING = Unstructured(0)
 NAMES = ("plain", "drifted", "correlated")

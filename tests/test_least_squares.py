@@ -19,15 +19,22 @@ from layerwise.errors import InvalidProblemError, MemoryBudgetError, UsageError
 from layerwise.evaluate import objective_rows
 from layerwise.moments import Moments
 from layerwise.patterns import FixedMask, Unstructured
+from layerwise.planning.dry import LiveBytes
 from layerwise.problem import LayerProblem
-from layerwise.run.planning.dry import LiveBytes
 from layerwise.solution import Status
-from layerwise.solvers.conjugate_gradients import SupportSolver
 from layerwise.solvers.fista import Fista
 from layerwise.solvers.least_squares import LeastSquares, direct_pays
-from tests.problems import PROBLEMS, Layer, layers, make_layer, patterns, uneven_mask
-from tests.reference import Equations
-from tests.tolerances import CLOSED_FORM, EQUIVARIANCE, REFIT_REFERENCE, ROUNDING
+from layerwise.solvers.refit.conjugate_gradients import SupportSolver
+from tests.support.problems import (
+    PROBLEMS,
+    Layer,
+    layers,
+    make_layer,
+    patterns,
+    uneven_mask,
+)
+from tests.support.reference import Equations
+from tests.support.tolerances import CLOSED_FORM, EQUIVARIANCE, REFIT_REFERENCE, ROUNDING
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

@@ -21,8 +21,8 @@ from layerwise.moments import Moments
 from layerwise.patterns import Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import Solution
-from tests.problems import PROBLEMS, make_layer
-from tests.tolerances import CLOSED_FORM, POWER_ITERATION
+from tests.support.problems import PROBLEMS, make_layer
+from tests.support.tolerances import CLOSED_FORM, POWER_ITERATION
 
 
 def gram_of(name: str) -> Moments:

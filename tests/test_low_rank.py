@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from layerwise.errors import UsageError
 from layerwise.recovery.low_rank import KINDS, LowRank, Masked
 from layerwise.recovery.trainable import Choice, Trainable, in_float32, is_norm
-from tests.models import random_tokens, tiny_model
-from tests.retraining import pruned_model, values, zeros_kept
-from tests.tolerances import MERGED
+from tests.support.models import random_tokens, tiny_model
+from tests.support.retraining import pruned_model, values, zeros_kept
+from tests.support.tolerances import MERGED
 
 ON_MASKS = [kind for kind in KINDS if kind != "lora"]
 

@@ -29,9 +29,9 @@ from layerwise.splits import (
     weighted_split,
 )
 from tests.benchmarks.optimality import SPECTRA, enumerated_optimum, problems, row_masks
-from tests.problems import DEAD_CHANNEL, PROBLEMS, Layer, make_layer
-from tests.reference import Equations
-from tests.tolerances import (
+from tests.support.problems import DEAD_CHANNEL, PROBLEMS, Layer, make_layer
+from tests.support.reference import Equations
+from tests.support.tolerances import (
     CLOSED_FORM,
     NEARLY_EXACT,
     PERSPECTIVE,

@@ -13,12 +13,12 @@ from layerwise.errors import InvalidProblemError
 from layerwise.moments import even_exponent
 from layerwise.patterns import NM
 from layerwise.problem import LayerProblem
-from layerwise.run.pipeline import ERROR_CORRECTIONS
-from layerwise.run.streams import BATCH
-from tests.models import RANK, random_tokens, tiny_model, weight_of
-from tests.pruning import prune_and_record
-from tests.retraining import pruned_model, retrain
-from tests.tolerances import FAST_SCAN, MOMENTS
+from layerwise.run.activations.streams import BATCH
+from layerwise.run.pipeline.task import ERROR_CORRECTIONS
+from tests.support.models import RANK, random_tokens, tiny_model, weight_of
+from tests.support.pruning import prune_and_record
+from tests.support.retraining import pruned_model, retrain
+from tests.support.tolerances import FAST_SCAN, MOMENTS
 
 LENGTH = 10
 TOKENS = random_tokens(BATCH + 2, LENGTH)

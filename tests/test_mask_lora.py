@@ -14,8 +14,8 @@ from layerwise.evaluate import objective_rows
 from layerwise.problem import LayerProblem
 from layerwise.solution import Solution, Status
 from layerwise.solvers.mask_lora import MaskLoRA
-from tests.problems import PROBLEMS, make_layer
-from tests.tolerances import LOW_RANK, WHOLE_CHANGE
+from tests.support.problems import PROBLEMS, make_layer
+from tests.support.tolerances import LOW_RANK, WHOLE_CHANGE
 
 NAMES = [name for name in PROBLEMS if "half" not in name]
 

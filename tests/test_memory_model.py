@@ -12,15 +12,13 @@ from layerwise.adapters import get_adapter
 from layerwise.evaluate import relative_error
 from layerwise.moments import Moments
 from layerwise.patterns import Unstructured
-from layerwise.problem import LayerProblem
-from layerwise.run.checkpoints.architecture import adapter_of
-from layerwise.run.planning.dry import (
+from layerwise.planning.dry import (
     LiveBytes,
     adapter_without_memory,
     without_memory,
     working_set,
 )
-from layerwise.run.planning.memory_model import (
+from layerwise.planning.memory_model import (
     BlockShape,
     Memory,
     ModelShape,
@@ -30,18 +28,26 @@ from layerwise.run.planning.memory_model import (
     Workspace,
     memory_of,
 )
-from layerwise.run.planning.model_shape import model_shape
-from layerwise.run.planning.scaling import LLAMAS, llama_working, tables
-from layerwise.run.planning.solver_costs import COSTS, cost_of, workspace_of
-from layerwise.run.settings import embedding_rows
-from layerwise.run.streams import capture
-from layerwise.run.timing.operations import OperationCount
-from layerwise.run.timing.random_layers import random_gram, random_weight
+from layerwise.planning.model_shape import model_shape
+from layerwise.planning.scaling import LLAMAS, llama_working, tables
+from layerwise.planning.solver_costs import COSTS, cost_of, workspace_of
+from layerwise.problem import LayerProblem
+from layerwise.run.activations.streams import capture
+from layerwise.run.models.architecture import adapter_of, embedding_rows
 from layerwise.solve import chain, resolve, solve
 from layerwise.solvers import SOLVERS
 from layerwise.solvers.fista import Fista
 from layerwise.solvers.sparsegpt import SparseGPT
-from tests.models import FAMILIES, INNER, POSITIONS, WIDTH, mixture_of_experts, tiny_model
+from layerwise.timing.operations import OperationCount
+from layerwise.timing.random_layers import random_gram, random_weight
+from tests.support.models import (
+    FAMILIES,
+    INNER,
+    POSITIONS,
+    WIDTH,
+    mixture_of_experts,
+    tiny_model,
+)
 
 ROOT = Path(__file__).parents[1]
 GIB = 1 << 30

@@ -14,8 +14,8 @@ from layerwise.errors import InvalidProblemError
 from layerwise.gram import BLOCKS, NARROW, add_gram, exact_bfloat16, mirrored
 from layerwise.moments import MomentAccumulator, Moments
 from layerwise.patterns import Unstructured
-from tests.problems import DEAD_CHANNEL, PROBLEMS, Layer, layers, make_layer
-from tests.tolerances import MOMENTS, ROUNDING
+from tests.support.problems import DEAD_CHANNEL, PROBLEMS, Layer, layers, make_layer
+from tests.support.tolerances import MOMENTS, ROUNDING
 
 
 def collect(layer: Layer, cuts: tuple[int, ...] = ()) -> tuple[Moments, Tensor | None]:

@@ -15,11 +15,11 @@ from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, Columns, FixedMask, Pattern, Unstructured
 from layerwise.solution import Status
 from layerwise.solvers import SOLVERS, multi_weight
-from layerwise.solvers.joint_removal import remove_jointly
 from layerwise.solvers.multi_weight import MultiWeight
-from tests.problems import DOUBLE, PROBLEMS, Layer, fits, make_layer, uneven_mask
-from tests.reference import Equations, hessian_and_start
-from tests.tolerances import EQUIVARIANCE, REFIT_REFERENCE, ROUNDING
+from layerwise.solvers.refit.joint_removal import remove_jointly
+from tests.support.problems import DOUBLE, PROBLEMS, Layer, fits, make_layer, uneven_mask
+from tests.support.reference import Equations, hessian_and_start
+from tests.support.tolerances import EQUIVARIANCE, REFIT_REFERENCE, ROUNDING
 
 WHOLE = Unstructured(0.6, "layer")
 

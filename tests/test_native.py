@@ -12,12 +12,14 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import layerwise
 from layerwise.errors import DataError, LayerwiseError, UnsupportedModelError, UsageError
-from layerwise.run.checkpoints.rewrite import add_bias
 from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.smaller.native import SURGERY as SURGERY_FILE
-from layerwise.run.smaller.native import save_native
-from layerwise.run.smaller.surgery import Cut, shrink, steps_of
-from tests.cutting import (
+from layerwise.run.models.loading import load_tokenizer
+from layerwise.run.models.native import SURGERY as SURGERY_FILE
+from layerwise.run.models.native import save_native
+from layerwise.run.models.opening import load_model
+from layerwise.run.models.rewrite import add_bias
+from layerwise.run.models.surgery import Cut, shrink, steps_of
+from tests.support.cutting import (
     COUPLED,
     PACKAGED,
     distance,
@@ -26,8 +28,8 @@ from tests.cutting import (
     names_of,
     random_cuts,
 )
-from tests.models import edit_shard, random_tokens, tiny_tokenizer
-from tests.tolerances import SURGERY
+from tests.support.models import edit_shard, random_tokens, tiny_tokenizer
+from tests.support.tolerances import SURGERY
 
 
 def saved(folder: Path, family: str = "llama", **more: Any) -> Any:
@@ -150,8 +152,8 @@ def test_the_rest_of_the_toolkit_reads_native_folders(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
     assert SURGERY_FILE in checkpoint.side_files()
-    assert checkpoint.load_tokenizer() is not None
-    assert distance(logits_of(checkpoint.load_model()), logits_of(model)) <= SURGERY
+    assert load_tokenizer(checkpoint) is not None
+    assert distance(logits_of(load_model(checkpoint)), logits_of(model)) <= SURGERY
 
 
 def test_a_parameter_that_nothing_explains(tmp_path: Path) -> None:

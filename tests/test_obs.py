@@ -11,8 +11,8 @@ from layerwise.errors import MemoryBudgetError
 from layerwise.patterns import NM, FixedMask, Pattern, Unstructured
 from layerwise.solution import Status
 from layerwise.solvers.obs import OBS
-from tests.problems import PROBLEMS, Layer, make_layer
-from tests.reference import Equations
+from tests.support.problems import PROBLEMS, Layer, make_layer
+from tests.support.reference import Equations
 
 LAYERS = {
     "plain": make_layer(1, rows=3, width=12),

@@ -19,7 +19,7 @@ from tests.benchmarks.optimality import (
     row_masks,
     scip_difference,
 )
-from tests.tolerances import REFIT_REFERENCE, ROUNDING, SCIP_REFERENCE
+from tests.support.tolerances import REFIT_REFERENCE, ROUNDING, SCIP_REFERENCE
 
 every_spectrum = pytest.mark.parametrize("spectrum", SPECTRA)
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)

@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM
 import layerwise
 from layerwise.adapters import get_coupling
 from layerwise.errors import UsageError
-from layerwise.run.checkpoints.rewrite import add_bias
-from layerwise.run.smaller.native import save_native
-from layerwise.run.smaller.padding import pad_to_widest
-from layerwise.run.smaller.surgery import Cut, shrink, steps_of
-from tests.cutting import (
+from layerwise.run.models.native import save_native
+from layerwise.run.models.padding import pad_to_widest
+from layerwise.run.models.rewrite import add_bias
+from layerwise.run.models.surgery import Cut, shrink, steps_of
+from tests.support.cutting import (
     COUPLED,
     EACH,
     PACKAGED,
@@ -24,7 +24,7 @@ from tests.cutting import (
     random_cuts,
     size_of,
 )
-from tests.tolerances import SURGERY
+from tests.support.tolerances import SURGERY
 
 CASES = [
     *((family, [name]) for family, name in EACH),

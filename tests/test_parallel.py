@@ -15,10 +15,10 @@ import torch
 
 from layerwise.cli import run
 from layerwise.errors import SolveError, UsageError
-from layerwise.run.outputs.journal import Journal, read_layers
+from layerwise.run.pipeline.journal import Journal, read_layers
 from layerwise.run.prune import prune_model
 from layerwise.solve import solve
-from tests.models import random_tokens, save_checkpoint, tiny_model
+from tests.support.models import random_tokens, save_checkpoint, tiny_model
 
 BLOCKS = 4
 TOKENS = random_tokens(6, 12)
@@ -176,7 +176,7 @@ def test_finished_blocks_are_not_done_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Inputs are written for those blocks only that are left."""
-    from layerwise.run import parallel
+    from layerwise.run.pipeline import parallel
 
     with pytest.raises(SolveError):
         prune(source, tmp_path / "out", method=Failing(), workers=2)

@@ -14,14 +14,14 @@ from layerwise.adapters import Stage, get_adapter
 from layerwise.errors import InvalidProblemError, SolveError
 from layerwise.moments import even_exponent
 from layerwise.problem import LayerProblem
-from layerwise.run import dense_side
-from layerwise.run.pipeline import ERROR_CORRECTIONS
+from layerwise.run.activations import dense_side
+from layerwise.run.activations.streams import BATCH
+from layerwise.run.pipeline.task import ERROR_CORRECTIONS
 from layerwise.run.prune import prune_model
-from layerwise.run.prune_report import PruneReport
-from layerwise.run.streams import BATCH
+from layerwise.run.report import PruneReport
 from layerwise.solution import Solution
 from layerwise.solve import solve
-from tests.models import (
+from tests.support.models import (
     INNER,
     WIDTH,
     blocks_of,
@@ -30,8 +30,8 @@ from tests.models import (
     tiny_model,
     weight_of,
 )
-from tests.pruning import prune_and_record
-from tests.tolerances import MOMENTS, RECORDED_ERROR
+from tests.support.pruning import prune_and_record
+from tests.support.tolerances import MOMENTS, RECORDED_ERROR
 
 LENGTH = 12
 TOKENS = random_tokens(BATCH + 3, LENGTH)  # two batches of unequal size
@@ -328,7 +328,7 @@ def test_stored_inputs_are_gone_when_their_stage_is_solved(
         return solve(problem, solver)
 
     monkeypatch.setattr(dense_side.DenseSide, "inputs_of", asked)
-    monkeypatch.setattr("layerwise.run.pipeline.solve", solving)
+    monkeypatch.setattr("layerwise.run.pipeline.blocks.solve", solving)
     prune_model(
         tiny_model("llama", layers=2),
         "wanda",

@@ -19,17 +19,18 @@ from layerwise.errors import (
     UsageError,
 )
 from layerwise.patterns import NM, Pattern, Unstructured
+from layerwise.planning import plan as plan_module
+from layerwise.planning.estimate import quick_machine
+from layerwise.planning.inventory import starred, zeros_of
+from layerwise.planning.plan import Plan, plan_run
+from layerwise.reports.plan_text import in_time, lines, sections
+from layerwise.run.capacity import Capacity, capacity_of, free_disk, free_host
 from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.planning import plan as plan_module
-from layerwise.run.planning.capacity import Capacity, capacity_of, free_disk, free_host
-from layerwise.run.planning.estimate import quick_machine
-from layerwise.run.planning.inventory import starred, zeros_of
-from layerwise.run.planning.plan import Plan, plan_run
+from layerwise.run.models.opening import load_model
 from layerwise.run.prune import prune_model
-from layerwise.run.reports.plan_text import in_time, lines, sections
-from layerwise.run.timing.floor import Machine
-from tests.checkpoints import edit_json
-from tests.models import (
+from layerwise.timing.floor import Machine
+from tests.support.checkpoints import edit_json
+from tests.support.models import (
     FAMILIES,
     edit_shard,
     mixture_of_experts,
@@ -238,7 +239,7 @@ def test_headers_that_contradict_the_configuration(damage: Any, tmp_path: Path) 
     with pytest.raises(DataError) as planned_error:
         planned(folder)
     with pytest.raises(DataError) as loading_error:
-        Checkpoint.open(folder).load_model()
+        load_model(Checkpoint.open(folder))
     assert str(planned_error.value) == str(loading_error.value)
 
 

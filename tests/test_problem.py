@@ -17,9 +17,15 @@ from layerwise.moments import Moments
 from layerwise.patterns import NM, FixedMask, Unstructured
 from layerwise.problem import CenteredProblem, LayerProblem
 from layerwise.solvers.least_squares import LeastSquares
-from tests.problems import PROBLEMS, Layer, layers, make_layer
-from tests.reference import Equations
-from tests.tolerances import CLOSED_FORM, EQUIVARIANCE, EXPLICIT, ROUNDING, SMALL_STEP
+from tests.support.problems import PROBLEMS, Layer, layers, make_layer
+from tests.support.reference import Equations
+from tests.support.tolerances import (
+    CLOSED_FORM,
+    EQUIVARIANCE,
+    EXPLICIT,
+    ROUNDING,
+    SMALL_STEP,
+)
 
 HALF = Unstructured(0.5)
 GRAM = torch.eye(4, dtype=torch.float64)

@@ -29,7 +29,7 @@ from layerwise.run.workers.messages import (
 from layerwise.run.workers.pool import LONGEST_START, Pool
 from layerwise.run.workers.processes import LocalBackend, LocalWorker, _cause, local_workers
 from layerwise.run.workers.schedule import Rules, run_jobs
-from tests import worker_jobs
+from tests.support import worker_jobs
 
 ROOT = Path(__file__).parents[1]
 A, B = Attempt("a", 0), Attempt("b", 0)
@@ -159,7 +159,7 @@ import sys
 from layerwise.run.workers.executor import Job
 from layerwise.run.workers.processes import local_workers
 from layerwise.run.workers.schedule import run_jobs
-from tests.worker_jobs import sleepers
+from tests.support.worker_jobs import sleepers
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it

@@ -23,20 +23,22 @@ from layerwise.errors import (
 )
 from layerwise.patterns import NM, Columns, Pattern, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.run import walk
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.data.perplexity import perplexity
-from layerwise.run.outputs.journal import read_layers, read_masks
+from layerwise.run.models.loading import load_tokenizer
 from layerwise.run.outputs.recipe import Recipe
-from layerwise.run.pipeline import ERROR_CORRECTIONS, advance, advance_dense
+from layerwise.run.pipeline import walk
+from layerwise.run.pipeline.blocks import advance, advance_dense
+from layerwise.run.pipeline.journal import read_layers, read_masks
+from layerwise.run.pipeline.task import ERROR_CORRECTIONS
 from layerwise.run.prune import prune_model
-from layerwise.run.prune_report import PruneReport
+from layerwise.run.report import PruneReport
 from layerwise.run.settings import with_published_start
 from layerwise.solve import solve
 from layerwise.solvers.fista import Fista
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.magnitude import Magnitude
-from tests.models import (
+from tests.support.models import (
     FAMILIES,
     POSITIONS,
     VOCABULARY,
@@ -330,7 +332,7 @@ def test_model_object_can_be_saved(tmp_path: Path) -> None:
     report = in_memory(tiny_model("opt"), output_dir=tmp_path / "out")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert perplexity_of(reloaded) == perplexity_of(report.model)
-    assert Checkpoint.open(tmp_path / "out").load_tokenizer() is not None
+    assert load_tokenizer(Checkpoint.open(tmp_path / "out")) is not None
     assert set(read_masks(tmp_path / "out")) == set(report.masks)
 
 

@@ -11,23 +11,23 @@ from torch import Tensor
 
 from layerwise.cli import run
 from layerwise.errors import DataError, InvalidProblemError, UsageError
+from layerwise.grams.layer_files import read_layers
 from layerwise.patterns import Unstructured
-from layerwise.run.grams.layer_files import read_layers
-from layerwise.run.timing import random_layers
-from layerwise.run.timing.curves import draw_race
-from layerwise.run.timing.operations import OperationCount
-from layerwise.run.timing.race import Lap, Race, race
+from layerwise.reports.curves import draw_race
 from layerwise.solve import solve
-from tests.problems import make_layer
+from layerwise.timing import random_layers
+from layerwise.timing.operations import OperationCount
+from layerwise.timing.race import Lap, Race, race
+from tests.support.problems import make_layer
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def _quick_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerwise.run.timing.floor.GEMM_SIZE", {"cpu": 16})
-    monkeypatch.setattr("layerwise.run.timing.floor.COPY_BYTES", {"cpu": 1 << 12})
-    monkeypatch.setattr("layerwise.run.timing.floor.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("layerwise.timing.floor.GEMM_SIZE", {"cpu": 16})
+    monkeypatch.setattr("layerwise.timing.floor.COPY_BYTES", {"cpu": 1 << 12})
+    monkeypatch.setattr("layerwise.timing.floor.LEAST_SECONDS", 0.0)
 
 
 # --- counted work ----------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_every_run_is_cold(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(len(problem.moments._shared))
         return solve(problem, solver, **options)
 
-    monkeypatch.setattr("layerwise.run.timing.race.solve", spy)
+    monkeypatch.setattr("layerwise.timing.race.solve", spy)
     race("sparsegpt,sparsegpt", layers="8x8", device="cpu")
     assert seen == [0, 0, 0, 0]
 

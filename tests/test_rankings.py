@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from layerwise.errors import UsageError
-from layerwise.run.smaller.rankings import (
+from layerwise.run.channels.rankings import (
     Units,
     al_am,
     al_mm,

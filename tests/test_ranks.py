@@ -15,13 +15,13 @@ from safetensors import safe_open
 
 import layerwise
 from layerwise.errors import UsageError
-from layerwise.run.outputs.journal import read_layers, read_masks
 from layerwise.run.outputs.output import Manifest
 from layerwise.run.outputs.verify import verify
+from layerwise.run.pipeline.journal import read_layers, read_masks
 from layerwise.run.workers.ranks import ALONE, Place, owners
-from tests.models import save_checkpoint, tiny_model
-from tests.rank_runs import CRASH
-from tests.tolerances import RANKS, RANKS_ERROR
+from tests.support.models import save_checkpoint, tiny_model
+from tests.support.rank_runs import CRASH
+from tests.support.tolerances import RANKS, RANKS_ERROR
 
 ROOT = Path(layerwise.__file__).parents[1]
 PROMPT = (
@@ -40,7 +40,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def _process() -> Iterator["subprocess.Popen[str]"]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.rank_runs"],
+        [sys.executable, "-m", "tests.support.rank_runs"],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,

@@ -18,7 +18,7 @@ from layerwise.run.workers.messages import Opening
 from layerwise.run.workers.pool import Pool
 from layerwise.run.workers.ray_cluster import RayWorker, connect, disconnect, ray_workers
 from layerwise.run.workers.schedule import run_jobs
-from tests import worker_jobs
+from tests.support import worker_jobs
 
 AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from layerwise.configure import configure, options_of, with_memory_budget
 from layerwise.errors import DataError, InvalidProblemError, UsageError
-from layerwise.run.outputs.recipe import Recipe, configure, options_of, with_memory_budget
+from layerwise.run.outputs.recipe import Recipe
 from layerwise.solve import chain, solver_name
 from layerwise.solvers import SOLVERS
 from layerwise.solvers.fista import Fista

@@ -9,10 +9,17 @@ from torch import Tensor
 
 from layerwise.errors import UsageError
 from layerwise.recovery.units import count_units, dense_output, output_at, units_of
-from layerwise.run.checkpoints.architecture import adapter_of
-from layerwise.run.streams import capture
-from tests.models import random_tokens, tiny_model
-from tests.retraining import TOKENS, Listener, pruned_model, retrain, values, zeros_kept
+from layerwise.run.activations.streams import capture
+from layerwise.run.models.architecture import adapter_of
+from tests.support.models import random_tokens, tiny_model
+from tests.support.retraining import (
+    TOKENS,
+    Listener,
+    pruned_model,
+    retrain,
+    values,
+    zeros_kept,
+)
 
 CPU = torch.device("cpu")
 OBJECTIVES = ["block", "parts", "matrix"]

@@ -17,19 +17,15 @@ import matplotlib
 import pytest
 
 from layerwise.errors import DataError, UsageError
-from layerwise.run.outputs.journal import FOLDER, LAYERS
+from layerwise.experiments.results import MethodResult
+from layerwise.reports import page as page_module
+from layerwise.reports import plots, report
+from layerwise.reports.plots import COLOURS, MAX_TICKS, kinds_figure, methods_figure
+from layerwise.reports.report import comparison_page, run_page, write_report
 from layerwise.run.outputs.output import MANIFEST, Manifest
 from layerwise.run.outputs.recipe import Recipe
-from layerwise.run.outputs.records import LayerRecord
-from layerwise.run.reports import page as page_module
-from layerwise.run.reports import plots, report
-from layerwise.run.reports.plots import COLOURS, MAX_TICKS, kinds_figure, methods_figure
-from layerwise.run.reports.report import (
-    MethodResult,
-    comparison_page,
-    run_page,
-    write_report,
-)
+from layerwise.run.pipeline.journal import FOLDER, LAYERS
+from layerwise.run.pipeline.records import LayerRecord
 
 VOID = {"meta", "wbr", "br", "link", "img", "input", "hr"}
 KINDS = {"self_attn.q_proj": (64, 64), "mlp.up_proj": (176, 64), "mlp.down_proj": (64, 176)}

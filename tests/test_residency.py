@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from layerwise.errors import DataError
-from layerwise.run import prune
-from layerwise.run.checkpoints.residency import Streamed, open_resident
+from layerwise.run import capacity, prune
+from layerwise.run.activations.hidden_store import HiddenStore, choose_store
 from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.hidden_store import HiddenStore, choose_store
-from layerwise.run.pipeline import ERROR_CORRECTIONS
-from layerwise.run.planning import capacity
+from layerwise.run.models.opening import load_model
+from layerwise.run.models.residency import Streamed, open_resident
+from layerwise.run.pipeline.task import ERROR_CORRECTIONS
 from layerwise.run.prune import prune_model
-from tests.folders import files_of
-from tests.models import (
+from tests.support.folders import files_of
+from tests.support.models import (
     FAMILIES,
     VOCABULARY,
     mixture_of_experts,
@@ -56,7 +56,7 @@ def test_parameters_and_buffers_are_those_of_the_loaded_model(
     assert (streamed is None) == (family in ASSEMBLED)
     if streamed is None:
         return
-    loaded: Any = checkpoint.load_model()
+    loaded: Any = load_model(checkpoint)
     assert all(p.is_meta for p in streamed.model.parameters())
     for name, buffer in loaded.named_buffers():
         assert torch.equal(streamed.model.get_buffer(name), buffer), name

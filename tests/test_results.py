@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from layerwise.errors import DataError
-from layerwise.run.experiments import results
-from layerwise.run.experiments.results import ResultStore
-from layerwise.run.experiments.sources import code_identity, source_hash
+from layerwise.experiments import results
+from layerwise.experiments.results import ResultStore
+from layerwise.experiments.sources import code_identity, source_hash
 
 TASK = {"model": "llama", "method": "wanda", "seed": 0}
 OTHER = {**TASK, "seed": 1}

@@ -16,11 +16,11 @@ from layerwise.errors import DataError, LayerwiseError, UsageError
 from layerwise.recovery import next_token
 from layerwise.recovery.output import RECORDS, SETTINGS
 from layerwise.run.data.perplexity import mean_loss
-from layerwise.run.outputs.journal import Journal, read_masks
 from layerwise.run.outputs.output import Manifest
 from layerwise.run.outputs.verify import verify
+from layerwise.run.pipeline.journal import Journal, read_masks
 from layerwise.run.prune import prune_model
-from tests.models import (
+from tests.support.models import (
     SHARD,
     edit_shard,
     random_tokens,
@@ -29,7 +29,14 @@ from tests.models import (
     tiny_model,
     tiny_text,
 )
-from tests.retraining import TOKENS, Listener, pruned_model, retrain, values, zeros_kept
+from tests.support.retraining import (
+    TOKENS,
+    Listener,
+    pruned_model,
+    retrain,
+    values,
+    zeros_kept,
+)
 
 WINDOWS: dict[str, Any] = {"n_sequences": 8, "sequence_length": 12}
 

@@ -9,8 +9,8 @@ import layerwise as lw
 from layerwise.errors import UsageError
 from layerwise.patterns import Unstructured
 from layerwise.solvers.ria import RIA, ria_scores
-from tests.problems import PROBLEMS, make_layer
-from tests.tolerances import CLOSED_FORM
+from tests.support.problems import PROBLEMS, make_layer
+from tests.support.tolerances import CLOSED_FORM
 
 HALF = Unstructured(0.5)
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from layerwise.solvers.row_systems import (
+from layerwise.solvers.refit.row_systems import (
     one_by_one,
     solve_on_complements,
     solve_on_supports,
 )
-from tests.problems import make_layer
-from tests.tolerances import CLOSED_FORM
+from tests.support.problems import make_layer
+from tests.support.tolerances import CLOSED_FORM
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -10,7 +10,7 @@ import pytest
 from layerwise.errors import DataError, Interrupted, SolveError, UsageError, WorkerError
 from layerwise.run.workers.executor import Attempt, Done, Event, Failed, Job, Key, Lost
 from layerwise.run.workers.schedule import Rules, run_jobs
-from tests.simulation import Habits, Simulation
+from tests.support.simulation import Habits, Simulation
 
 N_WORKERS, N_JOBS = 64, 500
 SEEDS = range(20)

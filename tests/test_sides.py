@@ -4,7 +4,6 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.adapters import OutputSlice, Stage
-from layerwise.run import allocator, dense_side, walk
-from layerwise.run.allocator import trim_memory
-from layerwise.run.dense_side import STORE, DenseSide, room
-from layerwise.run.endings import Ending, Endings, modules_around
-from layerwise.run.pipeline import BlockInputs, advance
+from layerwise.run.activations import dense_side
+from layerwise.run.activations.block import BlockInputs
+from layerwise.run.activations.dense_side import STORE, DenseSide, room
+from layerwise.run.activations.endings import Ending, Endings, modules_around
+from layerwise.run.activations.pruned_side import PrunedSide
+from layerwise.run.activations.streams import BATCH, Call
+from layerwise.run.pipeline import allocator, walk
+from layerwise.run.pipeline.allocator import trim_memory
+from layerwise.run.pipeline.blocks import advance
 from layerwise.run.prune import prune_model
-from layerwise.run.pruned_side import PrunedSide
-from layerwise.run.streams import BATCH, Call
-from tests.models import blocks_of, random_tokens, tiny_model
+from tests.support.models import blocks_of, random_tokens, tiny_model
 
 WIDTH, LENGTH = 4, 12
 TOKENS = random_tokens(BATCH + 3, LENGTH)  # two batches of unequal size
@@ -219,13 +220,12 @@ def test_what_is_settled_is_replayed() -> None:
     block, hidden = Block(lambda states: (states, None)), list(torch.randn(3, 2, WIDTH))
     calls = [Call((), {})] * 3
     inputs = BlockInputs("block", block, (OUT, DOWN), calls, hidden, hidden)
-    adapter = SimpleNamespace(weight=lambda block, name: block.get_submodule(name).weight)
-    task: Any = SimpleNamespace(adapter=adapter, device=torch.device("cpu"))
-    dense = DenseSide(task, inputs, inputs.stages)
+    device = torch.device("cpu")
+    dense = DenseSide(inputs, inputs.stages, device)
     given = list(dense.advance())
     assert all(map(torch.equal, given, map(block, hidden)))
     assert all(map(torch.equal, dense.inputs_of(OUT), hidden))
-    sides = [PrunedSide(task, inputs, dense), PrunedSide(task, inputs)]
+    sides = [PrunedSide(inputs, device, dense), PrunedSide(inputs, device)]
     for side in sides:
         assert all(map(torch.equal, side.inputs_of(OUT), hidden))
     block.attention.o.weight.mul_(0.5)

@@ -15,13 +15,13 @@ from layerwise.cli import run
 from layerwise.cli.signals import stopping_on_sigterm
 from layerwise.demo import model_path
 from layerwise.errors import Interrupted
-from tests.models import shard_hashes, tiny_text
+from tests.support.models import shard_hashes, tiny_text
 
 # prunes with the command line, but rests after its first block until a signal comes
 RESTING = """
 import sys, time
 from layerwise.cli import run
-from layerwise.run.outputs.journal import Journal
+from layerwise.run.pipeline.journal import Journal
 
 def rest(journal, index, block, write=Journal.write_block):
     write(journal, index, block)

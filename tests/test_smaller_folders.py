@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 
 import layerwise
 from layerwise.cli import run
-from layerwise.run.outputs.journal import read_layers
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.outputs.verify import verify
+from layerwise.run.pipeline.journal import read_layers
 from layerwise.run.prune import prune_model
-from tests.models import SHARD, save_checkpoint, tiny_model, tiny_text
-from tests.shrinking import FAMILIES, RUNS, logits
+from tests.support.models import SHARD, save_checkpoint, tiny_model, tiny_text
+from tests.support.shrinking import FAMILIES, RUNS, logits
 
 TEXT = [tiny_text()]
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from layerwise.adapters import get_adapter
 from layerwise.errors import InvalidProblemError, UnsupportedModelError, UsageError
 from layerwise.run import prune as prune_module
-from layerwise.run.pipeline import ERROR_CORRECTIONS
-from layerwise.run.smaller.manifest import parameters_of
-from tests.models import tiny_model
-from tests.shrinking import FAMILIES, RUNS, inputs_of, logits, smaller, windows
-from tests.tolerances import RECORDED_ERROR, SURGERY
+from layerwise.run.models.rewrite import parameters_of
+from layerwise.run.pipeline.task import ERROR_CORRECTIONS
+from tests.support.models import tiny_model
+from tests.support.shrinking import FAMILIES, RUNS, inputs_of, logits, smaller, windows
+from tests.support.tolerances import RECORDED_ERROR, SURGERY
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,10 +17,11 @@ from layerwise.errors import (
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, Columns, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import OnIteration, Solution, Status
+from layerwise.solution import Solution, Status
+from layerwise.solver import OnIteration
 from layerwise.solvers import get_solver
-from tests.problems import PROBLEMS
-from tests.tolerances import EQUIVARIANCE, EXPLICIT
+from tests.support.problems import PROBLEMS
+from tests.support.tolerances import EQUIVARIANCE, EXPLICIT
 
 # -- users' own solvers ----------------------------------------------------------------
 

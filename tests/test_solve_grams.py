@@ -13,21 +13,21 @@ from safetensors.torch import load_file, save_file
 
 from layerwise.cli import run
 from layerwise.errors import DataError, InvalidProblemError, UsageError
+from layerwise.grams import layer_jobs
+from layerwise.grams import solve_grams as module
+from layerwise.grams.collect_grams import collect_grams
+from layerwise.grams.gram_folder import file_sha256
+from layerwise.grams.layer_jobs import LayerJob, forget_files, solve_layer
+from layerwise.grams.solve_grams import solve_grams
 from layerwise.patterns import Unstructured
-from layerwise.run import pipeline
-from layerwise.run.grams import layer_jobs
-from layerwise.run.grams import solve_grams as module
-from layerwise.run.grams.collect_grams import collect_grams
-from layerwise.run.grams.gram_folder import file_sha256
-from layerwise.run.grams.layer_jobs import LayerJob, forget_files, solve_layer
-from layerwise.run.grams.solve_grams import solve_grams
-from layerwise.run.outputs.journal import read_layers, read_masks
-from layerwise.run.outputs.records import LayerRecord
 from layerwise.run.outputs.verify import verify
+from layerwise.run.pipeline import blocks as pipeline
+from layerwise.run.pipeline.journal import read_layers, read_masks
+from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.prune import prune_model
 from layerwise.solvers import get_solver
-from tests.models import save_checkpoint, shard_hashes, tiny_model
-from tests.pruning import CALIBRATION
+from tests.support.models import save_checkpoint, shard_hashes, tiny_model
+from tests.support.pruning import CALIBRATION
 
 MODELS = {"llama": torch.bfloat16, "gpt2": torch.float32, "opt": torch.float16}
 FIRST = "00000-00.safetensors"

@@ -13,8 +13,8 @@ import layerwise as lw
 from layerwise.errors import InvalidProblemError
 from layerwise.solution import Status
 from layerwise.solvers import SOLVERS, get_solver
-from tests.problems import PATTERNS, Layer, make_layer
-from tests.tolerances import EXPLICIT
+from tests.support.problems import PATTERNS, Layer, make_layer
+from tests.support.tolerances import EXPLICIT
 
 LAYERS = {
     "same-inputs": make_layer(31, rows=8, width=24, tokens=96, correlation=0.5),

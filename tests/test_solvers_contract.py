@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 import layerwise as lw
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, FixedMask, Unstructured
-from layerwise.solution import Solver, Status, requirements
+from layerwise.solution import Status
+from layerwise.solver import Solver, requirements
 from layerwise.solvers import SOLVERS, get_solver
 from layerwise.solvers.least_squares import LeastSquares
-from tests.contract import (
+from tests.support.contract import (
     ACTIVATION_AWARE,
     ANY_COLUMN_ORDER,
     CASES,
@@ -38,9 +39,9 @@ from tests.contract import (
     repeated_case,
     solved,
 )
-from tests.problems import DEAD_CHANNEL, PATTERNS, PROBLEMS, Layer, layers, patterns
-from tests.reference import Equations
-from tests.tolerances import EQUIVARIANCE, EXPLICIT, ROUNDING
+from tests.support.problems import DEAD_CHANNEL, PATTERNS, PROBLEMS, Layer, layers, patterns
+from tests.support.reference import Equations
+from tests.support.tolerances import EQUIVARIANCE, EXPLICIT, ROUNDING
 
 
 def test_cases_cover_registry_and_problems() -> None:

@@ -12,7 +12,7 @@ from layerwise.patterns import FixedMask, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solve import SCALED_FIGURES
 from layerwise.solvers import SOLVERS
-from tests.contract import (
+from tests.support.contract import (
     ANY_COLUMN_ORDER,
     CASES,
     ROW_BY_ROW,
@@ -24,8 +24,8 @@ from tests.contract import (
     repeated_case,
     solved,
 )
-from tests.problems import PATTERNS, PROBLEMS, make_layer
-from tests.tolerances import EQUIVARIANCE, MASK_DISAGREEMENT, ROUNDING
+from tests.support.problems import PATTERNS, PROBLEMS, make_layer
+from tests.support.tolerances import EQUIVARIANCE, MASK_DISAGREEMENT, ROUNDING
 
 # -- repetition and place ---------------------------------------------------------------
 

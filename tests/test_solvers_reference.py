@@ -14,9 +14,9 @@ from layerwise.problem import LayerProblem
 from layerwise.solution import Status
 from layerwise.solvers import SOLVERS, get_solver
 from layerwise.solvers.lasso import STEP_MARGIN, lasso
-from tests.problems import PROBLEMS, Layer, layers, make_layer
-from tests.reference import Equations, scip_minimum
-from tests.tolerances import (
+from tests.support.problems import PROBLEMS, Layer, layers, make_layer
+from tests.support.reference import Equations, scip_minimum
+from tests.support.tolerances import (
     CLOSED_FORM,
     EXPLICIT,
     L1_REFERENCE,

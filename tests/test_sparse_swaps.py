@@ -12,9 +12,9 @@ from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, FixedMask, Pattern, Unstructured
 from layerwise.solution import Status
 from layerwise.solvers.sparse_swaps import GAIN, Pairs, SparseSwaps
-from tests.problems import PROBLEMS, Layer, layers, make_layer, patterns
-from tests.reference import Equations
-from tests.tolerances import CLOSED_FORM, ROUNDING
+from tests.support.problems import PROBLEMS, Layer, layers, make_layer, patterns
+from tests.support.reference import Equations
+from tests.support.tolerances import CLOSED_FORM, ROUNDING
 
 LAYERS = {
     "plain": PROBLEMS["plain"],

@@ -9,8 +9,8 @@ from layerwise.errors import InvalidProblemError
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, FixedMask, Pattern, Unstructured
 from layerwise.solvers.sparsegpt import SparseGPT
-from tests.problems import PROBLEMS, Layer, make_layer
-from tests.tolerances import CLOSED_FORM, EQUIVARIANCE, ROUNDING
+from tests.support.problems import PROBLEMS, Layer, make_layer
+from tests.support.tolerances import CLOSED_FORM, EQUIVARIANCE, ROUNDING
 
 
 def textbook(

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from layerwise.errors import UsageError
-from layerwise.run.reports.tables import print_speed
-from layerwise.run.timing import speed
-from layerwise.run.timing.speed import Speed, Timing, measure_speed
-from tests.models import POSITIONS, tiny_model
+from layerwise.reports.tables import print_speed
+from layerwise.timing import speed
+from layerwise.timing.speed import Speed, Timing, measure_speed
+from tests.support.models import POSITIONS, tiny_model
 
 SMALL: dict[str, Any] = {"batches": (1, 3), "length": 8, "new_tokens": 4, "repeats": 2}
 

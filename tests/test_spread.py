@@ -11,8 +11,8 @@ from layerwise.moments import Moments
 from layerwise.patterns import FixedMask, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solvers.least_squares import LeastSquares
-from layerwise.solvers.spread import spread_on_complements, spread_on_supports
-from tests.problems import make_layer
+from layerwise.solvers.refit.spread import spread_on_complements, spread_on_supports
+from tests.support.problems import make_layer
 
 WIDTH, ROWS, RANK = 128, 6, 2
 PROBED = 0.2  # relative error of sixteen probes

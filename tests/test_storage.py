@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from layerwise.errors import DataError, UsageError
 from layerwise.run.checkpoints.shard import read_header, rewrite_shard
 from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, write_checkpoint
-from tests.checkpoints import INDEX, edit_json, tiny_opt, write_checkpoints
-from tests.models import tiny_tokenizer
+from layerwise.run.models.loading import load_tokenizer
+from layerwise.run.models.opening import load_model
+from tests.support.checkpoints import INDEX, edit_json, tiny_opt, write_checkpoints
+from tests.support.models import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def test_stream_of_chosen_tensors(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("name", ["opt", "single", "llama", "llama-tied"])
 def test_loaded_model_is_the_saved_one(folders: dict[str, Path], name: str) -> None:
     checkpoint = Checkpoint.open(folders[name])
-    model = checkpoint.load_model()
+    model = load_model(checkpoint)
     assert not model.training
     names = checkpoint_names(model, checkpoint)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -75,11 +77,11 @@ def test_names_differ_by_the_prefix_of_the_base_model(
     state = {n.removeprefix("model."): t for n, t in load_file(shard).items()}
     save_file(state, shard, metadata={"format": "pt"})
     checkpoint = Checkpoint.open(tmp_path)
-    names = checkpoint_names(checkpoint.load_model(), checkpoint)
+    names = checkpoint_names(load_model(checkpoint), checkpoint)
     assert names["model.decoder.layers.1.fc1.weight"] == "decoder.layers.1.fc1.weight"
     assert names["lm_head.weight"] == "decoder.embed_tokens.weight"
     longer = Checkpoint.open(folders["single"])
-    names = checkpoint_names(longer.load_model().model, longer)
+    names = checkpoint_names(load_model(longer).model, longer)
     assert names["decoder.layers.1.fc1.weight"] == "model.decoder.layers.1.fc1.weight"
 
 
@@ -115,9 +117,9 @@ def test_loading_is_silent_and_leaves_global_state_alone(
     seed = torch.get_rng_state()
     edit_json(opt / "config.json", num_hidden_layers=3)  # worth a long report
     with pytest.raises(DataError):
-        Checkpoint.open(opt).load_model()
+        load_model(Checkpoint.open(opt))
     edit_json(opt / "config.json", num_hidden_layers=2)
-    Checkpoint.open(opt).load_model()
+    load_model(Checkpoint.open(opt))
     assert torch.equal(seed, torch.get_rng_state())
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
@@ -128,13 +130,13 @@ def test_tokenizer_is_loaded_or_absent_or_refused(
     folders: dict[str, Path], opt: Path
 ) -> None:
     text = "prune a model"
-    loaded = Checkpoint.open(opt).load_tokenizer()
+    loaded = load_tokenizer(Checkpoint.open(opt))
     assert loaded is not None
     assert loaded(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
-    assert Checkpoint.open(folders["llama"]).load_tokenizer() is None
+    assert load_tokenizer(Checkpoint.open(folders["llama"])) is None
     (opt / "tokenizer.json").write_text("{garbage")
     with pytest.raises(DataError, match=r"tokenizer in .* cannot be loaded"):
-        Checkpoint.open(opt).load_tokenizer()
+        load_tokenizer(Checkpoint.open(opt))
 
 
 # --- where it comes from -------------------------------------------------------------
@@ -148,7 +150,7 @@ def test_stale_index_beside_a_single_file_is_ignored(
     checkpoint = Checkpoint.open(folder)
     assert checkpoint.shards == ["model.safetensors"]
     assert INDEX not in checkpoint.side_files()
-    checkpoint.load_model()
+    load_model(checkpoint)
 
 
 def test_links_of_the_hub_cache_are_followed(
@@ -160,7 +162,7 @@ def test_links_of_the_hub_cache_are_followed(
     blobs = Path(shutil.copytree(folders["opt"], repository / "blobs"))
     for blob in blobs.iterdir():
         (snapshot / blob.name).symlink_to(Path("../../blobs") / blob.name)
-    Checkpoint.open(snapshot).load_model()
+    load_model(Checkpoint.open(snapshot))
     blob = (blobs / "config.json").rename(tmp_path / "config.json")
     (blobs / "config.json").symlink_to(blob)
     with pytest.raises(DataError, match="leaves the folder"):
@@ -216,7 +218,7 @@ def test_copy_differs_in_the_replaced_tensors_alone(
     folders: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     source = Checkpoint.open(folders[name])
-    model = source.load_model()
+    model = load_model(source)
     names = checkpoint_names(model, source)
     replaced = {
         names[parameter]: torch.where(value > 0, value, 0).T.contiguous().T
@@ -236,7 +238,7 @@ def test_copy_differs_in_the_replaced_tensors_alone(
         assert old.stat().st_size == new.stat().st_size
     changed = {n for n, h in output.sha256().items() if h != source.sha256()[n]}
     assert changed == {source.weight_map[tensor] for tensor in replaced}
-    output.load_model()
+    load_model(output)
 
 
 def test_missing_format_is_added(tmp_path: Path) -> None:

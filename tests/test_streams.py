@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from layerwise.adapters import OutputSlice, Stage
 from layerwise.errors import UnsupportedModelError
-from layerwise.run.streams import Call, Stream, Tap, capture, visit_inputs
-from tests.models import (
+from layerwise.run.activations.streams import Call, Stream, Tap, capture, visit_inputs
+from tests.support.models import (
     FAMILIES,
     VOCABULARY,
     WIDTH,

@@ -7,14 +7,14 @@ import torch
 from torch import Generator, Tensor
 
 from layerwise.errors import UsageError
-from layerwise.solvers.second_moment import RankRule, growth, select, update
-from layerwise.solvers.subspace import (
+from layerwise.solvers.optimizer.second_moment import RankRule, growth, select, update
+from layerwise.solvers.optimizer.subspace import (
     by_singular_value,
     error_rate,
     error_rates,
     subspace_iteration,
 )
-from tests.tolerances import FACTORS, NEAR_BEST, ROUNDING, WARM_START
+from tests.support.tolerances import FACTORS, NEAR_BEST, ROUNDING, WARM_START
 
 DTYPES = (torch.float32, torch.float64)
 

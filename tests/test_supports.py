@@ -10,10 +10,10 @@ from torch import Tensor
 
 from layerwise.errors import MemoryBudgetError
 from layerwise.patterns import Unstructured
-from layerwise.solvers.supports import Entries, Supports
-from tests.problems import PROBLEMS, Layer, layers, make_layer
-from tests.reference import Equations
-from tests.tolerances import CLOSED_FORM, EQUIVARIANCE
+from layerwise.solvers.refit.supports import Entries, Supports
+from tests.support.problems import PROBLEMS, Layer, layers, make_layer
+from tests.support.reference import Equations
+from tests.support.tolerances import CLOSED_FORM, EQUIVARIANCE
 
 LAYERS = {
     "plain": PROBLEMS["plain"],

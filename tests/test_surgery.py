@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from layerwise.adapters import Adapter, get_adapter, get_coupling
 from layerwise.errors import UnsupportedModelError, UsageError
-from layerwise.run.checkpoints.rewrite import add_bias
-from layerwise.run.smaller.stock import Format, check_format, holds_bias, holds_width
-from layerwise.run.smaller.surgery import Cut, shrink, steps_of
-from tests.cutting import (
+from layerwise.run.models.rewrite import add_bias
+from layerwise.run.models.stock import Format, check_format, holds_bias, holds_width
+from layerwise.run.models.surgery import Cut, shrink, steps_of
+from tests.support.cutting import (
     COUPLED,
     EACH,
     PACKAGED,
@@ -29,8 +29,8 @@ from tests.cutting import (
     random_cuts,
     size_of,
 )
-from tests.models import mixture_of_experts, random_tokens, tiny_model
-from tests.tolerances import SURGERY
+from tests.support.models import mixture_of_experts, random_tokens, tiny_model
+from tests.support.tolerances import SURGERY
 
 
 def stock_names(family: str) -> list[str]:

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from layerwise.run.channels import structured
+from layerwise.run.channels.survey import PROBE_SHARE, Finding
+from layerwise.run.channels.survey import survey as original
 from layerwise.run.data.perplexity import mean_loss
-from layerwise.run.smaller import structured
-from layerwise.run.smaller.survey import PROBE_SHARE, Finding
-from layerwise.run.smaller.survey import survey as original
-from tests.models import tiny_model
-from tests.shrinking import LENGTH, inputs_of, smaller, windows
-from tests.tolerances import SURVEY
+from tests.support.models import tiny_model
+from tests.support.shrinking import LENGTH, inputs_of, smaller, windows
+from tests.support.tolerances import SURVEY
 
 
 class Found(Exception):

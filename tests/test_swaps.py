@@ -18,11 +18,11 @@ from layerwise.patterns import NM, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import Solution, Status
 from layerwise.solvers.least_squares import LeastSquares
-from layerwise.solvers.supports import Supports
+from layerwise.solvers.refit.supports import Supports
 from layerwise.solvers.swaps import HOLD_ENTERED, HOLD_LEFT, SPARE_SLOTS, Swaps, match
-from tests.problems import PROBLEMS, Layer, layers, make_layer, patterns
-from tests.reference import Equations
-from tests.tolerances import LOCAL_MINIMUM, ROUNDING
+from tests.support.problems import PROBLEMS, Layer, layers, make_layer, patterns
+from tests.support.reference import Equations
+from tests.support.tolerances import LOCAL_MINIMUM, ROUNDING
 
 WIDE = make_layer(81, rows=6, width=16, correlation=0.9, drift=0.2)
 PATTERNS = [Unstructured(0.5), Unstructured(0.7), NM(2, 4), NM(1, 4)]

@@ -15,8 +15,8 @@ from torch import Tensor
 import layerwise as lw
 from layerwise.patterns import FixedMask, Pattern, Unstructured
 from layerwise.solvers import sparsegpt
-from tests.problems import make_layer
-from tests.tolerances import EQUIVARIANCE, FUSED_SWEEP
+from tests.support.problems import make_layer
+from tests.support.tolerances import EQUIVARIANCE, FUSED_SWEEP
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -10,9 +10,9 @@ from torch import nn
 from layerwise.adapters import Stage, get_adapter
 from layerwise.errors import InvalidProblemError, UnsupportedModelError, UsageError
 from layerwise.patterns import NM, Unstructured
-from layerwise.run.checkpoints.architecture import adapter_of
-from layerwise.run.targets import Selection
-from tests.models import INNER, WIDTH, blocks_of, tiny_model
+from layerwise.run.models.architecture import adapter_of
+from layerwise.run.pipeline.targets import Selection
+from tests.support.models import INNER, WIDTH, blocks_of, tiny_model
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from layerwise.cli import run
 from layerwise.errors import DataError
-from layerwise.run.outputs.journal import Journal, read_masks
 from layerwise.run.outputs.verify import verify
+from layerwise.run.pipeline.journal import Journal, read_masks
 from layerwise.run.prune import prune_model
-from tests.models import SHARD, edit_shard, save_checkpoint, tiny_model, tiny_text
+from tests.support.models import SHARD, edit_shard, save_checkpoint, tiny_model, tiny_text
 
 PRUNED = "model.layers.1.mlp.up_proj.weight"
 UNTOUCHED = "model.layers.0.input_layernorm.weight"

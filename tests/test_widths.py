@@ -8,10 +8,10 @@ import torch
 
 from layerwise.adapters import Channels, get_adapter, get_coupling
 from layerwise.errors import UsageError
-from layerwise.run.smaller.channels import Site
-from layerwise.run.smaller.structure import Structure
-from layerwise.run.smaller.survey import Finding
-from layerwise.run.smaller.widths import (
+from layerwise.run.channels.restoration import Site
+from layerwise.run.channels.structure import Structure
+from layerwise.run.channels.survey import Finding
+from layerwise.run.channels.widths import (
     check_reachable,
     choose_widths,
     default_rule,

@@ -67,8 +67,8 @@ def bench(
 
 
 def _bench(arguments: dict[str, Any]) -> None:
-    from layerwise.run.reports.tables import print_bench
-    from layerwise.run.timing.bench import bench as measure
+    from layerwise.reports.tables import print_bench
+    from layerwise.timing.bench import bench as measure
 
     print_bench(measure(**arguments))
 
@@ -76,9 +76,9 @@ def _bench(arguments: dict[str, Any]) -> None:
 def _race(
     methods: str, arguments: dict[str, Any], json_: Path | None, plot: Path | None
 ) -> None:
-    from layerwise.run.reports.tables import print_race
-    from layerwise.run.timing.curves import check_picture, draw_race
-    from layerwise.run.timing.race import race
+    from layerwise.reports.curves import check_picture, draw_race
+    from layerwise.reports.tables import print_race
+    from layerwise.timing.race import race
 
     if plot is not None:
         check_picture(plot)

@@ -20,16 +20,16 @@ def demo(
 
     `--all` takes minutes; what it has finished is kept in the folder and not repeated.
     """
-    from layerwise.run.experiments.demo import (
+    from layerwise.experiments.demo import (
         MAIN_METHODS,
         RESULTS,
         all_methods,
         compare,
         demo_models,
     )
-    from layerwise.run.experiments.results import ResultStore
-    from layerwise.run.reports.report import comparison_page, write_report
-    from layerwise.run.reports.tables import print_comparison
+    from layerwise.experiments.results import ResultStore
+    from layerwise.reports.report import comparison_page, write_report
+    from layerwise.reports.tables import print_comparison
 
     models = demo_models(everything)
     methods = all_methods() if everything else MAIN_METHODS

@@ -37,7 +37,7 @@ def calibrate(
     force: Force = False,
 ) -> None:
     """Store the layer problems of a dense model, to solve them without it."""
-    from layerwise.run.grams.collect_grams import collect_grams
+    from layerwise.grams.collect_grams import collect_grams
 
     set_threads(threads)
     done = 0
@@ -105,9 +105,9 @@ def solve(
     force: Force = False,
 ) -> None:
     """Prune stored layers by methods and sparsities, without model and data."""
-    from layerwise.run.grams.solve_grams import solve_grams
-    from layerwise.run.reports.progress import PlainProgress, RichProgress
-    from layerwise.run.reports.tables import print_sweep
+    from layerwise.grams.solve_grams import solve_grams
+    from layerwise.reports.progress import PlainProgress, RichProgress
+    from layerwise.reports.tables import print_sweep
 
     if workers == 1:
         set_threads(threads)

@@ -7,6 +7,8 @@ import typer
 
 from layerwise.cli.common import Folder
 from layerwise.errors import DataError, UsageError, VerificationError
+from layerwise.run.models.loading import load_tokenizer
+from layerwise.run.models.opening import load_model
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the hub.")]
 
@@ -47,7 +49,7 @@ def _load(model: str, device: Any) -> tuple[Any, Any]:
     from layerwise.run.checkpoints.storage import Checkpoint
 
     checkpoint = Checkpoint.open(model)
-    return checkpoint, checkpoint.load_model(device)
+    return checkpoint, load_model(checkpoint, device)
 
 
 def _perplexity(
@@ -56,10 +58,11 @@ def _perplexity(
     from layerwise.run.data.calibration import evaluation_text
     from layerwise.run.data.perplexity import perplexity
     from layerwise.run.data.tokens import encode
-    from layerwise.run.settings import choose_sequence_length, embedding_rows
+    from layerwise.run.models.architecture import embedding_rows
+    from layerwise.run.settings import choose_sequence_length
 
     length = choose_sequence_length(network, sequence_length)
-    tokenizer = checkpoint.load_tokenizer()
+    tokenizer = load_tokenizer(checkpoint)
     if tokenizer is None:
         message = f"{model} has no tokenizer, which a text needs"
         raise DataError(message)
@@ -70,8 +73,8 @@ def _perplexity(
 
 
 def _speed(model: str, network: Any, compare: str | None, device: Any) -> None:
-    from layerwise.run.reports.tables import print_speed
-    from layerwise.run.timing.speed import measure_speed
+    from layerwise.reports.tables import print_speed
+    from layerwise.timing.speed import measure_speed
 
     names, networks = [model], [network]
     if compare is not None:
@@ -101,7 +104,7 @@ def report(
     output: Annotated[Path | None, typer.Option(help="HTML file to write.")] = None,
 ) -> None:
     """Write one self-contained HTML page about a pruned model."""
-    from layerwise.run.reports.report import run_page, write_report
+    from layerwise.reports.report import run_page, write_report
 
     path = output or folder / "layerwise" / "report.html"
     write_report(path, run_page(folder))
@@ -110,7 +113,7 @@ def report(
 
 def solvers() -> None:
     """List the methods: what each requires and handles."""
-    from layerwise.run.reports.catalogue import catalogue
-    from layerwise.run.reports.tables import print_solvers
+    from layerwise.reports.catalogue import catalogue
+    from layerwise.reports.tables import print_solvers
 
     print_solvers(catalogue())

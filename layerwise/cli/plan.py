@@ -59,9 +59,9 @@ def plan(
     if sparsity is None:
         message = "missing --sparsity; see `layerwise plan --help`"
         raise UsageError(message)
-    from layerwise.run.planning.plan import plan_run
-    from layerwise.run.reports.plan_text import print_plan
-    from layerwise.run.smaller.structure import leaving
+    from layerwise.planning.plan import plan_run
+    from layerwise.reports.plan_text import print_plan
+    from layerwise.run.channels.structure import leaving
 
     set_threads(threads, workers)
     what: dict[str, Any] = leaving(method, sparsity, group=_group(group, sparsity))

@@ -141,9 +141,9 @@ def _prune(recipe: Any, output: Path | None, machine: dict[str, Any]) -> None:
             f"drop one of them"
         )
         raise UsageError(message)
+    from layerwise.reports.progress import PlainProgress, RichProgress
+    from layerwise.run.channels.structure import leaving
     from layerwise.run.prune import prune_model
-    from layerwise.run.reports.progress import PlainProgress, RichProgress
-    from layerwise.run.smaller.structure import leaving
     from layerwise.run.workers.ranks import Place
 
     with progress_on(PlainProgress, RichProgress) as progress:
@@ -180,7 +180,7 @@ def _prune(recipe: Any, output: Path | None, machine: dict[str, Any]) -> None:
 
 def _write_run_report(folder: Path) -> None:
     """report.html beside the manifest, if the plots can be drawn."""
-    from layerwise.run.reports.report import run_page, write_report
+    from layerwise.reports.report import run_page, write_report
 
     try:
         write_report(folder / "layerwise" / "report.html", run_page(folder))

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from layerwise.recovery.records import UnitRecord
 from layerwise.recovery.trainable import Choice, Trainable, in_float32
 from layerwise.recovery.training import OnStep, State, Training, split, train
-from layerwise.run.data.perplexity import evaluation_mode, mean_loss
+from layerwise.run.activations.streams import evaluation_mode
+from layerwise.run.data.perplexity import mean_loss
 
 
 def retrain_tokens(

@@ -8,14 +8,13 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from layerwise.errors import DataError
+from layerwise.errors import DataError, one_line
 from layerwise.recovery.pruned import Pruned
 from layerwise.recovery.records import UnitRecord
-from layerwise.run.atomic import atomic_write
+from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, write_checkpoint
-from layerwise.run.outputs.journal import FINGERPRINT, FOLDER, Journal
 from layerwise.run.outputs.output import MANIFEST
-from layerwise.run.quoting import one_line
+from layerwise.run.pipeline.journal import FINGERPRINT, FOLDER, Journal
 
 RECORDS = "retraining.jsonl"
 SETTINGS = "retrain.yaml"

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from layerwise.recovery.records import UnitRecord
 from layerwise.recovery.retrain import RetrainReport
-from layerwise.run.reports.progress import bar
+from layerwise.reports.progress import bar
 
 EVERY = 10.0  # seconds between two plain lines about steps
 

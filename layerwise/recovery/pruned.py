@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from layerwise.adapters import Adapter
 from layerwise.errors import UsageError
 from layerwise.recovery.trainable import Choice
-from layerwise.run.checkpoints.architecture import adapter_of
 from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.outputs.journal import read_masks
+from layerwise.run.models.architecture import adapter_of
+from layerwise.run.models.opening import load_model
 from layerwise.run.outputs.output import Manifest
 from layerwise.run.outputs.recipe import Recipe
+from layerwise.run.pipeline.journal import read_masks
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Pruned:
                 raise UsageError(message)
             source = Checkpoint.open(model_or_path)
             manifest = Manifest.read(source.path)
-            model: Any = source.load_model()
+            model: Any = load_model(source)
             adapter = adapter_of(model)
             if manifest.smaller is None:
                 kept = dict(read_masks(source.path))
@@ -108,7 +109,7 @@ class Pruned:
                 "(--dense), or choose the objective tokens"
             )
             raise UsageError(message)
-        dense = Checkpoint.open(path).load_model()
+        dense = load_model(Checkpoint.open(path))
         ours, theirs = self.model.config, dense.config
         if (ours.model_type, ours.hidden_size) != (theirs.model_type, theirs.hidden_size):
             message = f"{path} is another architecture than the pruned model"

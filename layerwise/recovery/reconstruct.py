@@ -31,8 +31,8 @@ from layerwise.recovery.records import UnitRecord
 from layerwise.recovery.trainable import HALF, Choice, Trainable, in_float32
 from layerwise.recovery.training import OnStep, State, Training, split, train
 from layerwise.recovery.units import Unit, dense_output, output_at, units_of
-from layerwise.run.pipeline import naming
-from layerwise.run.streams import Call
+from layerwise.run.activations.streams import Call
+from layerwise.run.pipeline.matrix import naming
 
 MODES = ("sequential", "full")
 

@@ -21,12 +21,14 @@ from layerwise.recovery.records import UnitRecord
 from layerwise.recovery.runner import Callback, Runner
 from layerwise.recovery.settings import Settings
 from layerwise.recovery.training import split
+from layerwise.run.checkpoints.hashes import bytes_of
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.data.calibration import Calibration, token_windows
-from layerwise.run.outputs.journal import Journal, check_output
+from layerwise.run.models.architecture import embedding_rows
+from layerwise.run.models.loading import load_tokenizer
 from layerwise.run.outputs.output import versions
-from layerwise.run.settings import choose_device, choose_sequence_length, embedding_rows
-from layerwise.run.smaller.manifest import bytes_of
+from layerwise.run.pipeline.journal import Journal, check_output
+from layerwise.run.settings import choose_device, choose_sequence_length
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +180,7 @@ def retrain_model(
     original = pruned.dense_model(dense) if settings.reconstructs else None
     tokens = token_windows(
         calibration,
-        tokenizer or (source.load_tokenizer() if source else None),
+        tokenizer or (load_tokenizer(source) if source else None),
         n_sequences=n_sequences,
         sequence_length=choose_sequence_length(model, sequence_length),
         seed=seed,

@@ -21,9 +21,8 @@ from layerwise.recovery.states import pack, unpack
 from layerwise.recovery.trainable import Choice
 from layerwise.recovery.training import State, Training
 from layerwise.recovery.units import count_units
-from layerwise.run.data.perplexity import evaluation_mode
-from layerwise.run.outputs.journal import Journal
-from layerwise.run.streams import behind, capture
+from layerwise.run.activations.streams import behind, capture, evaluation_mode
+from layerwise.run.pipeline.journal import Journal
 
 TRAINING = "training"  # name of the state of a training in the journal
 

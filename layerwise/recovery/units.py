@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from layerwise.adapters import Stage
 from layerwise.recovery.trainable import is_norm
-from layerwise.run.streams import Call
+from layerwise.run.activations.streams import Call
 
 Objective = Literal["tokens", "block", "parts", "matrix"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)

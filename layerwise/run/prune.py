@@ -14,31 +14,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.configure import OptionValue, options_of
 from layerwise.patterns import NM, Pattern
-from layerwise.run.checkpoints.architecture import adapter_in, note_on
-from layerwise.run.checkpoints.lazy import LazyTensors
-from layerwise.run.checkpoints.residency import (
-    InMemory,
-    Residency,
-    can_stream,
-    open_resident,
+from layerwise.run.activations.hidden_store import check_activations, hidden_store
+from layerwise.run.activations.streams import evaluation_mode
+from layerwise.run.capacity import refuse_full_disk
+from layerwise.run.channels.structure import Structure, StructureOptions, choose_structure
+from layerwise.run.channels.structured import (
+    ChannelSelection,
+    StructuredTask,
+    make_smaller,
+    structured_task,
 )
+from layerwise.run.channels.widths import default_rule
+from layerwise.run.checkpoints.hashes import digests
+from layerwise.run.checkpoints.lazy import LazyTensors
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.data.calibration import Calibration, token_windows
-from layerwise.run.data.perplexity import evaluation_mode
-from layerwise.run.hidden_store import check_activations, hidden_store
-from layerwise.run.outputs.journal import MASK, WEIGHT, check_output, read_masks
+from layerwise.run.models.architecture import adapter_in, embedding_rows
+from layerwise.run.models.loading import load_tokenizer
+from layerwise.run.models.residency import InMemory, Residency, can_stream, open_resident
+from layerwise.run.models.rewrite import parameters_of
 from layerwise.run.outputs.output import (
     Outcome,
     fingerprint,
     write_output,
     write_smaller_output,
 )
-from layerwise.run.outputs.recipe import OptionValue, Recipe, options_of
-from layerwise.run.parallel import ParallelRun, Workers
-from layerwise.run.pipeline import ErrorCorrection, Task
-from layerwise.run.planning.capacity import refuse_full_disk
-from layerwise.run.prune_report import Callback, Listeners, PruneReport
+from layerwise.run.outputs.recipe import Recipe
+from layerwise.run.pipeline.journal import MASK, WEIGHT, check_output, read_masks
+from layerwise.run.pipeline.parallel import ParallelRun, Workers
+from layerwise.run.pipeline.sharing import (
+    agree,
+    check_shared,
+    own_sequences,
+    shared_journal,
+)
+from layerwise.run.pipeline.targets import Selection, note_on
+from layerwise.run.pipeline.task import ErrorCorrection, Task
+from layerwise.run.pipeline.walk import walk
+from layerwise.run.report import Callback, Listeners, PruneReport
 from layerwise.run.settings import (
     as_entries,
     budget_of_bounds,
@@ -49,22 +64,9 @@ from layerwise.run.settings import (
     choose_pattern,
     choose_sequence_length,
     choose_solver,
-    embedding_rows,
     with_published_start,
 )
-from layerwise.run.sharing import agree, check_shared, own_sequences, shared_journal
-from layerwise.run.smaller.manifest import digests, parameters_of
-from layerwise.run.smaller.structure import Structure, StructureOptions, choose_structure
-from layerwise.run.smaller.structured import (
-    ChannelSelection,
-    StructuredTask,
-    make_smaller,
-    structured_task,
-)
-from layerwise.run.smaller.widths import default_rule
-from layerwise.run.targets import Selection
-from layerwise.run.timing.stopwatch import stage
-from layerwise.run.walk import walk
+from layerwise.run.stopwatch import timed
 from layerwise.run.workers.ranks import ranks_of_environment
 from layerwise.solve import resolve, solver_name
 
@@ -140,7 +142,7 @@ def prune_model(
         Windows of calibration text; the default length is the model's own, at most 2048.
     error_correction
         ``"none"``, ``"sequential"``, ``"block"`` or ``"full"``; see
-        :mod:`layerwise.run.pipeline`.
+        :mod:`layerwise.run.pipeline.blocks`.
     targets, ignore
         Class names, exact module names or ``re:...``; an entry must match something.
         ``"Linear"`` is every linear layer, a ``Conv1D`` of transformers included.
@@ -155,9 +157,9 @@ def prune_model(
     options
         Hyper-parameters of a method given by name, such as ``{"block_size": 64}``.
     allocation, format, unit
-        Of a smaller model, see :class:`layerwise.run.smaller.structure.Structure`: the rule
-        that spreads the sparsity over the layers, ``"stock"`` (default), ``"native"`` or
-        ``"padded"``, and the number that widths are multiples of (8).
+        Of a smaller model, see :class:`layerwise.run.channels.structure.Structure`: the
+        rule that spreads the sparsity over the layers, ``"stock"`` (default), ``"native"``
+        or ``"padded"``, and the number that widths are multiples of (8).
     device
         Where blocks are computed; ``"auto"`` takes a GPU if there is one.
     memory_budget
@@ -218,7 +220,7 @@ def prune_model(
         check_shared(ranks, solver, chosen, workers=crew.are_others)
         if output is not None and ranks.first:
             check_output(output, force=force)
-        with stage("load"):
+        with timed("load"):
             source, residency = _open(model_or_path, streamed=streamed)
             model = residency.model
             adapter = adapter_in(residency)
@@ -255,7 +257,7 @@ def prune_model(
         recipe = recipe.model_copy(update={"certify": certify})
         journal, identity = None, {}
         if output is not None or ranks.are_several:
-            with stage("hash"):
+            with timed("hash"):
                 identity = fingerprint(recipe, tokens, source, model, task.device)
             identity = agree(ranks, identity)
         if output is not None:
@@ -301,7 +303,7 @@ def prune_model(
         optimised = task.allocation if isinstance(task, StructuredTask) else None
         outcome = Outcome(recipe, tokens, records, source, tokenizer, optimised)
         masks: Mapping[str, Tensor] = {}
-        with stage("write"):
+        with timed("write"):
             if isinstance(selection, ChannelSelection):
                 masks = selection.by_parameter([block.masks for block in blocks])
                 cuts = selection.cuts(blocks)
@@ -361,7 +363,7 @@ def _own_tokenizer(source: Checkpoint | None, calibration: Any) -> Any:
     """Tokenizer of the checkpoint; token ids do without, should it be damaged."""
     first = next(iter(calibration), "") if isinstance(calibration, list | tuple) else ""
     ids = isinstance(calibration, Tensor) or not isinstance(first, str)
-    return None if source is None or ids else source.load_tokenizer()
+    return None if source is None or ids else load_tokenizer(source)
 
 
 def _recipe(

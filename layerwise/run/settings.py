@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerwise.configure import OptionValue, configure, with_memory_budget, with_warm_start
 from layerwise.errors import UsageError
 from layerwise.lower_bounds import MEMORY_BUDGET
 from layerwise.moments import Moments
@@ -18,14 +19,8 @@ from layerwise.patterns import (
     parse_pattern,
 )
 from layerwise.problem import LayerProblem
-from layerwise.run.outputs.recipe import (
-    OptionValue,
-    configure,
-    with_memory_budget,
-    with_warm_start,
-)
-from layerwise.run.pipeline import ERROR_CORRECTIONS
-from layerwise.run.smaller.structure import Structure
+from layerwise.run.channels.structure import Structure
+from layerwise.run.pipeline.task import ERROR_CORRECTIONS
 from layerwise.solve import refuse_unless_solvable, steps_of
 
 ROUNDING = 1e-9  # of a sparsity such as 1 - 2 / 5
@@ -154,11 +149,6 @@ def choose_sequence_length(model: nn.Module, asked: int | None) -> int:
         message = f"sequence_length {asked} exceeds the {longest} positions of the model"
         raise UsageError(message)
     return asked
-
-
-def embedding_rows(model: Any) -> int:
-    """Number of token ids that the model knows."""
-    return int(model.get_input_embeddings().num_embeddings)
 
 
 def choose_device(device: str | torch.device) -> torch.device:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from layerwise.solvers.adapprox import PUBLISHED, Adapprox
-from layerwise.solvers.optimizer_memory import StateBytes, state_bytes
-from layerwise.solvers.second_moment import RankRule, update
-from layerwise.solvers.subspace import error_rate, subspace_iteration
+from layerwise.solvers.optimizer.memory import StateBytes, state_bytes
+from layerwise.solvers.optimizer.second_moment import RankRule, update
+from layerwise.solvers.optimizer.subspace import error_rate, subspace_iteration
 from tests.benchmarks import adapprox_training
 from tests.benchmarks.adapprox_training import OPTIMIZERS, Text, steps
 

@@ -28,7 +28,7 @@ from layerwise.demo.train import (
     perplexity,
     train_tokenizer,
 )
-from layerwise.run.reports.plots import COLOURS, SETTINGS, import_matplotlib
+from layerwise.reports.plots import COLOURS, SETTINGS, import_matplotlib
 from layerwise.solvers.adapprox import Adapprox
 
 LAST = 20  # steps over which the final loss is averaged

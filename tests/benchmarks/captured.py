@@ -25,15 +25,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 from layerwise.demo import MODELS, calibration_text, evaluation_text, model_path
+from layerwise.experiments.sources import code_identity
 from layerwise.moments import MomentAccumulator, Moments
 from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
-from layerwise.run.atomic import atomic_write
+from layerwise.run.activations.streams import evaluation_mode
+from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.data.calibration import token_windows
-from layerwise.run.data.perplexity import evaluation_mode
 from layerwise.run.data.tokens import encode
-from layerwise.run.experiments.sources import code_identity
+from layerwise.run.models.loading import load_tokenizer
+from layerwise.run.models.opening import load_model
 
 BATCH = 8
 LENGTH = 256  # tokens per window
@@ -163,8 +165,8 @@ def _fits(path: Path, wanted: str) -> bool:
 def _capture(name: str, n_sequences: int, block: int) -> dict[str, Tensor]:
     layers = layers_of(name, block)
     checkpoint = Checkpoint.open(model_path(name))
-    model: Any = checkpoint.load_model()
-    tokenizer = checkpoint.load_tokenizer()
+    model: Any = load_model(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     assert tokenizer is not None
     calibration = token_windows(
         [calibration_text()], tokenizer, n_sequences=n_sequences, sequence_length=LENGTH

@@ -16,9 +16,9 @@ from layerwise.certificates import refit_excess
 from layerwise.patterns import NM, FixedMask, Pattern, Unstructured
 from layerwise.solvers import SOLVERS, get_solver
 from layerwise.solvers.lasso import lasso
-from tests.problems import Layer, make_layer
-from tests.reference import Equations
-from tests.tolerances import LASSO_GAP, LASSO_ITERATIONS, ROUNDING
+from tests.support.problems import Layer, make_layer
+from tests.support.reference import Equations
+from tests.support.tolerances import LASSO_GAP, LASSO_ITERATIONS, ROUNDING
 
 INSTANCES = 20
 CONDITIONS = (1.0, 1e2, 1e4, 1e6)

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import layerwise
+from layerwise.run.models.loading import load_tokenizer
 
 
 def main() -> None:
@@ -54,7 +55,7 @@ def make_tokens(path: Path, model: Path) -> None:
     from layerwise.run.checkpoints.storage import Checkpoint
     from layerwise.run.data.calibration import token_windows
 
-    tokenizer = Checkpoint.open(model).load_tokenizer()
+    tokenizer = load_tokenizer(Checkpoint.open(model))
     assert tokenizer is not None
     windows = token_windows(
         [calibration_text()], tokenizer, n_sequences=64, sequence_length=256

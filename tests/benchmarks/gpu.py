@@ -31,8 +31,8 @@ from typing import Any
 
 import torch
 
-from layerwise.run.atomic import atomic_write
-from layerwise.run.timing.floor import Machine
+from layerwise.run.checkpoints.atomic import atomic_write
+from layerwise.timing.floor import Machine
 from tests.benchmarks.gpu_layers import (
     FULL,
     FULL_RESTORED,

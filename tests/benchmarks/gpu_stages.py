@@ -18,7 +18,7 @@ from layerwise.lower_bounds import lower_bounds
 from layerwise.moments import MomentAccumulator
 from layerwise.patterns import Columns, FixedMask
 from layerwise.problem import LayerProblem
-from layerwise.solvers.column_refit import refit_columns
+from layerwise.solvers.column.refit import refit_columns
 from layerwise.solvers.lasso_path import lasso_to_sparsity
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.sparsegpt import SparseGPT

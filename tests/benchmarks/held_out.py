@@ -23,10 +23,10 @@ import torch
 from layerwise.demo import MODELS
 from layerwise.errors import InvalidProblemError, SolveError
 from layerwise.evaluate import relative_error
+from layerwise.experiments.demo import all_methods
+from layerwise.experiments.results import ResultStore
+from layerwise.experiments.sources import code_identity
 from layerwise.patterns import parse_pattern
-from layerwise.run.experiments.demo import all_methods
-from layerwise.run.experiments.results import ResultStore
-from layerwise.run.experiments.sources import code_identity
 from layerwise.solve import solve
 from tests.benchmarks.captured import (
     LENGTH,

@@ -14,6 +14,7 @@ import torch
 from layerwise.adapters.selective_scan import fast_scan
 from layerwise.demo import model_path
 from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.opening import load_model
 
 WINDOWS, LENGTH, RUNS = 2, 256, 3
 
@@ -21,7 +22,7 @@ WINDOWS, LENGTH, RUNS = 2, 256, 3
 def main() -> None:
     """Print the table."""
     torch.set_num_threads(1)
-    model = Checkpoint.open(model_path("mamba")).load_model().float()
+    model = load_model(Checkpoint.open(model_path("mamba"))).float()
     tokens = torch.arange(WINDOWS * LENGTH).view(WINDOWS, LENGTH) % 1000
     least: dict[str, float] = {}
     for _ in range(RUNS):

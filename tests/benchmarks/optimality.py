@@ -27,15 +27,15 @@ from torch import Generator, Tensor
 
 import layerwise as lw
 from layerwise.evaluate import objective_rows
+from layerwise.experiments.demo import all_methods
 from layerwise.moments import Moments
 from layerwise.patterns import NM, Pattern, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.run.experiments.demo import all_methods
-from layerwise.solution import requirements
 from layerwise.solve import resolve
+from layerwise.solver import requirements
 from layerwise.solvers import SOLVERS
-from tests.reference import scip_minimum
-from tests.tolerances import ROUNDING, SCIP_REFERENCE
+from tests.support.reference import scip_minimum
+from tests.support.tolerances import ROUNDING, SCIP_REFERENCE
 
 ROWS, WIDTH, DAMPING = 8, 12, 0.01
 PROBLEMS = 50

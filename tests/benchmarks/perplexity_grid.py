@@ -26,11 +26,11 @@ from typing import Any
 import torch
 
 from layerwise.errors import SolveError
-from layerwise.run.experiments.demo import all_methods
-from layerwise.run.experiments.experiment import DENSE, Experiment, PackagedModel
-from layerwise.run.experiments.results import ResultStore
-from layerwise.run.pipeline import ERROR_CORRECTIONS
-from layerwise.solution import requirements
+from layerwise.experiments.demo import all_methods
+from layerwise.experiments.experiment import DENSE, Experiment, PackagedModel
+from layerwise.experiments.results import ResultStore
+from layerwise.run.pipeline.task import ERROR_CORRECTIONS
+from layerwise.solver import requirements
 from layerwise.solvers import SOLVERS
 
 SEEDS = (0, 1, 2)

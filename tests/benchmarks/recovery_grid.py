@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
+from layerwise.experiments.experiment import LENGTH, N_SEQUENCES, PackagedModel
+from layerwise.experiments.results import ResultStore
+from layerwise.experiments.sources import code_identity
 from layerwise.patterns import parse_pattern
 from layerwise.recovery.retrain import retrain_model
 from layerwise.run.data.perplexity import perplexity
-from layerwise.run.experiments.experiment import LENGTH, N_SEQUENCES, PackagedModel
-from layerwise.run.experiments.results import ResultStore
-from layerwise.run.experiments.sources import code_identity
+from layerwise.run.models.opening import load_model
 from layerwise.run.prune import prune_model
 from tests.benchmarks.perplexity_grid import MISSING, command_line, in_workers
 
@@ -106,7 +107,7 @@ def identity(model: str, method: str) -> str:
 @lru_cache(maxsize=2)
 def pruned(model: str, method: str, pattern: str) -> tuple[dict[str, Any], Any]:
     """Weights and masks of a pruned model."""
-    network = packaged(model).checkpoint.load_model()
+    network = load_model(packaged(model).checkpoint)
     report = prune_model(
         network,
         method,
@@ -122,7 +123,7 @@ def answer(cell: Cell) -> dict[str, Any]:
     """Do one retraining in a worker."""
     home = packaged(cell.model)
     weights, masks = pruned(cell.model, cell.method, cell.pattern)
-    network = home.checkpoint.load_model()
+    network = load_model(home.checkpoint)
     network.load_state_dict(weights)
     result: dict[str, Any] = {}
     if (row := cell.row) is not None:
@@ -133,7 +134,7 @@ def answer(cell: Cell) -> dict[str, Any]:
             objective=row.objective,
             rank=row.rank,
             masks=masks,
-            dense=None if whole else home.checkpoint.load_model(),
+            dense=None if whole else load_model(home.checkpoint),
             calibration=home.calibration,
             steps=STEPS if whole else UNIT_STEPS,
             learning_rate=None if whole else UNIT_RATES,

@@ -30,7 +30,7 @@ from layerwise.patterns import FixedMask, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import Status
 from layerwise.solvers.least_squares import RANK_SHARE, LeastSquares, direct_pays
-from layerwise.solvers.spread import ratio_of_iterations
+from layerwise.solvers.refit.spread import ratio_of_iterations
 from tests.benchmarks.optimality import SPECTRA
 from tests.benchmarks.spectra import FLAT, MIDDLE, STEEP, realistic_gram
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from layerwise.run.experiments.experiment import DENSE, Experiment
-from layerwise.run.experiments.results import ResultStore
+from layerwise.experiments.experiment import DENSE, Experiment
+from layerwise.experiments.results import ResultStore
 from tests.benchmarks.perplexity_grid import (
     MISSING,
     command_line,

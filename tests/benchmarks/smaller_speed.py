@@ -19,9 +19,9 @@ import torch
 
 from layerwise import prune_model
 from layerwise.demo import MODELS, model_path
-from layerwise.run.checkpoints.loading import quiet_transformers
-from layerwise.run.timing.shapes import SHAPES, random_model
-from layerwise.run.timing.speed import measure_speed
+from layerwise.run.models.loading import quiet_transformers
+from layerwise.timing.shapes import SHAPES, random_model
+from layerwise.timing.speed import measure_speed
 
 SHAPED = {"opt-125m": 12, "opt-1.3b": 4, "llama-7b": 1, "mamba-130m": 4}  # blocks
 SPARSITY = "0.3"

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from layerwise.run.planning.plan import plan_run
+from layerwise.planning.plan import plan_run
 from layerwise.run.prune import prune_model
-from layerwise.run.timing.shapes import random_model
+from layerwise.timing.shapes import random_model
 
 WIDTH, INNER, HEADS, VOCABULARY = 2048, 5632, 32, 32000
 WINDOWS, LENGTH = 8, 256

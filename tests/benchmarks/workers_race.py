@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from layerwise.run.prune import prune_model
-from layerwise.run.timing.shapes import random_model
+from layerwise.timing.shapes import random_model
 
 BLOCKS, WIDTH, VOCABULARY = 8, 512, 1024
 WINDOWS, LENGTH = 16, 128

@@ -1,1 +1,1 @@
-"""Checkpoints: validated, read in parts, turned into models, copied with changes."""
+"""Checkpoints as bytes: shards, masks and JSON; validated, hashed, written atomically."""

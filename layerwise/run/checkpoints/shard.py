@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from layerwise.errors import DataError, UsageError
-from layerwise.run.atomic import atomic_write
+from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.strict_json import parse_json
 
 CHUNK_BYTES = 1 << 24

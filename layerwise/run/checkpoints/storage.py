@@ -13,23 +13,20 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from layerwise.errors import DataError, UsageError
-from layerwise.run.atomic import atomic_write
+from layerwise.errors import DataError, UsageError, one_line
+from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.bitmask import pack_mask, unpack_mask
-from layerwise.run.checkpoints.loading import load_model, load_tokenizer
 from layerwise.run.checkpoints.shard import (
     TensorEntry,
     check_substitute,
     read_header,
     rewrite_shard,
 )
-from layerwise.run.checkpoints.skeleton import checkpoint_names
 from layerwise.run.checkpoints.strict_json import read_object
 from layerwise.run.checkpoints.validation import (
     INDEX,
@@ -39,11 +36,6 @@ from layerwise.run.checkpoints.validation import (
     locate,
     read_weight_map,
 )
-from layerwise.run.quoting import one_line
-from layerwise.run.smaller.native_type import is_native
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "Checkpoint",
@@ -159,18 +151,6 @@ class Checkpoint:
                 raise DataError(message) from error
         return hashes
 
-    def load_model(self, device: torch.device | str = "cpu") -> PreTrainedModel:
-        """Load the model, see :func:`layerwise.run.checkpoints.loading.load_model`."""
-        if is_native(self.config):
-            from layerwise.run.smaller.native import load_native  # checks with pydantic
-
-            return load_native(self, device)
-        return load_model(self, device)
-
-    def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Load the tokenizer; None where the folder has none."""
-        return load_tokenizer(self)
-
 
 def write_checkpoint(
     source: Checkpoint,
@@ -243,3 +223,36 @@ def _check_output(
     if needed > (free := shutil.disk_usage(output).free):
         message = f"{output} needs {needed} bytes but its disk has {free}: free space"
         raise DataError(message)
+
+
+def checkpoint_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Where each parameter of a model is stored: parameter name -> tensor name.
+
+    Names agree, or differ by the prefix of the base model (``model.``) that some
+    checkpoints omit. Parameters that are tied share the tensor that is stored.
+
+    Returns
+    -------
+    dict
+        One entry per parameter name, tied ones included. Parameters without a tensor
+        of their own (such as those that transformers fuses while loading) are absent.
+    """
+    names: dict[str, str] = {}
+    first: dict[int, str] = {}  # identity of a parameter -> tensor name
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters:
+        stored = stored_name(model, checkpoint.weight_map, name)
+        if stored is not None:
+            names[name] = stored
+            first.setdefault(id(parameter), stored)
+    for name, parameter in parameters:
+        if name not in names and id(parameter) in first:
+            names[name] = first[id(parameter)]
+    return names
+
+
+def stored_name(model: nn.Module, stored: Mapping[str, Any], name: str) -> str | None:
+    """Name under which a parameter or buffer is stored, or None."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    candidates = (name, name.removeprefix(prefix), prefix + name)
+    return next((found for found in candidates if found in stored), None)

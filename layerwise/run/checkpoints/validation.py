@@ -13,10 +13,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import DataError, UnsupportedModelError
+from layerwise.errors import DataError, UnsupportedModelError, one_line
 from layerwise.run.checkpoints.shard import read_header
 from layerwise.run.checkpoints.strict_json import read_object
-from layerwise.run.quoting import one_line
 
 SINGLE_SHARD = "model.safetensors"
 INDEX = "model.safetensors.index.json"

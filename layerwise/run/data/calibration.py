@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from layerwise.errors import DataError, UsageError
+from layerwise.errors import DataError, UsageError, one_line
 from layerwise.run.data.texts import Text, read_text
 from layerwise.run.data.tokens import check_token_ids, encode
-from layerwise.run.quoting import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

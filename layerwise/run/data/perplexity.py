@@ -9,14 +9,13 @@ tokens. It depends strongly on the window length: compare equal lengths only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from layerwise.errors import DataError, SolveError, UsageError
+from layerwise.run.activations.streams import evaluation_mode
 from layerwise.run.data.tokens import check_token_ids
 
 if TYPE_CHECKING:
@@ -134,15 +133,3 @@ def _not_nan(loss: Tensor, window: int) -> Tensor:
         )
         raise SolveError(message)
     return loss
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation inside the block; every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

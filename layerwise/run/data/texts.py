@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from layerwise.errors import DataError, UsageError
-from layerwise.run.quoting import one_line
+from layerwise.errors import DataError, UsageError, one_line
 
 Part = Literal["train", "evaluation"]
 

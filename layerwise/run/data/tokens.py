@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from layerwise.errors import DataError
-from layerwise.run.quoting import one_line
+from layerwise.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,1 +1,1 @@
-"""The folder of a run: a journal while it goes on, then a manifest, and checks of it."""
+"""The folder that a run leaves: recipe, manifest, model card, and the checks of it."""

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from layerwise.run.checkpoints.hashes import tensor_hashes
 from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.outputs.output import Manifest, tensor_hashes
+from layerwise.run.outputs.output import Manifest
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ The manifest says which tensors were pruned and the hash of every tensor that wa
 that ``layerwise verify`` needs neither the source nor trust.
 """
 
-import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -19,25 +18,20 @@ from torch import Tensor, nn
 
 from layerwise.adapters.linear import is_transposed
 from layerwise.errors import DataError
-from layerwise.run.atomic import atomic_write
+from layerwise.run.channels.allocate import Allocation
+from layerwise.run.checkpoints.atomic import atomic_write
+from layerwise.run.checkpoints.hashes import _parameters_sha256, tensor_hashes
 from layerwise.run.checkpoints.lazy import LazyTensors
 from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, write_checkpoint
 from layerwise.run.checkpoints.strict_json import read_object
 from layerwise.run.data.calibration import Calibration
-from layerwise.run.outputs.journal import FOLDER, Journal
+from layerwise.run.models.rewrite import parameters_of
+from layerwise.run.models.surgery import Cut
+from layerwise.run.outputs.model_card import model_card
 from layerwise.run.outputs.recipe import Recipe
-from layerwise.run.outputs.records import LayerRecord
-from layerwise.run.reports.model_card import model_card
-from layerwise.run.smaller.allocate import Allocation
-from layerwise.run.smaller.manifest import (
-    Smaller,
-    bytes_of,
-    describe,
-    parameters_of,
-    write_channels,
-    write_smaller,
-)
-from layerwise.run.smaller.surgery import Cut
+from layerwise.run.outputs.smaller import Smaller, describe, write_channels, write_smaller
+from layerwise.run.pipeline.journal import FOLDER, Journal
+from layerwise.run.pipeline.records import LayerRecord
 
 MANIFEST = "manifest.json"
 PACKAGES = ("layerwise", "torch", "transformers", "safetensors")
@@ -185,7 +179,7 @@ def write_smaller_output(
     model, cuts
         The smaller model, and what left.
     before
-        :func:`~layerwise.run.smaller.manifest.digests` of the model as it was.
+        :func:`~layerwise.run.checkpoints.hashes.digests` of the model as it was.
     size
         The decoder blocks, and how many parameters they had.
     """
@@ -229,19 +223,3 @@ def write_rest(
 
 def _is_transposed(model: nn.Module, parameter: str) -> bool:
     return is_transposed(model.get_submodule(parameter.removesuffix(".weight")))
-
-
-def tensor_hashes(checkpoint: Checkpoint, names: set[str]) -> dict[str, str]:
-    """Hash of the bytes of some tensors."""
-    return {
-        name: hashlib.sha256(bytes_of(tensor)).hexdigest()
-        for name, tensor in checkpoint.tensors(sorted(names))
-    }
-
-
-def _parameters_sha256(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode())
-        digest.update(bytes_of(parameter.detach().cpu()))
-    return digest.hexdigest()

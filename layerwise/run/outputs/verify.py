@@ -9,10 +9,11 @@ from torch import Tensor
 from layerwise.errors import DataError, InvalidProblemError, LayerwiseError
 from layerwise.patterns import Pattern, parse_pattern
 from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.opening import load_model
 from layerwise.run.outputs.checks import Check, shards, untouched
-from layerwise.run.outputs.journal import FOLDER, read_layers, read_masks
 from layerwise.run.outputs.output import MANIFEST, Manifest
-from layerwise.run.smaller.verify_smaller import verify_smaller
+from layerwise.run.outputs.verify_smaller import verify_smaller
+from layerwise.run.pipeline.journal import FOLDER, read_layers, read_masks
 
 
 def verify(folder: Path) -> list[Check]:
@@ -28,7 +29,7 @@ def verify(folder: Path) -> list[Check]:
     list of Check
         Zeros off the mask, pattern, finite values, no negative zeros, untouched tensors,
         the layer log, and whether stock transformers opens it. Of a smaller model see
-        :mod:`layerwise.run.smaller.verify_smaller`.
+        :mod:`layerwise.run.outputs.verify_smaller`.
 
     Raises
     ------
@@ -119,7 +120,7 @@ class _Findings:
 def _opens(checkpoint: Checkpoint) -> Check:
     claim = "stock transformers opens it, every tensor accounted for"
     try:
-        checkpoint.load_model()
+        load_model(checkpoint)
     except LayerwiseError as error:
         return Check(claim, (str(error),))
     return Check(claim, ())

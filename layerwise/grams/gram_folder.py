@@ -1,0 +1,180 @@
+"""A gram folder: the layer problems of a dense model, stored without model and data.
+
+Every file holds one stage, the linear layers of a block that read the same inputs, with
+their moments once and their weights (:mod:`layerwise.grams.layer_files`). Moments are
+in float64, in which they were summed, so what is solved from them is byte for byte what
+``prune --error-correction none`` gives; in float32 near ties would fall otherwise.
+``manifest.json`` says what the folder must hold, with the hash of every file.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from layerwise.errors import DataError, one_line
+from layerwise.grams.layer_files import layer_tensors
+from layerwise.run.checkpoints.atomic import atomic_write
+from layerwise.run.checkpoints.shard import read_header
+from layerwise.run.checkpoints.strict_json import read_object
+from layerwise.run.checkpoints.validation import confined
+from layerwise.run.outputs.recipe import Recipe
+
+MANIFEST = "manifest.json"
+PLAIN_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
+
+
+class StoredMatrix(BaseModel):
+    """One layer of a stage.
+
+    Parameters
+    ----------
+    shape
+        (out, in).
+    tensor
+        Name of its weight in the checkpoint.
+    transposed
+        Whether the checkpoint stores it as (in, out).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    shape: tuple[int, int]
+    tensor: str
+    transposed: bool = False
+
+
+class StageFile(BaseModel):
+    """One file: its hash, and its layers by the name of the linear module."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sha256: str
+    layers: dict[str, StoredMatrix]
+
+
+class GramManifest(BaseModel):
+    """What ``manifest.json`` states about a gram folder.
+
+    Parameters
+    ----------
+    format
+        Version of this description.
+    recipe
+        The arguments of the run, as a prune without error correction would have them.
+    model_type
+        Family of the model.
+    source
+        Hash of every file of the checkpoint.
+    calibration, calibration_sha256
+        Where the token windows come from, for people, and their hash.
+    versions
+        Of what computed the moments.
+    files
+        Stages by file name, in the order of the data flow.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int = 1
+    recipe: Recipe
+    model_type: str
+    source: dict[str, str]
+    calibration: str
+    calibration_sha256: str
+    versions: dict[str, str]
+    files: dict[str, StageFile]
+
+    def layers(self) -> Iterator[tuple[str, str, StoredMatrix]]:
+        """File, name and description of every layer, in the order of the model."""
+        for file, stage in self.files.items():
+            for name, layer in stage.layers.items():
+                yield file, name, layer
+
+    def write(self, folder: Path) -> None:
+        """Write the manifest into its folder."""
+        text = json.dumps(self.model_dump(mode="json", exclude_unset=True), indent=1)
+        atomic_write(folder / MANIFEST, text.encode())
+
+
+def read_manifest(folder: Path) -> GramManifest:
+    """Manifest of a gram folder whose files are all there and as they were written.
+
+    Every file is read once for its hash. Its moments are checked when they are used.
+
+    Raises
+    ------
+    DataError
+        There is no manifest, it is damaged, or a file is missing, leaves the folder, has
+        other bytes, or holds other layers than the manifest says.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        message = f"{folder} holds no {MANIFEST}: make it by layerwise calibrate"
+        raise DataError(message)
+    try:
+        manifest = GramManifest.model_validate(read_object(confined(path)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = f"{path} is damaged: {where}: {first['msg']}"
+        raise DataError(message) from error
+    if manifest.format != 1:
+        message = f"{path} has format {manifest.format}, only 1 is known: calibrate again"
+        raise DataError(message)
+    _check_names(path, manifest)
+    for name, stage in manifest.files.items():
+        _check_file(folder / name, stage)
+    return manifest
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file."""
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        message = f"cannot read {path}: {one_line(error)}"
+        raise DataError(message) from error
+
+
+def _check_names(path: Path, manifest: GramManifest) -> None:
+    layers = [name for _, name, _ in manifest.layers()]
+    if not layers:
+        message = f"{path} names no layer: calibrate again"
+        raise DataError(message)
+    if twice := [name for name in layers if layers.count(name) > 1]:
+        message = f"{path} names the layer {twice[0]!r} twice: calibrate again"
+        raise DataError(message)
+    for name in manifest.files:
+        if not PLAIN_NAME.fullmatch(name):
+            message = (
+                f"{path} names the file {name!r}: files must be *.safetensors in the same "
+                f"folder"
+            )
+            raise DataError(message)
+
+
+def _check_file(path: Path, stage: StageFile) -> None:
+    if not path.is_file():
+        message = f"{path} is missing, which the manifest names: calibrate again"
+        raise DataError(message)
+    found = file_sha256(confined(path))
+    if found != stage.sha256:
+        message = (
+            f"{path} has the sha256 {found[:12]}..., the manifest says "
+            f"{stage.sha256[:12]}...: restore the file or calibrate again"
+        )
+        raise DataError(message)
+    header = read_header(path)
+    layers = layer_tensors(path, header)
+    shapes: dict[str, Any] = {
+        name: header.tensors[tensors["weight"]].shape for name, tensors in layers.items()
+    }
+    if shapes != {name: layer.shape for name, layer in stage.layers.items()}:
+        message = f"{path} holds other layers than the manifest says: calibrate again"
+        raise DataError(message)

@@ -1,0 +1,233 @@
+"""Layers in safetensors files: a weight, and the moments of the inputs of its layer.
+
+A file holds one layer as tensors ``weight`` and ``gram``, or several as ``NAME.weight``
+and ``NAME.gram``:
+
+- ``weight``: W, shape (out, in);
+- ``gram``: ``Xhat Xhat^T / tokens``, shape (in, in);
+- ``cross_gram``: ``X Xhat^T / tokens``, if the dense model sees other inputs; then
+- ``energy``: row sums of ``(W X)^2 / tokens``, shape (out,), must be there too;
+- ``input_mean``, ``pruned_input_mean``, ``fluctuation``: shape (in,), for methods that
+  read them.
+
+Layers that read the same inputs share their moments: what has no name (all but weight and
+energy) belongs to every layer of the file that has none of its own. So ``gram``,
+``q.weight`` and ``k.weight`` are two layers and one gram. The number of tokens is the
+entry ``n_tokens`` of the metadata in the header, if it is known.
+
+A folder is all its files, in the order of their names.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from layerwise.errors import DataError, InvalidProblemError
+from layerwise.moments import VECTORS, Moments
+from layerwise.patterns import Pattern
+from layerwise.problem import LayerProblem
+from layerwise.run.checkpoints.atomic import atomic_write
+from layerwise.run.checkpoints.shard import Header, read_header
+from layerwise.solve import solver_name, steps_of
+from layerwise.solver import requirements
+
+MOMENTS = ("gram", "cross_gram", *VECTORS)  # what layers can share
+FIELDS = ("weight", "energy", *MOMENTS)
+FLOATS = ("F64", "F32", "F16", "BF16")
+N_TOKENS = "n_tokens"
+
+
+@dataclass(frozen=True, eq=False)
+class StoredLayer:
+    """A layer that can be posed as a problem.
+
+    Parameters
+    ----------
+    name
+        For tables.
+    weight
+        Dense weight, shape (out, in).
+    moments
+        Of its inputs.
+    energy
+        Row sums of ``(W X)^2 / tokens``, shape (out,); None if they follow from the gram.
+    """
+
+    name: str
+    weight: Tensor
+    moments: Moments
+    energy: Tensor | None = None
+
+    def problem(self, pattern: Pattern, damping: float = 0.01) -> LayerProblem:
+        """Pose the layer with a pattern."""
+        return LayerProblem.from_moments(
+            self.weight,
+            self.moments,
+            pattern=pattern,
+            energy=self.energy,
+            damping=damping,
+        )
+
+    def on(self, device: torch.device) -> "StoredLayer":
+        """Return the layer on a device; on another one its moments are its own."""
+        energy = None if self.energy is None else self.energy.to(device)
+        moments = self.moments
+        if moments.gram.device != device:
+            moments = moments_on(moments, device)
+        return replace(self, weight=self.weight.to(device), moments=moments, energy=energy)
+
+
+def moments_on(moments: Moments, device: torch.device) -> Moments:
+    """Return the moments on a device, without anything that was computed of them."""
+
+    def there(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(device)
+
+    return replace(
+        moments,
+        gram=moments.gram.to(device),
+        cross_gram=there(moments.cross_gram),
+        input_mean=there(moments.input_mean),
+        pruned_input_mean=there(moments.pruned_input_mean),
+        fluctuation=there(moments.fluctuation),
+    )
+
+
+def missing_statistic(solver: Any, moments: Moments) -> str | None:
+    """Say which step needs what stored moments do not hold; None if all is there."""
+    for step in steps_of(solver):
+        needed = requirements(step)
+        lacking = {
+            "mean": moments.input_mean is None,
+            "fluctuation": moments.fluctuation is None,
+            "gradient": True,  # of the loss: nothing that inputs tell
+        }
+        for statistic, absent in lacking.items():
+            if absent and statistic in needed:
+                return f"{solver_name(step)} needs the {statistic} of the inputs"
+    return None
+
+
+def read_layers(path: Path) -> Iterator[StoredLayer]:
+    """Layers of a file or a folder, one file in memory at a time; headers are read first.
+
+    Raises
+    ------
+    DataError
+        Nothing is there, a file is damaged, or it holds anything but complete layers.
+    """
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files:
+        message = f"{path} holds no safetensors file: store layers as weight and gram"
+        raise DataError(message)
+    for file in files:
+        layer_tensors(file, read_header(file))
+    return (layer for file in files for layer in read_file(file))
+
+
+def read_file(file: Path) -> Iterator[StoredLayer]:
+    """Layers of one file, in the order of their names; shared moments are one object.
+
+    Raises
+    ------
+    DataError
+        The file is damaged, it holds anything but complete layers, or moments that no
+        inputs have (NaN, not symmetric).
+    """
+    header = read_header(file)
+    layers = layer_tensors(file, header)
+    n_tokens = _n_tokens(file, header)
+    made: dict[tuple[str, ...], Moments] = {}
+    for name, tensors in layers.items():
+        key = tuple(tensors.get(field, "") for field in MOMENTS)
+        try:
+            with safe_open(file, framework="pt") as stream:
+                if key not in made:
+                    known = {
+                        field: stream.get_tensor(tensors[field])
+                        for field in MOMENTS
+                        if field in tensors
+                    }
+                    made[key] = Moments(**known, n_tokens=n_tokens)
+                own = [tensors[f] for f in ("weight", "energy") if f in tensors]
+                weight, *energy = (stream.get_tensor(tensor) for tensor in own)
+        except (InvalidProblemError, SafetensorError, OSError) as error:
+            message = f"{file}: {error}; store the layer again"
+            raise DataError(message) from error
+        yield StoredLayer(name, weight, made[key], energy[0] if energy else None)
+
+
+def layer_tensors(file: Path, header: Header) -> dict[str, dict[str, str]]:
+    """Tensors of every layer of a file: name of the layer -> field -> name of the tensor.
+
+    Raises
+    ------
+    DataError
+        The file holds anything but complete layers.
+    """
+    found: dict[str, set[str]] = {}
+    for tensor, entry in header.tensors.items():
+        name, _, field = tensor.rpartition(".")
+        if field not in FIELDS or entry.dtype not in FLOATS:
+            message = (
+                f"{file} holds {tensor!r} of type {entry.dtype}: a layer is made of "
+                f"{', '.join(FIELDS)}, floating point, with the name of the layer and a "
+                "point before"
+            )
+            raise DataError(message)
+        found.setdefault(name, set()).add(field)
+    if not found:
+        message = f"{file} holds no layer: store weight and gram"
+        raise DataError(message)
+    shared = {field: field for field in found.get("", ()) if field in MOMENTS}
+    if len(found) > 1 and "weight" not in found.get("", set()):
+        found.pop("", None)  # no layer, but what the others share
+    layers = {}
+    for name, fields in sorted(found.items()):
+        prefix = f"{name}." if name else ""
+        tensors = shared | {field: prefix + field for field in fields}
+        _check_complete(file, name or file.stem, tensors)
+        layers[name or file.stem] = tensors
+    return layers
+
+
+def _check_complete(file: Path, name: str, tensors: Mapping[str, str]) -> None:
+    needed = {"weight", "gram"}
+    if {"cross_gram", "energy"} & set(tensors):
+        needed |= {"cross_gram", "energy"}
+    if missing := sorted(needed - set(tensors)):
+        message = f"{file} has no {missing[0]} of layer {name!r}: store it"
+        raise DataError(message)
+
+
+def _n_tokens(file: Path, header: Header) -> int:
+    text = header.metadata.get(N_TOKENS, "0")
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        message = f"{file} says that it has {text[:20]!r} tokens: store a number"
+        raise DataError(message)
+    return int(text)
+
+
+def write_file(file: Path, moments: Moments, weights: Mapping[str, Tensor]) -> None:
+    """Write the layers that share moments to one file, atomically.
+
+    Parameters
+    ----------
+    file
+        The file; its folder must exist.
+    moments
+        Of the inputs that all of them read; stored as they are, in float64.
+    weights
+        Dense weights (out, in) by the name of the layer, in their own type.
+    """
+    tensors = {field: getattr(moments, field) for field in MOMENTS}
+    tensors |= {f"{name}.weight": weight for name, weight in weights.items()}
+    ready = {n: t.detach().cpu().contiguous() for n, t in tensors.items() if t is not None}
+    metadata = {N_TOKENS: str(moments.n_tokens)}
+    atomic_write(file, save(ready, metadata=metadata))

@@ -1,0 +1,142 @@
+"""One stored layer, one method, one pattern: a job that any process can do.
+
+A job is a pure function of a file: everything that decides its result is in it, it can be
+pickled, and doing it twice gives the same. A process keeps the last file that it read, so
+jobs should come in the order of the files.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerwise.adapters import Adapter
+from layerwise.grams.layer_files import StoredLayer, read_file
+from layerwise.lower_bounds import MEMORY_BUDGET
+from layerwise.moments import Moments
+from layerwise.patterns import Pattern
+from layerwise.run.pipeline.journal import write_block
+from layerwise.run.pipeline.matrix import solve_matrix
+from layerwise.run.pipeline.records import LayerRecord
+from layerwise.run.pipeline.results import PrunedBlock
+from layerwise.run.pipeline.task import Task
+from layerwise.run.workers.messages import Place
+
+NO_MODEL = Adapter("stored layers", "", ())
+
+
+@dataclass(frozen=True)
+class LayerJob:
+    """What decides the answer of one layer.
+
+    Parameters
+    ----------
+    file, name
+        The layer, in a file of :mod:`layerwise.grams.layer_files`.
+    solver, pattern, damping
+        The problem and the method; a configured solver.
+    certify, memory_budget
+        Whether to prove a gap, within so many bytes.
+    device
+        Where to compute.
+    folder, index
+        Where weight, mask and figures are written, as a block of a
+        :class:`~layerwise.run.pipeline.journal.Journal`; None: only the figures are wanted.
+    """
+
+    file: Path
+    name: str
+    solver: Any
+    pattern: Pattern
+    damping: float
+    certify: bool = False
+    memory_budget: int = MEMORY_BUDGET
+    device: str = "cpu"
+    folder: Path | None = None
+    index: int = 0
+
+    @property
+    def variant(self) -> tuple[Any, ...]:
+        """What the layers of a file have in common that share their factorizations."""
+        return self.solver, self.pattern
+
+
+def solve_layer(job: LayerJob) -> LayerRecord:
+    """Do a job: the figures of the layer, and its file if one is wanted.
+
+    Raises
+    ------
+    DataError
+        The file is damaged or holds moments that no inputs have.
+    SolveError
+        The layer failed numerically.
+    """
+    device = torch.device(job.device)
+    task = Task(
+        NO_MODEL,
+        job.solver,
+        job.pattern,
+        job.damping,
+        "none",
+        device,
+        certify=job.certify,
+        memory_budget=job.memory_budget,
+    )
+    layer = _layers(job.file, device).of(job.variant)[job.name]
+    solved = solve_matrix(task, job.name, partial(layer.problem, job.pattern, job.damping))
+    if job.folder is not None:
+        block = PrunedBlock(
+            {job.name: solved.weight.cpu()}, {job.name: solved.mask.cpu()}, [solved.record]
+        )
+        write_block(job.folder, job.index, block)
+    return solved.record
+
+
+def open_layers(place: Place) -> Callable[[LayerJob], LayerRecord]:
+    """Work of a process: jobs, done on the device that it was given."""
+    return partial(_solve_at, place.device)
+
+
+def _solve_at(device: str, job: LayerJob) -> LayerRecord:
+    return solve_layer(replace(job, device=device))
+
+
+def forget_files() -> None:
+    """Free the memory of the last file."""
+    _layers.cache_clear()
+
+
+class _Layers:
+    """Layers of a file, and what methods computed of their moments.
+
+    Every method and pattern starts with cold caches, so seconds are those of a prune and
+    memory does not grow with the number of methods.
+    """
+
+    def __init__(self, layers: dict[str, StoredLayer]) -> None:
+        self._layers = layers
+        self._variant: tuple[Any, ...] | None = None
+
+    def of(self, variant: tuple[Any, ...]) -> dict[str, StoredLayer]:
+        if variant != self._variant:
+            fresh: dict[int, Moments] = {}
+            for name, layer in self._layers.items():
+                key = id(layer.moments)
+                fresh.setdefault(key, replace(layer.moments))
+                self._layers[name] = replace(layer, moments=fresh[key])
+            self._variant = variant
+        return self._layers
+
+
+@lru_cache(maxsize=1)
+def _layers(file: Path, device: torch.device) -> _Layers:
+    layers = {}
+    moved: dict[int, Moments] = {}
+    for layer in read_file(file):
+        there = layer.on(device)
+        shared = moved.setdefault(id(layer.moments), there.moments)
+        layers[layer.name] = replace(there, moments=shared)
+    return _Layers(layers)

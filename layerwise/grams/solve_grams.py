@@ -1,0 +1,333 @@
+"""Solve many: stored layers by methods and patterns, without the model and its data.
+
+The folder is one of :func:`layerwise.grams.collect_grams.collect_grams`. Its layers do
+not depend on each other, so every layer, method and pattern is a job of its own
+(:mod:`layerwise.grams.layer_jobs`).
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerwise.configure import OptionValue, takes_option
+from layerwise.errors import InvalidProblemError, UsageError
+from layerwise.grams.gram_folder import GramManifest, read_manifest
+from layerwise.grams.layer_files import missing_statistic, read_file
+from layerwise.grams.layer_jobs import LayerJob, forget_files, open_layers, solve_layer
+from layerwise.grams.solved_folder import SolvedFolder, recipe_of
+from layerwise.grams.sweep import Sweep
+from layerwise.patterns import Pattern, Unstructured
+from layerwise.run.pipeline.journal import check_output
+from layerwise.run.pipeline.records import LayerRecord
+from layerwise.run.settings import (
+    budget_of_bounds,
+    choose_certify,
+    choose_device,
+    choose_pattern,
+    choose_solver,
+    with_start_of_family,
+)
+from layerwise.run.workers.executor import Job
+from layerwise.run.workers.processes import local_workers
+from layerwise.run.workers.schedule import run_jobs
+from layerwise.solve import resolve, solver_name
+
+OnLayer = Callable[[LayerRecord], None]
+
+
+def solve_grams(
+    grams: str | Path,
+    methods: Any = "fista",
+    sparsities: float | str | Sequence[float | str] = 0.5,
+    *,
+    group: str = "row",
+    damping: float = 0.01,
+    options: Mapping[str, OptionValue] | None = None,
+    certify: bool | None = None,
+    memory_budget: int | None = None,
+    device: str | torch.device = "auto",
+    workers: int = 1,
+    threads: int | None = None,
+    output_dir: str | Path | None = None,
+    model: str | Path | None = None,
+    resume: bool = True,
+    force: bool = False,
+    on_start: Callable[[int], None] = lambda n_jobs: None,
+    on_layer: OnLayer = lambda record: None,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> Sweep:
+    """Prune the layers of a gram folder by every method at every sparsity.
+
+    Parameters
+    ----------
+    grams
+        Folder of :func:`~layerwise.grams.collect_grams.collect_grams`.
+    methods
+        A method as in :func:`layerwise.prune_model`, or several.
+    sparsities
+        A fraction or ``"n:m"``, or several.
+    group
+        Whether fractions count per ``"row"`` or per ``"layer"``.
+    damping, certify, memory_budget, device
+        As in :func:`layerwise.prune_model`.
+    options
+        Hyper-parameters; each goes to the methods that have it, and one must.
+    workers
+        Processes that share the layers; 1 is this one.
+    threads
+        CPU threads of each worker, by default those of this process shared out. Without
+        workers it is this process that decides.
+    output_dir
+        New folder for the pruned weights; only for one method and one sparsity.
+    model
+        The checkpoint that was calibrated: `output_dir` then becomes a copy of it with the
+        pruned weights, what ``prune --error-correction none`` would write.
+    resume
+        Continue ``output_dir.partial``.
+    force
+        Replace a finished `output_dir`.
+    on_start, on_layer
+        Told the number of layers to solve, and every one that is done.
+    on_note
+        Told in one line about every layer that a lost worker has to be solved for again.
+
+    Returns
+    -------
+    Sweep
+        The figures of all layers.
+
+    Raises
+    ------
+    UsageError, InvalidProblemError
+        If an argument is impossible or does not fit the layers; nothing was solved.
+    DataError
+        If the folder is damaged, or `model` is another one.
+    SolveError
+        If a layer failed numerically.
+    WorkerError
+        If workers are lost again and again.
+    """
+    start = time.perf_counter()
+    folder = Path(grams)
+    output = None if output_dir is None else Path(output_dir)
+    single = isinstance(methods, str) or callable(getattr(methods, "solve", None))
+    names = [methods] if single else list(methods)
+    asked = [sparsities] if isinstance(sparsities, int | float | str) else [*sparsities]
+    _check_target(output, model, len(names) * len(asked), force)
+    chosen = choose_device(device)
+    each = _threads(workers, threads)
+    patterns = [_pattern(sparsity, group) for sparsity in asked]
+    manifest = read_manifest(folder)
+    studies = _studies(
+        names,
+        patterns,
+        options or {},
+        manifest.model_type,
+        damping,
+        certify,
+        memory_budget,
+    )
+    _check_layers(folder, manifest, studies)
+    solved = None
+    if output is not None:
+        recipe = recipe_of(manifest, studies[0].solver, patterns[0], damping, certify)
+        solved = SolvedFolder(
+            output,
+            folder,
+            manifest,
+            recipe,
+            model,
+            {"device": chosen.type, "threads": each if chosen.type == "cpu" else None},
+            resume=resume,
+            force=force,
+        )
+    jobs = [
+        LayerJob(
+            file=folder / file,
+            name=name,
+            solver=study.solver,
+            pattern=study.pattern,
+            damping=damping,
+            certify=study.certify,
+            memory_budget=budget_of_bounds(memory_budget),
+            device=str(chosen),
+            folder=None if solved is None else solved.journal.blocks,
+            index=0 if solved is None else solved.index(name),
+        )
+        for file, stage in manifest.files.items()
+        for study in studies
+        for name in stage.layers
+    ]
+    on_start(len(jobs))
+    done: dict[tuple[str, str, str], LayerRecord] = {}
+
+    def on_done(record: LayerRecord) -> None:
+        done[record.method, record.pattern, record.name] = record
+        on_layer(record)
+
+    try:
+        left = _unfinished(jobs, solved, on_done)
+        if workers == 1:
+            for job in left:
+                on_done(solve_layer(job))
+        elif left:
+            run_jobs(
+                (Job(key, job) for key, job in enumerate(left)),
+                local_workers(
+                    open_layers,
+                    workers,
+                    threads=each,
+                    device="auto" if device == "auto" else str(chosen),
+                ),
+                on_done=lambda job, record: on_done(record),
+                on_note=on_note,
+            )
+    except BaseException:
+        if solved is not None:
+            solved.journal.discard_if_empty()
+        raise
+    finally:
+        forget_files()
+    if solved is not None:
+        solved.finish()
+    order = [(*study.label, name) for study in studies for _, name, _ in manifest.layers()]
+    return Sweep(
+        folder,
+        damping,
+        str(chosen),
+        each,
+        tuple(done[key] for key in order),
+        time.perf_counter() - start,
+        output,
+    )
+
+
+@dataclass(frozen=True)
+class _Study:
+    """One method at one pattern."""
+
+    solver: Any
+    pattern: Pattern
+    certify: bool
+
+    @property
+    def label(self) -> tuple[str, str]:
+        return solver_name(self.solver), str(self.pattern)
+
+
+def _studies(
+    methods: Sequence[Any],
+    patterns: Sequence[Pattern],
+    options: Mapping[str, OptionValue],
+    model_type: str,
+    damping: float,
+    certify: bool | None,
+    memory_budget: int | None,
+) -> list[_Study]:
+    """Configured methods at all patterns; what no layer could be solved by is refused."""
+    for name in options:
+        if len(methods) > 1 and not any(takes_option(method, name) for method in methods):
+            names = ", ".join(solver_name(resolve(method)) for method in methods)
+            message = f"none of {names} has an option {name!r}"
+            raise UsageError(message)
+    found = []
+    for method in methods:
+        own = {
+            name: value
+            for name, value in options.items()
+            if len(methods) == 1 or takes_option(method, name)
+        }
+        for pattern in patterns:
+            solver = choose_solver(method, pattern, damping, own, memory_budget)
+            solver = with_start_of_family(solver, model_type, pattern)
+            certified = choose_certify(certify, solver, pattern)
+            found.append(_Study(solver, pattern, certified))
+    labels = [study.label for study in found]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        message = f"{twice[0][0]} at {twice[0][1]} is asked for twice"
+        raise UsageError(message)
+    if not found:
+        message = "nothing to solve: give a method and a sparsity"
+        raise UsageError(message)
+    return found
+
+
+def _pattern(sparsity: float | str, group: str) -> Pattern:
+    """Pattern of a sparsity; a group of its own only for fractions."""
+    pattern = choose_pattern(sparsity, None)
+    if group == "row":
+        return pattern
+    if not isinstance(pattern, Unstructured):
+        message = (
+            f"group {group!r} leaves open where the zeros are, {pattern} says it; drop one "
+            f"of them"
+        )
+        raise UsageError(message)
+    return replace(pattern, group=group)  # type: ignore[arg-type]  # checked there
+
+
+def _check_layers(folder: Path, manifest: GramManifest, studies: Sequence[_Study]) -> None:
+    """Refuse methods and patterns that do not fit the layers, before the first one."""
+    for study in studies:
+        for _, name, layer in manifest.layers():
+            try:
+                study.pattern.check(layer.shape)
+            except InvalidProblemError as error:
+                message = f"{name}: {error}"
+                raise InvalidProblemError(message) from None
+    first = next(read_file(folder / next(iter(manifest.files))))
+    for study in studies:
+        if missing := missing_statistic(study.solver, first.moments):
+            message = (
+                f"{missing}, which a gram folder does not have: use layerwise prune "
+                f"--error-correction none"
+            )
+            raise UsageError(message)
+
+
+def _check_target(
+    output: Path | None, model: str | Path | None, n_studies: int, force: bool
+) -> None:
+    if output is None:
+        if model is not None:
+            message = "a model is copied with its pruned weights: give an output as well"
+            raise UsageError(message)
+        return
+    if n_studies != 1:
+        message = (
+            f"an output holds the weights of one method at one sparsity, not of "
+            f"{n_studies}: drop it, or all but one"
+        )
+        raise UsageError(message)
+    check_output(output, force=force)
+
+
+def _threads(workers: int, threads: int | None) -> int:
+    """CPU threads of each worker."""
+    if workers < 1:
+        message = f"workers must be at least 1, got {workers}"
+        raise UsageError(message)
+    if workers == 1:
+        return torch.get_num_threads()
+    if threads is not None and threads < 1:
+        message = f"threads must be at least 1, got {threads}"
+        raise UsageError(message)
+    return threads or max(1, torch.get_num_threads() // workers)
+
+
+def _unfinished(
+    jobs: Sequence[LayerJob], solved: SolvedFolder | None, on_done: OnLayer
+) -> list[LayerJob]:
+    """Jobs that a resumed run has left; those that it has finished are reported."""
+    left = []
+    for job in jobs:
+        record = None if solved is None else solved.finished(job.name)
+        if record is None:
+            left.append(job)
+        else:
+            on_done(record)
+    return left

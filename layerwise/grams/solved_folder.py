@@ -1,0 +1,186 @@
+"""What ``layerwise solve --output`` writes: pruned weights, or a pruned checkpoint.
+
+Work happens in ``OUT.partial`` with a journal of one block per layer, so a run that was
+stopped continues behind its last finished layer. Without a model the folder holds the
+weights in the files of the gram folder, by the name of the layer; with it, everything that
+a prune without error correction would have written.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from layerwise.configure import options_of
+from layerwise.errors import DataError
+from layerwise.grams.gram_folder import MANIFEST, GramManifest, StoredMatrix, file_sha256
+from layerwise.patterns import NM, Pattern
+from layerwise.run.checkpoints.atomic import atomic_write
+from layerwise.run.checkpoints.hashes import tensor_hashes
+from layerwise.run.checkpoints.lazy import LazyTensors
+from layerwise.run.checkpoints.storage import Checkpoint, write_checkpoint
+from layerwise.run.data.calibration import Calibration
+from layerwise.run.outputs.output import Outcome, versions, write_rest
+from layerwise.run.outputs.recipe import Recipe
+from layerwise.run.pipeline.journal import MASK, WEIGHT, Journal
+from layerwise.run.pipeline.records import LayerRecord
+from layerwise.solve import solver_name
+
+
+def recipe_of(
+    manifest: GramManifest,
+    solver: object,
+    pattern: Pattern,
+    damping: float,
+    certify: bool | None,
+) -> Recipe:
+    """Arguments of the prune that gives the same weights."""
+    sparsity = (
+        str(pattern) if isinstance(pattern, NM) else getattr(pattern, "sparsity", None)
+    )
+    asked = {
+        "method": solver_name(solver),
+        "sparsity": sparsity,
+        "group": getattr(pattern, "group", "row"),
+        "damping": damping,
+        "certify": certify,
+        "options": options_of(solver),
+    }
+    return manifest.recipe.model_copy(update=asked)
+
+
+class SolvedFolder:
+    """The output of one method at one pattern, from its first layer to its last.
+
+    Parameters
+    ----------
+    output
+        The folder that will be there at the end.
+    grams, manifest
+        The gram folder.
+    recipe
+        Of the prune that gives the same weights.
+    model
+        The checkpoint to copy, or None.
+    machine
+        What of the machine decides the bytes: kind of device, threads.
+    resume, force
+        Whether to continue a partial folder, and to replace a finished one.
+
+    Raises
+    ------
+    DataError
+        The checkpoint is damaged, or not the one that was calibrated.
+    UsageError
+        The output exists, or is an unfinished run with other arguments.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        grams: Path,
+        manifest: GramManifest,
+        recipe: Recipe,
+        model: str | Path | None,
+        machine: Mapping[str, Any],
+        *,
+        resume: bool,
+        force: bool,
+    ) -> None:
+        self._manifest = manifest
+        self._source = None if model is None else _calibrated(model, manifest)
+        if self._source is not None:
+            recipe = recipe.model_copy(update={"model": str(self._source.path)})
+        self._recipe = recipe
+        identity = {
+            **recipe.model_dump(mode="json", exclude={"model"}),
+            "grams": file_sha256(grams / MANIFEST),
+            "checkpoint": model is not None,
+            "versions": versions(),
+            **machine,
+        }
+        self.journal = Journal(output, identity, force=force, resume=resume)
+        self._index = {name: i for i, (_, name, _) in enumerate(manifest.layers())}
+
+    def index(self, name: str) -> int:
+        """Number of a layer, which is that of its block in the journal."""
+        return self._index[name]
+
+    def finished(self, name: str) -> LayerRecord | None:
+        """Figures of a layer that is done, or None."""
+        block = self.journal.read_block(self._index[name])
+        return None if block is None else block.records[0]
+
+    def finish(self) -> None:
+        """Write the folder and give it its name."""
+        if self._source is None:
+            self._write_weights()
+        else:
+            self._write_checkpoint(self._source)
+        self.journal.finish()
+
+    def _tensor(self, kind: str, name: str) -> Tensor:
+        """Weight or mask of a layer, (out, in)."""
+        return self.journal.read_tensor(kind, self._index[name], name)
+
+    def _stored(self, kind: str, layers: Mapping[str, StoredMatrix]) -> LazyTensors:
+        """Weights or masks by parameter, as the checkpoint has them."""
+
+        def read(parameter: str) -> Tensor:
+            name = parameter.removesuffix(".weight")
+            tensor = self._tensor(kind, name)
+            return tensor.T.contiguous() if layers[name].transposed else tensor
+
+        return LazyTensors([f"{name}.weight" for name in layers], read)
+
+    def _records(self) -> list[LayerRecord]:
+        found = [self.finished(name) for name in self._index]
+        return [record for record in found if record is not None]
+
+    def _write_weights(self) -> None:
+        """Files like those of the gram folder, matrices (out, in)."""
+        for file, stage in self._manifest.files.items():
+            weights = {f"{n}.weight": self._tensor(WEIGHT, n) for n in stage.layers}
+            atomic_write(self.journal.folder / file, save(weights))
+        names = [f"{name}.weight" for name in self._index]
+        masks = LazyTensors(names, lambda n: self._tensor(MASK, n.removesuffix(".weight")))
+        self.journal.write_masks(masks)
+        self.journal.write_layers(self._records())
+        recipe = self._recipe.to_yaml().encode()
+        atomic_write(self.journal.folder / "recipe.yaml", recipe)
+
+    def _write_checkpoint(self, source: Checkpoint) -> None:
+        """The source with the pruned tensors, as they are stored there."""
+        manifest, folder = self._manifest, self.journal.folder
+        layers = {name: layer for _, name, layer in manifest.layers()}
+        pruned = {f"{name}.weight": layer.tensor for name, layer in layers.items()}
+        weights = self._stored(WEIGHT, layers)
+        places = {tensor: parameter for parameter, tensor in pruned.items()}
+        replaced = LazyTensors(places, lambda tensor: weights[places[tensor]])
+        write_checkpoint(source, folder, replaced, overwrite=True)
+        self.journal.write_masks(self._stored(MASK, layers))
+        nothing = torch.empty(0, dtype=torch.int64)  # the windows themselves are not stored
+        tokens = Calibration(nothing, manifest.calibration, manifest.calibration_sha256)
+        write_rest(
+            self.journal,
+            Outcome(self._recipe, tokens, self._records(), source, None),
+            source,
+            pruned=pruned,
+            transposed=[f"{n}.weight" for n, one in layers.items() if one.transposed],
+            untouched=tensor_hashes(source, set(source.weight_map) - set(pruned.values())),
+        )
+
+
+def _calibrated(model: str | Path, manifest: GramManifest) -> Checkpoint:
+    """The checkpoint, if its weights are those that were calibrated."""
+    source = Checkpoint.open(model)
+    found = source.sha256()
+    for name in sorted({*manifest.source, *found}):
+        weights = name.endswith(".safetensors") or name == "config.json"
+        if weights and manifest.source.get(name) != found.get(name):
+            message = f"{source.path} is not the model that was calibrated: {name} differs"
+            raise DataError(message)
+    return source

@@ -1,0 +1,132 @@
+"""The dense half of a block that is pruned stage by stage: what its linears read.
+
+Every stage needs the inputs that the dense block gives it. If there is `room` for those of
+all stages they come from one pass, which the hidden states behind the block come from as
+well; else a pass per stage, each stopped where the stage has been seen, needs no memory.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.adapters import Stage
+from layerwise.adapters.linear import matrix
+from layerwise.run.activations.block import BlockInputs
+from layerwise.run.activations.endings import Ending, Endings
+from layerwise.run.activations.streams import Tap, behind, visit_inputs
+
+STORE = 1 << 30  # bytes of inputs that are kept on the host
+DEVICE_SHARE = 8  # of what is free on an accelerator, its inverse, that they may take there
+
+
+def room(device: torch.device) -> int:
+    """Bytes that inputs of a block may take on a device; the result is the same anyway."""
+    if device.type != "cuda":
+        return STORE
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + cached
+    return max(STORE, int(free) // DEVICE_SHARE)
+
+
+class DenseSide:
+    """A block as it was before anything in it was written.
+
+    The inputs of the first stage are asked for before the first weight is written.
+
+    Parameters
+    ----------
+    inputs
+        The block, which is copied if a pass per stage is needed.
+    stages
+        Those whose inputs will be asked for.
+    device
+        Where the block is.
+    """
+
+    def __init__(
+        self, inputs: BlockInputs, stages: Sequence[Stage], device: torch.device
+    ) -> None:
+        self._inputs, self._stages, self._device = inputs, stages, device
+        self._stored: dict[str, list[Tensor]] = {}
+        self._seen = False  # whether the one pass was made
+        self._endings = Endings(inputs.block, stages)
+        tokens = sum(states[..., 0].numel() for states in inputs.dense)
+        first = [inputs.block.get_submodule(stage.linears[0]) for stage in stages]
+        widths = [matrix(linear).shape[1] for linear in first]
+        size = max((states.element_size() for states in inputs.dense), default=1)
+        self.fits = len(stages) > 1 and tokens * sum(widths) * size <= room(device)
+        again = bool(stages) and not self.fits
+        self._copy: nn.Module | None = copy.deepcopy(inputs.block) if again else None
+
+    def advance(self) -> Iterator[Tensor]:
+        """Hidden states behind the block, batch by batch; inputs are kept on the way."""
+        inputs = self._inputs
+        if not self.fits:
+            yield from behind(inputs.block, inputs.calls, inputs.dense, self._device)
+            return
+        for states in self._pass(stop=False):
+            assert states is not None
+            yield states
+
+    def inputs_of(self, stage: Stage) -> Iterable[Tensor]:
+        """Inputs of a stage, batch by batch."""
+        if not self.fits:
+            assert self._copy is not None
+            inputs = self._inputs
+            return inputs_of(self._device, inputs, self._copy, stage, inputs.dense)
+        if not self._seen:
+            for _ in self._pass(stop=True):
+                pass
+        return self._stored[stage.linears[0]]
+
+    def forget(self, stage: Stage) -> None:
+        """Free the inputs of a stage that will not be asked for again."""
+        self._stored.pop(stage.linears[0], None)
+
+    @property
+    def endings(self) -> Mapping[str, Ending]:
+        """Modules that end with a linear, by its name, if the one pass was made."""
+        return self._endings.found()
+
+    def _pass(self, *, stop: bool) -> Iterator[Tensor | None]:
+        self._stored = {stage.linears[0]: [] for stage in self._stages}
+        taps = [Tap(stage, self._keep(stage.linears[0])) for stage in self._stages]
+        inputs = self._inputs
+        with ExitStack() as stack:
+            for handle in self._endings.attach():
+                stack.callback(handle.remove)
+            yield from visit_inputs(
+                inputs.block,
+                taps,
+                inputs.calls,
+                inputs.dense,
+                self._device,
+                inputs.name,
+                stop=stop,
+            )
+        self._seen = True
+
+    def _keep(self, name: str) -> Callable[[Tensor], None]:
+        def visit(batch: Tensor) -> None:
+            self._stored[name].append(batch.clone())  # the block may go on in place
+
+        return visit
+
+
+def inputs_of(
+    device: torch.device,
+    inputs: BlockInputs,
+    block: nn.Module,
+    stage: Stage,
+    hidden: Sequence[Tensor],
+) -> Iterator[Tensor]:
+    """Inputs of one stage of a block, batch by batch, from a pass of their own."""
+    seen: list[Tensor] = []
+    taps = [Tap(stage, seen.append)]
+    for _ in visit_inputs(
+        block, taps, inputs.calls, hidden, device, inputs.name, stop=True
+    ):
+        yield seen.pop()

@@ -1,0 +1,167 @@
+"""What a structured run is asked: which channels may leave, how many, and in what format.
+
+Sparsity is the fraction of the parameters of the decoder blocks that leaves. Channels that
+a format cannot drop stay, and the others make up for them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from layerwise.errors import UsageError
+from layerwise.moments import Moments
+from layerwise.patterns import Columns, Pattern, Unstructured, parse_pattern
+from layerwise.problem import LayerProblem
+from layerwise.solve import resolve, solver_name
+
+Kind = Literal["columns", "heads"]
+KINDS: tuple[str, ...] = get_args(Kind)
+COUPLINGS: Mapping[Kind, tuple[str, ...]] = {
+    "columns": ("mlp", "values", "inner"),
+    "heads": ("mlp", "heads", "inner"),
+}
+PUBLISHED_KINDS: Mapping[str, Kind] = {"flap": "heads"}
+
+OutputFormat = Literal["stock", "native", "padded"]
+OUTPUT_FORMATS: tuple[str, ...] = get_args(OutputFormat)
+DEFAULT_UNIT = 8  # widths that kernels like
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Which channels leave, in place of a pattern for single weights.
+
+    Parameters
+    ----------
+    kind
+        ``"columns"``: channels of the MLP and of the values of attention, or the inner
+        channels of a state space model. ``"heads"``: channels of the MLP and whole heads
+        of keys and values with their query heads.
+    sparsity
+        Fraction of the parameters of the decoder blocks that leaves, in (0, 1).
+    allocation
+        Rule that spreads it over the layers, see :mod:`layerwise.run.channels.widths`;
+        None: the method's own.
+    format
+        ``"stock"``: transformers alone opens the result, so all blocks are alike.
+        ``"native"``: :func:`layerwise.load` opens it, and blocks differ. ``"padded"``:
+        blocks differ, and zeros fill them up to the widest, for stock transformers.
+    unit
+        Widths of the MLP, of inner channels and of the values of a head are multiples of
+        this number.
+    """
+
+    kind: Kind
+    sparsity: float
+    allocation: str | None = None
+    format: OutputFormat = "stock"
+    unit: int = DEFAULT_UNIT
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sparsity < 1:
+            message = (
+                f"the sparsity of a structured run lies in (0, 1), got {self.sparsity:g}: "
+                f"it is the fraction of the parameters of the blocks that leaves"
+            )
+            raise UsageError(message)
+        if self.format not in OUTPUT_FORMATS:
+            known = ", ".join(OUTPUT_FORMATS)
+            message = f"format is one of {known}, got {self.format!r}"
+            raise UsageError(message)
+        if self.unit < 1:
+            message = f"unit must be at least 1, got {self.unit}"
+            raise UsageError(message)
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.sparsity:g} of the blocks"
+
+
+@dataclass(frozen=True)
+class StructureOptions:
+    """Arguments of a run that only structured pruning knows; None where left out."""
+
+    allocation: str | None = None
+    format: str | None = None
+    unit: int | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Those that were not left out."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def choose_structure(
+    solver: Any, sparsity: Any, pattern: Any, options: StructureOptions
+) -> Structure | None:
+    """Structure that is asked for, or None if single weights are to be pruned.
+
+    Raises
+    ------
+    UsageError
+        If the arguments contradict each other.
+    """
+    kind = pattern if pattern in KINDS else None
+    if kind is None and pattern is None and prunes_columns_only(solver):
+        kind = PUBLISHED_KINDS.get(solver_name(solver), "columns")
+    if kind is None:
+        for name in options.given():
+            message = (
+                f"{name} is for smaller models: give pattern 'columns' or 'heads', or a "
+                f"method that removes columns, such as fasp"
+            )
+            raise UsageError(message)
+        return None
+    fraction = _fraction(sparsity)
+    return Structure(kind, fraction, **options.given())
+
+
+def leaving(
+    method: Any,
+    sparsity: Any,
+    *,
+    group: Literal["row", "layer"] = "row",
+    pattern: Kind | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Arguments of `prune_model` that say what leaves, from those of a command line.
+
+    Parameters
+    ----------
+    method, sparsity, group, pattern
+        Solver or its name, ``0.5`` or ``"2:4"``, ``"row"`` or ``"layer"``, and
+        ``"columns"`` or ``"heads"``.
+    options
+        Fields of :class:`StructureOptions`.
+    """
+    if pattern is None and not prunes_columns_only(resolve(method)):
+        return {"pattern": parse_pattern(str(sparsity), group), **options}
+    return {"sparsity": sparsity, "pattern": pattern, **options}
+
+
+def prunes_columns_only(solver: Any) -> bool:
+    """Whether a method removes whole columns and nothing smaller."""
+    return removes_columns(solver) and not _solves(solver, Unstructured(0.5))
+
+
+def removes_columns(solver: Any) -> bool:
+    """Whether a method handles whole columns."""
+    return _solves(solver, Columns(2))
+
+
+def _solves(solver: Any, pattern: Pattern) -> bool:
+    """Whether a method handles a pattern of a tiny problem."""
+    moments = Moments(torch.eye(4, dtype=torch.float64))
+    problem = LayerProblem.from_moments(torch.ones(1, 4), moments, pattern=pattern)
+    return bool(getattr(solver, "can_solve", lambda _: True)(problem))
+
+
+def _fraction(sparsity: Any) -> float:
+    try:
+        return float(sparsity)
+    except (TypeError, ValueError):
+        message = (
+            f"a structured run takes a fraction of the parameters, such as 0.3, got "
+            f"sparsity {sparsity!r}"
+        )
+        raise UsageError(message) from None

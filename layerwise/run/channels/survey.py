@@ -1,0 +1,141 @@
+"""What it would cost to remove channels, at every place and for every number of them.
+
+One pass through the dense model collects the inputs of all consumers. A place is then
+described by the scores of its units, by its error curve
+(:func:`layerwise.solvers.column.curve.error_curve`), and by what the loss of the whole
+model gains where a part of its units is removed there alone.
+
+Errors of different layers are squares of different outputs and cannot be added. Scaled
+such that each curve passes through the measured gain they are losses, and losses of
+several places nearly add up.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.run.activations.block import BlockInputs
+from layerwise.run.activations.streams import BATCH, capture
+from layerwise.run.channels.restoration import ChannelTask, Restoration, Site
+from layerwise.run.data.calibration import Calibration
+from layerwise.run.data.perplexity import mean_loss
+from layerwise.run.pipeline.blocks import advance
+from layerwise.run.pipeline.matrix import naming
+from layerwise.solvers.column.curve import error_curve
+
+PROBE_SHARE = 0.4  # of the units of a place leaves to measure the gain
+PROBE_SEQUENCES = 16  # of the calibration text give the loss
+
+
+@dataclass(frozen=True, eq=False)
+class Finding:
+    """What is known of one place before anything is removed.
+
+    Parameters
+    ----------
+    scores
+        Of every column of the main consumer by the method, shape (in,).
+    errors
+        Objective after the removal of 0, 1, ... units of every head; None if not asked.
+    gain
+        Growth of the mean loss of a token where `probed` units of every head left.
+    probed
+        How many that were.
+    """
+
+    scores: Tensor
+    errors: Tensor | None = None
+    gain: float = 0.0
+    probed: int = 0
+
+
+def survey(
+    model: Any,
+    task: ChannelTask,
+    blocks: Mapping[str, nn.Module],
+    tokens: Calibration,
+    *,
+    curves: bool,
+) -> dict[str, Finding]:
+    """Findings by the name of the site; the model is left as it was.
+
+    Parameters
+    ----------
+    model, task, blocks, tokens
+        The dense model, what is asked, its blocks by full name, and the calibration data.
+    curves
+        Whether error curves and gains are asked for; they take a factorization and a
+        pass of a part of the data through the model per site.
+    """
+    stream = capture(model, list(blocks.values()), torch.split(tokens.tokens, BATCH))
+    hidden: Sequence[Tensor] = stream.hidden
+    probe = _Probe(model, tokens)
+    dense_loss = probe.loss() if curves else 0.0
+    found: dict[str, Finding] = {}
+    for index, (name, block) in enumerate(blocks.items()):
+        calls = stream.calls[index]
+        inputs = BlockInputs(name, block, (), calls, hidden, hidden)
+        home = next(block.parameters()).device
+        block.to(task.device)
+        collected = task.collect(inputs)
+        if index < len(blocks) - 1:
+            hidden = list(advance(task, inputs, hidden))
+        for site in task.sites.get(name, ()):
+            restoration = Restoration(task, inputs, collected)
+            with naming(f"{name}.{site.main}"):
+                finding = _look(task, site, restoration, curves=curves)
+            if curves:
+                with _undone(block):
+                    restoration.remove(site, site.rounds - finding.probed)
+                    block.to(home)
+                    gain = probe.loss() - dense_loss
+                    block.to(task.device)
+                finding = replace(finding, gain=gain)
+            found[site.name] = finding
+        block.to(home)
+    return found
+
+
+def _look(
+    task: ChannelTask, site: Site, restoration: Restoration, *, curves: bool
+) -> Finding:
+    """Finding of one place without its gain."""
+    solver = task.solver_of(site, site.main)
+    problem = restoration.problem(site.main, site.channels.pattern(1))
+    single = torch.arange(problem.shape[1], device=problem.weight.device)
+    scores = solver.scores(problem, single).cpu()
+    if not curves:
+        return Finding(scores)
+    errors = error_curve(problem, solver).cpu()
+    return Finding(scores, errors, probed=max(1, int(PROBE_SHARE * site.rounds)))
+
+
+class _Probe:
+    """Mean loss of a model on a part of the calibration data."""
+
+    def __init__(self, model: Any, tokens: Calibration) -> None:
+        self._model, self._windows = model, tokens.tokens[:PROBE_SEQUENCES]
+
+    def loss(self) -> float:
+        length = self._windows.shape[1]
+        return mean_loss(self._model, self._windows.reshape(-1), sequence_length=length)
+
+
+@contextmanager
+def _undone(block: nn.Module) -> Iterator[None]:
+    """Give a block the parameters back that it had."""
+    before = {name: p.detach().clone() for name, p in block.named_parameters()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in list(block.named_parameters()):
+                if name in before:
+                    parameter.copy_(before[name])
+                else:  # a bias that was added
+                    path, _, own = name.rpartition(".")
+                    setattr(block.get_submodule(path), own, None)

@@ -1,0 +1,244 @@
+"""How many channels stay at every place of a model, by a rule or by optimisation.
+
+=========  ==========================================================================
+rule       what leaves
+=========  ==========================================================================
+optimal    the least growth of the loss, from error curves and measured sensitivities
+uniform    the same fraction everywhere, raised for what cannot leave; the ratios of
+           FASP, and UL-UM of FLAP
+ul-mm      FLAP: a number of heads per layer, channels of the MLP make up the rest
+al-mm      FLAP: the same totals, ranked over all layers
+al-am      FLAP: heads and channels in one ranking over all layers
+           al-am:compat: as its published code cuts that ranking, defects included
+=========  ==========================================================================
+
+``ul-mm`` and ``al-mm`` take the number of heads of keys and values over all layers behind
+a colon, ``ul-mm:8``; without it they take the one of ``uniform``. The last three count
+single units, whatever the `unit` of the run. In all rules channels of the MLP fill what
+whole heads leave of the budget.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+import torch
+
+from layerwise.errors import UsageError
+from layerwise.run.channels.allocate import Allocation, Curve, allocate
+from layerwise.run.channels.rankings import Units, al_am, al_mm, raised_fraction, ul_mm
+from layerwise.run.channels.restoration import Site
+from layerwise.run.channels.structure import Structure
+from layerwise.run.channels.survey import Finding
+
+RULES = ("optimal", "uniform", "ul-mm", "al-mm", "al-am")
+COMPAT_RULE = "al-am:compat"
+WITH_COUNT = ("ul-mm", "al-mm")
+ALIKE = ("optimal", "uniform", "ul-mm")  # rules that can make all blocks alike
+COARSE = "heads"
+ROUNDING = 1e-9  # of a number of units
+LEAST_SENSITIVITY = 1e-3  # of the median: that a loss falls is luck
+
+
+def rule_of(structure: Structure, method: str) -> tuple[str, int | None]:
+    """Rule and number of heads of a run, checked against its format."""
+    asked = structure.allocation or default_rule(structure, method)
+    rule, colon, count = asked.partition(":")
+    counted = rule in WITH_COUNT and count.isdigit()
+    if asked not in (*RULES, COMPAT_RULE) and not counted:
+        message = (
+            f"allocation is one of {', '.join(RULES)}, {COMPAT_RULE}, or ul-mm and al-mm "
+            f"with a number of heads as in ul-mm:8; got {asked!r}"
+        )
+        raise UsageError(message)
+    if structure.format == "stock" and rule not in ALIKE:
+        message = (
+            f"allocation {rule} gives every block its own width, which the stock format "
+            f"has no place for; choose format native or padded, or allocation uniform"
+        )
+        raise UsageError(message)
+    if asked == COMPAT_RULE:
+        return COMPAT_RULE, None
+    return rule, int(count) if colon else None
+
+
+def default_rule(structure: Structure, method: str) -> str:
+    """Rule that belongs to a method."""
+    if method == "columns":
+        return "optimal"
+    return "al-am" if method == "flap" and structure.format != "stock" else "uniform"
+
+
+def check_reachable(structure: Structure, sites: Sequence[Site], total: int) -> None:
+    """Refuse a sparsity that is more than all channels that may leave.
+
+    Raises
+    ------
+    UsageError
+        With the largest sparsity that is possible.
+    """
+    raised_fraction([_units(site) for site in sites], structure.sparsity, total)
+
+
+def choose_widths(
+    structure: Structure,
+    method: str,
+    sites: Sequence[Site],
+    total: int,
+    findings: Mapping[str, Finding],
+) -> tuple[dict[str, int], Allocation | None]:
+    """Units of every head that stay, by name of the site, and what was optimised.
+
+    Parameters
+    ----------
+    structure, method
+        What is asked.
+    sites
+        All places in the order of the model.
+    total
+        Parameters of all blocks, of which the sparsity is a fraction.
+    findings
+        Of the survey; empty for rules that need none.
+    """
+    rule, heads = rule_of(structure, method)
+    allocation = None
+    if rule == "optimal":
+        allocation = _optimal(structure, sites, total, findings)
+        removed = allocation.removed
+    elif rule == "uniform":
+        removed = _uniform(structure, sites, total)
+    else:
+        removed = _published(rule, heads, structure, sites, total, findings)
+    keep = {site.name: site.rounds - removed[site.name] for site in sites}
+    for site in sites:
+        if site.allowed is not None and keep[site.name] not in site.allowed:
+            possible = ", ".join(map(str, sorted(site.allowed)))
+            message = (
+                f"{site.name} would keep {keep[site.name]}, but the stock format accepts "
+                f"{possible}: choose format native, pattern columns or another allocation"
+            )
+            raise UsageError(message)
+    return keep, allocation
+
+
+def _optimal(
+    structure: Structure,
+    sites: Sequence[Site],
+    total: int,
+    findings: Mapping[str, Finding],
+) -> Allocation:
+    scales = _sensitivities(sites, findings)
+    losses = {}
+    for site in sites:
+        errors = findings[site.name].errors
+        assert errors is not None
+        losses[site.name] = (errors - errors[0]) * scales[site.name]
+    worse = 2 * sum(float(loss.abs().max()) for loss in losses.values()) + 1
+    curves = []
+    for site in sites:
+        if site.allowed is not None:  # what no configuration can say is worse than all
+            kept = [site.rounds - count for count in range(len(losses[site.name]))]
+            impossible = torch.tensor([n > 0 and n not in site.allowed for n in kept])
+            losses[site.name] = losses[site.name] + worse * impossible
+        cost = float(site.channels.cost * site.heads)
+        curves.append(Curve(site.name, site.coupling.name, losses[site.name], cost))
+    tie = "kind" if structure.format == "stock" else None
+    return allocate(
+        curves,
+        structure.sparsity * total,
+        tie=tie,  # type: ignore[arg-type]
+        multiple={site.coupling.name: _multiple(structure, site) for site in sites},
+    )
+
+
+def _sensitivities(
+    sites: Sequence[Site], findings: Mapping[str, Finding]
+) -> dict[str, float]:
+    """Growth of the loss per unit of error, at every place above zero."""
+    found = {}
+    for site in sites:
+        finding = findings[site.name]
+        assert finding.errors is not None
+        error = float(finding.errors[finding.probed] - finding.errors[0])
+        found[site.name] = finding.gain / error if error > 0 else 0.0
+    positive = [value for value in found.values() if value > 0]
+    least = LEAST_SENSITIVITY * median(positive) if positive else 1.0
+    return {name: max(value, least) for name, value in found.items()}
+
+
+def _multiple(structure: Structure, site: Site) -> int:
+    """Number that widths are multiples of; what is narrower is free."""
+    return structure.unit if 1 < structure.unit < site.rounds else 1
+
+
+def _uniform(structure: Structure, sites: Sequence[Site], total: int) -> dict[str, int]:
+    """The same fraction everywhere, rounded; the narrowest units make up for the rest."""
+    share = raised_fraction([_units(site) for site in sites], structure.sparsity, total)
+    rest = structure.sparsity * total
+    by_kind: dict[str, list[Site]] = {}
+    for site in sites:
+        by_kind.setdefault(site.coupling.name, []).append(site)
+    kinds = sorted(by_kind.values(), key=lambda members: _step(structure, members[0]))
+    removed: dict[str, int] = {}
+    for members in kinds[:0:-1]:
+        for site in members:
+            multiple = _multiple(structure, site)
+            kept = -(-site.rounds * (1 - share) // multiple) * multiple
+            kept = min(max(int(kept), 1), site.rounds)
+            if site.allowed is not None:
+                kept = min(n for n in site.allowed if n >= kept)
+            removed[site.name] = site.rounds - kept
+            rest -= removed[site.name] * site.channels.cost * site.heads
+    available = sum(site.channels.cost * site.channels.units for site in kinds[0])
+    for site in kinds[0]:
+        multiple = _multiple(structure, site)
+        kept = math.floor(site.rounds * (1 - rest / available) + ROUNDING)
+        kept = kept // multiple * multiple
+        if kept < 1:
+            message = (
+                f"{site.name} would keep nothing: ask for a lower sparsity, a smaller unit "
+                f"than {structure.unit}, or a format and pattern that let more leave"
+            )
+            raise UsageError(message)
+        removed[site.name] = site.rounds - min(kept, site.rounds)
+    return removed
+
+
+def _step(structure: Structure, site: Site) -> float:
+    """Share of a place that leaves at least, if something does."""
+    return _multiple(structure, site) / site.rounds
+
+
+def _published(
+    rule: str,
+    heads: int | None,
+    structure: Structure,
+    sites: Sequence[Site],
+    total: int,
+    findings: Mapping[str, Finding],
+) -> dict[str, int]:
+    units = [_units(site, findings.get(site.name)) for site in sites]
+    share = raised_fraction(units, structure.sparsity, total)
+    if rule in ("al-am", COMPAT_RULE):
+        return al_am(units, share, compat=rule == COMPAT_RULE)
+    coarse = [site for site in sites if site.coupling.name == COARSE]
+    if not coarse:
+        message = f"allocation {rule} counts heads: choose pattern heads"
+        raise UsageError(message)
+    if heads is None:
+        heads = sum(int(share * site.rounds) for site in coarse)
+    chosen = ul_mm if rule == "ul-mm" else al_mm
+    return chosen(units, share, {COARSE: heads})
+
+
+def _units(site: Site, finding: Finding | None = None) -> Units:
+    """Units of a place for the rules; without scores all are equal."""
+    scores = torch.zeros(site.rounds)
+    if finding is not None:
+        columns = site.channels.groups.argsort(stable=True)
+        scores = finding.scores[columns].view(site.channels.units, -1)
+        if site.heads > 1:  # all heads lose their next unit together
+            by_head = scores.mean(dim=1).view(site.heads, -1)
+            scores = by_head.sort(dim=1).values.T
+    cost = float(site.channels.cost * site.heads)
+    return Units(site.name, site.block, site.coupling.name, scores, cost)

@@ -1,0 +1,1 @@
+"""Checkpoints as models: opened whole or streamed, adapters found, channels cut."""

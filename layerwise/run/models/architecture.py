@@ -1,0 +1,127 @@
+"""The adapter of a model: declared for its family, or found by running the model.
+
+What was found is proven before it is used: on a few tokens, running the blocks one by
+one as a run does must give what they give inside the model.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.adapters import ADAPTERS, Adapter, get_adapter
+from layerwise.adapters.auto import discover
+from layerwise.errors import UnsupportedModelError
+from layerwise.run.activations.streams import capture, evaluation_mode
+from layerwise.run.models.residency import Residency
+
+PROBE = (2, 8)  # sequences, tokens of each
+STEP = 7919  # a prime, so that the tokens differ
+ROUNDINGS = 4  # kernels that add in another order each time, in bits of the model's type
+
+
+def adapter_in(residency: Residency) -> Adapter:
+    """Adapter of a model that is in memory only if it must be run to find it."""
+    if _model_type(residency.model) in ADAPTERS:
+        return adapter_of(residency.model)
+    with residency.whole():
+        return adapter_of(residency.model)
+
+
+def adapter_of(model: Any) -> Adapter:
+    """Declared adapter of a model's family, or one that is found and proven.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model has no declared adapter and none can be found.
+    """
+    model_type = _model_type(model)
+    if model_type in ADAPTERS:
+        return get_adapter(model_type)
+    if not hasattr(model, "get_input_embeddings"):
+        message = (
+            f"a {type(model).__name__} is no language model of transformers; adapters: "
+            f"{', '.join(ADAPTERS)}, and any decoder that runs on token ids"
+        )
+        raise UnsupportedModelError(message)
+    device = next(model.parameters()).device
+    ids = torch.arange(PROBE[0] * PROBE[1], device=device) * STEP
+    tokens = ids.reshape(PROBE) % embedding_rows(model)
+    with evaluation_mode(model):
+        adapter = discover(model, tokens)
+        check_replay(model, adapter.blocks_of(model), tokens)
+    return adapter
+
+
+def _model_type(model: Any) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", ""))
+
+
+@torch.no_grad()
+def check_replay(model: nn.Module, blocks: Mapping[str, nn.Module], tokens: Tensor) -> None:
+    """Refuse a model whose blocks, run one by one, do not give what they give inside it.
+
+    Parameters
+    ----------
+    model
+        A decoder in evaluation mode.
+    blocks
+        Its decoder blocks by name, in order.
+    tokens
+        Token ids, shape (sequences, length).
+
+    Raises
+    ------
+    UnsupportedModelError
+        If a block depends on more than its hidden states and fixed arguments, or the
+        model changes the hidden states between two blocks.
+    """
+    expected = _outputs(model, blocks, tokens)
+    try:
+        stream = capture(model, list(blocks.values()), [tokens])
+        states = stream.hidden[0]
+        found = []
+        for block, calls in zip(blocks.values(), stream.calls, strict=True):
+            states = calls[0].run(block, states, states.device)
+            found.append(states)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        message = (
+            f"the blocks of this {type(model).__name__} cannot be run one by one "
+            f"({type(error).__name__}: {reason}); it needs an adapter of its own"
+        )
+        raise UnsupportedModelError(message) from error
+    for name, one, other in zip(blocks, expected, found, strict=True):
+        slack = ROUNDINGS * torch.finfo(one.dtype).eps * float(one.float().norm())
+        if not float((one.float() - other.float()).norm()) <= slack:
+            message = (
+                f"{name} gives something else when it is run on its own: it depends on "
+                f"more than its input, or the model changes what lies between two "
+                f"blocks; this model needs an adapter of its own"
+            )
+            raise UnsupportedModelError(message)
+
+
+def _outputs(
+    model: nn.Module, blocks: Mapping[str, nn.Module], tokens: Tensor
+) -> list[Tensor]:
+    """Hidden states behind every block inside the model."""
+    seen: list[Tensor] = []
+
+    def note(_: nn.Module, args: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple | list) else output)
+
+    handles = [block.register_forward_hook(note) for block in blocks.values()]
+    try:
+        model(input_ids=tokens, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def embedding_rows(model: Any) -> int:
+    """Number of token ids that the model knows."""
+    return int(model.get_input_embeddings().num_embeddings)

@@ -1,0 +1,94 @@
+"""What a checkpoint says about itself without its weights: structure, types, sizes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, stored_name
+from layerwise.run.models.loading import quiet_transformers, surplus_layers
+from layerwise.run.models.native import read_native
+from layerwise.run.models.native_type import is_native
+from layerwise.run.models.skeleton import read_config, refuse_mismatch, skeleton_of
+
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Headers:
+    """Model of a checkpoint without its parameters.
+
+    Parameters
+    ----------
+    model
+        Its parameters are on the meta device, in the type that a run gives them.
+    one_to_one
+        Whether every parameter is a tensor as it is stored, so that a run can load one
+        block at a time.
+    """
+
+    model: Any
+    one_to_one: bool
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint) -> "Headers":
+        """Structure of a checkpoint, whose headers are compared with its configuration.
+
+        Raises
+        ------
+        DataError, UnsupportedModelError
+            As :func:`layerwise.run.models.opening.load_model`, for all that
+            can be seen without weights.
+        """
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
+            operate = None
+            if is_native(checkpoint.config):
+                config, operate = read_native(checkpoint)
+            else:
+                config = read_config(checkpoint)
+            dtype = type_of_all(checkpoint, config)
+            streams = operate is None and dtype is not None
+            dtype = dtype or _most_stored(checkpoint)
+            model = skeleton_of(checkpoint, config, operate, dtype=dtype)
+        streams = is_one_to_one(checkpoint, model) and streams
+        return cls(model, streams)
+
+
+def type_of_all(checkpoint: Checkpoint, config: Any) -> torch.dtype | None:
+    """Type of all parameters; None if transformers must choose."""
+    if config.dtype is not None:
+        found: torch.dtype = config.dtype
+        return found
+    kinds = {entry.dtype for entry in checkpoint.entries().values()}
+    return FLOATS.get(kinds.pop()) if len(kinds) == 1 else None
+
+
+def _most_stored(checkpoint: Checkpoint) -> torch.dtype:
+    """Type of most bytes."""
+    sizes: dict[str, int] = {}
+    for entry in checkpoint.entries().values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.n_bytes
+    floats = {name: size for name, size in sizes.items() if name in FLOATS}
+    return FLOATS[max(floats, key=floats.__getitem__)] if floats else torch.float32
+
+
+def is_one_to_one(checkpoint: Checkpoint, model: Any) -> bool:
+    """Whether every parameter is a tensor as it is stored; damage is an error."""
+    for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        if getattr(model, name, None):  # some keep a type of their own
+            return False
+    stored = checkpoint_names(model, checkpoint)
+    state = [stored_name(model, checkpoint.weight_map, name) for name in model.state_dict()]
+    unknown = set(checkpoint.weight_map).difference(stored.values(), filter(None, state))
+    missing = {name for name, _ in model.named_parameters()} - set(stored)
+    surplus = surplus_layers(model, unknown)
+    if missing and unknown - surplus:  # stored in another form
+        return False
+    refuse_mismatch(checkpoint, "lacks tensors of the model", missing)
+    refuse_mismatch(checkpoint, "has layers that config.json does not count", surplus)
+    return True

@@ -1,0 +1,213 @@
+"""From a validated checkpoint to a model: everything transformers would forgive.
+
+The library fills tensors that are missing with random numbers, drops those it has no
+place for, and accepts NaN. Here each of these is an error that names the tensor. Code
+that comes with a checkpoint is never executed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import DataError, one_line
+from layerwise.run.checkpoints.storage import checkpoint_names
+from layerwise.run.models.skeleton import read_config, refuse_mismatch, skeleton_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from layerwise.run.checkpoints.storage import Checkpoint
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+
+
+def load_stock(checkpoint: Checkpoint, device: torch.device | str) -> PreTrainedModel:
+    """Model of a checkpoint in evaluation mode, its own type, every tensor accounted.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The architecture is unknown, no causal language model, or needs its own code.
+    DataError
+        A tensor is missing, has another shape than the configuration says, belongs to
+        a layer the configuration does not have, or is not finite.
+    """
+    with quiet_transformers():
+        config = read_config(checkpoint)
+    return load_as(checkpoint, config, device)
+
+
+def load_as(
+    checkpoint: Checkpoint,
+    config: Any,
+    device: torch.device | str,
+    operate: Callable[[nn.Module], object] | None = None,
+) -> PreTrainedModel:
+    """Model of a checkpoint and a configuration, see :func:`load_stock`.
+
+    Parameters
+    ----------
+    checkpoint, config, device
+        The tensors, the parsed configuration, and where the model goes.
+    operate
+        What gives a model of that configuration, before its tensors are loaded, the
+        parameters that the checkpoint holds.
+    """
+    # random numbers for missing tensors must not come from the caller's generator
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        skeleton_of(checkpoint, config, operate)
+        model = _instantiate(checkpoint, config, operate)
+    _check_finite(model, checkpoint)
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
+    """Tokenizer of a checkpoint, or None where the folder has no tokenizer files.
+
+    Raises
+    ------
+    DataError
+        The files are damaged, or the tokenizer needs code of its own.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((checkpoint.path / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    with quiet_transformers():
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                checkpoint.path, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:
+            message = (
+                f"the tokenizer in {checkpoint.path} cannot be loaded: "
+                f"{one_line(error)}; restore its files or pass token ids instead"
+            )
+            raise DataError(message) from error
+    return tokenizer
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence warnings and progress bars of transformers inside the block only."""
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+    )
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    if bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+            if not hub_bars:  # the line above has switched them on as well
+                disable_progress_bars()
+
+
+def _instantiate(
+    checkpoint: Checkpoint, config: Any, operate: Callable[[nn.Module], object] | None
+) -> Any:
+    """Load with transformers and judge its loading report."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    own = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    loader: Any = AutoModelForCausalLM
+    given = {}
+    if operate is not None:
+        loader, given = _operated(own, operate), {"config": config}
+    try:
+        loaded: Any = loader.from_pretrained(
+            checkpoint.path,
+            **given,
+            dtype="auto",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        message = f"{checkpoint.path} cannot be loaded: {one_line(error)}"
+        raise DataError(message) from error
+    model, report = loaded
+    unexpected = set(report["unexpected_keys"])
+    surplus = unexpected if operate is not None else surplus_layers(model, unexpected)
+    problems = {
+        "lacks tensors of the model": report["missing_keys"],
+        "has tensors of another shape": {key[0] for key in report["mismatched_keys"]},
+        "has layers that config.json does not count": surplus,
+        "does not load": set(report["error_msgs"]),
+    }
+    for problem, names in problems.items():
+        refuse_mismatch(checkpoint, problem, names)
+    if operate is not None:
+        model.__class__ = own
+    return model
+
+
+def _operated(kind: Any, operate: Callable[[nn.Module], object]) -> Any:
+    """Class of models that are operated on as soon as they exist."""
+
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        kind.__init__(self, *args, **kwargs)
+        operate(self)
+
+    return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
+
+
+def surplus_layers(model: nn.Module, unexpected: Collection[str]) -> set[str]:
+    """Tensors without a place that would have one in a model with more layers."""
+    expected = {_family(name) for name in model.state_dict()}
+    return {name for name in unexpected if _family(name) in expected}
+
+
+def _family(name: str) -> str:
+    """Name with the numbers of layers and experts taken out."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
+
+
+def _check_finite(model: nn.Module, checkpoint: Checkpoint) -> None:
+    stored = checkpoint_names(model, checkpoint)
+    for name, tensor in model.state_dict().items():
+        check_finite(tensor, stored.get(name, name), checkpoint)
+
+
+def check_finite(tensor: Tensor, name: str, checkpoint: Checkpoint) -> None:
+    """Raise a DataError for the first entry of a tensor that is not finite."""
+    if (index := _first_not_finite(tensor)) is not None:
+        message = (
+            f"tensor {name!r} of {checkpoint.path} holds "
+            f"{float(tensor[index])} at {list(index)}: the checkpoint is damaged"
+        )
+        raise DataError(message)
+
+
+def _first_not_finite(tensor: Tensor) -> tuple[int, ...] | None:
+    if not tensor.is_floating_point():
+        return None
+    values = tensor.float() if tensor.element_size() == 1 else tensor
+    finite = torch.isfinite(values)
+    if bool(finite.all()):
+        return None
+    position = int((~finite).reshape(-1).to(torch.uint8).argmax())
+    return tuple(int(i) for i in torch.unravel_index(torch.tensor(position), finite.shape))

@@ -1,0 +1,247 @@
+"""Where the parameters of a model are while it is pruned: all in memory, or block by block.
+
+A streamed model is a skeleton (:mod:`layerwise.run.models.skeleton`). What lies around
+the blocks is there while the first activations are captured, a block while it is worked on;
+nothing else ever is. What is pruned of a block must be stored before the block is left.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from layerwise.adapters.auto import lists_of_blocks
+from layerwise.patterns import Pattern
+from layerwise.run.channels.structure import Structure
+from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, stored_name
+from layerwise.run.models.headers import is_one_to_one, type_of_all
+from layerwise.run.models.loading import check_finite, quiet_transformers
+from layerwise.run.models.native_type import is_native
+from layerwise.run.models.opening import load_model
+from layerwise.run.models.skeleton import read_config, skeleton_of
+from layerwise.run.pipeline.gradients import required_gradient
+
+
+class Residency(Protocol):
+    """A model, and a way to have parts of it in memory."""
+
+    model: Any
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside, the model can be run from end to end."""
+        ...
+
+    def entrance(self, first: nn.Module) -> AbstractContextManager[None]:
+        """Inside, everything before the blocks and the first block can be run."""
+        ...
+
+    def block(self, block: nn.Module, device: torch.device) -> AbstractContextManager[None]:
+        """Inside, a block is on the device."""
+        ...
+
+
+class InMemory:
+    """All of a model, where it was given to us."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Nothing needs to be done."""
+        yield
+
+    @contextmanager
+    def entrance(self, first: nn.Module) -> Iterator[None]:
+        """Nothing needs to be done."""
+        yield
+
+    @contextmanager
+    def block(self, block: nn.Module, device: torch.device) -> Iterator[None]:
+        """Move a block to the device, and back where it was."""
+        home = next(block.parameters()).device
+        block.to(device)
+        try:
+            yield
+        finally:
+            block.to(home)
+
+
+class Streamed:
+    """A checkpoint of which one block at a time is in memory; make one with :meth:`open`.
+
+    Parameters
+    ----------
+    checkpoint
+        The folder.
+    model
+        Its skeleton, of the type that its parameters are to have.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
+        self.model = model
+        self._checkpoint = checkpoint
+        self._stored = checkpoint_names(model, checkpoint)
+        self._empty = dict(model.named_parameters(remove_duplicate=False))
+        lists = lists_of_blocks(model)
+        self._units = {
+            id(block): f"{name}.{index}"
+            for name, blocks in lists.items()
+            for index, block in enumerate(blocks)
+        }
+        inside = tuple(f"{name}." for name in lists)
+        self._around = [name for name in self._empty if not name.startswith(inside)]
+        head = model.get_output_embeddings()
+        entry = model.get_input_embeddings()
+        unused = set()
+        if head is not None and head.weight is not entry.weight:
+            unused = {id(parameter) for parameter in head.parameters()}
+        self._before = [n for n in self._around if id(self._empty[n]) not in unused]
+
+    @classmethod
+    def open(cls, checkpoint: Checkpoint, *, trusted: bool = False) -> "Streamed | None":
+        """Skeleton of a checkpoint, after every tensor was looked at once.
+
+        Parameters
+        ----------
+        checkpoint
+            The folder.
+        trusted
+            Whether somebody has looked at the tensors already.
+
+        Returns
+        -------
+        Streamed or None
+            None if the parameters of the model are not the tensors of the checkpoint one
+            to one, so that transformers must assemble it.
+
+        Raises
+        ------
+        DataError, UnsupportedModelError
+            As :func:`layerwise.run.models.opening.load_model`.
+        """
+        if is_native(checkpoint.config):  # its blocks are cut after they are made
+            return None
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
+            config = read_config(checkpoint)
+            dtype = type_of_all(checkpoint, config)
+            if dtype is None:
+                return None
+            model = skeleton_of(checkpoint, config, dtype=dtype, buffers=True)
+        if not is_one_to_one(checkpoint, model):
+            return None
+        _read_buffers(checkpoint, model)
+        if not trusted:
+            for name, tensor in checkpoint.tensors():
+                check_finite(tensor, name, checkpoint)
+        return cls(checkpoint, model)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Load what is around the blocks now, and every block while it runs."""
+        with ExitStack() as stack:
+            stack.enter_context(self._present(self._around, torch.device("cpu")))
+            for module in self.model.modules():
+                if id(module) in self._units:
+                    self._follow(stack, module)
+            yield
+
+    def _follow(self, stack: ExitStack, block: nn.Module) -> None:
+        """Let a block be there while it runs."""
+        names = self._names(block)
+
+        def enter(*_: Any) -> None:
+            self._fill(names, torch.device("cpu"))
+
+        def leave(*_: Any) -> None:
+            self._clear(names)
+
+        stack.callback(block.register_forward_pre_hook(enter).remove)
+        after = block.register_forward_hook(leave, always_call=True)
+        stack.callback(after.remove)
+
+    @contextmanager
+    def entrance(self, first: nn.Module) -> Iterator[None]:
+        """Load embeddings, what else is before the blocks, and the first block."""
+        with self._present([*self._before, *self._names(first)], torch.device("cpu")):
+            yield
+
+    @contextmanager
+    def block(self, block: nn.Module, device: torch.device) -> Iterator[None]:
+        """Load a block onto the device, and forget it."""
+        with self._present(self._names(block), device):
+            _move_buffers(block, device)
+            yield
+        _move_buffers(block, torch.device("cpu"))
+
+    def _names(self, block: nn.Module) -> list[str]:
+        prefix = f"{self._units[id(block)]}."
+        return [name for name in self._empty if name.startswith(prefix)]
+
+    @contextmanager
+    def _present(self, names: list[str], device: torch.device) -> Iterator[None]:
+        self._fill(names, device)
+        try:
+            yield
+        finally:
+            self._clear(names)
+
+    def _fill(self, names: list[str], device: torch.device) -> None:
+        tied: dict[int, list[str]] = {}
+        for name in names:
+            tied.setdefault(id(self._empty[name]), []).append(name)
+        places = {self._stored[several[0]]: several for several in tied.values()}
+        for stored, tensor in self._checkpoint.tensors(places):
+            empty = self._empty[places[stored][0]]
+            # a copy: what is mapped would change with the file
+            value = tensor.to(device, empty.dtype, copy=True)
+            full = nn.Parameter(value, requires_grad=empty.requires_grad)
+            for name in places[stored]:
+                _put(self.model, name, full)
+
+    def _clear(self, names: list[str]) -> None:
+        for name in names:
+            _put(self.model, name, self._empty[name])
+
+
+def can_stream(pattern: Pattern | Structure, solver: Any) -> bool:
+    """Whether a run needs no more than one block at a time.
+
+    Smaller models are cut as a whole, and gradients come from the whole model.
+    """
+    return not isinstance(pattern, Structure) and required_gradient(solver) is None
+
+
+def open_resident(
+    checkpoint: Checkpoint, *, streamed: bool, trusted: bool = False
+) -> Residency:
+    """Model of a checkpoint: streamed if that is wanted and possible, else in memory."""
+    found = Streamed.open(checkpoint, trusted=trusted) if streamed else None
+    return InMemory(load_model(checkpoint)) if found is None else found
+
+
+def _read_buffers(checkpoint: Checkpoint, model: Any) -> None:
+    """Take the values of those buffers that are stored."""
+    kept = model.state_dict(keep_vars=True)
+    buffers = {
+        stored: buffer
+        for name, buffer in model.named_buffers()
+        if name in kept
+        and (stored := stored_name(model, checkpoint.weight_map, name)) is not None
+    }
+    for stored, tensor in checkpoint.tensors(buffers):
+        buffers[stored].copy_(tensor)
+
+
+def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    parent, _, own = name.rpartition(".")
+    model.get_submodule(parent)._parameters[own] = parameter
+
+
+def _move_buffers(block: nn.Module, device: torch.device) -> None:
+    for module in block.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)

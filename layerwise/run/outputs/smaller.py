@@ -1,0 +1,106 @@
+"""What a folder with a smaller model holds: its tensors, and a manifest of what changed."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from layerwise.run.channels.structure import OutputFormat
+from layerwise.run.checkpoints.atomic import atomic_write
+from layerwise.run.checkpoints.hashes import digests
+from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names
+from layerwise.run.models.loading import quiet_transformers
+from layerwise.run.models.native import save_native
+from layerwise.run.models.surgery import Cut
+from layerwise.run.pipeline.journal import FOLDER
+
+CHANNELS = "channels.json"
+
+
+class Smaller(BaseModel):
+    """What a manifest states about a model that lost channels.
+
+    Parameters
+    ----------
+    format
+        As it was asked for; a padded folder is one that stock transformers opens.
+    changed
+        Shape of every tensor that was cut, refitted, added or cast, by its name.
+    parameters_before, parameters_after
+        Of the decoder blocks.
+    predicted_loss, price
+        Growth of the mean loss of a token that the optimised widths should cost, and its
+        slope per parameter at the budget; None where no widths were optimised.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: OutputFormat
+    changed: dict[str, list[int]]
+    parameters_before: int
+    parameters_after: int
+    predicted_loss: float | None = None
+    price: float | None = None
+
+
+def write_smaller(
+    folder: Path, model: Any, source: Checkpoint | None, tokenizer: Any, native: bool
+) -> Checkpoint:
+    """Write the tensors and configuration of a smaller model, and what travels with it."""
+    if native:
+        save_native(model, folder)
+    else:
+        with quiet_transformers():
+            model.save_pretrained(folder)
+    if source is not None:
+        for name in source.side_files():
+            if not (folder / name).exists() and not name.endswith(".index.json"):
+                (folder / name).parent.mkdir(exist_ok=True)
+                atomic_write(folder / name, (source.path / name).read_bytes())
+    elif tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return Checkpoint.open(folder)
+
+
+def write_channels(folder: Path, cuts: Sequence[Cut]) -> None:
+    """Write which units stayed: block -> coupling -> indices in the source."""
+    kept: dict[str, dict[str, list[int]]] = {}
+    for cut in cuts:
+        kept.setdefault(cut.block, {})[cut.coupling] = cut.kept.tolist()
+    text = json.dumps(kept, separators=(",", ":"))
+    atomic_write(folder / FOLDER / CHANNELS, text.encode())
+
+
+def describe(
+    model: nn.Module,
+    written: Checkpoint,
+    before: Mapping[str, str],
+    parameters: tuple[int, int],  # of the blocks, before and after
+    format: OutputFormat,
+) -> tuple[Smaller, dict[str, str]]:
+    """Statement of the manifest, and the hashes of all tensors that did not change.
+
+    Parameters
+    ----------
+    model, written
+        The smaller model, and its folder.
+    before
+        :func:`digests` of the model as it was.
+    parameters, format
+        Of the blocks, before and after; and what was asked for.
+    """
+    now, entries = digests(model), written.entries()
+    places = {name: name for name in now} | checkpoint_names(model, written)
+    same = {places[name]: now[name] for name in now if before.get(name) == now[name]}
+    untouched = {name: digest for name, digest in same.items() if name in entries}
+    changed = sorted(set(entries) - set(untouched))
+    smaller = Smaller(
+        format=format,
+        changed={name: list(entries[name].shape) for name in changed},
+        parameters_before=parameters[0],
+        parameters_after=parameters[1],
+    )
+    return smaller, untouched

@@ -1,0 +1,1 @@
+"""Block by block: what to prune, how, and the path of a model through a run."""

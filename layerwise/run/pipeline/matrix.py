@@ -1,0 +1,114 @@
+"""One matrix: pose its problem, solve it, record its figures."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import LayerwiseError
+from layerwise.evaluate import relative_error
+from layerwise.lower_bounds import proven_gap_of
+from layerwise.problem import LayerProblem
+from layerwise.run.pipeline.allocator import trim_memory
+from layerwise.run.pipeline.records import LayerRecord
+from layerwise.run.pipeline.task import Task
+from layerwise.run.stopwatch import timed
+from layerwise.solution import Solution
+from layerwise.solve import solve, solver_name
+
+
+@dataclass(frozen=True, eq=False)
+class SolvedMatrix:
+    """One pruned matrix: stored weight and mask, (out, in), and its figures."""
+
+    weight: Tensor
+    mask: Tensor
+    record: LayerRecord
+
+
+def solve_matrix(task: Task, name: str, pose: Callable[[], LayerProblem]) -> SolvedMatrix:
+    """Pose and solve the problem of one matrix, as a task says.
+
+    Parameters
+    ----------
+    task
+        Method and damping; whether to prove a gap.
+    name
+        Full name of the layer.
+    pose
+        Makes the problem. It counts for the time of the layer.
+    """
+    start = time.perf_counter()
+    with naming(name), timed("solve"):
+        problem = pose()
+        trim_memory(problem.shape[1])
+        solution = solve(problem, task.solver)
+        stored = solution.weight.to(problem.weight.dtype)
+        seconds = time.perf_counter() - start
+        error = solution.relative_error
+        if not torch.equal(stored.to(solution.weight.dtype), solution.weight):
+            error = relative_error(problem, stored)
+        record = record_of(task, name, problem, solution, stored, error, seconds)
+    if task.certify:
+        with naming(name), timed("certify"):
+            record = certified(task, record, problem, stored)
+    return SolvedMatrix(stored, solution.mask, record)
+
+
+def record_of(
+    task: Task,
+    name: str,
+    problem: LayerProblem,
+    solution: Solution,
+    stored: Tensor,
+    error: float,
+    seconds: float,
+) -> LayerRecord:
+    """Figures of a matrix, its error measured after the cast to the model's type."""
+    damping = float(solution.stats.get("damping", task.damping))
+    certificate = solution.certificate
+    return LayerRecord(
+        name=name,
+        shape=problem.shape,
+        method=solver_name(task.solver),
+        pattern=str(task.pattern),
+        sparsity=int((stored == 0).sum()) / stored.numel(),
+        relative_error=error,
+        status=str(solution.status),
+        certificate=None if certificate is None else certificate.bound,
+        certificate_kind=None if certificate is None else certificate.kind,
+        damping=damping,
+        damping_raised=damping > task.damping,
+        rank=problem.moments.rank,
+        dead_channels=problem.moments.dead_channels,
+        n_tokens=problem.moments.n_tokens,
+        iterations=solution.iterations,
+        seconds=seconds,
+    )
+
+
+def certified(
+    task: Task, record: LayerRecord, problem: LayerProblem, stored: Tensor
+) -> LayerRecord:
+    """Record with the proven gap of the stored weights, at the damping that was used."""
+    used = problem.with_damping(record.damping)
+    gap = proven_gap_of(used, stored, memory_budget=task.memory_budget)
+    return replace(record, proven_gap=gap)
+
+
+class naming:  # noqa: N801 - reads as a statement: with naming(layer)
+    """Put the name of a layer in front of the errors raised inside."""
+
+    def __init__(self, layer: str) -> None:
+        self._layer = layer
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, LayerwiseError):
+            message = f"{self._layer}: {error}"
+            raise type(error)(message) from error

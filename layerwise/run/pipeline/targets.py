@@ -1,0 +1,254 @@
+"""Which linears to prune: ``targets`` minus ``ignore``, over the blocks of a model.
+
+Entries are those of :mod:`layerwise.run.entries`. One that matches nothing is an error
+that lists what is there, because a run that silently prunes nothing is the most expensive
+kind.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from layerwise.adapters import Adapter, Stage
+from layerwise.adapters.linear import is_linear, is_transposed, matrix
+from layerwise.errors import InvalidProblemError, UnsupportedModelError, UsageError
+from layerwise.patterns import Pattern
+from layerwise.run.checkpoints.lazy import LazyTensors
+
+DEFAULT_IGNORE = ("lm_head",)  # need not exist
+
+
+class Choice(Protocol):
+    """What a selection tells the run, of single weights or of channels."""
+
+    @property
+    def blocks(self) -> Mapping[str, nn.Module]:
+        """All decoder blocks by full name, in order."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Full names of the linears that will be written."""
+        ...
+
+    def stages_of(self, block: str) -> tuple[Stage, ...]:
+        """Stages of a block with the chosen linears alone."""
+        ...
+
+
+class Selection:
+    """Which linears of which blocks are pruned, checked against the pattern."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        targets: Sequence[str],
+        ignore: Sequence[str],
+        pattern: Pattern,
+    ) -> None:
+        self.targets, self.ignore = targets, ignore
+        self.blocks = adapter.blocks_of(model)
+        self._adapter = adapter
+        candidates = {
+            f"{block}.{name}": adapter.linear(module, name)
+            for block, module in self.blocks.items()
+            for name in adapter.linear_names(block)
+        }
+        modules = dict(model.named_modules())
+        unserved = {  # a linear itself, or the module that holds a parameter
+            name: modules.get(name) or modules[name.rpartition(".")[0]]
+            for name in adapter.unserved
+        }
+        refuse_unserved(model, adapter, unserved, targets, ignore)
+        self.names = select({**modules, **unserved}, candidates, targets, ignore)
+        refuse_shared(model, self.names)
+        self.transposed = {name for name in self.names if is_transposed(candidates[name])}
+        for name in self.names:
+            rows, columns = matrix(candidates[name]).shape
+            try:
+                pattern.check((rows, columns))
+            except InvalidProblemError as error:
+                message = f"{name}: {error}"
+                raise InvalidProblemError(message) from None
+
+    def stages_of(self, block: str) -> tuple[Stage, ...]:
+        """Stages of a block with the chosen linears alone."""
+        prefix = f"{block}."
+        chosen = {
+            name.removeprefix(prefix) for name in self.names if name.startswith(prefix)
+        }
+        stages = [stage.only(chosen) for stage in self._adapter.stages_of(block)]
+        return tuple(stage for stage in stages if stage.linears)
+
+    def by_parameter(self, read: Callable[[int, str], Tensor]) -> LazyTensors:
+        """Matrices by weight parameter and in its orientation.
+
+        Parameters
+        ----------
+        read
+            Gives the matrix (out, in) of a linear of the block with an index.
+        """
+        places = {
+            f"{block}.{linear}": (index, linear)
+            for index, block in enumerate(self.blocks)
+            for linear in self._adapter.linear_names(block)
+        }
+
+        def oriented(parameter: str) -> Tensor:
+            name = parameter.removesuffix(".weight")
+            tensor = read(*places[name])
+            return tensor.T.contiguous() if name in self.transposed else tensor
+
+        return LazyTensors([f"{name}.weight" for name in self.names], oriented)
+
+    def share(self, model: nn.Module) -> float:
+        """Fraction of the parameters of the blocks that the chosen linears hold."""
+        blocks = [p for block in self.blocks.values() for p in block.parameters()]
+        chosen = [model.get_parameter(f"{name}.weight") for name in self.names]
+        return sum(p.numel() for p in chosen) / sum(p.numel() for p in blocks)
+
+
+def select(
+    modules: Mapping[str, nn.Module],
+    candidates: Mapping[str, nn.Module],
+    targets: Sequence[str],
+    ignore: Sequence[str],
+) -> list[str]:
+    """Names of the candidates to prune, in order.
+
+    Parameters
+    ----------
+    modules
+        Everything that an `ignore` entry may name.
+    candidates
+        Prunable linears by full name.
+    targets, ignore
+        Entries as described above.
+
+    Raises
+    ------
+    UsageError
+        If an entry matches nothing, or nothing is left.
+    """
+    for entry in targets:
+        if not any(matches(entry, name, module) for name, module in candidates.items()):
+            raise UsageError(_no_match("targets", entry, candidates))
+    for entry in ignore:
+        if entry not in DEFAULT_IGNORE and not any(
+            matches(entry, name, module) for name, module in modules.items()
+        ):
+            raise UsageError(_no_match("ignore", entry, candidates))
+    chosen = [
+        name
+        for name, module in candidates.items()
+        if any(matches(entry, name, module) for entry in targets)
+        and not any(matches(entry, name, module) for entry in ignore)
+    ]
+    if not chosen:
+        message = (
+            f"nothing is left to prune: ignore={list(ignore)} excludes all of "
+            f"{_listing(candidates)}"
+        )
+        raise UsageError(message)
+    return chosen
+
+
+def _no_match(argument: str, entry: str, candidates: Mapping[str, nn.Module]) -> str:
+    close = difflib.get_close_matches(entry, candidates, n=1)
+    hint = f"; close: {close[0]}" if close else ""
+    return f"{argument} entry {entry!r} matches nothing in {_listing(candidates)}{hint}"
+
+
+def _listing(candidates: Mapping[str, nn.Module]) -> str:
+    names = list(candidates)
+    kinds = sorted({type(module).__name__ for module in candidates.values()})
+    shown = ", ".join(names[:8]) + (
+        f", and {len(names) - 8} more" if len(names) > 8 else ""
+    )
+    return f"{shown} (class {', '.join(kinds)})"
+
+
+def note_on(model: nn.Module, adapter: Adapter, selection: Selection) -> str:
+    """What a run on an architecture without declared adapter is based on."""
+    return (
+        f"no adapter is declared for this {type(model).__name__}: blocks "
+        f"{adapter.blocks} were found by running it; the {len(selection.names)} layers "
+        f"to prune hold {selection.share(model):.1%} of their parameters"
+    )
+
+
+ANY_LINEAR = "Linear"
+
+
+def matches(entry: str, name: str, module: nn.Module) -> bool:
+    """Whether an entry means a module."""
+    if entry.startswith("re:"):
+        try:
+            return re.match(entry[3:], name) is not None
+        except re.error as error:
+            message = f"{entry!r} is no regular expression: {error}"
+            raise UsageError(message) from None
+    any_linear = entry == ANY_LINEAR and is_linear(module)
+    return entry in (name, type(module).__name__) or any_linear
+
+
+def refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise if a weight to prune is also the weight of another place in the model."""
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(_place(parameter), []).append(name)
+    for name in names:
+        weight = f"{name}.weight"
+        shared = users[_place(model.get_parameter(weight))]
+        if len(shared) > 1:
+            other = next(user for user in shared if user != weight)
+            message = (
+                f"{weight} and {other} are one tensor: pruning it for one place would "
+                f"change the other; ignore both"
+            )
+            raise UnsupportedModelError(message)
+
+
+def refuse_unserved(
+    model: nn.Module,
+    adapter: Adapter,
+    unserved: Mapping[str, nn.Module],
+    targets: Sequence[str],
+    ignore: Sequence[str],
+) -> None:
+    """Raise if weights that the adapter cannot serve are wanted and not ignored."""
+
+    def named(entries: Sequence[str], name: str) -> bool:
+        module, parent = unserved[name], name.rpartition(".")[0]
+        return any(
+            matches(entry, name, module) or entry in (parent, ANY_LINEAR)
+            for entry in entries
+        )
+
+    wanted = [n for n in unserved if named(targets, n) and not named(ignore, n)]
+    if not wanted:
+        return
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    sizes = [parameters.get(n, parameters.get(f"{n}.weight")) for n in wanted]
+    prefix = f"{adapter.blocks}."
+    total = sum(p.numel() for n, p in parameters.items() if n.startswith(prefix))
+    share = sum(p.numel() for p in sizes if p is not None) / total
+    kinds: dict[str, str] = {}  # expression for all blocks -> first name
+    for name in wanted:
+        kinds.setdefault("re:" + r"\.\d+".join(re.split(r"\\\.\d+", re.escape(name))), name)
+    shown = [f"{name} ({adapter.unserved[name]})" for name in kinds.values()]
+    message = (
+        f"{len(wanted)} weights of the blocks, {share:.1%} of their parameters, cannot be "
+        f"pruned, such as {', '.join(shown[:3])}; to leave them dense, ignore "
+        f"{' '.join(kinds)}"
+    )
+    raise UnsupportedModelError(message)
+
+
+def _place(parameter: nn.Parameter) -> int:
+    """What two names of one tensor have in common."""
+    return id(parameter) if parameter.is_meta else parameter.data_ptr()

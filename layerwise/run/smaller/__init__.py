@@ -1,1 +1,0 @@
-"""Smaller models: which channels leave, how they leave, and what may hold the result."""

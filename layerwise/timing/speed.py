@@ -1,0 +1,240 @@
+"""What a model costs to run: size, memory, latency of a prompt, tokens per second.
+
+Models are compared within one process. After a warm-up they take turns, so that a change
+of clock or load meets all of them alike, and ratios are medians over the turns.
+
+Memory is what a model holds plus what a forward pass adds at its peak. On a GPU the
+allocator of PyTorch counts it. On Linux the kernel does: unused heap is given back first,
+so that growth cannot hide in it, the peak of the resident size is reset, and one pass is
+run. Elsewhere it is not shown.
+"""
+
+import ctypes
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import UsageError
+from layerwise.run.activations.streams import evaluation_mode
+from layerwise.run.models.architecture import embedding_rows
+from layerwise.run.models.loading import quiet_transformers
+
+BATCHES = (1, 16)
+LENGTH = 128  # tokens of a prompt
+NEW_TOKENS = 32
+REPEATS = 7
+RESET_PEAK = "5"  # written to /proc/self/clear_refs: the peak becomes the present size
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a workload, turn by turn.
+
+    Parameters
+    ----------
+    tokens
+        Tokens that one turn computes.
+    seconds
+        One number per turn.
+    """
+
+    tokens: int
+    seconds: tuple[float, ...]
+
+    @property
+    def latency(self) -> float:
+        """Median seconds of a turn."""
+        return median(self.seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of a turn over its median time."""
+        return self.tokens / self.latency
+
+    def speedup(self, other: "Timing") -> float:
+        """How many times faster `other` is, turn against turn."""
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return median(mine / theirs for mine, theirs in pairs)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Figures of one model.
+
+    Parameters
+    ----------
+    parameters
+        Numbers in its parameters, shared ones once.
+    bytes
+        Bytes of parameters and buffers, shared ones once.
+    peak_memory
+        Bytes of the model and of the largest prefill at its peak; None if unknown.
+    prefill
+        One forward pass over prompts, by batch size.
+    length
+        Tokens of each prompt.
+    decode
+        Generating from one token with a cache, batch 1.
+    """
+
+    parameters: int
+    bytes: int
+    peak_memory: int | None
+    prefill: dict[int, Timing]
+    length: int
+    decode: Timing
+
+
+@torch.no_grad()
+def measure_speed(
+    models: Sequence[Any],
+    *,
+    batches: Sequence[int] = BATCHES,
+    length: int = LENGTH,
+    new_tokens: int = NEW_TOKENS,
+    repeats: int = REPEATS,
+    seed: int = 0,
+) -> tuple[Speed, ...]:
+    """Measure causal language models side by side.
+
+    Parameters
+    ----------
+    models
+        Each on its device; run in evaluation mode, which is undone.
+    batches
+        Numbers of prompts of a prefill.
+    length
+        Tokens of a prompt; fewer where a model has fewer positions.
+    new_tokens
+        Tokens that are generated, greedily and whatever they are.
+    repeats
+        Turns of every model, after one that does not count.
+    seed
+        Of the random token ids, which are the same for all models.
+
+    Returns
+    -------
+    tuple of Speed
+        In the order of the models.
+    """
+    for name, value in (
+        ("batches", min(batches, default=0)),
+        ("length", length),
+        ("new_tokens", new_tokens),
+        ("repeats", repeats),
+    ):
+        if value < 1:
+            message = f"{name} must be at least 1, got {value}"
+            raise UsageError(message)
+    positions = [getattr(m.config, "max_position_embeddings", None) for m in models]
+    longest = min(p or math.inf for p in positions)
+    length = int(min(length, longest))
+    new_tokens = int(min(new_tokens, longest - 1))
+    generator = torch.Generator().manual_seed(seed)
+    rows = min(embedding_rows(model) for model in models)
+    ids = torch.randint(rows, (max(batches), length), generator=generator)
+    with ExitStack() as modes, quiet_transformers():
+        for model in models:
+            modes.enter_context(evaluation_mode(model))
+        prefill = {
+            batch: _turns(models, partial(_prefill, ids[:batch]), repeats)
+            for batch in batches
+        }
+        decode = _turns(models, partial(_decode, ids[:1, :1], new_tokens), repeats)
+        growth = [_growth(model, partial(_prefill, ids)) for model in models]
+    found = []
+    for index, model in enumerate(models):
+        size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        more = growth[index]
+        timings = {b: Timing(b * length, turns[index]) for b, turns in prefill.items()}
+        found.append(
+            Speed(
+                parameters=sum(p.numel() for p in model.parameters()),
+                bytes=size,
+                peak_memory=None if more is None else size + more,
+                prefill=timings,
+                length=length,
+                decode=Timing(new_tokens, decode[index]),
+            )
+        )
+    return tuple(found)
+
+
+def _prefill(ids: Tensor, model: Any) -> None:
+    model(input_ids=ids.to(_device(model)), use_cache=True)
+
+
+def _decode(ids: Tensor, new_tokens: int, model: Any) -> None:
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    ids = ids.to(_device(model))
+    made = model.generate(
+        ids, attention_mask=torch.ones_like(ids), generation_config=config
+    )
+    assert made.shape[1] == 1 + new_tokens
+
+
+def _turns(
+    models: Sequence[Any], work: Callable[[Any], None], repeats: int
+) -> list[tuple[float, ...]]:
+    """Seconds of every turn, per model; the first turn warms up."""
+    seconds: list[list[float]] = [[] for _ in models]
+    for turn in range(repeats + 1):
+        for model, times in zip(models, seconds, strict=True):
+            _wait(model)
+            start = time.perf_counter()
+            work(model)
+            _wait(model)
+            if turn:
+                times.append(time.perf_counter() - start)
+    return [tuple(times) for times in seconds]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _wait(model: nn.Module) -> None:
+    if _device(model).type == "cuda":
+        torch.cuda.synchronize(_device(model))
+
+
+def _growth(model: nn.Module, work: Callable[[Any], None]) -> int | None:
+    """Bytes that `work` needs at its peak beyond those that are there before."""
+    device = _device(model)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work(model)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        return None
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text(RESET_PEAK)
+        before = _resident("VmRSS")
+        work(model)
+        return max(_resident("VmHWM") - before, 0)
+    except (OSError, AttributeError, LookupError, ValueError):  # not Linux, or forbidden
+        return None
+
+
+def _resident(figure: str) -> int:
+    """Bytes of this process according to the kernel: now, or at their peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next((line for line in lines if line.startswith(figure)), "")
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,1 @@
+"""Parts of the column solvers: scores, supports, curves, the search and the refit."""

@@ -1,0 +1,130 @@
+r"""The error of a layer against the number of units removed, all points at once.
+
+The units leave one after the other, each on top of those before. For all prefixes of this
+order the answers are nested, and the whole curve takes O(in^3 + out in^2).
+
+Weights that stay: with E the dense weights of the removed columns,
+``f = <E G, E> + 2 <E, S> + drift`` grows by one row and column of ``(W^T W) * G``.
+
+Weights that are refitted: put the columns that leave last to the front, ``G = L L^T``
+damped in this order, ``M = L^-1`` and ``c = W_ls L``. A leading block of G has the leading
+block of L as its factor, so the best weights on the first m columns lose
+``c_m M_m`` (an outer product) with column m, and
+
+.. math:: f_m = f(W_\text{ls}) + \sum_{i \ge m} \|c_i\|^2
+          - \lambda \Big(\Big\|W - W_\text{ls} + \sum_{i \ge m} c_i M_i\Big\|^2
+          - \|W - W_\text{ls}\|^2\Big)
+
+is their undamped objective. Everything is a sum over the columns that left.
+
+References
+----------
+.. [1] G. H. Golub, C. F. Van Loan, "Matrix Computations", 4th edition, 2013, section 4.2
+   (leading blocks of a Cholesky factor).
+"""
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import InvalidProblemError
+from layerwise.evaluate import objective_rows
+from layerwise.patterns import Columns
+from layerwise.problem import LayerProblem
+from layerwise.solvers.column.scores import SEARCHES
+from layerwise.solvers.column.search import removal_path
+from layerwise.solvers.column.support import ColumnSupport
+from layerwise.solvers.columns import ColumnPruning
+
+
+def error_curve(problem: LayerProblem, solver: ColumnPruning) -> Tensor:
+    """Objective after the removal of 0, 1, ... units, in the order of the solver's score.
+
+    With heads, every point removes one more unit of every head. The searches follow the
+    greedy path: at a point, `greedy` solved alone gives this objective, and `swaps` at
+    most this damped objective.
+
+    Parameters
+    ----------
+    problem
+        A layer with the pattern :class:`Columns`, whose `keep` is not looked at.
+    solver
+        Score and restoration.
+
+    Returns
+    -------
+    Tensor
+        Shape (units + 1,), or (units per head + 1,); float64, undamped.
+    """
+    pattern = problem.pattern
+    if not isinstance(pattern, Columns):
+        message = f"an error curve needs the pattern Columns, got {pattern}"
+        raise InvalidProblemError(message)
+    scaled, exponent = problem.normalized()
+    units = pattern.units(problem.shape[1], problem.weight.device)
+    heads = pattern.heads(int(units.max()) + 1, units.device)
+    counts = torch.bincount(heads)
+    if bool((counts != counts[0]).any()):
+        message = f"an error curve needs heads of equal size, got {counts.tolist()[:8]}"
+        raise InvalidProblemError(message)
+    order = _order(scaled, solver, units, heads)
+    # the columns in the order of their units, and how many are gone after each round
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    columns = rank[units].argsort(stable=True)
+    sizes = torch.bincount(units)[order].view(-1, len(counts)).sum(dim=1)
+    ends = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    about = solver.restored(scaled)
+    if solver.restoration in ("none", "bias") or about.moments.mean_diagonal == 0:
+        errors = _without_refit(about, columns)
+    else:
+        errors = _with_refit(about, columns)
+    return errors[ends].clamp(min=0) * 2.0**exponent
+
+
+def _order(
+    problem: LayerProblem, solver: ColumnPruning, units: Tensor, heads: Tensor
+) -> Tensor:
+    """Units in the order in which they leave, one of every head per round."""
+    about = solver.restored(problem)
+    if solver.score in SEARCHES and about.moments.mean_diagonal > 0:
+        support = ColumnSupport(about, units)
+        return removal_path(support, heads, torch.bincount(heads), solver.step_of(units))
+    cheapest = solver.scores(problem, units).argsort(stable=True)
+    by_head = cheapest[heads[cheapest].argsort(stable=True)]
+    return by_head.view(int(heads.max()) + 1, -1).T.flatten()
+
+
+def _without_refit(problem: LayerProblem, order: Tensor) -> Tensor:
+    """Objective after each column, shape (in + 1,), weights unchanged."""
+    weight = problem.weight.double()[:, order]
+    pairs = (weight.T @ weight) * problem.gram[order][:, order]
+    growth = pairs.diagonal() + 2 * pairs.tril(-1).sum(dim=1)
+    if problem.shift is not None:
+        growth = growth + 2 * (weight * problem.shift[:, order]).sum(dim=0)
+    return _sums(problem.drift.sum(), growth)
+
+
+def _with_refit(problem: LayerProblem, order: Tensor) -> Tensor:
+    """Objective after each column, shape (in + 1,), the others refitted each time."""
+    factor = problem.factor(torch.float64)
+    problem = problem.with_damping(factor.damping)
+    dense = problem.weight.double()
+    free = dense if problem.shift is None else dense + factor.solve_rows(problem.shift)
+    last_first = order.flip(0)
+    gram = problem.damped_gram(torch.float64)[last_first][:, last_first]
+    lower = torch.linalg.cholesky(gram)
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+    steps = free[:, last_first] @ lower  # (out, in): c
+    inner = steps.T @ steps
+    pairs = inner * (inverse @ inverse.T)
+    distance = pairs.diagonal() + 2 * pairs.triu(1).sum(dim=1)
+    if problem.shift is not None:
+        start = (dense - free)[:, last_first] @ inverse.T
+        distance = distance + 2 * (steps * start).sum(dim=0)
+    growth = (inner.diagonal() - problem.ridge * distance).flip(0)
+    return _sums(objective_rows(problem, free).sum(), growth)
+
+
+def _sums(start: Tensor, growth: Tensor) -> Tensor:
+    return start + torch.nn.functional.pad(growth.cumsum(0), (1, 0))

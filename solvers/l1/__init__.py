@@ -1,0 +1,1 @@
+"""Parts of the l1 solvers: the quadratic, FISTA and splitting steps, their state."""

@@ -1,0 +1,1 @@
+"""Parts of Adapprox: directions, factored second moments, subspaces, memory."""

@@ -1,0 +1,1 @@
+"""Parts of the exact refit: row systems, factorizations, conjugate gradients, rounds."""

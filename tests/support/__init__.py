@@ -1,0 +1,1 @@
+"""What several test files share: problems, models, folders, runs, references."""
