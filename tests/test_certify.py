@@ -14,12 +14,11 @@ from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, FixedMask, Unstructured
 from layerwise.reports.progress import PlainProgress, layer_line
 from layerwise.reports.report import run_page
-from layerwise.run.channels.structure import Structure
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.pipeline.journal import read_layers
 from layerwise.run.pipeline.records import in_percent
 from layerwise.run.prune import prune_model
-from layerwise.run.settings import choose_certify
+from layerwise.run.settings import Settings
 from layerwise.solve import chain
 from layerwise.solvers.best import Best
 from layerwise.solvers.magnitude import Magnitude
@@ -129,13 +128,18 @@ def test_damping_that_was_raised_is_that_of_the_gap() -> None:
 def test_on_by_default_where_the_effort_is_thorough() -> None:
     half, thorough = Unstructured(0.5), Best(effort="thorough")
     mask = FixedMask(torch.ones(2, 2, dtype=torch.bool))
+
+    def certified(method: Any, pattern: Any, certify: bool | None = None) -> bool | None:
+        settings = Settings.of(method, pattern=pattern, certify=certify)
+        return settings.removal.method.certify
+
     for pattern in (half, NM(2, 4), mask):
-        assert choose_certify(None, thorough, pattern)
-        assert choose_certify(None, chain(Magnitude(), thorough), pattern)
-        assert not choose_certify(False, thorough, pattern)
-        assert not choose_certify(None, Best(), pattern)
-        assert choose_certify(True, SparseGPT(), pattern)
-    assert not choose_certify(None, thorough, Structure("columns", 0.2))
+        assert certified(thorough, pattern)
+        assert certified(chain(Magnitude(), thorough), pattern)
+        assert not certified(thorough, pattern, certify=False)
+        assert not certified(Best(), pattern)
+        assert certified(SparseGPT(), pattern, certify=True)
+    assert not Settings.of(thorough, 0.2, "columns").removal.method.certify
 
 
 def test_smaller_models_have_no_bound() -> None:

@@ -23,7 +23,7 @@ from layerwise.run.data.tokens import encode
 from layerwise.run.models.architecture import embedding_rows
 from layerwise.run.models.loading import load_tokenizer
 from layerwise.run.models.opening import load_model
-from layerwise.run.settings import choose_solver
+from layerwise.run.settings import Settings
 from layerwise.solvers import SOLVERS
 from layerwise.solvers.columns import ColumnPruning
 
@@ -227,7 +227,7 @@ def test_methods_are_all_solvers_and_possible() -> None:
         whole_columns = isinstance(SOLVERS[name](), ColumnPruning)
         assert (name in methods or f"wanda+{name}" in methods) is not whole_columns
     for method in methods:
-        choose_solver(method, Unstructured(0.5), 0.01, None, None)
+        Settings.of(method, 0.5)
 
 
 def test_models_of_the_command() -> None:

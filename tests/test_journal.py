@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from layerwise.errors import DataError, SolveError, UsageError
-from layerwise.run.pipeline import blocks as pipeline
 from layerwise.run.pipeline.journal import Journal, read_layers, read_masks
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.results import PrunedBlock
 from layerwise.run.pipeline.task import ERROR_CORRECTIONS
+from layerwise.run.pipeline.zeros import ZeroWeights
 from layerwise.run.prune import prune_model
 from layerwise.solve import solve
 from tests.support.folders import files_of, without_time
@@ -104,13 +104,13 @@ def test_finished_blocks_are_not_solved_again(
 ) -> None:
     interrupted(source, tmp_path / "out", error_correction=mode)
     solved: list[str] = []
-    original = pipeline.prune_block
+    original = ZeroWeights.prune_block
 
-    def counting(task: Any, inputs: Any, on_layer: Any) -> PrunedBlock:
+    def counting(self: ZeroWeights, task: Any, inputs: Any, *others: Any) -> PrunedBlock:
         solved.append(inputs.name)
-        return original(task, inputs, on_layer)
+        return original(self, task, inputs, *others)
 
-    monkeypatch.setattr(pipeline, "prune_block", counting)
+    monkeypatch.setattr(ZeroWeights, "prune_block", counting)
     prune(source, tmp_path / "out", error_correction=mode)
     assert solved == ["model.layers.1", "model.layers.2"]
 

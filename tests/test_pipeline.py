@@ -328,7 +328,7 @@ def test_stored_inputs_are_gone_when_their_stage_is_solved(
         return solve(problem, solver)
 
     monkeypatch.setattr(dense_side.DenseSide, "inputs_of", asked)
-    monkeypatch.setattr("layerwise.run.pipeline.blocks.solve", solving)
+    monkeypatch.setattr("layerwise.run.pipeline.matrix.solve", solving)
     prune_model(
         tiny_model("llama", layers=2),
         "wanda",

@@ -26,6 +26,7 @@ from layerwise.problem import LayerProblem
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.data.perplexity import perplexity
 from layerwise.run.models.loading import load_tokenizer
+from layerwise.run.models.opening import open_model
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.pipeline import walk
 from layerwise.run.pipeline.blocks import advance, advance_dense
@@ -33,7 +34,7 @@ from layerwise.run.pipeline.journal import read_layers, read_masks
 from layerwise.run.pipeline.task import ERROR_CORRECTIONS
 from layerwise.run.prune import prune_model
 from layerwise.run.report import PruneReport
-from layerwise.run.settings import with_published_start
+from layerwise.run.settings import Settings
 from layerwise.solve import solve
 from layerwise.solvers.fista import Fista
 from layerwise.solvers.least_squares import LeastSquares
@@ -238,10 +239,10 @@ def test_published_warm_start_is_of_the_named_method_alone() -> None:
         masks = in_memory(tiny_model("opt"), method, options=options).masks
         return next(iter(masks.values()))
 
-    half = Unstructured(0.5)
-    assert with_published_start(Fista(), tiny_model("opt"), half) == Fista()
-    own = Fista(name="my own", warm_start=None)
-    assert with_published_start(own, tiny_model("opt"), half) == own
+    for own in (Fista(), Fista(name="my own", warm_start=None)):
+        settings = Settings.of(own, 0.5)
+        opened = open_model(tiny_model("opt"), streamed=False)
+        assert settings.for_model(opened) == settings
     in_chain = first_mask("fista-paper+least-squares")
     assert torch.equal(in_chain, first_mask("fista-paper", warm_start="sparsegpt"))
     assert not torch.equal(in_chain, first_mask("fista-paper", warm_start="wanda"))

@@ -288,9 +288,9 @@ def test_a_rank_takes_the_gpu_of_its_number(
 
 def test_a_process_alone_shares_nothing() -> None:
     total = torch.ones(2)
-    ALONE.meet()
-    ALONE.add([total])
-    ALONE.copy([total], 0)
-    assert ALONE.tell("key", "text") == "text"
+    ALONE.barrier()
+    ALONE.all_reduce([total])
+    ALONE.broadcast([total], 0)
+    assert ALONE.broadcast_text("key", "text") == "text"
     assert torch.equal(total, torch.ones(2))
     assert (ALONE.first, ALONE.are_several) == (True, False)

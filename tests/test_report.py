@@ -24,7 +24,8 @@ from layerwise.reports.plots import COLOURS, MAX_TICKS, kinds_figure, methods_fi
 from layerwise.reports.report import comparison_page, run_page, write_report
 from layerwise.run.outputs.output import MANIFEST, Manifest
 from layerwise.run.outputs.recipe import Recipe
-from layerwise.run.pipeline.journal import FOLDER, LAYERS
+from layerwise.run.pipeline.destination import FOLDER
+from layerwise.run.pipeline.journal import LAYERS
 from layerwise.run.pipeline.records import LayerRecord
 
 VOID = {"meta", "wbr", "br", "link", "img", "input", "hr"}

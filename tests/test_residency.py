@@ -14,9 +14,11 @@ from layerwise.errors import DataError
 from layerwise.run import capacity, prune
 from layerwise.run.activations.hidden_store import HiddenStore, choose_store
 from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.models.opening import load_model
-from layerwise.run.models.residency import Streamed, open_resident
+from layerwise.run.models.opening import load_model, open_model
+from layerwise.run.models.residency import Streamed
+from layerwise.run.pipeline.parallel import Workers
 from layerwise.run.pipeline.task import ERROR_CORRECTIONS
+from layerwise.run.pipeline.zeros import ZeroWeights
 from layerwise.run.prune import prune_model
 from tests.support.folders import files_of
 from tests.support.models import (
@@ -41,7 +43,7 @@ def pruned(source: Path, out: Path, **options: Any) -> Any:
 @contextmanager
 def in_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(prune, "can_stream", lambda *_: False)
+        patch.setattr(ZeroWeights, "needs_whole_model", True)
         yield
 
 
@@ -111,7 +113,7 @@ def test_one_block_is_there_at_a_time(
     present: list[set[str]] = []
 
     def remember(*args: Any, **kwargs: Any) -> Any:
-        opened.append(open_resident(*args, **kwargs))
+        opened.append(open_model(*args, **kwargs))
         return opened[-1]
 
     class Watch:
@@ -126,7 +128,7 @@ def test_one_block_is_there_at_a_time(
         def on_finish(self, report: Any) -> None:
             assert all(p.is_meta for p in opened[0].model.parameters())
 
-    monkeypatch.setattr(prune, "open_resident", remember)
+    monkeypatch.setattr(prune, "open_model", remember)
     pruned(source, tmp_path / "out", callbacks=[Watch()])
     assert present == [{f"model.layers.{index}"} for index in range(4) for _ in range(7)]
 
@@ -143,7 +145,7 @@ def test_native_folders_can_be_pruned_again(tmp_path: Path) -> None:
         "sparsity": 0.3,
         "pattern": "heads",
         "format": "native",
-        "unit": 1,
+        "multiple": 1,
     }
     pruned(source, tmp_path / "native", **smaller)
     notes: list[str] = []
@@ -182,7 +184,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_any_work(
 ) -> None:
     source = save_checkpoint(tmp_path / "m", tiny_model("llama"), tokenizer=False)
     monkeypatch.setattr(capacity, "free_disk", lambda path: 1000)
-    monkeypatch.setattr(prune, "walk", None)
+    monkeypatch.setattr(Workers, "prune", None)
     with pytest.raises(DataError, match=r"needs \d+ bytes but its disk has 1000"):
         pruned(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]

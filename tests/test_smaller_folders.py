@@ -84,7 +84,7 @@ def test_folder_tells_what_was_done(sources: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = by_path(sources / "llama", out, method="columns", format="native")
     recipe = Recipe.read(out / "recipe.yaml")
-    assert (recipe.pattern, recipe.format, recipe.unit) == ("columns", "native", 1)
+    assert (recipe.pattern, recipe.format, recipe.multiple) == ("columns", "native", 1)
     assert recipe.allocation == "optimal"
     assert [r.name for r in read_layers(out)] == [r.name for r in report.records]
     kept = json.loads((out / "layerwise" / "channels.json").read_text())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from layerwise.adapters import get_adapter
 from layerwise.errors import InvalidProblemError, UnsupportedModelError, UsageError
-from layerwise.run import prune as prune_module
+from layerwise.run.channels import removal
 from layerwise.run.models.rewrite import parameters_of
 from layerwise.run.pipeline.task import ERROR_CORRECTIONS
 from tests.support.models import tiny_model
@@ -22,7 +22,7 @@ def test_smaller_model_computes_what_the_masked_one_does(
     family: str, run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shrunk: Any = smaller(tiny_model(family), **RUNS[run])
-    monkeypatch.setattr(prune_module, "make_smaller", lambda *_: None)
+    monkeypatch.setattr(removal, "make_smaller", lambda *_: None)
     masked: Any = smaller(tiny_model(family), **RUNS[run])
     assert shrunk.model.num_parameters() < masked.model.num_parameters()
     largest = float(logits(masked.model).abs().max())

@@ -21,9 +21,11 @@ from layerwise.grams.layer_jobs import LayerJob, forget_files, solve_layer
 from layerwise.grams.solve_grams import solve_grams
 from layerwise.patterns import Unstructured
 from layerwise.run.outputs.verify import verify
-from layerwise.run.pipeline import blocks as pipeline
+from layerwise.run.pipeline import matrix
 from layerwise.run.pipeline.journal import read_layers, read_masks
+from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.records import LayerRecord
+from layerwise.run.pipeline.zeros import ZeroWeights
 from layerwise.run.prune import prune_model
 from layerwise.solvers import get_solver
 from tests.support.models import save_checkpoint, shard_hashes, tiny_model
@@ -196,9 +198,7 @@ def test_a_job_is_pure(grams: Path, tmp_path: Path) -> None:
     job = LayerJob(
         file=grams / FIRST,
         name="model.layers.0.self_attn.k_proj",
-        solver=get_solver("sparsegpt"),
-        pattern=Unstructured(0.5),
-        damping=0.01,
+        zeros=ZeroWeights(Method(get_solver("sparsegpt")), Unstructured(0.5)),
         folder=tmp_path,
         index=7,
     )
@@ -220,14 +220,14 @@ def test_methods_and_patterns_do_not_share_what_they_computed(
     """Layers of one stage do, so a sweep takes the time of its prunes."""
     found: list[tuple[str, int]] = []
 
-    def spy(task: Any, name: str, pose: Callable[[], Any]) -> Any:
+    def spy(method: Any, name: str, pose: Callable[[], Any]) -> Any:
         problem = pose()
-        found.append((str(task.pattern), id(problem.moments)))
+        found.append((str(problem.pattern), id(problem.moments)))
         kept.append(problem.moments)
-        return original(task, name, lambda: problem)
+        return original(method, name, lambda: problem)
 
     kept: list[Any] = []  # so that no address is used twice
-    original = pipeline.solve_matrix
+    original = matrix.solve_matrix
     monkeypatch.setattr(layer_jobs, "solve_matrix", spy)
     solve_grams(grams, "wanda", [0.5, 0.25])
     assert len(set(found)) == 2 * 8

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerwise.run.channels import structured
+from layerwise.run.channels import removal
 from layerwise.run.channels.survey import PROBE_SHARE, Finding
 from layerwise.run.channels.survey import survey as original
 from layerwise.run.data.perplexity import mean_loss
@@ -23,10 +23,10 @@ class Found(Exception):
 def findings(model: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
     """Sites and findings of a run that ends behind its survey."""
 
-    def spy(model: Any, task: Any, *args: Any, **kwargs: Any) -> None:
-        raise Found(task.sites, original(model, task, *args, **kwargs))
+    def spy(run: Any, method: Any, sites: Any, **kwargs: Any) -> None:
+        raise Found(sites, original(run, method, sites, **kwargs))
 
-    monkeypatch.setattr(structured, "survey", spy)
+    monkeypatch.setattr(removal, "survey", spy)
     with pytest.raises(Found) as caught:
         smaller(model, format="native", pattern="columns", **options)
     return caught.value.args

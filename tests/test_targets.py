@@ -11,7 +11,7 @@ from layerwise.adapters import Stage, get_adapter
 from layerwise.errors import InvalidProblemError, UnsupportedModelError, UsageError
 from layerwise.patterns import NM, Unstructured
 from layerwise.run.models.architecture import adapter_of
-from layerwise.run.pipeline.targets import Selection
+from layerwise.run.pipeline.targets import Selection, note_on
 from tests.support.models import INNER, WIDTH, blocks_of, tiny_model
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -135,7 +135,8 @@ def test_share_of_the_parameters() -> None:
     model = tiny_model("llama")
     chosen = selection(["re:.*up_proj"], [])
     total = sum(p.numel() for block in blocks_of(model) for p in block.parameters())
-    assert chosen.share(model) == 2 * INNER * WIDTH / total
+    share = 2 * INNER * WIDTH / total
+    assert f"hold {share:.1%} of" in note_on(model, get_adapter("llama"), chosen)
 
 
 def share_between_blocks(model: Any) -> None:

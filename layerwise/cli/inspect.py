@@ -59,9 +59,9 @@ def _perplexity(
     from layerwise.run.data.perplexity import perplexity
     from layerwise.run.data.tokens import encode
     from layerwise.run.models.architecture import embedding_rows
-    from layerwise.run.settings import choose_sequence_length
+    from layerwise.run.settings import CalibrationData
 
-    length = choose_sequence_length(network, sequence_length)
+    length = CalibrationData(None, sequence_length=sequence_length).length_for(network)
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer is None:
         message = f"{model} has no tokenizer, which a text needs"

@@ -1,7 +1,7 @@
 """``layerwise plan``: what a prune would do and take, before it touches a weight."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -61,14 +61,13 @@ def plan(
         raise UsageError(message)
     from layerwise.planning.plan import plan_run
     from layerwise.reports.plan_text import print_plan
-    from layerwise.run.channels.structure import leaving
 
     set_threads(threads, workers)
-    what: dict[str, Any] = leaving(method, sparsity, group=_group(group, sparsity))
     found = plan_run(
         model,
         method,
-        **what,
+        sparsity,
+        group=group,
         n_sequences=n_sequences,
         sequence_length=sequence_length,
         error_correction=error_correction,
@@ -86,17 +85,3 @@ def plan(
     if json_ is not None:
         found.write(json_)
     found.check()
-
-
-def _group(group: str, sparsity: str) -> Any:
-    """How zeros are counted; n:m leaves no choice."""
-    if group not in ("row", "layer"):
-        message = f"--group is row or layer, got {group!r}"
-        raise UsageError(message)
-    if group == "layer" and ":" in sparsity:
-        message = (
-            f"--group layer leaves open where the zeros are, {sparsity} says it; drop "
-            f"one of them"
-        )
-        raise UsageError(message)
-    return group

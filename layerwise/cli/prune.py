@@ -135,40 +135,14 @@ def _prune(recipe: Any, output: Path | None, machine: dict[str, Any]) -> None:
         if value is None:
             message = f"missing {name}; see `layerwise prune --help`"
             raise UsageError(message)
-    if recipe.group == "layer" and ":" in str(recipe.sparsity):
-        message = (
-            f"--group layer leaves open where the zeros are, {recipe.sparsity} says it; "
-            f"drop one of them"
-        )
-        raise UsageError(message)
     from layerwise.reports.progress import PlainProgress, RichProgress
-    from layerwise.run.channels.structure import leaving
     from layerwise.run.prune import prune_model
     from layerwise.run.workers.ranks import Place
 
     with progress_on(PlainProgress, RichProgress) as progress:
         report = prune_model(
             recipe.model,
-            recipe.method,
-            **leaving(
-                recipe.method,
-                recipe.sparsity,
-                group=recipe.group,
-                pattern=recipe.pattern,
-                allocation=recipe.allocation,
-                format=recipe.format,
-                unit=recipe.unit,
-            ),
-            calibration=recipe.calibration,
-            n_sequences=recipe.n_sequences,
-            sequence_length=recipe.sequence_length,
-            error_correction=recipe.error_correction,
-            targets=recipe.targets,
-            ignore=recipe.ignore,
-            seed=recipe.seed,
-            damping=recipe.damping,
-            certify=recipe.certify,
-            options=recipe.options,
+            **recipe.arguments(),
             output_dir=output,
             **machine,
             callbacks=(progress,),

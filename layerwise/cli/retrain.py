@@ -60,8 +60,8 @@ def retrain(
     force: Force = False,
 ) -> None:
     """Retrain a few parameters of a pruned model; every zero stays."""
-    from layerwise.recovery.progress import PlainProgress, RichProgress
     from layerwise.recovery.retrain import retrain_model
+    from layerwise.reports.retrain_progress import PlainProgress, RichProgress
 
     set_threads(threads)
     with progress_on(PlainProgress, RichProgress) as progress:

@@ -7,70 +7,83 @@ any order and as often as one likes (:mod:`layerwise.grams.solve_grams`).
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
+from layerwise.adapters.base import Stage
 from layerwise.errors import UnsupportedModelError
 from layerwise.grams.gram_folder import GramManifest, StageFile, StoredMatrix, file_sha256
 from layerwise.grams.layer_files import write_file
-from layerwise.patterns import Unstructured
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.activations.hidden_store import hidden_store
 from layerwise.run.activations.streams import evaluation_mode
 from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names
-from layerwise.run.data.calibration import token_windows
-from layerwise.run.models.architecture import adapter_in, embedding_rows
-from layerwise.run.models.loading import load_tokenizer
-from layerwise.run.models.residency import open_resident
+from layerwise.run.models.opening import open_model
 from layerwise.run.outputs.output import fingerprint, versions
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.pipeline.blocks import collect_at_once
-from layerwise.run.pipeline.journal import FOLDER, Journal, check_output
+from layerwise.run.pipeline.destination import FOLDER, Destination, partial_path
 from layerwise.run.pipeline.matrix import naming
-from layerwise.run.pipeline.records import LayerRecord
+from layerwise.run.pipeline.removal import Run
 from layerwise.run.pipeline.results import OnLayer, PrunedBlock
+from layerwise.run.pipeline.sharing import open_store
 from layerwise.run.pipeline.targets import Selection
 from layerwise.run.pipeline.task import Task
 from layerwise.run.pipeline.walk import walk
-from layerwise.run.settings import as_entries, choose_device, choose_sequence_length
+from layerwise.run.settings import (
+    CalibrationData,
+    as_entries,
+    choose_device,
+)
 from layerwise.run.stopwatch import timed
 
 OnStage = Callable[[str, int], None]  # told the first layer and the number of inputs
 
 
-@dataclass(frozen=True)
-class AllStatistics:
-    """Stands in for the solvers to come: asks for all that one forward pass can tell."""
-
-    name: ClassVar[str] = "calibrate"
-    requires: ClassVar[frozenset[str]] = frozenset({"gram", "mean", "fluctuation"})
+# all that one forward pass can tell: for any solver to come
+STATISTICS = frozenset({"gram", "mean", "fluctuation"})
 
 
 @dataclass(frozen=True)
-class GramTask(Task):
-    """A task that writes the moments of a block to files and leaves the block as it is."""
+class CollectGrams:
+    """Write the moments of a block to files, and leave the block as it is.
 
-    folder: Path = Path()
-    blocks: Sequence[str] = ()  # names of all blocks, in order
-    on_stage: OnStage = field(default=lambda name, width: None, compare=False)
+    Parameters
+    ----------
+    folder
+        Where the files go.
+    blocks
+        Full names of all blocks, in order.
+    on_stage
+        Called after every file.
+    """
 
-    def prune(
+    folder: Path
+    blocks: Sequence[str]
+    on_stage: OnStage = lambda name, width: None
+
+    def stages_of(self, inputs: BlockInputs) -> tuple[Stage, ...]:
+        """Stages whose dense inputs will be read."""
+        return inputs.stages
+
+    def prune_block(
         self,
+        task: Task,
         inputs: BlockInputs,
         on_layer: OnLayer = lambda record: None,
-        side: DenseSide | None = None,
+        dense: DenseSide | None = None,
     ) -> PrunedBlock:
         """Write one file per stage; nothing is pruned."""
-        accumulators = collect_at_once(self, inputs)
+        accumulators = collect_at_once(task, inputs)
         index = self.blocks.index(inputs.name)
         for number, stage in enumerate(inputs.stages):
             weights = {
-                f"{inputs.name}.{name}": self.adapter.weight(inputs.block, name)
+                f"{inputs.name}.{name}": task.adapter.weight(inputs.block, name)
                 for name in stage.linears
             }
             with naming(next(iter(weights))):
@@ -79,21 +92,6 @@ class GramTask(Task):
                 write_file(self.folder / stage_file(index, number), moments, weights)
             self.on_stage(next(iter(weights)), moments.width)
         return PrunedBlock()
-
-
-class GramJournal(Journal):
-    """A journal whose blocks are marks: what they stand for is in the files of the folder.
-
-    Nothing of the journal stays in a finished gram folder.
-    """
-
-    def write_layers(self, records: list[LayerRecord]) -> None:
-        """Nothing is solved yet, so there are no figures."""
-
-    def finish(self) -> None:
-        """Rename the partial folder and drop what only a resumed run would need."""
-        super().finish()
-        shutil.rmtree(self.output / FOLDER)
 
 
 def stage_file(block: int, stage: int) -> str:
@@ -155,77 +153,62 @@ def collect_grams(
     one block are in memory at a time.
     """
     output = Path(output_dir)
-    check_output(output, force=force)
+    destination = Destination(output, resume, force)
+    destination.check()
+    data = CalibrationData(calibration, n_sequences, sequence_length, seed)
     with timed("load"):
         source = Checkpoint.open(model)
-        residency = open_resident(source, streamed=True)
-        network = residency.model
-        adapter = adapter_in(residency)
+        opened = open_model(source, streamed=True)
     selection = Selection(
-        network, adapter, as_entries(targets), as_entries(ignore), Unstructured(0.0)
+        opened.model, opened.adapter, as_entries(targets), as_entries(ignore)
     )
-    stages = _stages(network, selection, checkpoint_names(network, source))
-    tokens = token_windows(
-        calibration,
-        tokenizer or load_tokenizer(source),
-        n_sequences=n_sequences,
-        sequence_length=choose_sequence_length(network, sequence_length),
-        seed=seed,
-        vocab_size=embedding_rows(network),
-    )
-    named = isinstance(calibration, str | Path)
+    tokens = data.windows(opened, tokenizer)
+    task = Task(opened.adapter, "none", choose_device(device), STATISTICS)
+    run = Run(opened, selection, task, tokens, tokens, output)
     recipe = Recipe(
+        **data.recipe_fields(tokens),
         model=str(source.path),
-        calibration=str(calibration) if named else tokens.source,
-        n_sequences=tokens.tokens.shape[0],
-        sequence_length=tokens.tokens.shape[1],
         error_correction="none",
         targets=list(selection.targets),
         ignore=list(selection.ignore),
-        seed=seed,
     )
-    chosen = choose_device(device)
+    stages = _stages(opened.model, selection, checkpoint_names(opened.model, source))
     with timed("hash"):
-        identity = fingerprint(recipe, tokens, source, network, chosen)
-    journal = GramJournal(
-        output, identity | {"method": "calibrate"}, force=force, resume=resume
-    )
-    names = list(selection.blocks)
-    task = GramTask(
-        adapter,
-        AllStatistics(),
-        Unstructured(0.0),
-        0.0,
-        "none",
-        chosen,
-        folder=journal.folder,
-        blocks=names,
-        on_stage=on_stage,
-    )
+        identity = fingerprint(recipe, run) | {"method": "calibrate"}
     on_start(len(stages))
-    try:
-        with evaluation_mode(network):
-            store = hidden_store("auto", journal.blocks, network, tokens, task)
-            walk(residency, selection, task, tokens, journal, lambda record: None, store)
-    except BaseException:
-        journal.discard_if_empty()
-        raise
-    manifest = GramManifest(
+    with open_store(destination, identity) as store:
+        step = CollectGrams(partial_path(output), list(selection.blocks), on_stage)
+        with evaluation_mode(opened.model):
+            sizes = tokens.tokens.numel(), task.error_correction
+            hidden = hidden_store("auto", store.blocks, opened.model, *sizes)
+            walk(run, step, store, hidden, lambda record: None)
+        manifest = _manifest(run, recipe, identity, stages, partial_path(output))
+        store.publish(lambda journal: manifest.write(journal.folder))
+    shutil.rmtree(output / FOLDER)  # only a resumed run needs it
+    return manifest
+
+
+def _manifest(
+    run: Run[Selection],
+    recipe: Recipe,
+    identity: Mapping[str, Any],
+    stages: Mapping[str, Mapping[str, StoredMatrix]],
+    folder: Path,
+) -> GramManifest:
+    """What the folder will hold."""
+    return GramManifest(
         format=1,
         recipe=recipe,
-        model_type=str(network.config.model_type),
+        model_type=str(run.opened.model.config.model_type),
         source=identity["weights"],
-        calibration=tokens.source,
-        calibration_sha256=tokens.sha256,
+        calibration=run.tokens.source,
+        calibration_sha256=run.tokens.sha256,
         versions=versions(),
         files={
-            name: StageFile(sha256=file_sha256(journal.folder / name), layers=layers)
+            name: StageFile(sha256=file_sha256(folder / name), layers=dict(layers))
             for name, layers in stages.items()
         },
     )
-    manifest.write(journal.folder)
-    journal.finish()
-    return manifest
 
 
 def _stages(

@@ -13,19 +13,14 @@ from typing import Any
 
 import torch
 
-from layerwise.adapters import Adapter
 from layerwise.grams.layer_files import StoredLayer, read_file
-from layerwise.lower_bounds import MEMORY_BUDGET
 from layerwise.moments import Moments
-from layerwise.patterns import Pattern
-from layerwise.run.pipeline.journal import write_block
+from layerwise.run.pipeline.block_files import write_block
 from layerwise.run.pipeline.matrix import solve_matrix
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.results import PrunedBlock
-from layerwise.run.pipeline.task import Task
+from layerwise.run.pipeline.zeros import ZeroWeights
 from layerwise.run.workers.messages import Place
-
-NO_MODEL = Adapter("stored layers", "", ())
 
 
 @dataclass(frozen=True)
@@ -36,10 +31,8 @@ class LayerJob:
     ----------
     file, name
         The layer, in a file of :mod:`layerwise.grams.layer_files`.
-    solver, pattern, damping
-        The problem and the method; a configured solver.
-    certify, memory_budget
-        Whether to prove a gap, within so many bytes.
+    zeros
+        The pattern and the method.
     device
         Where to compute.
     folder, index
@@ -49,11 +42,7 @@ class LayerJob:
 
     file: Path
     name: str
-    solver: Any
-    pattern: Pattern
-    damping: float
-    certify: bool = False
-    memory_budget: int = MEMORY_BUDGET
+    zeros: ZeroWeights
     device: str = "cpu"
     folder: Path | None = None
     index: int = 0
@@ -61,7 +50,7 @@ class LayerJob:
     @property
     def variant(self) -> tuple[Any, ...]:
         """What the layers of a file have in common that share their factorizations."""
-        return self.solver, self.pattern
+        return self.zeros.method.solver, self.zeros.pattern
 
 
 def solve_layer(job: LayerJob) -> LayerRecord:
@@ -75,18 +64,9 @@ def solve_layer(job: LayerJob) -> LayerRecord:
         The layer failed numerically.
     """
     device = torch.device(job.device)
-    task = Task(
-        NO_MODEL,
-        job.solver,
-        job.pattern,
-        job.damping,
-        "none",
-        device,
-        certify=job.certify,
-        memory_budget=job.memory_budget,
-    )
+    method, pattern = job.zeros.method, job.zeros.pattern
     layer = _layers(job.file, device).of(job.variant)[job.name]
-    solved = solve_matrix(task, job.name, partial(layer.problem, job.pattern, job.damping))
+    solved = solve_matrix(method, job.name, partial(layer.problem, pattern, method.damping))
     if job.folder is not None:
         block = PrunedBlock(
             {job.name: solved.weight.cpu()}, {job.name: solved.mask.cpu()}, [solved.record]

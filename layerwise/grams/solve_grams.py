@@ -7,7 +7,6 @@ not depend on each other, so every layer, method and pattern is a job of its own
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,13 @@ from layerwise.grams.layer_files import missing_statistic, read_file
 from layerwise.grams.layer_jobs import LayerJob, forget_files, open_layers, solve_layer
 from layerwise.grams.solved_folder import SolvedFolder, recipe_of
 from layerwise.grams.sweep import Sweep
-from layerwise.patterns import Pattern, Unstructured
-from layerwise.run.pipeline.journal import check_output
+from layerwise.run.pipeline.destination import check_output
 from layerwise.run.pipeline.records import LayerRecord
+from layerwise.run.pipeline.removal import Amount
+from layerwise.run.pipeline.zeros import ZeroWeights
 from layerwise.run.settings import (
-    budget_of_bounds,
-    choose_certify,
     choose_device,
-    choose_pattern,
-    choose_solver,
-    with_start_of_family,
+    method_of,
 )
 from layerwise.run.workers.executor import Job
 from layerwise.run.workers.processes import local_workers
@@ -120,21 +116,13 @@ def solve_grams(
     _check_target(output, model, len(names) * len(asked), force)
     chosen = choose_device(device)
     each = _threads(workers, threads)
-    patterns = [_pattern(sparsity, group) for sparsity in asked]
     manifest = read_manifest(folder)
-    studies = _studies(
-        names,
-        patterns,
-        options or {},
-        manifest.model_type,
-        damping,
-        certify,
-        memory_budget,
-    )
+    studies = _studies(names, asked, group, options or {}, damping, certify, memory_budget)
+    studies = [study.for_model(manifest.model_type) for study in studies]
     _check_layers(folder, manifest, studies)
     solved = None
     if output is not None:
-        recipe = recipe_of(manifest, studies[0].solver, patterns[0], damping, certify)
+        recipe = recipe_of(manifest, studies[0], certify)
         solved = SolvedFolder(
             output,
             folder,
@@ -149,11 +137,7 @@ def solve_grams(
         LayerJob(
             file=folder / file,
             name=name,
-            solver=study.solver,
-            pattern=study.pattern,
-            damping=damping,
-            certify=study.certify,
-            memory_budget=budget_of_bounds(memory_budget),
+            zeros=study,
             device=str(chosen),
             folder=None if solved is None else solved.journal.blocks,
             index=0 if solved is None else solved.index(name),
@@ -194,7 +178,9 @@ def solve_grams(
         forget_files()
     if solved is not None:
         solved.finish()
-    order = [(*study.label, name) for study in studies for _, name, _ in manifest.layers()]
+    order = [
+        (*_label(study), name) for study in studies for _, name, _ in manifest.layers()
+    ]
     return Sweep(
         folder,
         damping,
@@ -206,28 +192,20 @@ def solve_grams(
     )
 
 
-@dataclass(frozen=True)
-class _Study:
-    """One method at one pattern."""
-
-    solver: Any
-    pattern: Pattern
-    certify: bool
-
-    @property
-    def label(self) -> tuple[str, str]:
-        return solver_name(self.solver), str(self.pattern)
+def _label(study: ZeroWeights) -> tuple[str, str]:
+    """Method and pattern, as records name them."""
+    return study.method.name, str(study.pattern)
 
 
 def _studies(
     methods: Sequence[Any],
-    patterns: Sequence[Pattern],
+    sparsities: Sequence[float | str],
+    group: str,
     options: Mapping[str, OptionValue],
-    model_type: str,
     damping: float,
     certify: bool | None,
     memory_budget: int | None,
-) -> list[_Study]:
+) -> list[ZeroWeights]:
     """Configured methods at all patterns; what no layer could be solved by is refused."""
     for name in options:
         if len(methods) > 1 and not any(takes_option(method, name) for method in methods):
@@ -241,12 +219,10 @@ def _studies(
             for name, value in options.items()
             if len(methods) == 1 or takes_option(method, name)
         }
-        for pattern in patterns:
-            solver = choose_solver(method, pattern, damping, own, memory_budget)
-            solver = with_start_of_family(solver, model_type, pattern)
-            certified = choose_certify(certify, solver, pattern)
-            found.append(_Study(solver, pattern, certified))
-    labels = [study.label for study in found]
+        for sparsity in sparsities:
+            configured = method_of(method, damping, certify, own, memory_budget)
+            found.append(ZeroWeights.asked(configured, Amount(sparsity, group=group)))
+    labels = [_label(study) for study in found]
     if twice := [label for label in labels if labels.count(label) > 1]:
         message = f"{twice[0][0]} at {twice[0][1]} is asked for twice"
         raise UsageError(message)
@@ -256,21 +232,9 @@ def _studies(
     return found
 
 
-def _pattern(sparsity: float | str, group: str) -> Pattern:
-    """Pattern of a sparsity; a group of its own only for fractions."""
-    pattern = choose_pattern(sparsity, None)
-    if group == "row":
-        return pattern
-    if not isinstance(pattern, Unstructured):
-        message = (
-            f"group {group!r} leaves open where the zeros are, {pattern} says it; drop one "
-            f"of them"
-        )
-        raise UsageError(message)
-    return replace(pattern, group=group)  # type: ignore[arg-type]  # checked there
-
-
-def _check_layers(folder: Path, manifest: GramManifest, studies: Sequence[_Study]) -> None:
+def _check_layers(
+    folder: Path, manifest: GramManifest, studies: Sequence[ZeroWeights]
+) -> None:
     """Refuse methods and patterns that do not fit the layers, before the first one."""
     for study in studies:
         for _, name, layer in manifest.layers():
@@ -281,7 +245,7 @@ def _check_layers(folder: Path, manifest: GramManifest, studies: Sequence[_Study
                 raise InvalidProblemError(message) from None
     first = next(read_file(folder / next(iter(manifest.files))))
     for study in studies:
-        if missing := missing_statistic(study.solver, first.moments):
+        if missing := missing_statistic(study.method.solver, first.moments):
             message = (
                 f"{missing}, which a gram folder does not have: use layerwise prune "
                 f"--error-correction none"

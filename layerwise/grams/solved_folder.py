@@ -14,10 +14,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from layerwise.configure import options_of
 from layerwise.errors import DataError
 from layerwise.grams.gram_folder import MANIFEST, GramManifest, StoredMatrix, file_sha256
-from layerwise.patterns import NM, Pattern
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.hashes import tensor_hashes
 from layerwise.run.checkpoints.lazy import LazyTensors
@@ -25,30 +23,15 @@ from layerwise.run.checkpoints.storage import Checkpoint, write_checkpoint
 from layerwise.run.data.calibration import Calibration
 from layerwise.run.outputs.output import Outcome, versions, write_rest
 from layerwise.run.outputs.recipe import Recipe
-from layerwise.run.pipeline.journal import MASK, WEIGHT, Journal
+from layerwise.run.pipeline.block_files import MASK, WEIGHT
+from layerwise.run.pipeline.journal import Journal
 from layerwise.run.pipeline.records import LayerRecord
-from layerwise.solve import solver_name
+from layerwise.run.pipeline.zeros import ZeroWeights
 
 
-def recipe_of(
-    manifest: GramManifest,
-    solver: object,
-    pattern: Pattern,
-    damping: float,
-    certify: bool | None,
-) -> Recipe:
-    """Arguments of the prune that gives the same weights."""
-    sparsity = (
-        str(pattern) if isinstance(pattern, NM) else getattr(pattern, "sparsity", None)
-    )
-    asked = {
-        "method": solver_name(solver),
-        "sparsity": sparsity,
-        "group": getattr(pattern, "group", "row"),
-        "damping": damping,
-        "certify": certify,
-        "options": options_of(solver),
-    }
+def recipe_of(manifest: GramManifest, zeros: ZeroWeights, certify: bool | None) -> Recipe:
+    """Recipe of the prune that gives the same weights."""
+    asked = {**zeros.recipe_fields(), "certify": certify}
     return manifest.recipe.model_copy(update=asked)
 
 

@@ -6,14 +6,13 @@ from the arguments.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from layerwise.adapters import Adapter
 from layerwise.errors import (
     InvalidProblemError,
     LayerwiseError,
@@ -36,28 +35,21 @@ from layerwise.planning.memory_model import (
 from layerwise.planning.model_shape import model_shape
 from layerwise.planning.solver_costs import workspace_of
 from layerwise.run.activations.dense_side import room
-from layerwise.run.activations.hidden_store import LARGEST_SHARE, check_activations
+from layerwise.run.activations.hidden_store import LARGEST_SHARE
 from layerwise.run.capacity import Capacity, capacity_of, own_memory
-from layerwise.run.channels.structure import StructureOptions, choose_structure
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.models.headers import Headers
-from layerwise.run.models.residency import can_stream
-from layerwise.run.pipeline.gradients import required_gradient
-from layerwise.run.pipeline.parallel import Workers
-from layerwise.run.pipeline.targets import Selection
+from layerwise.run.models.opening import OpenedModel
+from layerwise.run.models.residency import InMemory
+from layerwise.run.pipeline.destination import Destination
+from layerwise.run.pipeline.method import Method
+from layerwise.run.pipeline.removal import Removal
 from layerwise.run.settings import (
-    as_entries,
-    check_error_correction,
-    choose_certify,
+    Settings,
     choose_device,
-    choose_pattern,
-    choose_sequence_length,
-    choose_solver,
-    with_published_start,
 )
 from layerwise.run.workers.schedule import Rules
-from layerwise.solve import resolve, solver_name
 
 
 @dataclass(frozen=True)
@@ -211,43 +203,24 @@ def plan_run(
     sparsity: float | str | None = None,
     pattern: Pattern | str | None = None,
     *,
-    n_sequences: int = 128,
-    sequence_length: int | None = None,
-    error_correction: str = "block",
-    targets: str | Sequence[str] = "Linear",
-    ignore: str | Sequence[str] = ("lm_head",),
-    damping: float = 0.01,
-    certify: bool | None = None,
-    options: Mapping[str, Any] | None = None,
-    activations: str = "auto",
-    workers: int = 1,
-    device: str | torch.device = "auto",
-    memory_budget: int | None = None,
     output_dir: str | Path | None = None,
+    resume: bool = True,
+    force: bool = False,
+    **arguments: Any,
 ) -> Plan:
-    """Say what :func:`layerwise.prune_model` would do with these arguments.
+    """Say what :func:`layerwise.prune_model` would do with the same arguments.
 
-    No weight is read. The plan names every matrix with its fate and the reason, exact
+    No weight is read. The plan names every matrix, whether it is pruned and why not, exact
     counts of zeros, the peaks of the memory, the space on the disk, and the time.
 
     Parameters
     ----------
     model
         A checkpoint folder or hub name.
-    method, sparsity, pattern, error_correction, targets, ignore, damping, certify, options
-        As for :func:`layerwise.prune_model`.
-    n_sequences, sequence_length
-        Size of the calibration set.
-    activations
-        Where hidden states are kept: ``"memory"``, ``"disk"`` or ``"auto"``.
-    workers
-        Processes that prune blocks at the same time.
-    device
-        Where blocks are computed.
-    memory_budget
-        Bytes for the row systems of refits.
-    output_dir
-        Where the result would go: the free space there is checked.
+    method, sparsity, pattern, arguments
+        As for :func:`layerwise.prune_model`. The calibration text is not read.
+    output_dir, resume, force
+        Where the result would go: its free space is checked, and whether it is in the way.
 
     Returns
     -------
@@ -260,63 +233,63 @@ def plan_run(
         If an argument is impossible, an entry matches nothing, or the checkpoint is
         damaged or does not belong to its configuration: what `prune_model` would raise.
     """
-    chosen = _pattern_of(method, sparsity, pattern)
-    solver = choose_solver(method, chosen, damping, options or {}, memory_budget)
-    certified = choose_certify(certify, solver, chosen)
-    check_error_correction(error_correction)
-    _check_counts(n_sequences=n_sequences)
-    check_activations(activations)
-    place = choose_device(device)
+    settings = Settings.of(method, sparsity, pattern, **arguments)
+    destination = Destination.of(output_dir, resume=resume, force=force)
+    asked = _pattern_of(settings.removal)
+    _check_counts(n_sequences=settings.calibration.n_sequences)
     source = Checkpoint.open(model)
     headers = Headers.read(source)
-    streamed = headers.one_to_one and can_stream(chosen, solver)
-    Workers(workers).check(error_correction, streamable=streamed)
     skeleton = headers.model
-    length = choose_sequence_length(skeleton, sequence_length)
+    streamed = headers.one_to_one and not settings.removal.needs_whole_model
+    settings.workers.check(settings.error_correction, streamable=streamed)
+    length = settings.calibration.length_for(skeleton)
     _check_counts(sequence_length=length)
     base = own_memory()
-    adapter = adapter_without_memory(skeleton)
-    solver = with_published_start(solver, skeleton, chosen)
-    entries = as_entries(targets), as_entries(ignore)
-    refusal = _selection_error(skeleton, adapter, entries, chosen)
-    groups = inventory(skeleton, adapter, *entries, chosen)
+    opened = OpenedModel(InMemory(skeleton), adapter_without_memory(skeleton), source)
+    settings = settings.for_model(opened)
+    refusal = _in_the_way(destination) or _selection_error(settings, opened)
+    entries = settings.targets, settings.ignore
+    groups = inventory(skeleton, opened.adapter, *entries, asked)
     shapes = by_shape(groups)
-    sizes = model_shape(skeleton, adapter, shapes, length)
-    output = None if output_dir is None else Path(output_dir)
-    capacity = capacity_of(place, output)
+    sizes = model_shape(skeleton, opened.adapter, shapes, length)
+    place = choose_device(settings.device)
+    capacity = capacity_of(place, destination.output)
+    method = settings.removal.method
     run = RunShape(
-        n_sequences=n_sequences,
+        n_sequences=settings.calibration.n_sequences,
         length=length,
-        error_correction=error_correction,
+        error_correction=settings.error_correction,
         base=base,
         accelerator=place.type != "cpu",
-        workspace=workspace_of(solver, pair=error_correction in ("block", "full")),
-        workers=workers,
+        workspace=workspace_of(
+            method.solver, pair=settings.error_correction in ("block", "full")
+        ),
+        workers=settings.workers.count,
         streamed=streamed,
         store=room(place),
     )
-    run = _with_store(sizes, run, activations, capacity)
+    run = _with_store(sizes, run, settings.activations, capacity)
     disk = disk_of(source, sizes, run)
     machine = quick_machine(place)
     stored = sum(entry.n_bytes for entry in source.entries().values())
     stages = estimates(
         skeleton,
-        adapter,
-        solver,
+        opened.adapter,
+        method.solver,
         shapes,
         sizes,
         run,
         stored,
         machine,
-        certify=certified,
+        certify=bool(method.certify),
     )
     return Plan(
         model=str(model),
-        method=solver_name(solver),
-        pattern=str(chosen),
-        error_correction=error_correction,
+        method=method.name,
+        pattern=str(asked),
+        error_correction=settings.error_correction,
         device=str(place),
-        n_sequences=n_sequences,
+        n_sequences=settings.calibration.n_sequences,
         length=length,
         groups=tuple(groups),
         streamed=streamed,
@@ -330,21 +303,27 @@ def plan_run(
         copy_rate=machine.copy_rate,
         refusal=refusal
         or next(iter(refusals(sizes, run, sum(disk.values()), capacity)), None),
-        notes=tuple(_notes(adapter, skeleton, run, solver, certified)),
+        notes=tuple(_notes(opened, run, method)),
     )
 
 
-def _pattern_of(
-    method: Any, sparsity: float | str | None, pattern: Pattern | str | None
-) -> Pattern:
-    """Pattern of single weights; a run that makes a model smaller is not planned."""
-    if choose_structure(resolve(method), sparsity, pattern, StructureOptions()):
+def _pattern_of(removal: Removal[Any]) -> Pattern:
+    """Pattern of the zeros; a run that removes something else is not planned."""
+    if removal.pattern is None:
         message = (
-            f"{solver_name(resolve(method))} would make a smaller model, of which there "
-            f"is no plan: plan a method and a sparsity that write zeros"
+            f"{removal.method.name} removes channels; `plan` covers only runs that zero "
+            f"weights: leave pattern out, or choose another method"
         )
         raise UsageError(message)
-    return choose_pattern(sparsity, pattern)
+    return removal.pattern
+
+
+def _in_the_way(destination: Destination) -> LayerwiseError | None:
+    """Why a run could not have this output; nothing is touched."""
+    output = destination.output
+    if output is None or destination.force or not output.exists():
+        return None
+    return UsageError(f"{output} exists; choose another output, or replace it with --force")
 
 
 def _check_counts(**counts: int) -> None:
@@ -354,15 +333,10 @@ def _check_counts(**counts: int) -> None:
             raise UsageError(message)
 
 
-def _selection_error(
-    model: Any,
-    adapter: Adapter,
-    entries: tuple[Sequence[str], Sequence[str]],
-    pattern: Pattern,
-) -> LayerwiseError | None:
+def _selection_error(settings: Settings, opened: OpenedModel) -> LayerwiseError | None:
     """Why a run would refuse these matrices; entries that match nothing raise at once."""
     try:
-        Selection(model, adapter, *entries, pattern)
+        settings.removal.select(opened, settings.targets, settings.ignore)
     except (UnsupportedModelError, InvalidProblemError) as error:
         return error
     return None
@@ -397,21 +371,19 @@ def disk_of(source: Checkpoint, sizes: ModelShape, run: RunShape) -> dict[str, i
     return found
 
 
-def _notes(
-    adapter: Adapter, model: Any, run: RunShape, solver: Any, certified: bool
-) -> Iterator[str]:
+def _notes(opened: OpenedModel, run: RunShape, method: Method) -> Iterator[str]:
     """What a reader of the figures should know."""
-    if adapter.found:
+    if opened.adapter.found:
         yield (
-            f"no adapter is declared for this {type(model).__name__}: blocks "
-            f"{adapter.blocks} were found by running it without numbers, and a run "
+            f"no adapter is declared for this {type(opened.model).__name__}: blocks "
+            f"{opened.adapter.blocks} were found by running it without numbers, and a run "
             f"proves them first"
         )
     if not run.streamed:
         yield "this run has the whole model in memory"
     if run.workspace is None:
-        yield f"the memory and the time of {solver_name(solver)} itself are not known"
-    if required_gradient(solver) is not None:
+        yield f"the memory and the time of {method.name} itself are not known"
+    if method.gradient is not None:
         yield "memory and time of the gradients are not counted"
-    if certified:
+    if method.certify:
         yield "memory and time of the proven gaps are not counted"

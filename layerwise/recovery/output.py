@@ -14,7 +14,8 @@ from layerwise.recovery.records import UnitRecord
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, write_checkpoint
 from layerwise.run.outputs.output import MANIFEST
-from layerwise.run.pipeline.journal import FINGERPRINT, FOLDER, Journal
+from layerwise.run.pipeline.destination import FINGERPRINT, FOLDER
+from layerwise.run.pipeline.journal import Journal
 
 RECORDS = "retraining.jsonl"
 SETTINGS = "retrain.yaml"

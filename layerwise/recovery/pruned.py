@@ -15,8 +15,7 @@ from layerwise.adapters import Adapter
 from layerwise.errors import UsageError
 from layerwise.recovery.trainable import Choice
 from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.models.architecture import adapter_of
-from layerwise.run.models.opening import load_model
+from layerwise.run.models.opening import OpenedModel, load_model, open_model
 from layerwise.run.outputs.output import Manifest
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.pipeline.journal import read_masks
@@ -26,11 +25,24 @@ from layerwise.run.pipeline.journal import read_masks
 class Pruned:
     """A pruned model, its masks, and the folder that it came from."""
 
-    model: Any
-    adapter: Adapter
+    opened: OpenedModel
     masks: Mapping[str, Tensor]
-    source: Checkpoint | None = None
     manifest: Manifest | None = None
+
+    @property
+    def model(self) -> Any:
+        """The pruned model."""
+        return self.opened.model
+
+    @property
+    def adapter(self) -> Adapter:
+        """Declaration of its architecture."""
+        return self.opened.adapter
+
+    @property
+    def source(self) -> Checkpoint | None:
+        """Folder of the pruned model; None for a model object."""
+        return self.opened.source
 
     @classmethod
     def open(
@@ -48,27 +60,25 @@ class Pruned:
                     "the masks: give the folder of the pruned model"
                 )
                 raise UsageError(message)
-            adapter = adapter_of(model_or_path)
             if masks is None and choice.on_weights:
                 message = (
                     f"{choice.on_weights[0]} needs the masks of the pruning run, which a "
                     f"model object does not have: give masks=report.masks"
                 )
                 raise UsageError(message)
-            found = cls(model_or_path, adapter, dict(masks or {}))
+            found = cls(open_model(model_or_path, streamed=False), dict(masks or {}))
         else:
             if masks is not None:
                 message = "masks belong to a model object; a folder has its own"
                 raise UsageError(message)
-            source = Checkpoint.open(model_or_path)
-            manifest = Manifest.read(source.path)
-            model: Any = load_model(source)
-            adapter = adapter_of(model)
+            folder = Checkpoint.open(model_or_path).path
+            manifest = Manifest.read(folder)
+            opened = open_model(folder, streamed=False)
             if manifest.smaller is None:
-                kept = dict(read_masks(source.path))
-            else:  # what is left of a smaller model is dense
-                kept = _everything(model, adapter)
-            found = cls(model, adapter, kept, source, manifest)
+                kept = dict(read_masks(folder))
+            else:  # all that is left of a smaller model is dense
+                kept = _everything(opened.model, opened.adapter)
+            found = cls(opened, kept, manifest)
         found._check_masks()
         return found
 

@@ -23,12 +23,11 @@ from layerwise.recovery.settings import Settings
 from layerwise.recovery.training import split
 from layerwise.run.checkpoints.hashes import bytes_of
 from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.data.calibration import Calibration, token_windows
-from layerwise.run.models.architecture import embedding_rows
-from layerwise.run.models.loading import load_tokenizer
+from layerwise.run.data.calibration import Calibration
 from layerwise.run.outputs.output import versions
-from layerwise.run.pipeline.journal import Journal, check_output
-from layerwise.run.settings import choose_device, choose_sequence_length
+from layerwise.run.pipeline.destination import Destination
+from layerwise.run.pipeline.journal import Journal
+from layerwise.run.settings import CalibrationData, choose_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,22 +169,16 @@ def retrain_model(
         seed=seed,
         save_every=save_every,
     )
+    data = CalibrationData(calibration, n_sequences, sequence_length, seed)
     chosen = choose_device(device)
-    output = None if output_dir is None else Path(output_dir)
-    if output is not None:
-        check_output(output, force=force)
+    destination = Destination.of(output_dir, resume=resume, force=force)
+    destination.check()
+    output = destination.output
     pruned = Pruned.open(model_or_path, masks, settings.choice, output)
     model, source = pruned.model, pruned.source
     width = int(model.config.hidden_size)
     original = pruned.dense_model(dense) if settings.reconstructs else None
-    tokens = token_windows(
-        calibration,
-        tokenizer or (load_tokenizer(source) if source else None),
-        n_sequences=n_sequences,
-        sequence_length=choose_sequence_length(model, sequence_length),
-        seed=seed,
-        vocab_size=embedding_rows(model),
-    )
+    tokens = data.windows(pruned.opened, tokenizer)
     batches = torch.split(tokens.tokens, batch_size)
     split(len(batches))  # refuses too few
     journal = None

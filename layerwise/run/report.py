@@ -103,6 +103,11 @@ class Listeners:
             if (on_note := getattr(callback, "on_note", None)) is not None:
                 on_note(text)
 
+    def on_notes(self, texts: Iterable[str]) -> None:
+        """Several things that a reader of the log should know."""
+        for text in texts:
+            self.on_note(text)
+
     def on_layer(self, record: LayerRecord) -> None:
         """One matrix is done."""
         for callback in self._callbacks:

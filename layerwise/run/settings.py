@@ -1,119 +1,275 @@
-"""Arguments of a run, turned into objects or refused before any work is done."""
+"""What a run is asked: resolved from its arguments once, refused before any work."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from layerwise.configure import OptionValue, configure, with_memory_budget, with_warm_start
+from layerwise.configure import OptionValue, configure, with_memory_budget
 from layerwise.errors import UsageError
 from layerwise.lower_bounds import MEMORY_BUDGET
-from layerwise.moments import Moments
-from layerwise.patterns import (
-    NM,
-    Columns,
-    FixedMask,
-    Pattern,
-    Unstructured,
-    parse_pattern,
+from layerwise.run.activations.hidden_store import (
+    HiddenStore,
+    check_activations,
+    hidden_store,
 )
-from layerwise.problem import LayerProblem
-from layerwise.run.channels.structure import Structure
-from layerwise.run.pipeline.task import ERROR_CORRECTIONS
-from layerwise.solve import refuse_unless_solvable, steps_of
+from layerwise.run.channels.removal import RemoveChannels
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.data.calibration import Calibration, token_windows
+from layerwise.run.models.architecture import embedding_rows, model_type_of
+from layerwise.run.models.loading import load_tokenizer
+from layerwise.run.models.opening import OpenedModel
+from layerwise.run.outputs.recipe import Recipe
+from layerwise.run.pipeline.method import Method
+from layerwise.run.pipeline.parallel import Workers
+from layerwise.run.pipeline.removal import Amount, Removal, Run
+from layerwise.run.pipeline.sharing import check_shared, own_sequences
+from layerwise.run.pipeline.task import ERROR_CORRECTIONS, ErrorCorrection, Task, task_of
+from layerwise.run.pipeline.zeros import ZeroWeights
+from layerwise.run.workers.ranks import ALONE, Ranks
 
-ROUNDING = 1e-9  # of a sparsity such as 1 - 2 / 5
-# FISTAPruner starts from SparseGPT on OPT and from Wanda on every LLaMA
-PUBLISHED_STARTS = {"opt": "sparsegpt"}
 LONGEST_DEFAULT = 2048  # of sequence_length; contexts of 131072 tokens fit nowhere
+# kinds of removal, each asked in turn whether the arguments mean it; zeros come last
+REMOVALS: tuple[type[Removal[Any]], ...] = (RemoveChannels, ZeroWeights)
 
 
-def choose_pattern(sparsity: float | str | None, pattern: Pattern | str | None) -> Pattern:
-    """One pattern from the two arguments that can give it; a conflict is an error."""
-    if isinstance(pattern, str):
-        pattern = parse_pattern(pattern)
-    if not isinstance(pattern, Pattern | None):
-        message = f'pattern is "n:m" or a Pattern, got {pattern!r}; or give sparsity'
-        raise UsageError(message)
-    if sparsity is None:
-        if pattern is None:
-            message = 'say how much to prune: sparsity=0.5, or "2:4" (keeps 2 of every 4)'
-            raise UsageError(message)
-        return pattern
-    asked = parse_pattern(str(sparsity))
-    if pattern is None:
-        return asked
-    if isinstance(asked, NM):
-        agree = asked == pattern
-    else:
-        difference = getattr(asked, "sparsity", 0) - getattr(pattern, "sparsity", -1)
-        agree = abs(difference) < ROUNDING
-    if not agree:
-        message = f"sparsity {asked} contradicts the pattern {pattern}; give one of them"
-        raise UsageError(message)
-    return pattern
+ONE_WORKER = Workers()
 
 
-def choose_solver(
-    method: Any,
-    pattern: Pattern | Structure,
-    damping: float,
-    options: Mapping[str, OptionValue] | None,
-    memory_budget: int | None,
-) -> Any:
-    """Configured solver; refused if it cannot handle the pattern of a tiny problem."""
-    solver = configure(method, options or {})
-    if memory_budget is not None:
-        solver = with_memory_budget(solver, memory_budget)
-    if isinstance(pattern, NM | Unstructured):
-        width = pattern.m if isinstance(pattern, NM) else 4
-        moments = Moments(torch.eye(width, dtype=torch.float64))
-        weight = torch.ones(1, width)
-        refuse_unless_solvable(
-            solver,
-            LayerProblem.from_moments(weight, moments, pattern=pattern, damping=damping),
-        )
-    return solver
+@dataclass(frozen=True)
+class Settings:
+    """Arguments of a run; make them with :meth:`of`.
 
-
-def choose_certify(asked: bool | None, solver: Any, pattern: Pattern | Structure) -> bool:
-    """Whether to prove gaps: as asked, or where the effort is thorough."""
-    bounded = isinstance(pattern, NM | Unstructured | FixedMask)
-    if asked is None:
-        efforts = [getattr(step, "effort", None) for step in steps_of(solver)]
-        return bounded and "thorough" in efforts
-    if asked and not bounded:
-        message = (
-            "certify bounds the best mask of 0.5 or n:m; the columns of a smaller model "
-            "have no such bound: leave certify out"
-        )
-        raise UsageError(message)
-    return asked
-
-
-def budget_of_bounds(memory_budget: int | None) -> int:
-    """Bytes for the rows of lower bounds."""
-    return MEMORY_BUDGET if memory_budget is None else memory_budget
-
-
-def with_published_start(
-    solver: Any, model: nn.Module, pattern: Pattern | Structure
-) -> Any:
-    """Give ``fista-paper`` the warm start of the paper, unless one was chosen.
-
-    SparseGPT prunes no columns, so there the start is Wanda's for every model.
+    Parameters
+    ----------
+    removal
+        What is removed, and by which method.
+    certify
+        As it was asked for; the method of the removal has it decided.
+    calibration
+        The calibration data.
+    error_correction, targets, ignore
+        As in :func:`layerwise.prune_model`.
+    device, activations, workers
+        Where and how it is computed, which does not decide the result.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", "")
-    return with_start_of_family(solver, model_type, pattern)
+
+    removal: Removal[Any]
+    calibration: "CalibrationData"
+    certify: bool | None = None
+    error_correction: ErrorCorrection = "block"
+    targets: tuple[str, ...] = ("Linear",)
+    ignore: tuple[str, ...] = ("lm_head",)
+    device: str | torch.device = "auto"
+    activations: str = "auto"
+    workers: Workers = ONE_WORKER
+
+    @classmethod
+    def of(
+        cls,
+        method: Any = "fista",
+        sparsity: float | str | None = None,
+        pattern: Any = None,
+        *,
+        group: str | None = None,
+        allocation: str | None = None,
+        format: str | None = None,
+        multiple: int | None = None,
+        damping: float = 0.01,
+        certify: bool | None = None,
+        options: Mapping[str, OptionValue] | None = None,
+        memory_budget: int | None = None,
+        calibration: Any = None,
+        n_sequences: int = 128,
+        sequence_length: int | None = None,
+        seed: int = 0,
+        targets: str | Sequence[str] = "Linear",
+        ignore: str | Sequence[str] = ("lm_head",),
+        workers: int = 1,
+        ray: str | None = None,
+        error_correction: ErrorCorrection = "block",
+        device: str | torch.device = "auto",
+        activations: str = "auto",
+    ) -> "Settings":
+        """Resolve arguments with the names and defaults of :func:`layerwise.prune_model`.
+
+        Raises
+        ------
+        UsageError, InvalidProblemError
+            If an argument is impossible or contradicts another one.
+        """
+        chosen = method_of(method, damping, certify, options or {}, memory_budget)
+        amount = Amount(sparsity, pattern, group, allocation, format, multiple)
+        asked = (kind.asked(chosen, amount) for kind in REMOVALS)
+        settings = cls(
+            removal=next(removal for removal in asked if removal is not None),
+            calibration=CalibrationData(calibration, n_sequences, sequence_length, seed),
+            certify=certify,
+            targets=as_entries(targets),
+            ignore=as_entries(ignore),
+            workers=Workers(workers, ray),
+            error_correction=error_correction,
+            device=device,
+            activations=activations,
+        )
+        check_error_correction(settings.error_correction)
+        check_activations(settings.activations)
+        return settings
+
+    def check_place(self, output: Path | None, *, from_folder: bool, ranks: Ranks) -> bool:
+        """Refuse what cannot be done where it is asked for.
+
+        Returns
+        -------
+        bool
+            Whether the blocks of the model can be loaded one by one.
+        """
+        streamed = output is not None and not self.removal.needs_whole_model
+        self.workers.check(self.error_correction, streamable=streamed and from_folder)
+        if output is not None:
+            self.removal.check_storable()
+        refusal = self.removal.refused_by_ranks
+        check_shared(ranks, refusal, workers=self.workers.are_others)
+        return streamed
+
+    def for_model(self, opened: OpenedModel) -> "Settings":
+        """Return the settings with what papers prescribe for a family of models."""
+        model_type = model_type_of(opened.model)
+        return replace(self, removal=self.removal.for_model(model_type))
+
+    def run_on(
+        self,
+        opened: OpenedModel,
+        tokenizer: Any = None,
+        ranks: Ranks = ALONE,
+        output: Path | None = None,
+    ) -> Run[Any]:
+        """Check everything against a model, and read the calibration data.
+
+        Raises
+        ------
+        UsageError, InvalidProblemError, UnsupportedModelError
+            The model does not have what was asked for.
+        DataError
+            The text is missing or damaged.
+        """
+        selection = self.removal.select(opened, self.targets, self.ignore)
+        tokens = self.calibration.windows(opened, tokenizer)
+        own = own_sequences(tokens, ranks)
+        return Run(opened, selection, self.task(opened, ranks), tokens, own, output)
+
+    def task(self, opened: OpenedModel, ranks: Ranks = ALONE) -> Task:
+        """How every block is run and measured."""
+        device = choose_device(self.device)
+        method = self.removal.method
+        return task_of(method, opened.adapter, self.error_correction, device, ranks)
+
+    def hidden_store(self, run: Run[Any], folder: Path | None) -> HiddenStore:
+        """Where the hidden states between two blocks are kept."""
+        return hidden_store(
+            self.activations,
+            folder,
+            run.opened.model,
+            run.tokens.tokens.numel(),
+            self.error_correction,
+        )
+
+    def recipe(self, source: Checkpoint | None, tokens: Calibration) -> Recipe:
+        """Recipe that repeats the run, with the sizes that the calibration data have."""
+        return Recipe(
+            **self.removal.recipe_fields(),
+            **self.calibration.recipe_fields(tokens),
+            model=None if source is None else str(source.path),
+            error_correction=self.error_correction,
+            targets=list(self.targets),
+            ignore=list(self.ignore),
+            certify=self.certify,
+        )
 
 
-def with_start_of_family(solver: Any, model_type: str, pattern: Pattern | Structure) -> Any:
-    """Give ``fista-paper`` the warm start that the paper has for a family of models."""
-    start = PUBLISHED_STARTS.get(model_type, "wanda")
-    if isinstance(pattern, Columns | Structure):
-        start = "wanda"
-    return with_warm_start(solver, "fista-paper", start)
+@dataclass(frozen=True)
+class CalibrationData:
+    """Which calibration data a run reads.
+
+    Parameters
+    ----------
+    source
+        Text or token ids, as in :func:`layerwise.prune_model`.
+    n_sequences, sequence_length, seed
+        Number and length of the windows, and the seed that draws them.
+    """
+
+    source: Any
+    n_sequences: int = 128
+    sequence_length: int | None = None
+    seed: int = 0
+
+    def length_for(self, model: Any) -> int:
+        """Length asked for, or the model's own, at most 2048."""
+        longest = getattr(model.config, "max_position_embeddings", None)
+        asked = self.sequence_length
+        if asked is None:
+            return min(LONGEST_DEFAULT, longest or LONGEST_DEFAULT)
+        if longest is not None and asked > longest:
+            message = (
+                f"sequence_length {asked} exceeds the {longest} positions of the model"
+            )
+            raise UsageError(message)
+        return asked
+
+    def windows(self, opened: OpenedModel, tokenizer: Any = None) -> Calibration:
+        """Token windows for a model.
+
+        Raises
+        ------
+        UsageError
+            A number is impossible, or the source is unknown.
+        DataError
+            The text is missing, damaged or too short.
+        """
+        return token_windows(
+            self.source,
+            tokenizer or self._tokenizer(opened),
+            n_sequences=self.n_sequences,
+            sequence_length=self.length_for(opened.model),
+            seed=self.seed,
+            vocab_size=embedding_rows(opened.model),
+        )
+
+    def recipe_fields(self, tokens: Calibration) -> dict[str, Any]:
+        """Fields of a recipe that read the same data again."""
+        named = isinstance(self.source, str | Path)
+        return {
+            "calibration": str(self.source) if named else tokens.source,
+            "n_sequences": tokens.tokens.shape[0],
+            "sequence_length": tokens.tokens.shape[1],
+            "seed": self.seed,
+        }
+
+    def _tokenizer(self, opened: OpenedModel) -> Any:
+        """Tokenizer of the checkpoint; token ids do without, should it be damaged."""
+        listed = isinstance(self.source, list | tuple)
+        first = next(iter(self.source), "") if listed else ""
+        ids = isinstance(self.source, Tensor) or not isinstance(first, str)
+        return None if opened.source is None or ids else load_tokenizer(opened.source)
+
+
+def method_of(
+    method: Any,
+    damping: float = 0.01,
+    certify: bool | None = None,
+    options: Mapping[str, OptionValue] | None = None,
+    memory_budget: int | None = None,
+) -> Method:
+    """Return a configured solver, and what its answers are measured by."""
+    solver = configure(method, options or {})
+    if memory_budget is None:
+        return Method(solver, damping, certify, MEMORY_BUDGET)
+    solver = with_memory_budget(solver, memory_budget)
+    return Method(solver, damping, certify, memory_budget)
 
 
 def check_error_correction(value: str) -> None:
@@ -125,30 +281,9 @@ def check_error_correction(value: str) -> None:
         raise UsageError(message)
 
 
-def check_storable(pattern: Pattern | Structure) -> None:
-    """Refuse a pattern that no recipe or manifest can name."""
-    if not isinstance(pattern, NM | Unstructured | Structure):
-        message = (
-            f"the pattern {pattern} cannot be written to a folder; prune without "
-            f"output_dir and save the model yourself"
-        )
-        raise UsageError(message)
-
-
 def as_entries(value: str | Sequence[str]) -> tuple[str, ...]:
     """One name or several, as a tuple."""
     return (value,) if isinstance(value, str) else tuple(value)
-
-
-def choose_sequence_length(model: nn.Module, asked: int | None) -> int:
-    """Length asked for, or the model's own, at most 2048."""
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if asked is None:
-        return min(LONGEST_DEFAULT, longest or LONGEST_DEFAULT)
-    if longest is not None and asked > longest:
-        message = f"sequence_length {asked} exceeds the {longest} positions of the model"
-        raise UsageError(message)
-    return asked
 
 
 def choose_device(device: str | torch.device) -> torch.device:

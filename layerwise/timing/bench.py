@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from layerwise.errors import UsageError
-from layerwise.run.channels.structure import leaving
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.models.architecture import adapter_of
 from layerwise.run.models.loading import quiet_transformers
@@ -185,7 +184,7 @@ class _Run:
         seed: int,
     ) -> None:
         self.device, self.seed, self.length = device, seed, sequence_length or 0
-        self._method, self._what = method, leaving(method, sparsity)
+        self._method, self._sparsity = method, sparsity
         self._n_sequences = n_sequences
         self._error_correction: ErrorCorrection = error_correction
         self._seconds: dict[str, float] = dict.fromkeys((*STAGES, REST), 0.0)
@@ -206,7 +205,7 @@ class _Run:
             report = prune_model(
                 source,
                 self._method,
-                **self._what,
+                self._sparsity,
                 calibration=ids,
                 n_sequences=self._n_sequences,
                 sequence_length=self.length,

@@ -23,7 +23,8 @@ from layerwise.lower_bounds import lower_bounds
 from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.checkpoints.atomic import atomic_write
-from layerwise.run.settings import choose_device, choose_pattern
+from layerwise.run.pipeline.zeros import choose_pattern
+from layerwise.run.settings import choose_device
 from layerwise.solution import Certificate, Solution
 from layerwise.solve import refuse_unless_solvable, resolve, solve
 from layerwise.timing.floor import Machine, Work

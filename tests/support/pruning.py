@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor
 
 from layerwise.problem import LayerProblem
-from layerwise.run.pipeline import blocks as pipeline
+from layerwise.run.pipeline import matrix
 from layerwise.run.prune import prune_model
 from layerwise.run.report import PruneReport
 from layerwise.solve import solve
@@ -47,7 +47,7 @@ def prune_and_record(
         posed.append(replace(problem, weight=problem.weight.clone()))
         return solve(problem, solver)
 
-    monkeypatch.setattr(pipeline, "solve", recording)
+    monkeypatch.setattr(matrix, "solve", recording)
     report = prune(model, **options)
     names = [record.name for record in report.records]
     return report, dict(zip(names, posed, strict=True))

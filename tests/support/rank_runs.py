@@ -96,7 +96,7 @@ def moments(arguments: dict[str, Any]) -> dict[str, Any]:
         for rows in torch.split(torch.arange(40)[ranks.rank :: ranks.size], 9):
             pair = (pruned[rows],) if arguments["pair"] else ()
             accumulator.update(dense[rows], *pair)
-        accumulator.add_over(ranks.add)
+        accumulator.add_over(ranks.all_reduce)
         for name, value in vars(accumulator.moments()).items():
             found[name] = value.tolist() if isinstance(value, torch.Tensor) else value
         for index in range(len(weights)):
@@ -116,22 +116,24 @@ def words(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def exchange(ranks: Ranks, number: int) -> list[Any]:
     """What one rank has after all of them told, added and copied."""
-    text = ranks.tell("word", f"word {number}" if ranks.rank == 1 % ranks.size else None)
+    text = ranks.broadcast_text(
+        "word", f"word {number}" if ranks.rank == 1 % ranks.size else None
+    )
     total = torch.tensor([ranks.rank + 1.0], dtype=torch.float64)
-    ranks.add([total])
+    ranks.all_reduce([total])
     mask = torch.tensor([ranks.rank == 1, True])
     half = torch.tensor([ranks.rank + 0.5], dtype=torch.bfloat16)
-    ranks.copy([mask, half], 1 % ranks.size)
+    ranks.broadcast([mask, half], 1 % ranks.size)
     return [text, float(total), mask.tolist(), float(half)]
 
 
 def stalls(arguments: dict[str, Any]) -> dict[str, Any]:
     """One rank dies without a word while the other waits for it."""
     with ranks_of_environment() as ranks:
-        ranks.meet()
+        ranks.barrier()
         if ranks.rank == arguments["dies"]:
             os._exit(CRASH)
-        ranks.meet()
+        ranks.barrier()
     return {}
 
 

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import DataError, UsageError
-from layerwise.run.data.calibration import Calibration
-from layerwise.run.pipeline.task import Task
 
 Activations = Literal["auto", "memory", "disk"]
 LARGEST_SHARE = 4  # of what is free, its inverse: more than that goes to the disk
@@ -100,12 +98,12 @@ def check_activations(asked: str) -> None:
 
 
 def hidden_store(
-    asked: str, folder: Path | None, model: Any, tokens: Calibration, task: Task
+    asked: str, folder: Path | None, model: Any, n_tokens: int, error_correction: str
 ) -> HiddenStore:
-    """Store for the hidden states of all tokens in front of a block and behind it."""
+    """Store for the hidden states of all tokens before and after a block."""
     embedding = model.get_input_embeddings().weight
-    streams = 2 if task.error_correction == "full" else 1
-    vectors = 2 * streams * tokens.tokens.numel()
+    streams = 2 if error_correction == "full" else 1
+    vectors = 2 * streams * n_tokens
     needed = vectors * embedding.shape[1] * embedding.element_size()
     return choose_store(asked, folder, needed, free_memory())
 

@@ -8,13 +8,13 @@ exactly zero, which makes the block compute what the smaller one will
 """
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from layerwise.adapters import Adapter, Channels, Coupling, Stage
+from layerwise.adapters import Stage
 from layerwise.evaluate import relative_error
 from layerwise.moments import MomentAccumulator
 from layerwise.patterns import FixedMask, Pattern
@@ -22,9 +22,11 @@ from layerwise.problem import LayerProblem
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.activations.pruned_side import PrunedSide
+from layerwise.run.channels.sites import Site
 from layerwise.run.models.rewrite import add_bias
 from layerwise.run.pipeline.blocks import collect_at_once, collect_pair
 from layerwise.run.pipeline.matrix import naming, record_of
+from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.results import OnLayer, PrunedBlock
 from layerwise.run.pipeline.task import Task
 from layerwise.run.stopwatch import timed
@@ -32,135 +34,57 @@ from layerwise.solve import solve
 
 
 @dataclass(frozen=True)
-class Site:
-    """One coupling in one block.
+class ChannelMethod:
+    """How channels are chosen and their consumers restored.
 
     Parameters
     ----------
-    block
-        Full name of the block.
-    coupling, channels
-        The declaration, and what it is in this block.
-    allowed
-        Numbers of units that the format has a place for; None: any.
-    """
-
-    block: str
-    coupling: Coupling
-    channels: Channels
-    allowed: frozenset[int] | None = None
-
-    @property
-    def name(self) -> str:
-        """Full name, such as ``model.layers.0.mlp``."""
-        return f"{self.block}.{self.coupling.name}"
-
-    @property
-    def main(self) -> str:
-        """Linear on which channels are chosen, relative to the block."""
-        return self.coupling.consumers[-1]
-
-    @property
-    def heads(self) -> int:
-        """Heads that must keep equally many units; 1 where units are free."""
-        balance = self.channels.balance
-        return 1 if balance is None else int(balance.max()) + 1
-
-    @property
-    def rounds(self) -> int:
-        """Units of every head: how often all heads can lose one."""
-        return self.channels.units // self.heads
-
-
-@dataclass(frozen=True)
-class ChannelTask(Task):
-    """What to do to every block of a structured run.
-
-    Parameters
-    ----------
-    sites
-        Couplings by the full name of the block, in the order of the data flow.
-    keep
-        Units that stay, of every head, by the name of the site.
+    method
+        Solver and damping.
+    asked
+        What is removed, in words, for the records.
     holds_bias
         Whether the main consumers can get a bias in the format of the run.
     """
 
-    sites: Mapping[str, tuple[Site, ...]] = field(default_factory=dict)
-    keep: Mapping[str, int] = field(default_factory=dict)
+    method: Method
+    asked: str
     holds_bias: bool = True
 
-    def prune(
-        self,
-        inputs: BlockInputs,
-        on_layer: OnLayer = lambda record: None,
-        side: DenseSide | None = None,
-    ) -> PrunedBlock:
-        """Remove the columns of channels of a block in place."""
-        leaving = [
-            (site, self.keep[site.name])
-            for site in self.sites.get(inputs.name, ())
-            if self.keep[site.name] < site.rounds
-        ]
-        collected = None if self.staged else self.collect(inputs)
-        restoration = Restoration(self, inputs, collected, on_layer, side)
-        for site, keep in leaving:
-            restoration.remove(site, keep)
-        return restoration.result
-
-    def collect(self, inputs: BlockInputs) -> dict[str, MomentAccumulator]:
-        """Moments of all consumers of a block as it is, by linear."""
-        names = [
-            name
-            for site in self.sites.get(inputs.name, ())
-            for name in site.coupling.consumers
-        ]
-        stages = tuple(Stage((name,)) for name in names)
-        accumulators = collect_at_once(self, replace(inputs, stages=stages))
-        return dict(zip(names, accumulators, strict=True))
-
-    def dense_side(self, inputs: BlockInputs) -> DenseSide:
-        """The block as it is, for the inputs of the consumers that will be restored."""
-        stages = tuple(
-            Stage((name,))
-            for site in self.sites.get(inputs.name, ())
-            if self.keep[site.name] < site.rounds
-            for name in site.coupling.consumers
-        )
-        return DenseSide(inputs, stages, self.device)
-
     def solver_of(self, site: Site, consumer: str) -> Any:
-        """The method, without its bias where the layer cannot have one."""
+        """The solver, without its bias where the layer cannot have one."""
         if consumer == site.main and self.holds_bias:
-            return self.solver
-        return without_bias(self.solver)
+            return self.method.solver
+        return without_bias(self.method.solver)
 
 
 class Restoration:
-    """A block while its channels leave.
+    """A block while channels are removed from it.
 
     Parameters
     ----------
-    task, inputs, on_layer
-        As for :meth:`ChannelTask.prune`.
+    method, task, inputs, on_layer
+        How it is done, to which block, and who is told.
     collected
-        Moments of the dense block by linear; None: collected when they are needed, from
-        the dense block and from the block as it is by then.
+        Moments of the dense block by linear, where no stage sees another's effect.
+    dense
+        The block as it was; with it, moments are collected when they are needed, from it
+        and from the block as it is by then.
     """
 
     def __init__(
         self,
-        task: ChannelTask,
+        method: ChannelMethod,
+        task: Task,
         inputs: BlockInputs,
-        collected: Mapping[str, MomentAccumulator] | None,
         on_layer: OnLayer = lambda record: None,
-        side: DenseSide | None = None,
+        *,
+        collected: Mapping[str, MomentAccumulator] | None = None,
+        dense: DenseSide | None = None,
     ) -> None:
+        self._method = method
         self._task, self._inputs, self._on_layer = task, inputs, on_layer
-        self._collected = collected
-        self._dense: DenseSide | None = None
-        if collected is None:
-            self._dense = side or task.dense_side(inputs)
+        self._collected, self._dense = collected or {}, dense
         self._pruned = PrunedSide(inputs, task.device)
         self._same = inputs.pruned is inputs.dense  # until the first weight is written
         self.result = PrunedBlock()
@@ -173,7 +97,7 @@ class Restoration:
             with naming(f"{self._inputs.name}.{main}"):
                 problem = self.problem(main, pattern)
                 with timed("solve"):
-                    kept = solve(problem, self._task.solver_of(site, main)).mask[0]
+                    kept = solve(problem, self._method.solver_of(site, main)).mask[0]
             for name in others:
                 self._write(site, name, self._fixed(name, kept))
             pattern = self._fixed(main, kept)
@@ -186,14 +110,13 @@ class Restoration:
             task.adapter.weight(self._inputs.block, name).contiguous(),
             accumulator.moments(),
             pattern=pattern,
-            damping=task.damping,
-            drift=None if self._collected is not None else accumulator.drift(0),
+            damping=self._method.method.damping,
+            drift=None if self._dense is None else accumulator.drift(0),
         )
 
     def _collect(self, name: str) -> MomentAccumulator:
-        if self._collected is not None:
+        if self._dense is None:
             return self._collected[name]
-        assert self._dense is not None
         pruned = None if self._same else self._pruned
         return collect_pair(self._task, self._inputs, self._dense, pruned, Stage((name,)))
 
@@ -208,14 +131,23 @@ class Restoration:
             problem = self.problem(name, pattern)
             start = time.perf_counter()
             with timed("solve"):
-                solution = solve(problem, task.solver_of(site, name))
+                solution = solve(problem, self._method.solver_of(site, name))
             stored = solution.weight.to(problem.weight.dtype)
             shift = solution.bias
             if shift is not None:
                 shift = shift.to(stored.dtype)
             error = relative_error(problem, stored, shift)
             seconds = time.perf_counter() - start
-            record = record_of(task, full_name, problem, solution, stored, error, seconds)
+            record = record_of(
+                self._method.method,
+                full_name,
+                problem,
+                solution,
+                stored,
+                error,
+                seconds,
+                self._method.asked,
+            )
         linear = task.adapter.linear(self._inputs.block, name)
         task.adapter.weight(self._inputs.block, name).copy_(stored)
         self._same = False
@@ -237,14 +169,16 @@ def without_bias(solver: Any) -> Any:
     return replace(solver, restoration=weights_only[restoration])
 
 
-def sites_of(
-    adapter: Adapter, blocks: Mapping[str, nn.Module], names: tuple[str, ...]
-) -> dict[str, tuple[Site, ...]]:
-    """Couplings of the given names in every block, in the order of the data flow."""
-    order = [name for stage in adapter.stages for name in stage.linears]
-    chosen = [coupling for coupling in adapter.couplings if coupling.name in names]
-    chosen.sort(key=lambda coupling: order.index(coupling.consumers[-1]))
-    return {
-        name: tuple(Site(name, c, c.resolve(block, name)) for c in chosen)
-        for name, block in blocks.items()
-    }
+def stages_at(sites: Iterable[Site]) -> tuple[Stage, ...]:
+    """Consumers of channels, each a stage of its own."""
+    return tuple(Stage((name,)) for site in sites for name in site.coupling.consumers)
+
+
+def collect(
+    task: Task, inputs: BlockInputs, sites: Sequence[Site]
+) -> dict[str, MomentAccumulator]:
+    """Moments of all consumers of a block as it is, by linear."""
+    stages = stages_at(sites)
+    accumulators = collect_at_once(task, replace(inputs, stages=stages))
+    names = [stage.linears[0] for stage in stages]
+    return dict(zip(names, accumulators, strict=True))

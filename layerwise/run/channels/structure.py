@@ -12,9 +12,11 @@ import torch
 
 from layerwise.errors import UsageError
 from layerwise.moments import Moments
-from layerwise.patterns import Columns, Pattern, Unstructured, parse_pattern
+from layerwise.patterns import Columns, Pattern, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solve import resolve, solver_name
+from layerwise.run.models.stock import OUTPUT_FORMATS, OutputFormat
+from layerwise.run.pipeline.removal import Amount
+from layerwise.solve import solver_name
 
 Kind = Literal["columns", "heads"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -24,9 +26,8 @@ COUPLINGS: Mapping[Kind, tuple[str, ...]] = {
 }
 PUBLISHED_KINDS: Mapping[str, Kind] = {"flap": "heads"}
 
-OutputFormat = Literal["stock", "native", "padded"]
-OUTPUT_FORMATS: tuple[str, ...] = get_args(OutputFormat)
-DEFAULT_UNIT = 8  # widths that kernels like
+DEFAULT_MULTIPLE = 8  # widths that kernels like
+OPTIONS = ("allocation", "format", "multiple")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Structure:
         ``"stock"``: transformers alone opens the result, so all blocks are alike.
         ``"native"``: :func:`layerwise.load` opens it, and blocks differ. ``"padded"``:
         blocks differ, and zeros fill them up to the widest, for stock transformers.
-    unit
+    multiple
         Widths of the MLP, of inner channels and of the values of a head are multiples of
         this number.
     """
@@ -57,7 +58,7 @@ class Structure:
     sparsity: float
     allocation: str | None = None
     format: OutputFormat = "stock"
-    unit: int = DEFAULT_UNIT
+    multiple: int = DEFAULT_MULTIPLE
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
@@ -70,73 +71,29 @@ class Structure:
             known = ", ".join(OUTPUT_FORMATS)
             message = f"format is one of {known}, got {self.format!r}"
             raise UsageError(message)
-        if self.unit < 1:
-            message = f"unit must be at least 1, got {self.unit}"
+        if self.multiple < 1:
+            message = f"multiple must be at least 1, got {self.multiple}"
             raise UsageError(message)
 
     def __str__(self) -> str:
         return f"{self.kind}, {self.sparsity:g} of the blocks"
 
 
-@dataclass(frozen=True)
-class StructureOptions:
-    """Arguments of a run that only structured pruning knows; None where left out."""
-
-    allocation: str | None = None
-    format: str | None = None
-    unit: int | None = None
-
-    def given(self) -> dict[str, Any]:
-        """Those that were not left out."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-
-def choose_structure(
-    solver: Any, sparsity: Any, pattern: Any, options: StructureOptions
-) -> Structure | None:
-    """Structure that is asked for, or None if single weights are to be pruned.
+def choose_structure(solver: Any, amount: Amount) -> Structure | None:
+    """Structure that is asked for, or None if channels are not what is to be removed.
 
     Raises
     ------
     UsageError
         If the arguments contradict each other.
     """
-    kind = pattern if pattern in KINDS else None
-    if kind is None and pattern is None and prunes_columns_only(solver):
+    kind = amount.pattern if amount.pattern in KINDS else None
+    if kind is None and amount.pattern is None and prunes_columns_only(solver):
         kind = PUBLISHED_KINDS.get(solver_name(solver), "columns")
     if kind is None:
-        for name in options.given():
-            message = (
-                f"{name} is for smaller models: give pattern 'columns' or 'heads', or a "
-                f"method that removes columns, such as fasp"
-            )
-            raise UsageError(message)
         return None
-    fraction = _fraction(sparsity)
-    return Structure(kind, fraction, **options.given())
-
-
-def leaving(
-    method: Any,
-    sparsity: Any,
-    *,
-    group: Literal["row", "layer"] = "row",
-    pattern: Kind | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """Arguments of `prune_model` that say what leaves, from those of a command line.
-
-    Parameters
-    ----------
-    method, sparsity, group, pattern
-        Solver or its name, ``0.5`` or ``"2:4"``, ``"row"`` or ``"layer"``, and
-        ``"columns"`` or ``"heads"``.
-    options
-        Fields of :class:`StructureOptions`.
-    """
-    if pattern is None and not prunes_columns_only(resolve(method)):
-        return {"pattern": parse_pattern(str(sparsity), group), **options}
-    return {"sparsity": sparsity, "pattern": pattern, **options}
+    options = {name: getattr(amount, name) for name in amount.given(*OPTIONS)}
+    return Structure(kind, _fraction(amount.sparsity), **options)
 
 
 def prunes_columns_only(solver: Any) -> bool:

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.streams import BATCH, capture
-from layerwise.run.channels.restoration import ChannelTask, Restoration, Site
+from layerwise.run.channels.restoration import ChannelMethod, Restoration, collect
+from layerwise.run.channels.sites import Site
 from layerwise.run.data.calibration import Calibration
 from layerwise.run.data.perplexity import mean_loss
 from layerwise.run.pipeline.blocks import advance
 from layerwise.run.pipeline.matrix import naming
+from layerwise.run.pipeline.removal import Run
 from layerwise.solvers.column.curve import error_curve
 
 PROBE_SHARE = 0.4  # of the units of a place leaves to measure the gain
@@ -54,10 +56,9 @@ class Finding:
 
 
 def survey(
-    model: Any,
-    task: ChannelTask,
-    blocks: Mapping[str, nn.Module],
-    tokens: Calibration,
+    run: Run[Any],
+    method: ChannelMethod,
+    sites: Mapping[str, tuple[Site, ...]],
     *,
     curves: bool,
 ) -> dict[str, Finding]:
@@ -65,15 +66,19 @@ def survey(
 
     Parameters
     ----------
-    model, task, blocks, tokens
-        The dense model, what is asked, its blocks by full name, and the calibration data.
+    run, method
+        The dense model with its calibration data, and how channels are removed.
+    sites
+        Where they can be removed, by the full name of the block.
     curves
         Whether error curves and gains are asked for; they take a factorization and a
         pass of a part of the data through the model per site.
     """
-    stream = capture(model, list(blocks.values()), torch.split(tokens.tokens, BATCH))
+    model, task, blocks = run.opened.model, run.task, run.selection.blocks
+    batches = torch.split(run.tokens.tokens, BATCH)
+    stream = capture(model, list(blocks.values()), batches)
     hidden: Sequence[Tensor] = stream.hidden
-    probe = _Probe(model, tokens)
+    probe = _Probe(model, run.tokens)
     dense_loss = probe.loss() if curves else 0.0
     found: dict[str, Finding] = {}
     for index, (name, block) in enumerate(blocks.items()):
@@ -81,13 +86,14 @@ def survey(
         inputs = BlockInputs(name, block, (), calls, hidden, hidden)
         home = next(block.parameters()).device
         block.to(task.device)
-        collected = task.collect(inputs)
+        inside = sites.get(name, ())
+        collected = collect(task, inputs, inside)
         if index < len(blocks) - 1:
             hidden = list(advance(task, inputs, hidden))
-        for site in task.sites.get(name, ()):
-            restoration = Restoration(task, inputs, collected)
+        for site in inside:
+            restoration = Restoration(method, task, inputs, collected=collected)
             with naming(f"{name}.{site.main}"):
-                finding = _look(task, site, restoration, curves=curves)
+                finding = _look(method, site, restoration, curves=curves)
             if curves:
                 with _undone(block):
                     restoration.remove(site, site.rounds - finding.probed)
@@ -101,10 +107,10 @@ def survey(
 
 
 def _look(
-    task: ChannelTask, site: Site, restoration: Restoration, *, curves: bool
+    method: ChannelMethod, site: Site, restoration: Restoration, *, curves: bool
 ) -> Finding:
     """Finding of one place without its gain."""
-    solver = task.solver_of(site, site.main)
+    solver = method.solver_of(site, site.main)
     problem = restoration.problem(site.main, site.channels.pattern(1))
     single = torch.arange(problem.shape[1], device=problem.weight.device)
     scores = solver.scores(problem, single).cpu()

@@ -14,7 +14,7 @@ al-am      FLAP: heads and channels in one ranking over all layers
 
 ``ul-mm`` and ``al-mm`` take the number of heads of keys and values over all layers behind
 a colon, ``ul-mm:8``; without it they take the one of ``uniform``. The last three count
-single units, whatever the `unit` of the run. In all rules channels of the MLP fill what
+single units, whatever the `multiple` of the run. In all rules channels of the MLP fill what
 whole heads leave of the budget.
 """
 
@@ -27,7 +27,7 @@ import torch
 from layerwise.errors import UsageError
 from layerwise.run.channels.allocate import Allocation, Curve, allocate
 from layerwise.run.channels.rankings import Units, al_am, al_mm, raised_fraction, ul_mm
-from layerwise.run.channels.restoration import Site
+from layerwise.run.channels.sites import Site
 from layerwise.run.channels.structure import Structure
 from layerwise.run.channels.survey import Finding
 
@@ -168,7 +168,7 @@ def _sensitivities(
 
 def _multiple(structure: Structure, site: Site) -> int:
     """Number that widths are multiples of; what is narrower is free."""
-    return structure.unit if 1 < structure.unit < site.rounds else 1
+    return structure.multiple if 1 < structure.multiple < site.rounds else 1
 
 
 def _uniform(structure: Structure, sites: Sequence[Site], total: int) -> dict[str, int]:
@@ -196,8 +196,9 @@ def _uniform(structure: Structure, sites: Sequence[Site], total: int) -> dict[st
         kept = kept // multiple * multiple
         if kept < 1:
             message = (
-                f"{site.name} would keep nothing: ask for a lower sparsity, a smaller unit "
-                f"than {structure.unit}, or a format and pattern that let more leave"
+                f"{site.name} would keep nothing: ask for a lower sparsity, a smaller "
+                f"multiple than {structure.multiple}, or a format and pattern that can "
+                f"remove more"
             )
             raise UsageError(message)
         removed[site.name] = site.rounds - min(kept, site.rounds)

@@ -14,19 +14,10 @@ from layerwise.adapters import ADAPTERS, Adapter, get_adapter
 from layerwise.adapters.auto import discover
 from layerwise.errors import UnsupportedModelError
 from layerwise.run.activations.streams import capture, evaluation_mode
-from layerwise.run.models.residency import Residency
 
 PROBE = (2, 8)  # sequences, tokens of each
 STEP = 7919  # a prime, so that the tokens differ
 ROUNDINGS = 4  # kernels that add in another order each time, in bits of the model's type
-
-
-def adapter_in(residency: Residency) -> Adapter:
-    """Adapter of a model that is in memory only if it must be run to find it."""
-    if _model_type(residency.model) in ADAPTERS:
-        return adapter_of(residency.model)
-    with residency.whole():
-        return adapter_of(residency.model)
 
 
 def adapter_of(model: Any) -> Adapter:
@@ -37,9 +28,8 @@ def adapter_of(model: Any) -> Adapter:
     UnsupportedModelError
         If the model has no declared adapter and none can be found.
     """
-    model_type = _model_type(model)
-    if model_type in ADAPTERS:
-        return get_adapter(model_type)
+    if is_declared(model):
+        return get_adapter(model_type_of(model))
     if not hasattr(model, "get_input_embeddings"):
         message = (
             f"a {type(model).__name__} is no language model of transformers; adapters: "
@@ -55,7 +45,13 @@ def adapter_of(model: Any) -> Adapter:
     return adapter
 
 
-def _model_type(model: Any) -> str:
+def is_declared(model: Any) -> bool:
+    """Whether an adapter is declared for the family of a model."""
+    return model_type_of(model) in ADAPTERS
+
+
+def model_type_of(model: Any) -> str:
+    """Family of a model, as its configuration names it; empty if it does not."""
     return str(getattr(getattr(model, "config", None), "model_type", ""))
 
 

@@ -1,17 +1,93 @@
-"""The one entry for opening a model folder, whatever its format."""
+"""Opening a model: an object, a folder in any format, or a name on the hub."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from layerwise.adapters import Adapter
 from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.architecture import adapter_of, is_declared
 from layerwise.run.models.loading import load_stock
 from layerwise.run.models.native_type import is_native
+from layerwise.run.models.residency import InMemory, Residency, Streamed
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedModel:
+    """A model that a run works on; make one with :func:`open_model`.
+
+    Parameters
+    ----------
+    residency
+        Where its parameters are.
+    adapter
+        Declaration of its architecture.
+    source
+        The checkpoint it came from; None for a model object.
+    """
+
+    residency: Residency
+    adapter: Adapter
+    source: Checkpoint | None = None
+
+    @property
+    def model(self) -> Any:
+        """The model; a streamed one has parameters for a block at a time."""
+        return self.residency.model
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all parameters are in memory."""
+        return isinstance(self.residency, InMemory)
+
+
+def open_model(
+    model_or_path: nn.Module | Checkpoint | str | Path,
+    *,
+    streamed: bool,
+    trusted: bool = False,
+) -> OpenedModel:
+    """Open a model object, a checkpoint folder or a model of the hub.
+
+    Parameters
+    ----------
+    model_or_path
+        A model object stands for itself; a checkpoint may be opened already.
+    streamed
+        Whether one block at a time is to be in memory, where the checkpoint allows it.
+    trusted
+        Whether somebody has looked at the tensors already.
+
+    Raises
+    ------
+    DataError, UnsupportedModelError
+        As :func:`load`.
+    """
+    if isinstance(model_or_path, nn.Module):
+        return OpenedModel(InMemory(model_or_path), adapter_of(model_or_path))
+    source = model_or_path
+    if not isinstance(source, Checkpoint):
+        source = Checkpoint.open(source)
+    found = Streamed.open(source, trusted=trusted) if streamed else None
+    residency = InMemory(load_model(source)) if found is None else found
+    return OpenedModel(residency, _adapter_in(residency), source)
+
+
+def _adapter_in(residency: Residency) -> Adapter:
+    """Adapter of a model that is in memory only if it must be run to find it."""
+    if is_declared(residency.model):
+        return adapter_of(residency.model)
+    with residency.whole():
+        return adapter_of(residency.model)
 
 
 def load(

@@ -13,15 +13,11 @@ import torch
 from torch import nn
 
 from layerwise.adapters.auto import lists_of_blocks
-from layerwise.patterns import Pattern
-from layerwise.run.channels.structure import Structure
 from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, stored_name
 from layerwise.run.models.headers import is_one_to_one, type_of_all
 from layerwise.run.models.loading import check_finite, quiet_transformers
 from layerwise.run.models.native_type import is_native
-from layerwise.run.models.opening import load_model
 from layerwise.run.models.skeleton import read_config, skeleton_of
-from layerwise.run.pipeline.gradients import required_gradient
 
 
 class Residency(Protocol):
@@ -204,22 +200,6 @@ class Streamed:
     def _clear(self, names: list[str]) -> None:
         for name in names:
             _put(self.model, name, self._empty[name])
-
-
-def can_stream(pattern: Pattern | Structure, solver: Any) -> bool:
-    """Whether a run needs no more than one block at a time.
-
-    Smaller models are cut as a whole, and gradients come from the whole model.
-    """
-    return not isinstance(pattern, Structure) and required_gradient(solver) is None
-
-
-def open_resident(
-    checkpoint: Checkpoint, *, streamed: bool, trusted: bool = False
-) -> Residency:
-    """Model of a checkpoint: streamed if that is wanted and possible, else in memory."""
-    found = Streamed.open(checkpoint, trusted=trusted) if streamed else None
-    return InMemory(load_model(checkpoint)) if found is None else found
 
 
 def _read_buffers(checkpoint: Checkpoint, model: Any) -> None:

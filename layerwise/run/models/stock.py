@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from layerwise.run.models.loading import quiet_transformers
 from layerwise.run.models.rewrite import has_bias
 
 Format = Literal["stock", "native"]
+# a padded folder holds a native model whose blocks zeros fill up, for stock transformers
+OutputFormat = Literal["stock", "native", "padded"]
+OUTPUT_FORMATS: tuple[str, ...] = get_args(OutputFormat)
 FORMATS: tuple[Format, ...] = ("stock", "native")
 Shapes = dict[str, tuple[int, ...]]
 OTHERWISE = "choose format 'native'"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -18,20 +18,19 @@ from torch import Tensor, nn
 
 from layerwise.adapters.linear import is_transposed
 from layerwise.errors import DataError
-from layerwise.run.channels.allocate import Allocation
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.hashes import _parameters_sha256, tensor_hashes
 from layerwise.run.checkpoints.lazy import LazyTensors
 from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, write_checkpoint
 from layerwise.run.checkpoints.strict_json import read_object
 from layerwise.run.data.calibration import Calibration
-from layerwise.run.models.rewrite import parameters_of
-from layerwise.run.models.surgery import Cut
 from layerwise.run.outputs.model_card import model_card
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.outputs.smaller import Smaller, describe, write_channels, write_smaller
-from layerwise.run.pipeline.journal import FOLDER, Journal
+from layerwise.run.pipeline.destination import FOLDER
+from layerwise.run.pipeline.journal import MASKS, Journal, read_masks
 from layerwise.run.pipeline.records import LayerRecord
+from layerwise.run.pipeline.removal import Removed, Run, Shrunk
 
 MANIFEST = "manifest.json"
 PACKAGES = ("layerwise", "torch", "transformers", "safetensors")
@@ -70,19 +69,18 @@ class Manifest(BaseModel):
             raise DataError(message) from error
 
 
-def fingerprint(
-    recipe: Recipe,
-    tokens: Calibration,
-    source: Checkpoint | None,
-    model: nn.Module,
-    device: torch.device,
-) -> dict[str, Any]:
+def fingerprint(recipe: Recipe, run: Run[Any]) -> dict[str, Any]:
     """Everything that decides the bytes of the result."""
-    weights = source.sha256() if source else {"parameters": _parameters_sha256(model)}
+    opened, device = run.opened, run.task.device
+    weights = (
+        {"parameters": _parameters_sha256(opened.model)}
+        if opened.source is None
+        else opened.source.sha256()
+    )
     settings = recipe.model_dump(mode="json", exclude={"model"})
     return {
         **settings,
-        "calibration": tokens.sha256,
+        "calibration": run.tokens.sha256,
         "weights": weights,
         "versions": versions(),
         "device": device.type,
@@ -111,8 +109,6 @@ class Outcome:
         What was asked, the calibration data, and the figures of every matrix.
     source, tokenizer
         Where the model came from; without a source the tokenizer is saved as well.
-    allocation
-        How the widths of a smaller model were optimised, if they were.
     """
 
     recipe: Recipe
@@ -120,18 +116,26 @@ class Outcome:
     records: Sequence[LayerRecord]
     source: Checkpoint | None
     tokenizer: Any
-    allocation: Allocation | None = None
 
 
-def write_output(
-    journal: Journal,
-    outcome: Outcome,
-    model: Any,
-    weights: Mapping[str, Tensor],
-    masks: Mapping[str, Tensor],
-) -> None:
-    """Write a model with zeros into the partial folder; the manifest comes last."""
-    folder, source = journal.folder, outcome.source
+def write_output(outcome: Outcome, model: Any, removed: Removed, journal: Journal) -> None:
+    """Write the pruned model into the partial folder; the manifest comes last."""
+    if removed.shrunk is None:
+        _write_zeros(journal, outcome, model, removed)
+    else:
+        _write_shrunk(journal, outcome, model, removed.shrunk)
+
+
+def stored_masks(output: Path | None, masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Masks of a finished run: read from its folder when asked for, if they are there."""
+    if output is None or not (output / FOLDER / MASKS).is_file():
+        return dict(masks)
+    return LazyTensors(masks, read_masks(output).__getitem__)
+
+
+def _write_zeros(journal: Journal, outcome: Outcome, model: Any, removed: Removed) -> None:
+    """Write a model with zeros: the checkpoint with other values."""
+    folder, source, weights = journal.folder, outcome.source, removed.weights
     if source is not None:
         names = checkpoint_names(model, source)
         places = {names[name]: name for name in weights}
@@ -144,7 +148,8 @@ def write_output(
         source = Checkpoint.open(folder)
         names = checkpoint_names(model, source)
     pruned = {name: names[name] for name in weights}
-    journal.write_masks(masks, {name: model.get_parameter(name).shape for name in masks})
+    shapes = {name: model.get_parameter(name).shape for name in removed.masks}
+    journal.write_masks(removed.masks, shapes)
     write_rest(
         journal,
         outcome,
@@ -155,44 +160,14 @@ def write_output(
     )
 
 
-class Sized(Protocol):
-    """Decoder blocks, and how many parameters they had before a run."""
-
-    blocks: Mapping[str, nn.Module]
-    total: int
-
-
-def write_smaller_output(
-    journal: Journal,
-    outcome: Outcome,
-    model: Any,
-    cuts: Sequence[Cut],
-    before: Mapping[str, str],
-    size: Sized,
-) -> None:
-    """Write a smaller model into the partial folder; the manifest comes last.
-
-    Parameters
-    ----------
-    journal, outcome
-        The partial folder, and what it tells.
-    model, cuts
-        The smaller model, and what left.
-    before
-        :func:`~layerwise.run.checkpoints.hashes.digests` of the model as it was.
-    size
-        The decoder blocks, and how many parameters they had.
-    """
+def _write_shrunk(journal: Journal, outcome: Outcome, model: Any, shrunk: Shrunk) -> None:
+    """Write a smaller model: all of its tensors, and what was cut."""
     folder = journal.folder
-    format = outcome.recipe.format or "stock"
     written = write_smaller(
-        folder, model, outcome.source, outcome.tokenizer, format == "native"
+        folder, model, outcome.source, outcome.tokenizer, shrunk.format == "native"
     )
-    write_channels(folder, cuts)
-    sizes = size.total, parameters_of(size.blocks)
-    smaller, untouched = describe(model, written, before, sizes, format)
-    if (found := outcome.allocation) is not None:
-        smaller.predicted_loss, smaller.price = found.error, found.price
+    write_channels(folder, shrunk.cuts)
+    smaller, untouched = describe(model, written, shrunk)
     source = outcome.source or written
     write_rest(journal, outcome, source, pruned={}, untouched=untouched, smaller=smaller)
 

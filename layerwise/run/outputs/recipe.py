@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from layerwise.configure import OptionValue
 from layerwise.errors import DataError, UsageError
-from layerwise.run.channels.structure import Kind, OutputFormat
+from layerwise.run.channels.structure import Kind
+from layerwise.run.models.stock import OutputFormat
 from layerwise.run.pipeline.task import ErrorCorrection
 
 
@@ -44,7 +45,9 @@ class Recipe(BaseModel):
     pattern: Kind | None = None
     allocation: str | None = None
     format: OutputFormat | None = None
-    unit: int | None = None
+    multiple: int | None = Field(
+        default=None, validation_alias=AliasChoices("multiple", "unit")
+    )  # `unit` is its name of version 0.1
     calibration: str | None = None
     n_sequences: int = 128
     sequence_length: int | None = None
@@ -92,6 +95,10 @@ class Recipe(BaseModel):
     def names(cls) -> list[str]:
         """Names that a recipe may hold."""
         return list(cls.model_fields)
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of ``prune_model`` that it stands for, without the model."""
+        return self.model_dump(exclude={"model"})
 
     def to_yaml(self) -> str:
         """YAML text of everything that is set."""

@@ -1,21 +1,22 @@
 """What a folder with a smaller model holds: its tensors, and a manifest of what changed."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from layerwise.run.channels.structure import OutputFormat
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.hashes import digests
 from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names
 from layerwise.run.models.loading import quiet_transformers
 from layerwise.run.models.native import save_native
+from layerwise.run.models.stock import OutputFormat
 from layerwise.run.models.surgery import Cut
-from layerwise.run.pipeline.journal import FOLDER
+from layerwise.run.pipeline.destination import FOLDER
+from layerwise.run.pipeline.removal import Shrunk
 
 CHANNELS = "channels.json"
 
@@ -75,11 +76,7 @@ def write_channels(folder: Path, cuts: Sequence[Cut]) -> None:
 
 
 def describe(
-    model: nn.Module,
-    written: Checkpoint,
-    before: Mapping[str, str],
-    parameters: tuple[int, int],  # of the blocks, before and after
-    format: OutputFormat,
+    model: nn.Module, written: Checkpoint, shrunk: Shrunk
 ) -> tuple[Smaller, dict[str, str]]:
     """Statement of the manifest, and the hashes of all tensors that did not change.
 
@@ -87,20 +84,20 @@ def describe(
     ----------
     model, written
         The smaller model, and its folder.
-    before
-        :func:`digests` of the model as it was.
-    parameters, format
-        Of the blocks, before and after; and what was asked for.
+    shrunk
+        What it was, and what was removed.
     """
     now, entries = digests(model), written.entries()
     places = {name: name for name in now} | checkpoint_names(model, written)
-    same = {places[name]: now[name] for name in now if before.get(name) == now[name]}
+    same = {places[name]: now[name] for name in now if shrunk.before.get(name) == now[name]}
     untouched = {name: digest for name, digest in same.items() if name in entries}
     changed = sorted(set(entries) - set(untouched))
     smaller = Smaller(
-        format=format,
+        format=shrunk.format,
         changed={name: list(entries[name].shape) for name in changed},
-        parameters_before=parameters[0],
-        parameters_after=parameters[1],
+        parameters_before=shrunk.parameters_before,
+        parameters_after=shrunk.parameters_after,
+        predicted_loss=shrunk.predicted_loss,
+        price=shrunk.price,
     )
     return smaller, untouched

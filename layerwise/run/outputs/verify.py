@@ -13,7 +13,8 @@ from layerwise.run.models.opening import load_model
 from layerwise.run.outputs.checks import Check, shards, untouched
 from layerwise.run.outputs.output import MANIFEST, Manifest
 from layerwise.run.outputs.verify_smaller import verify_smaller
-from layerwise.run.pipeline.journal import FOLDER, read_layers, read_masks
+from layerwise.run.pipeline.destination import FOLDER
+from layerwise.run.pipeline.journal import read_layers, read_masks
 
 
 def verify(folder: Path) -> list[Check]:

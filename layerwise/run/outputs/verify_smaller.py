@@ -22,7 +22,8 @@ from layerwise.run.models.rewrite import parameters_of
 from layerwise.run.outputs.checks import Check, shards, untouched
 from layerwise.run.outputs.output import Manifest
 from layerwise.run.outputs.smaller import CHANNELS, Smaller
-from layerwise.run.pipeline.journal import FOLDER, read_layers
+from layerwise.run.pipeline.destination import FOLDER
+from layerwise.run.pipeline.journal import read_layers
 
 
 def verify_smaller(

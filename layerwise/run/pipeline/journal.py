@@ -7,11 +7,9 @@ with the same fingerprint continues where the last one stopped; another is refus
 end the folder is renamed to ``OUT``.
 """
 
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,21 +25,26 @@ from layerwise.run.checkpoints.bitmask import pack_mask, packed_size, unpack_mas
 from layerwise.run.checkpoints.lazy import LazyTensors
 from layerwise.run.checkpoints.shard import write_shard
 from layerwise.run.checkpoints.strict_json import read_object
+from layerwise.run.pipeline.block_files import BlockFolder, write_block
+from layerwise.run.pipeline.destination import (
+    BLOCKS,
+    FINGERPRINT,
+    FOLDER,
+    check_output,
+    partial_path,
+    replaced_path,
+    settle,
+)
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.results import PrunedBlock
 
-FOLDER = "layerwise"  # inside the output folder: everything that is ours
-FINGERPRINT = "fingerprint.json"
-BLOCKS = "blocks"
 LAYERS = "layers.jsonl"
 MASKS = "masks.safetensors"
-WEIGHT, MASK, BIAS = "weight:", "mask:", "bias:"
 SHAPES = "shapes"
 TEXT = "text"
-DIGITS = 16  # of the hash of a block in the name of its file
 
 
-class Journal:
+class Journal(BlockFolder):
     """Blocks that are done, in ``OUT.partial``.
 
     Parameters
@@ -66,8 +69,9 @@ class Journal:
         resume: bool = True,
     ) -> None:
         self.output = output
-        self.folder = output.with_name(output.name + ".partial")
+        self.folder = partial_path(output)
         self._ours = self.folder / FOLDER
+        super().__init__(self._ours / BLOCKS)
         self._fingerprint = json.loads(json.dumps(fingerprint))
         check_output(output, force=force)
         if self.folder.exists() and not self._is_fresh():
@@ -122,64 +126,9 @@ class Journal:
             raise UsageError(message)
         remove_temporaries(self.folder)
 
-    @property
-    def blocks(self) -> Path:
-        """Folder of the finished blocks."""
-        return self._ours / BLOCKS
-
-    def block_path(self, index: int) -> Path | None:
-        """File of a finished block, or None if it is not there."""
-        return next(iter(sorted(self.blocks.glob(f"{index:05d}-*.safetensors"))), None)
-
-    def read_block(self, index: int) -> PrunedBlock | None:
-        """Return a finished block, or None if it is not there.
-
-        Raises
-        ------
-        DataError
-            The file is damaged: its content is not what its name says.
-        """
-        path = self.block_path(index)
-        if path is None:
-            return None
-        block = PrunedBlock()
-        _check_content(path)
-        try:
-            with safe_open(path, framework="pt") as file:
-                block.records = [
-                    LayerRecord.from_dict(values)
-                    for values in json.loads(file.metadata()["records"])
-                ]
-                for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                    if key.startswith(WEIGHT):
-                        name, weight = key.removeprefix(WEIGHT), file.get_tensor(key)
-                        packed = file.get_tensor(MASK + name)
-                        block.weights[name] = weight
-                        block.masks[name] = unpack_mask(packed, weight.shape)
-                    elif key.startswith(BIAS):
-                        block.biases[key.removeprefix(BIAS)] = file.get_tensor(key)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            message = f"{path} is damaged ({error}); delete it to redo that block"
-            raise DataError(message) from error
-        return block
-
     def write_block(self, index: int, block: PrunedBlock) -> None:
         """Store a finished block; after this call it survives anything."""
         write_block(self.blocks, index, block)
-
-    def read_tensor(self, kind: str, index: int, linear: str) -> Tensor:
-        """One weight or mask (``WEIGHT``, ``MASK``) of a finished block."""
-        path = self.block_path(index)
-        assert path is not None
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(kind + linear)
-                if kind != MASK:
-                    return tensor
-                return unpack_mask(tensor, file.get_slice(WEIGHT + linear).get_shape())
-        except (SafetensorError, OSError) as error:
-            message = f"{path} is damaged ({error}); delete it to redo that block"
-            raise DataError(message) from error
 
     def read_state(self, name: str) -> tuple[dict[str, Tensor], str] | None:
         """Tensors and text of a state that was stored by name, or None."""
@@ -225,13 +174,18 @@ class Journal:
             {SHAPES: json.dumps(listed)},
         )
 
+    def publish(self, write: Callable[["Journal"], None]) -> None:
+        """Let the output be written into the partial folder, and give it its name."""
+        write(self)
+        self.finish()
+
     def finish(self) -> None:
         """Rename the partial folder to the output, replacing an older one if forced.
 
         What a resumed run would need goes last, and an output that is replaced stays
         until the new one has its name.
         """
-        replaced = _replaced(self.output)
+        replaced = replaced_path(self.output)
         try:
             if self.output.exists():
                 shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed
@@ -242,83 +196,12 @@ class Journal:
                 replaced.rename(self.output)
             message = f"cannot rename {self.folder} to {self.output}: {error.strerror}"
             raise DataError(message) from error
-        _settle(self.output)
+        settle(self.output)
 
     def discard_if_empty(self) -> None:
         """Remove the partial folder of a run that stopped before its first block."""
         if not any((self._ours / BLOCKS).glob("*.safetensors")):
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def write_block(folder: Path, index: int, block: PrunedBlock) -> None:
-    """Store a finished block in a folder, by a name that tells its content.
-
-    Two processes that do the same block write files that differ in their seconds alone.
-    """
-    tensors = {WEIGHT + name: weight for name, weight in block.weights.items()}
-    tensors |= {MASK + name: pack_mask(mask) for name, mask in block.masks.items()}
-    tensors |= {BIAS + name: bias for name, bias in block.biases.items()}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    records = json.dumps([record.to_dict() for record in block.records])
-    content = save(tensors, metadata={"records": records})
-    name = f"{index:05d}-{hashlib.sha256(content).hexdigest()[:DIGITS]}.safetensors"
-    atomic_write(folder / name, content)
-
-
-def _check_content(path: Path) -> None:
-    """Raise unless a block file has the content that its name promises."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest[:DIGITS] != path.stem.rpartition("-")[2]:
-        message = f"{path} is damaged: its content changed; delete it to redo that block"
-        raise DataError(message)
-
-
-def check_output(output: Path, *, force: bool) -> None:
-    """Refuse an output that exists or cannot be created, before any work is done.
-
-    First, what a run was doing that was killed in :meth:`Journal.finish` is completed, or
-    undone if the new folder had no name yet.
-    """
-    if output.name in ("", ".."):
-        message = f"{output} has no name of its own; name the new folder"
-        raise UsageError(message)
-    _settle(output)
-    if output.exists() and not force:
-        message = f"{output} exists; choose another output, or replace it with --force"
-        raise UsageError(message)
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        message = f"cannot create {output}: {parent} is not writable; choose another output"
-        raise DataError(message)
-
-
-def _replaced(output: Path) -> Path:
-    """Where an output is while another one gets its name."""
-    return output.with_name(f".{output.name}.replaced")
-
-
-def _settle(output: Path) -> None:
-    """Give a replaced output its name back, or remove what a finished run leaves.
-
-    The fingerprint goes last: it tells a folder that is not tidy yet.
-    """
-    replaced, fingerprint = _replaced(output), output / FOLDER / FINGERPRINT
-    partial = output.with_name(output.name + ".partial")
-    try:
-        if replaced.exists() and partial.exists() and not output.exists():
-            replaced.rename(output)
-        if fingerprint.is_file():
-            for folder in (replaced, output / FOLDER / BLOCKS):
-                if folder.exists():
-                    shutil.rmtree(folder)
-            fingerprint.unlink()
-    except OSError as error:
-        where = error.filename or output
-        message = f"cannot tidy up {output}: {where}: {error.strerror or error}"
-        raise DataError(message) from error
 
 
 def read_layers(folder: Path) -> list[LayerRecord]:

@@ -13,11 +13,11 @@ from layerwise.evaluate import relative_error
 from layerwise.lower_bounds import proven_gap_of
 from layerwise.problem import LayerProblem
 from layerwise.run.pipeline.allocator import trim_memory
+from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.records import LayerRecord
-from layerwise.run.pipeline.task import Task
 from layerwise.run.stopwatch import timed
 from layerwise.solution import Solution
-from layerwise.solve import solve, solver_name
+from layerwise.solve import solve
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +29,15 @@ class SolvedMatrix:
     record: LayerRecord
 
 
-def solve_matrix(task: Task, name: str, pose: Callable[[], LayerProblem]) -> SolvedMatrix:
-    """Pose and solve the problem of one matrix, as a task says.
+def solve_matrix(
+    method: Method, name: str, pose: Callable[[], LayerProblem]
+) -> SolvedMatrix:
+    """Pose and solve the problem of one matrix.
 
     Parameters
     ----------
-    task
-        Method and damping; whether to prove a gap.
+    method
+        Solver and damping; whether to prove a gap.
     name
         Full name of the layer.
     pose
@@ -45,43 +47,47 @@ def solve_matrix(task: Task, name: str, pose: Callable[[], LayerProblem]) -> Sol
     with naming(name), timed("solve"):
         problem = pose()
         trim_memory(problem.shape[1])
-        solution = solve(problem, task.solver)
+        solution = solve(problem, method.solver)
         stored = solution.weight.to(problem.weight.dtype)
         seconds = time.perf_counter() - start
         error = solution.relative_error
         if not torch.equal(stored.to(solution.weight.dtype), solution.weight):
             error = relative_error(problem, stored)
-        record = record_of(task, name, problem, solution, stored, error, seconds)
-    if task.certify:
+        record = record_of(method, name, problem, solution, stored, error, seconds)
+    if method.certify:
         with naming(name), timed("certify"):
-            record = certified(task, record, problem, stored)
+            record = certified(method, record, problem, stored)
     return SolvedMatrix(stored, solution.mask, record)
 
 
 def record_of(
-    task: Task,
+    method: Method,
     name: str,
     problem: LayerProblem,
     solution: Solution,
     stored: Tensor,
     error: float,
     seconds: float,
+    asked: str | None = None,
 ) -> LayerRecord:
-    """Figures of a matrix, its error measured after the cast to the model's type."""
-    damping = float(solution.stats.get("damping", task.damping))
+    """Figures of a matrix, its error measured after the cast to the model's type.
+
+    `asked` is the pattern in words, by default that of the problem.
+    """
+    damping = float(solution.stats.get("damping", method.damping))
     certificate = solution.certificate
     return LayerRecord(
         name=name,
         shape=problem.shape,
-        method=solver_name(task.solver),
-        pattern=str(task.pattern),
+        method=method.name,
+        pattern=asked or str(problem.pattern),
         sparsity=int((stored == 0).sum()) / stored.numel(),
         relative_error=error,
         status=str(solution.status),
         certificate=None if certificate is None else certificate.bound,
         certificate_kind=None if certificate is None else certificate.kind,
         damping=damping,
-        damping_raised=damping > task.damping,
+        damping_raised=damping > method.damping,
         rank=problem.moments.rank,
         dead_channels=problem.moments.dead_channels,
         n_tokens=problem.moments.n_tokens,
@@ -91,11 +97,11 @@ def record_of(
 
 
 def certified(
-    task: Task, record: LayerRecord, problem: LayerProblem, stored: Tensor
+    method: Method, record: LayerRecord, problem: LayerProblem, stored: Tensor
 ) -> LayerRecord:
     """Record with the proven gap of the stored weights, at the damping that was used."""
     used = problem.with_damping(record.damping)
-    gap = proven_gap_of(used, stored, memory_budget=task.memory_budget)
+    gap = proven_gap_of(used, stored, memory_budget=method.memory_budget)
     return replace(record, proven_gap=gap)
 
 

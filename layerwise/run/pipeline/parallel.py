@@ -7,10 +7,11 @@ on the disk or was decided before, so a block may be done twice, anywhere.
 """
 
 import pickle
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,15 +22,14 @@ from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.hidden_store import HiddenStore
 from layerwise.run.activations.streams import BATCH, capture, evaluation_mode
 from layerwise.run.checkpoints.shard import write_shard
-from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.data.calibration import Calibration
-from layerwise.run.models.architecture import adapter_in
-from layerwise.run.models.residency import Residency, open_resident
+from layerwise.run.models.opening import open_model
+from layerwise.run.pipeline.block_files import write_block
 from layerwise.run.pipeline.blocks import advance
-from layerwise.run.pipeline.journal import Journal, write_block
-from layerwise.run.pipeline.results import OnLayer, PrunedBlock
-from layerwise.run.pipeline.targets import Selection
-from layerwise.run.pipeline.task import Task
+from layerwise.run.pipeline.records import LayerRecord
+from layerwise.run.pipeline.removal import BlockStep, Removal, Run
+from layerwise.run.pipeline.store import BlockStore
+from layerwise.run.pipeline.task import ErrorCorrection, task_of
+from layerwise.run.pipeline.walk import walk
 from layerwise.run.stopwatch import timed
 from layerwise.run.workers.executor import Executor, Job
 from layerwise.run.workers.messages import Opening, Place
@@ -37,6 +37,18 @@ from layerwise.run.workers.processes import local_workers
 from layerwise.run.workers.schedule import run_jobs
 
 INDEPENDENT = ("none", "block")
+
+
+class Progress(Protocol):
+    """Told about the work as it happens."""
+
+    def on_layer(self, record: LayerRecord) -> None:
+        """One matrix is done."""
+        ...
+
+    def on_note(self, text: str) -> None:
+        """A worker is lost or slow."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,22 @@ class Workers:
             )
             raise UsageError(message)
 
+    def prune(
+        self,
+        run: Run[Any],
+        removal: Removal[Any],
+        step: BlockStep,
+        store: BlockStore,
+        hidden: HiddenStore,
+        listeners: Progress,
+    ) -> list[LayerRecord]:
+        """Prune all blocks, in this process or in workers."""
+        source, folder = run.opened.source, store.blocks
+        if not self.are_others or source is None or folder is None:
+            return walk(run, step, store, hidden, listeners.on_layer)
+        parallel = ParallelRun(run, removal, step, store, hidden, source.path, folder)
+        return parallel.walk(self, listeners)
+
     def executor(self, opening: Opening, device: torch.device) -> Executor:
         """Start nothing yet; workers come with the first jobs."""
         threads = torch.get_num_threads()
@@ -102,10 +130,12 @@ class BlockWork:
     ----------
     source
         Checkpoint folder.
-    task
-        What to do; its device is chosen by the place of the worker.
-    targets, ignore
-        Entries of the selection.
+    removal, targets, ignore
+        What is removed, and the entries of the selection.
+    step
+        What is done to a block.
+    error_correction
+        ``"none"`` or ``"block"``.
     tokens
         Token windows, shape (sequences, length).
     folder
@@ -113,21 +143,22 @@ class BlockWork:
     """
 
     source: Path
-    task: Task
+    removal: Removal[Any]
+    step: BlockStep
     targets: tuple[str, ...]
     ignore: tuple[str, ...]
+    error_correction: ErrorCorrection
     tokens: Tensor
     folder: Path
 
 
 def open_blocks(work: BlockWork, place: Place) -> Callable[[int], None]:
     """Open the checkpoint in a worker; what is returned prunes a block by its number."""
-    residency = open_resident(Checkpoint.open(work.source), streamed=True, trusted=True)
-    model = residency.model
-    adapter = adapter_in(residency)
-    pattern = work.task.pattern
-    selection = Selection(model, adapter, work.targets, work.ignore, pattern)  # type: ignore[arg-type]
-    task = replace(work.task, adapter=adapter, device=torch.device(place.device))
+    opened = open_model(work.source, streamed=True, trusted=True)
+    model, residency = opened.model, opened.residency
+    selection = work.removal.select(opened, work.targets, work.ignore)
+    device = torch.device(place.device)
+    task = task_of(work.removal.method, opened.adapter, work.error_correction, device)
     blocks = list(selection.blocks.items())
     with evaluation_mode(model), residency.entrance(blocks[0][1]):
         batches = torch.split(work.tokens, BATCH)
@@ -140,7 +171,7 @@ def open_blocks(work: BlockWork, place: Place) -> Callable[[int], None]:
         stages = selection.stages_of(name)
         inputs = BlockInputs(name, block, stages, calls[index], hidden, hidden)
         with evaluation_mode(model), residency.block(block, task.device):
-            write_block(work.folder, index, task.prune(inputs))
+            write_block(work.folder, index, work.step.prune_block(task, inputs))
 
     return prune
 
@@ -151,75 +182,85 @@ class ParallelRun:
 
     Parameters
     ----------
-    residency, selection, task, tokens, journal, store
+    run, step, store, hidden
         As for :func:`layerwise.run.pipeline.walk.walk`.
-    source
-        Checkpoint folder, which every worker opens.
+    removal
+        What was asked, by which every worker selects.
+    source, folder
+        Checkpoint folder, which every worker opens, and the folder of finished blocks.
     """
 
-    residency: Residency
-    selection: Selection
-    task: Task
-    tokens: Calibration
-    journal: Journal
-    store: HiddenStore
+    run: Run[Any]
+    removal: Removal[Any]
+    step: BlockStep
+    store: BlockStore
+    hidden: HiddenStore
     source: Path
+    folder: Path
 
     @torch.no_grad()
-    def walk(
-        self, workers: Workers, on_layer: OnLayer, on_note: Callable[[str], None]
-    ) -> list[PrunedBlock]:
-        """Prune all blocks, in any order."""
-        done: dict[int, PrunedBlock] = {}
+    def walk(self, workers: Workers, listeners: Progress) -> list[LayerRecord]:
+        """Prune all blocks, in any order; the records are in that of the model."""
+        done: dict[int, list[LayerRecord]] = {}
 
         def finish(index: int) -> None:
-            result = self.journal.read_block(index)
-            assert result is not None
-            done[index] = result.without_tensors()
-            in_order = [record for i in sorted(done) for record in done[i].records]
-            self.journal.write_layers(in_order)
-            hidden_path(self.journal.blocks, index).unlink(missing_ok=True)
+            result = self.store.read_block(index)
+            if result is None:
+                message = f"{self.folder} lacks block {index}, which a worker has written"
+                raise DataError(message)
+            done[index] = result.records
+            self.store.write_layers(_in_order(done))
+            hidden_path(self.folder, index).unlink(missing_ok=True)
             for record in result.records:
-                on_layer(record)
+                listeners.on_layer(record)
 
+        opening = partial(open_blocks, self._work())
         run_jobs(
             self._jobs(finish),
-            workers.executor(partial(open_blocks, self._work()), self.task.device),
+            workers.executor(opening, self.run.task.device),
             on_done=lambda job, _: finish(int(job.key)),
-            on_note=on_note,
+            on_note=listeners.on_note,
         )
-        return [done[index] for index in sorted(done)]
+        return _in_order(done)
 
     def _jobs(self, finish: Callable[[int], None]) -> Iterator[Job]:
         """Blocks that are not done, each when its inputs are on the disk."""
-        blocks = list(self.selection.blocks.items())
+        task, residency = self.run.task, self.run.opened.residency
+        blocks = list(self.run.selection.blocks.items())
         modules = [block for _, block in blocks]
-        with timed("capture"), self.residency.entrance(modules[0]):
-            batches = torch.split(self.tokens.tokens, BATCH)
-            stream = capture(self.residency.model, modules, batches)
-        hidden = self.store.keep(stream.hidden)
+        with timed("capture"), residency.entrance(modules[0]):
+            batches = torch.split(self.run.tokens.tokens, BATCH)
+            stream = capture(residency.model, modules, batches)
+        hidden = self.hidden.keep(stream.hidden)
         stream.hidden.clear()
         for index, (name, block) in enumerate(blocks):
-            if self.journal.block_path(index) is None:
+            if self.store.read_block(index) is None:
                 with timed("write"):
-                    write_hidden(self.journal.blocks, index, hidden)
+                    write_hidden(self.folder, index, hidden)
                 yield Job(index, index)
             else:
                 finish(index)
             if index < len(blocks) - 1:
                 inputs = BlockInputs(name, block, (), stream.calls[index], hidden, hidden)
-                with self.residency.block(block, self.task.device):
-                    hidden = self.store.keep(advance(self.task, inputs, hidden))
+                with residency.block(block, task.device):
+                    hidden = self.hidden.keep(advance(task, inputs, hidden))
 
     def _work(self) -> BlockWork:
+        selection = self.run.selection
         return BlockWork(
             self.source.absolute(),
-            replace(self.task, device=torch.device("cpu")),
-            tuple(self.selection.targets),
-            tuple(self.selection.ignore),
-            self.tokens.tokens,
-            self.journal.blocks.absolute(),
+            self.removal,
+            self.step,
+            tuple(selection.targets),
+            tuple(selection.ignore),
+            self.run.task.error_correction,
+            self.run.tokens.tokens,
+            self.folder.absolute(),
         )
+
+
+def _in_order(done: Mapping[int, list[LayerRecord]]) -> list[LayerRecord]:
+    return [record for index in sorted(done) for record in done[index]]
 
 
 def hidden_path(folder: Path, index: int) -> Path:

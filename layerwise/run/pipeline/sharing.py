@@ -5,34 +5,31 @@ agree on everything that decides the result, and rank 0 alone writes.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from layerwise.errors import DataError, UsageError
-from layerwise.patterns import Pattern
-from layerwise.run.channels.structure import Structure
+from layerwise.run.capacity import refuse_full_disk
 from layerwise.run.data.calibration import Calibration
-from layerwise.run.pipeline.gradients import required_gradient
-from layerwise.run.pipeline.journal import FOLDER, Journal
+from layerwise.run.pipeline.block_files import BlockFolder
+from layerwise.run.pipeline.destination import BLOCKS, FOLDER, Destination, partial_path
+from layerwise.run.pipeline.journal import Journal
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.results import PrunedBlock
-from layerwise.run.workers.ranks import Ranks
-from layerwise.solve import solver_name, steps_of
-from layerwise.solver import requirements
+from layerwise.run.pipeline.store import BlockStore, MemoryStore
+from layerwise.run.workers.ranks import ALONE, Ranks
 
 
-def check_shared(
-    ranks: Ranks, solver: Any, pattern: Pattern | Structure, *, workers: bool
-) -> None:
+def check_shared(ranks: Ranks, refusal: str | None, *, workers: bool) -> None:
     """Refuse what several ranks cannot do together.
 
     Raises
     ------
     UsageError
-        The run has workers besides, removes channels, or needs what is not a sum over
-        the sequences.
+        The run has workers besides, or there is another reason.
     """
     if not ranks.are_several:
         return
@@ -42,24 +39,8 @@ def check_shared(
             f"out --workers and --ray, or start without torchrun"
         )
         raise UsageError(message)
-    if isinstance(pattern, Structure):
-        message = (
-            "a smaller model is chosen and cut as a whole, which ranks do not share: start "
-            "without torchrun"
-        )
-        raise UsageError(message)
-    if required_gradient(solver) is not None:
-        message = (
-            f"{solver_name(solver)} needs gradients of the whole model, which ranks do not "
-            f"share: start without torchrun, or choose another method"
-        )
-        raise UsageError(message)
-    if any("fluctuation" in requirements(step) for step in steps_of(solver)):
-        message = (
-            f"{solver_name(solver)} needs a statistic that depends on the order of the "
-            f"sequences: start without torchrun, or choose another method"
-        )
-        raise UsageError(message)
+    if refusal is not None:
+        raise UsageError(refusal)
 
 
 def own_sequences(tokens: Calibration, ranks: Ranks) -> Calibration:
@@ -93,7 +74,7 @@ def agree(ranks: Ranks, identity: Mapping[str, Any]) -> dict[str, Any]:
     if not ranks.are_several:
         return dict(identity)
     own = json.loads(json.dumps({**identity, "ranks": ranks.size}))
-    text = ranks.tell("identity", json.dumps(own) if ranks.first else None)
+    text = ranks.broadcast_text("identity", json.dumps(own) if ranks.first else None)
     other = json.loads(text)
     differs = [key for key in sorted({*own, *other}) if own.get(key) != other.get(key)]
     if differs:
@@ -102,12 +83,12 @@ def agree(ranks: Ranks, identity: Mapping[str, Any]) -> dict[str, Any]:
             f"ranks with the same arguments, files and packages"
         )
         raise UsageError(message)
-    ranks.meet()  # nothing is written unless all agree
+    ranks.barrier()  # nothing is written unless all agree
     return dict(own)
 
 
-class FollowedJournal(Journal):
-    """Journal of rank 0 as the other ranks see it: they read what is there, and no more.
+class Follower(BlockFolder):
+    """Blocks of rank 0 as the other ranks see them: they read, and write nothing.
 
     Parameters
     ----------
@@ -118,9 +99,7 @@ class FollowedJournal(Journal):
     """
 
     def __init__(self, output: Path, finished: frozenset[int]) -> None:
-        self.output = output
-        self.folder = output.with_name(output.name + ".partial")
-        self._ours = self.folder / FOLDER
+        super().__init__(partial_path(output) / FOLDER / BLOCKS)
         self._finished = finished
         if not self.blocks.is_dir():
             message = (
@@ -143,31 +122,54 @@ class FollowedJournal(Journal):
         return block
 
     def write_block(self, index: int, block: PrunedBlock) -> None:
-        """Leave it to rank 0."""
+        """Nothing: rank 0 writes."""
 
     def write_layers(self, records: list[LayerRecord]) -> None:
-        """Leave it to rank 0."""
+        """Nothing: rank 0 writes."""
+
+    def publish(self, write: Callable[[Journal], None]) -> None:
+        """Nothing: rank 0 writes."""
 
     def discard_if_empty(self) -> None:
-        """Leave it to rank 0."""
+        """Nothing: rank 0 tidies up."""
 
 
-def shared_journal(
-    ranks: Ranks,
-    output: Path,
+@contextmanager
+def open_store(
+    destination: Destination,
     identity: Mapping[str, Any],
-    *,
-    force: bool,
-    resume: bool,
-) -> Journal:
-    """Journal of rank 0, or what another rank sees of it."""
-    if not ranks.are_several:
-        return Journal(output, identity, force=force, resume=resume)
-    if ranks.first:
-        journal = Journal(output, identity, force=force, resume=resume)
+    ranks: Ranks = ALONE,
+    needed: int = 0,
+) -> Iterator[BlockStore]:
+    """Store of a run; a folder without a finished block is removed if the run fails.
+
+    Parameters
+    ----------
+    destination
+        The folder that the run will become; without one the blocks stay in memory.
+    identity
+        Everything that decides the bytes of the result.
+    ranks
+        Rank 0 has the journal, the others follow it.
+    needed
+        Bytes that the output will take.
+    """
+    output = destination.output
+    if output is None:
+        yield MemoryStore()
+        return
+    if not ranks.first:
+        finished = json.loads(ranks.broadcast_text("finished", None))
+        yield Follower(output, frozenset(finished))
+        return
+    journal = Journal(output, identity, force=destination.force, resume=destination.resume)
+    if ranks.are_several:
         files = journal.blocks.glob("[0-9]*-*.safetensors")
         finished = sorted({int(path.name.partition("-")[0]) for path in files})
-        ranks.tell("finished", json.dumps(finished))
-        return journal
-    finished = json.loads(ranks.tell("finished", None))
-    return FollowedJournal(output, frozenset(finished))
+        ranks.broadcast_text("finished", json.dumps(finished))
+    try:
+        refuse_full_disk(journal.folder, needed)
+        yield journal
+    except BaseException:
+        journal.discard_if_empty()
+        raise

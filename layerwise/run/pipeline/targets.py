@@ -34,6 +34,16 @@ class Choice(Protocol):
         """Full names of the linears that will be written."""
         ...
 
+    @property
+    def targets(self) -> Sequence[str]:
+        """Entries that chose them."""
+        ...
+
+    @property
+    def ignore(self) -> Sequence[str]:
+        """Entries that left some out."""
+        ...
+
     def stages_of(self, block: str) -> tuple[Stage, ...]:
         """Stages of a block with the chosen linears alone."""
         ...
@@ -48,7 +58,7 @@ class Selection:
         adapter: Adapter,
         targets: Sequence[str],
         ignore: Sequence[str],
-        pattern: Pattern,
+        pattern: Pattern | None = None,
     ) -> None:
         self.targets, self.ignore = targets, ignore
         self.blocks = adapter.blocks_of(model)
@@ -67,8 +77,12 @@ class Selection:
         self.names = select({**modules, **unserved}, candidates, targets, ignore)
         refuse_shared(model, self.names)
         self.transposed = {name for name in self.names if is_transposed(candidates[name])}
+        if pattern is not None:
+            self._check(candidates, pattern)
+
+    def _check(self, linears: Mapping[str, nn.Module], pattern: Pattern) -> None:
         for name in self.names:
-            rows, columns = matrix(candidates[name]).shape
+            rows, columns = matrix(linears[name]).shape
             try:
                 pattern.check((rows, columns))
             except InvalidProblemError as error:
@@ -104,12 +118,6 @@ class Selection:
             return tensor.T.contiguous() if name in self.transposed else tensor
 
         return LazyTensors([f"{name}.weight" for name in self.names], oriented)
-
-    def share(self, model: nn.Module) -> float:
-        """Fraction of the parameters of the blocks that the chosen linears hold."""
-        blocks = [p for block in self.blocks.values() for p in block.parameters()]
-        chosen = [model.get_parameter(f"{name}.weight") for name in self.names]
-        return sum(p.numel() for p in chosen) / sum(p.numel() for p in blocks)
 
 
 def select(
@@ -172,12 +180,15 @@ def _listing(candidates: Mapping[str, nn.Module]) -> str:
     return f"{shown} (class {', '.join(kinds)})"
 
 
-def note_on(model: nn.Module, adapter: Adapter, selection: Selection) -> str:
+def note_on(model: nn.Module, adapter: Adapter, selection: Choice) -> str:
     """What a run on an architecture without declared adapter is based on."""
+    blocks = [p for block in selection.blocks.values() for p in block.parameters()]
+    chosen = [model.get_parameter(f"{name}.weight") for name in selection.names]
+    share = sum(p.numel() for p in chosen) / sum(p.numel() for p in blocks)
     return (
         f"no adapter is declared for this {type(model).__name__}: blocks "
         f"{adapter.blocks} were found by running it; the {len(selection.names)} layers "
-        f"to prune hold {selection.share(model):.1%} of their parameters"
+        f"to prune hold {share:.1%} of their parameters"
     )
 
 

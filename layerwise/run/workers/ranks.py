@@ -43,7 +43,7 @@ class Ranks:
         """Whether this is the rank that writes and tells."""
         return self.rank == 0
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until all ranks are here.
 
         Raises
@@ -52,15 +52,15 @@ class Ranks:
             Another rank failed or is gone.
         """
 
-    def tell(self, key: str, text: str | None) -> str:
+    def broadcast_text(self, key: str, text: str | None) -> str:
         """One rank has a text, and all of them get it; every key is used once."""
         assert text is not None
         return text
 
-    def add(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Add tensors over the ranks, in place; all ranks have the same shapes."""
 
-    def copy(self, tensors: Sequence[Tensor], owner: int) -> None:
+    def broadcast(self, tensors: Sequence[Tensor], owner: int) -> None:
         """Give the tensors of one rank to all others, in place."""
 
 
@@ -89,7 +89,7 @@ class SharingRanks(Ranks):
         import torch.distributed as dist
 
         self._store.add("own GPU", int(own_gpu))
-        self.meet()
+        self.barrier()
         nccl = self._store.add("own GPU", 0) == self.size and dist.is_nccl_available()
         self._home = None if nccl else torch.device("cpu")
         device = torch.device("cuda", torch.cuda.current_device()) if nccl else None
@@ -106,7 +106,7 @@ class SharingRanks(Ranks):
             message = f"the {self.size} ranks cannot form a group: {_line(error)}"
             raise WorkerError(message) from error
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait at the store until all ranks are here."""
         self._meetings += 1
         nap = FIRST_NAP
@@ -129,28 +129,28 @@ class SharingRanks(Ranks):
             raise WorkerError(reason)
         return count
 
-    def tell(self, key: str, text: str | None) -> str:
+    def broadcast_text(self, key: str, text: str | None) -> str:
         """Lay the text down in the store, meet, and take it."""
         if text is not None:
             self._store.set(f"told {key}", text)
-        self.meet()
+        self.barrier()
         return text or str(self._store.get(f"told {key}").decode())
 
-    def add(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Add in the type of the tensors; the order of the ranks is the library's."""
         import torch.distributed as dist
 
-        self.meet()
+        self.barrier()
         for tensor in tensors:
             moved = self._movable(tensor)
             dist.all_reduce(moved)
             _back(moved, tensor)
 
-    def copy(self, tensors: Sequence[Tensor], owner: int) -> None:
+    def broadcast(self, tensors: Sequence[Tensor], owner: int) -> None:
         """Broadcast tensors, which are contiguous."""
         import torch.distributed as dist
 
-        self.meet()
+        self.barrier()
         for tensor in tensors:
             moved = self._movable(tensor)
             dist.broadcast(moved, owner)

@@ -1,0 +1,301 @@
+"""Channels are removed: the model gets smaller."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from layerwise.adapters import Adapter, Stage
+from layerwise.errors import InvalidProblemError, UsageError
+from layerwise.run.activations.block import BlockInputs
+from layerwise.run.activations.dense_side import DenseSide
+from layerwise.run.channels.allocate import Allocation
+from layerwise.run.channels.restoration import (
+    ChannelMethod,
+    Restoration,
+    collect,
+    stages_at,
+)
+from layerwise.run.channels.selection import ChannelSelection, coupling_names
+from layerwise.run.channels.sites import Site
+from layerwise.run.channels.structure import (
+    COUPLINGS,
+    Structure,
+    choose_structure,
+    removes_columns,
+)
+from layerwise.run.channels.survey import Finding, survey
+from layerwise.run.channels.widths import (
+    COMPAT_RULE,
+    check_reachable,
+    choose_widths,
+    default_rule,
+    rule_of,
+)
+from layerwise.run.checkpoints.hashes import digests
+from layerwise.run.models.cuts import Cut
+from layerwise.run.models.opening import OpenedModel
+from layerwise.run.models.padding import pad_to_widest
+from layerwise.run.models.rewrite import parameters_of
+from layerwise.run.models.stock import check_format, holds_bias
+from layerwise.run.models.surgery import shrink
+from layerwise.run.pipeline.method import Method
+from layerwise.run.pipeline.removal import Amount, Removed, Run, Shrunk
+from layerwise.run.pipeline.results import OnLayer, PrunedBlock
+from layerwise.run.pipeline.store import BlockStore
+from layerwise.run.pipeline.task import Task
+from layerwise.run.stopwatch import timed
+from layerwise.solvers.columns import ColumnPruning
+
+SURVEYED = ("optimal", "al-mm", "al-am", COMPAT_RULE)  # look at every layer first
+
+
+@dataclass(frozen=True)
+class RemoveChannels:
+    """Remove whole channels from the blocks, and refit the layers that read them.
+
+    Parameters
+    ----------
+    method, structure
+        How it is done, and what is asked.
+    """
+
+    method: Method
+    structure: Structure
+    needs_whole_model: ClassVar[bool] = True  # it is cut as a whole
+    refused_by_ranks: ClassVar[str] = (
+        "a smaller model is chosen and cut as a whole, which ranks do not share: start "
+        "without torchrun"
+    )
+
+    @classmethod
+    def asked(cls, method: Method, amount: Amount) -> "RemoveChannels | None":
+        """Return what the arguments of a run ask for, or None if it is another kind."""
+        structure = choose_structure(method.solver, amount)
+        if structure is None:
+            return None
+        return cls(method.with_certify(bounded=False), structure)
+
+    @property
+    def pattern(self) -> None:
+        """No zeros stay: what is removed is gone."""
+
+    def check_storable(self) -> None:
+        """Every smaller model can be written to a folder."""
+
+    def for_model(self, model_type: str) -> "RemoveChannels":
+        """SparseGPT removes no columns, so the warm start is Wanda's for every model."""
+        return replace(self, method=self.method.with_start("wanda"))
+
+    def select(
+        self, opened: OpenedModel, targets: Sequence[str], ignore: Sequence[str]
+    ) -> ChannelSelection:
+        """Choose the channels that take part.
+
+        Raises
+        ------
+        UsageError
+            The format has no place for the result, or too much is asked.
+        InvalidProblemError
+            The method does not handle whole columns.
+        """
+        structure, method = self.structure, self.method
+        selection = ChannelSelection(
+            opened.model, opened.adapter, targets, ignore, structure
+        )
+        if not removes_columns(method.solver):
+            message = (
+                f"{method.name} does not remove whole columns: choose columns, fasp or "
+                f"flap, or a mask method such as wanda"
+            )
+            raise InvalidProblemError(message)
+        if self._rule in SURVEYED and not isinstance(method.solver, ColumnPruning):
+            message = (
+                f"allocation {self._rule} reads the scores of columns, which {method.name} "
+                f"does not give: choose uniform, or a method such as columns, fasp or flap"
+            )
+            raise UsageError(message)
+        if self._restoration == "bias" and not self._holds_bias(opened, selection):
+            names = coupling_names(opened.adapter, structure)
+            check_format(opened.model, opened.adapter, names, "stock", bias=True)
+        check_reachable(structure, selection.places, selection.total)
+        if self._rule not in SURVEYED:
+            self._widths(selection, {})
+        return selection
+
+    def notes(self, run: Run[ChannelSelection]) -> list[str]:
+        """What the format changes about what was asked."""
+        structure, adapter = self.structure, run.opened.adapter
+        asked = COUPLINGS[structure.kind]
+        taken = coupling_names(adapter, structure)
+        notes = [
+            f"the stock format of {adapter.name} has no place for fewer {coupling.name}: "
+            f"they stay, and {' and '.join(taken)} make up for them"
+            for coupling in adapter.couplings
+            if coupling.name in asked and coupling.name not in taken
+        ]
+        intercept = self._restoration == "intercept"
+        if intercept and not self._holds_bias(run.opened, run.selection):
+            notes.append(
+                f"the stock format of {adapter.name} has no place for the biases of "
+                f"{self.method.name}: weights are refitted without"
+            )
+        return notes
+
+    def disk_needed(self, run: Run[ChannelSelection]) -> int:
+        """Not known before the widths are."""
+        return 0
+
+    def prepare(self, run: Run[ChannelSelection]) -> "ChosenChannels":
+        """Choose the widths of all blocks, after a survey of the model if need be."""
+        selection = run.selection
+        holds_bias = self._holds_bias(run.opened, selection)
+        method = ChannelMethod(self.method, str(self.structure), holds_bias)
+        findings: Mapping[str, Finding] = {}
+        before = {} if run.output is None else digests(run.opened.model)
+        if self._rule in SURVEYED:
+            with timed("survey"):
+                findings = survey(
+                    run, method, selection.sites, curves=self._rule == "optimal"
+                )
+        keep, allocation = self._widths(selection, findings)
+        return ChosenChannels(
+            method, self.structure, selection.sites, keep, before, allocation
+        )
+
+    def recipe_fields(self) -> dict[str, Any]:
+        """Fields of a recipe that ask for this again."""
+        structure = self.structure
+        return {
+            **self.method.recipe_fields(),
+            "pattern": structure.kind,
+            "sparsity": structure.sparsity,
+            "allocation": structure.allocation or default_rule(structure, self.method.name),
+            "format": structure.format,
+            "multiple": structure.multiple,
+        }
+
+    @property
+    def _rule(self) -> str:
+        return rule_of(self.structure, self.method.name)[0]
+
+    @property
+    def _restoration(self) -> str | None:
+        return getattr(self.method.solver, "restoration", None)
+
+    def _widths(
+        self, selection: ChannelSelection, findings: Mapping[str, Finding]
+    ) -> tuple[dict[str, int], Allocation | None]:
+        return choose_widths(
+            self.structure, self.method.name, selection.places, selection.total, findings
+        )
+
+    def _holds_bias(self, opened: OpenedModel, selection: ChannelSelection) -> bool:
+        """Whether the main consumers can get a bias in the format of the run."""
+        mains = {site.main for site in selection.places}
+        return self.structure.format == "native" or all(
+            holds_bias(opened.model, opened.adapter, name) for name in mains
+        )
+
+
+@dataclass(frozen=True)
+class ChosenChannels:
+    """Channels with the widths that all blocks will have.
+
+    Parameters
+    ----------
+    method, structure
+        How channels are removed, and what was asked.
+    sites
+        Couplings by the full name of the block, in the order of the data flow.
+    keep
+        Units that stay, of every head, by the name of the site.
+    before
+        Hash of every tensor of the dense model; empty if nothing is written.
+    allocation
+        How the widths were optimised, if they were.
+    """
+
+    method: ChannelMethod
+    structure: Structure
+    sites: Mapping[str, tuple[Site, ...]]
+    keep: Mapping[str, int]
+    before: Mapping[str, str]
+    allocation: Allocation | None
+
+    def findings(self, run: Run[ChannelSelection]) -> list[str]:
+        """What the widths should cost."""
+        if self.allocation is None:
+            return []
+        percent = self.allocation.price * run.selection.total / 100
+        return [
+            f"the widths should add {self.allocation.error:.4f} to the mean loss of a "
+            f"token, and the next 1 % of the blocks {percent:.4f}"
+        ]
+
+    def stages_of(self, inputs: BlockInputs) -> tuple[Stage, ...]:
+        """Consumers of the block that will be restored."""
+        return stages_at(self._narrowed(inputs.name))
+
+    def prune_block(
+        self,
+        task: Task,
+        inputs: BlockInputs,
+        on_layer: OnLayer = lambda record: None,
+        dense: DenseSide | None = None,
+    ) -> PrunedBlock:
+        """Make the columns of removed channels zero in a block, in place."""
+        if task.staged:
+            stages = self.stages_of(inputs)
+            dense = dense or DenseSide(inputs, stages, task.device)
+            restoration = Restoration(self.method, task, inputs, on_layer, dense=dense)
+        else:
+            collected = collect(task, inputs, self.sites.get(inputs.name, ()))
+            restoration = Restoration(
+                self.method, task, inputs, on_layer, collected=collected
+            )
+        for site in self._narrowed(inputs.name):
+            restoration.remove(site, self.keep[site.name])
+        return restoration.result
+
+    def finish(self, run: Run[ChannelSelection], store: BlockStore) -> Removed:
+        """Cut the model, in place, to the channels that stay."""
+        masks: dict[str, Tensor] = {}
+        cuts = []
+        for index, block in enumerate(run.selection.blocks):
+            done = store.read_block(index) or PrunedBlock()
+            for name, mask in done.masks.items():
+                masks[f"{block}.{name}.weight"] = mask
+            for site in self.sites.get(block, ()):
+                if site.main in done.masks:
+                    kept = torch.unique(site.channels.groups[done.masks[site.main][0]])
+                    cuts.append(Cut(block, site.coupling.name, kept))
+        make_smaller(run.opened.model, run.opened.adapter, cuts, self.structure)
+        found = self.allocation
+        shrunk = Shrunk(
+            cuts,
+            self.structure.format,
+            self.before,
+            run.selection.total,
+            parameters_of(run.selection.blocks),
+            None if found is None else found.error,
+            None if found is None else found.price,
+        )
+        return Removed(masks, shrunk=shrunk)
+
+    def _narrowed(self, block: str) -> list[Site]:
+        """Sites of a block that lose channels."""
+        sites = self.sites.get(block, ())
+        return [site for site in sites if self.keep[site.name] < site.rounds]
+
+
+def make_smaller(
+    model: Any, adapter: Adapter, cuts: Sequence[Cut], structure: Structure
+) -> None:
+    """Cut a model whose removed columns are zero, in the format of the run."""
+    native = structure.format != "stock"
+    shrink(model, adapter, cuts, format="native" if native else "stock")
+    if structure.format == "padded":
+        pad_to_widest(model, adapter)

@@ -1,0 +1,111 @@
+"""Finished blocks as files: stored weights, bit-packed masks, and figures in the header.
+
+A block and its figures appear together or not at all, under a name that holds the hash of
+its content.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from layerwise.errors import DataError
+from layerwise.run.checkpoints.atomic import atomic_write
+from layerwise.run.checkpoints.bitmask import pack_mask, unpack_mask
+from layerwise.run.pipeline.records import LayerRecord
+from layerwise.run.pipeline.results import PrunedBlock
+
+WEIGHT, MASK, BIAS = "weight:", "mask:", "bias:"
+DIGITS = 16  # of the hash of a block in the name of its file
+
+
+class BlockFolder:
+    """Reads the finished blocks of a folder.
+
+    Parameters
+    ----------
+    blocks
+        The folder.
+    """
+
+    def __init__(self, blocks: Path) -> None:
+        self.blocks = blocks
+
+    def block_path(self, index: int) -> Path | None:
+        """File of a finished block, or None if it is not there."""
+        return next(iter(sorted(self.blocks.glob(f"{index:05d}-*.safetensors"))), None)
+
+    def read_block(self, index: int) -> PrunedBlock | None:
+        """Return a finished block, or None if it is not there.
+
+        Raises
+        ------
+        DataError
+            The file is damaged: its content is not what its name says.
+        """
+        path = self.block_path(index)
+        if path is None:
+            return None
+        block = PrunedBlock()
+        _check_content(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                block.records = [
+                    LayerRecord.from_dict(values)
+                    for values in json.loads(file.metadata()["records"])
+                ]
+                for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                    if key.startswith(WEIGHT):
+                        name, weight = key.removeprefix(WEIGHT), file.get_tensor(key)
+                        packed = file.get_tensor(MASK + name)
+                        block.weights[name] = weight
+                        block.masks[name] = unpack_mask(packed, weight.shape)
+                    elif key.startswith(BIAS):
+                        block.biases[key.removeprefix(BIAS)] = file.get_tensor(key)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            message = f"{path} is damaged ({error}); delete it to redo that block"
+            raise DataError(message) from error
+        return block
+
+    def read_tensor(self, kind: str, index: int, linear: str) -> Tensor:
+        """One weight or mask (``WEIGHT``, ``MASK``) of a finished block."""
+        path = self.block_path(index)
+        if path is None:
+            message = f"{self.blocks} lacks block {index}; start the run again"
+            raise DataError(message)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(kind + linear)
+                if kind != MASK:
+                    return tensor
+                return unpack_mask(tensor, file.get_slice(WEIGHT + linear).get_shape())
+        except (SafetensorError, OSError) as error:
+            message = f"{path} is damaged ({error}); delete it to redo that block"
+            raise DataError(message) from error
+
+
+def write_block(folder: Path, index: int, block: PrunedBlock) -> None:
+    """Store a finished block in a folder, by a name that tells its content.
+
+    Two processes that do the same block write files that differ in their seconds alone.
+    """
+    tensors = {WEIGHT + name: weight for name, weight in block.weights.items()}
+    tensors |= {MASK + name: pack_mask(mask) for name, mask in block.masks.items()}
+    tensors |= {BIAS + name: bias for name, bias in block.biases.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    records = json.dumps([record.to_dict() for record in block.records])
+    content = save(tensors, metadata={"records": records})
+    name = f"{index:05d}-{hashlib.sha256(content).hexdigest()[:DIGITS]}.safetensors"
+    atomic_write(folder / name, content)
+
+
+def _check_content(path: Path) -> None:
+    """Raise unless a block file has the content that its name promises."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest[:DIGITS] != path.stem.rpartition("-")[2]:
+        message = f"{path} is damaged: its content changed; delete it to redo that block"
+        raise DataError(message)

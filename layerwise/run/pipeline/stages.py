@@ -1,0 +1,177 @@
+"""Stages of a block whose moments are known: solve their matrices and write the weights.
+
+Where several ranks share a run, each has seen a part of the tokens. Their sums are added
+up, and every matrix is solved by one rank and given to the others.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from layerwise.adapters import Stage
+from layerwise.moments import MomentAccumulator, Moments
+from layerwise.patterns import Pattern
+from layerwise.problem import LayerProblem
+from layerwise.run.activations.block import BlockInputs
+from layerwise.run.pipeline.allocator import trim_memory
+from layerwise.run.pipeline.matrix import SolvedMatrix, naming, solve_matrix
+from layerwise.run.pipeline.method import Method
+from layerwise.run.pipeline.records import LayerRecord
+from layerwise.run.pipeline.results import OnLayer, PrunedBlock
+from layerwise.run.pipeline.task import Task
+from layerwise.run.stopwatch import timed
+from layerwise.run.workers.ranks import Ranks, owners
+
+
+class Zeros(Protocol):
+    """Which weights of every matrix may be zero, and how the rest is found."""
+
+    @property
+    def method(self) -> Method:
+        """How a matrix is solved."""
+        ...
+
+    @property
+    def pattern(self) -> Pattern:
+        """Pattern of the matrices."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class _Matrix:
+    """A matrix whose moments are known, and what makes its problem."""
+
+    linear: str
+    weight: Tensor
+    pose: Callable[[], LayerProblem]
+
+
+def solve_stages(
+    zeros: Zeros,
+    task: Task,
+    inputs: BlockInputs,
+    result: PrunedBlock,
+    on_layer: OnLayer,
+    stages: Sequence[tuple[Stage, MomentAccumulator]],
+) -> None:
+    """Solve the problems of some stages and write the weights.
+
+    Parameters
+    ----------
+    zeros, task, inputs
+        What is removed from which block, and how it is measured.
+    result
+        Gets the weights, masks and figures.
+    on_layer
+        Called after every matrix.
+    stages
+        With the moments of their inputs.
+    """
+    matrices = [
+        matrix
+        for stage, accumulator in stages
+        for matrix in _matrices(zeros, task, inputs, stage, accumulator)
+    ]
+    for matrix, solved in _solutions(zeros.method, task.ranks, inputs.name, matrices):
+        name = matrix.linear
+        matrix.weight.copy_(solved.weight)  # last: the problem reads the dense weight
+        result.weights[name] = matrix.weight.cpu()  # on the CPU the layer's own, no copy
+        result.masks[name] = solved.mask.cpu()
+        result.records.append(solved.record)
+        trim_memory(matrix.weight.shape[1])  # before the next matrix needs it
+        on_layer(solved.record)
+
+
+def _matrices(
+    zeros: Zeros,
+    task: Task,
+    inputs: BlockInputs,
+    stage: Stage,
+    accumulator: MomentAccumulator,
+) -> list[_Matrix]:
+    """Matrices of a stage, which share their moments."""
+    trim_memory(task.adapter.weight(inputs.block, stage.linears[0]).shape[1])
+    with naming(f"{inputs.name}.{stage.linears[0]}"), timed("gram"):
+        if task.ranks.are_several:
+            accumulator.add_over(task.ranks.all_reduce)
+        moments, exponent = accumulator.release()
+    found = []
+    for index, name in enumerate(stage.linears):
+        weight = task.adapter.weight(inputs.block, name)
+        drift = partial(accumulator.drift, index) if task.staged else lambda: None
+        gradient = partial(_scaled, inputs.gradients.get(name), exponent, weight.device)
+        pose = partial(_pose, zeros, weight, moments, drift, gradient)
+        found.append(_Matrix(name, weight, pose))
+    return found
+
+
+def _solutions(
+    method: Method, ranks: Ranks, block: str, matrices: Sequence[_Matrix]
+) -> Iterator[tuple[_Matrix, SolvedMatrix]]:
+    """Matrices one by one, each when it is solved.
+
+    With several ranks each solves its share first, then they tell each other.
+    """
+    if not ranks.are_several:
+        for matrix in matrices:
+            yield matrix, solve_matrix(method, f"{block}.{matrix.linear}", matrix.pose)
+        return
+    # factorizations and sweeps: rows times the square of the width
+    costs = [float(m.weight.numel() * m.weight.shape[1]) for m in matrices]
+    by = owners(costs, ranks.size)
+    own = {
+        matrix.linear: solve_matrix(method, f"{block}.{matrix.linear}", matrix.pose)
+        for matrix, owner in zip(matrices, by, strict=True)
+        if owner == ranks.rank
+    }
+    for matrix, owner in zip(matrices, by, strict=True):
+        with timed("exchange"):
+            solved = _exchanged(
+                ranks, owner, f"{block}.{matrix.linear}", matrix, own.get(matrix.linear)
+            )
+        yield matrix, solved
+
+
+def _exchanged(
+    ranks: Ranks, owner: int, name: str, matrix: _Matrix, own: SolvedMatrix | None
+) -> SolvedMatrix:
+    """What the owner of a matrix has, on every rank."""
+    text = None if own is None else json.dumps(own.record.to_dict())
+    record = LayerRecord.from_dict(json.loads(ranks.broadcast_text(name, text)))
+    if own is None:
+        weight = torch.empty(
+            matrix.weight.shape, dtype=matrix.weight.dtype, device=matrix.weight.device
+        )
+        mask = torch.empty_like(weight, dtype=torch.bool)
+    else:
+        weight, mask = own.weight.contiguous(), own.mask.contiguous()
+    ranks.broadcast([weight, mask], owner)
+    return SolvedMatrix(weight, mask, record)
+
+
+def _pose(
+    zeros: Zeros,
+    weight: Tensor,
+    moments: Moments,
+    drift: Callable[[], Tensor | None],
+    gradient_norm: Callable[[], Tensor | None],
+) -> LayerProblem:
+    """Problem of one matrix of a stage; what is large is made when it is needed."""
+    return LayerProblem.from_moments(
+        weight.contiguous(),  # solvers see one layout, however it is stored
+        moments,
+        pattern=zeros.pattern,
+        damping=zeros.method.damping,
+        drift=drift(),
+        gradient_norm=gradient_norm(),
+    )
+
+
+def _scaled(norm: Tensor | None, exponent: int, device: torch.device) -> Tensor | None:
+    """Gradient norms in the units of moments that were scaled by ``2^-exponent``."""
+    return None if norm is None else norm.to(device).double() * 2.0 ** (-exponent // 2)

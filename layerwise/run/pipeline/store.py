@@ -1,0 +1,76 @@
+"""Where finished blocks are kept during a run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from layerwise.run.pipeline.block_files import MASK
+from layerwise.run.pipeline.journal import Journal
+from layerwise.run.pipeline.records import LayerRecord
+from layerwise.run.pipeline.results import PrunedBlock
+
+
+class BlockStore(Protocol):
+    """Keeps blocks from the moment they are finished to the end of the run."""
+
+    @property
+    def blocks(self) -> Path | None:
+        """Folder of the finished blocks; None if they are in memory."""
+        ...
+
+    def read_block(self, index: int) -> PrunedBlock | None:
+        """Return a finished block, or None if it is not there."""
+        ...
+
+    def write_block(self, index: int, block: PrunedBlock) -> None:
+        """Keep a finished block."""
+        ...
+
+    def read_tensor(self, kind: str, index: int, linear: str) -> Tensor:
+        """One weight or mask of a finished block."""
+        ...
+
+    def write_layers(self, records: list[LayerRecord]) -> None:
+        """Write the figures of all matrices so far."""
+        ...
+
+    def publish(self, write: Callable[[Journal], None]) -> None:
+        """Let the output be written, and give it its name."""
+        ...
+
+    def discard_if_empty(self) -> None:
+        """Leave nothing of a run that stopped before its first block."""
+        ...
+
+
+class MemoryStore:
+    """Finished blocks of a run that writes no folder."""
+
+    blocks = None
+
+    def __init__(self) -> None:
+        self._done: dict[int, PrunedBlock] = {}
+
+    def read_block(self, index: int) -> PrunedBlock | None:
+        """Return a finished block, or None if it is not there."""
+        return self._done.get(index)
+
+    def write_block(self, index: int, block: PrunedBlock) -> None:
+        """Keep a finished block."""
+        self._done[index] = block
+
+    def read_tensor(self, kind: str, index: int, linear: str) -> Tensor:
+        """One weight or mask of a finished block."""
+        block = self._done[index]
+        return (block.masks if kind == MASK else block.weights)[linear]
+
+    def write_layers(self, records: list[LayerRecord]) -> None:
+        """Nothing: the report of the run has them."""
+
+    def publish(self, write: Callable[[Journal], None]) -> None:
+        """Nothing: there is no folder."""
+
+    def discard_if_empty(self) -> None:
+        """Nothing: there is no folder."""

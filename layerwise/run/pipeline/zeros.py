@@ -1,0 +1,266 @@
+"""Zeros in the weights: which are asked for, and how a block gets them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from layerwise.adapters import Stage
+from layerwise.errors import UsageError
+from layerwise.moments import Moments
+from layerwise.patterns import NM, Columns, FixedMask, Pattern, Unstructured, parse_pattern
+from layerwise.problem import LayerProblem
+from layerwise.run.activations.block import BlockInputs
+from layerwise.run.activations.dense_side import DenseSide
+from layerwise.run.activations.pruned_side import PrunedSide
+from layerwise.run.models.opening import OpenedModel
+from layerwise.run.pipeline.block_files import MASK, WEIGHT
+from layerwise.run.pipeline.blocks import collect_at_once, collect_pair
+from layerwise.run.pipeline.method import Method
+from layerwise.run.pipeline.removal import Amount, Removed, Run
+from layerwise.run.pipeline.results import OnLayer, PrunedBlock
+from layerwise.run.pipeline.stages import solve_stages
+from layerwise.run.pipeline.store import BlockStore
+from layerwise.run.pipeline.targets import Selection, note_on
+from layerwise.run.pipeline.task import Task
+from layerwise.run.stopwatch import timed
+from layerwise.solve import refuse_unless_solvable
+
+ROUNDING = 1e-9  # of a sparsity such as 1 - 2 / 5
+# FISTAPruner starts from SparseGPT on OPT and from Wanda on every LLaMA
+PUBLISHED_STARTS = {"opt": "sparsegpt"}
+
+
+@dataclass(frozen=True)
+class ZeroWeights:
+    """Set single weights to zero; every matrix keeps its shape.
+
+    Parameters
+    ----------
+    method
+        How the matrices are solved.
+    pattern
+        Which weights of a matrix may be zero.
+    """
+
+    method: Method
+    pattern: Pattern
+
+    @classmethod
+    def asked(cls, method: Method, amount: Amount) -> "ZeroWeights":
+        """Return what the arguments of a run ask for.
+
+        Raises
+        ------
+        UsageError, InvalidProblemError
+            The arguments contradict each other, or the method does not handle the pattern.
+        """
+        for name in amount.given("allocation", "format", "multiple"):
+            message = (
+                f"{name} is for smaller models: give pattern 'columns' or 'heads', or a "
+                f"method that removes columns, such as fasp"
+            )
+            raise UsageError(message)
+        pattern = choose_pattern(amount.sparsity, amount.pattern, amount.group)
+        bounded = isinstance(pattern, NM | Unstructured | FixedMask)
+        refuse_impossible(method, pattern)
+        return cls(method.with_certify(bounded=bounded), pattern)
+
+    @property
+    def needs_whole_model(self) -> bool:
+        """Whether the blocks cannot be loaded one by one."""
+        return self.method.needs_whole_model
+
+    @property
+    def refused_by_ranks(self) -> str | None:
+        """Why several ranks cannot share this, or None."""
+        if self.method.needs_whole_model:
+            return (
+                f"{self.method.name} needs gradients of the whole model, which ranks do "
+                f"not share: start without torchrun, or choose another method"
+            )
+        if "fluctuation" in self.method.statistics:
+            return (
+                f"{self.method.name} needs a statistic that depends on the order of the "
+                f"sequences: start without torchrun, or choose another method"
+            )
+        return None
+
+    def check_storable(self) -> None:
+        """Refuse a pattern that no recipe or manifest can name."""
+        if not isinstance(self.pattern, NM | Unstructured):
+            message = (
+                f"the pattern {self.pattern} cannot be written to a folder; prune without "
+                f"output_dir and save the model yourself"
+            )
+            raise UsageError(message)
+
+    def for_model(self, model_type: str) -> "ZeroWeights":
+        """Return it with the warm start that a paper has for a family of models."""
+        start = PUBLISHED_STARTS.get(model_type, "wanda")
+        if isinstance(self.pattern, Columns):  # SparseGPT prunes no columns
+            start = "wanda"
+        return replace(self, method=self.method.with_start(start))
+
+    def select(
+        self, opened: OpenedModel, targets: Sequence[str], ignore: Sequence[str]
+    ) -> Selection:
+        """Choose the linears to prune; impossible entries and shapes are refused."""
+        return Selection(opened.model, opened.adapter, targets, ignore, self.pattern)
+
+    def notes(self, run: Run[Selection]) -> list[str]:
+        """What a reader of the log should know."""
+        opened = run.opened
+        if not opened.adapter.found:
+            return []
+        return [note_on(opened.model, opened.adapter, run.selection)]
+
+    def disk_needed(self, run: Run[Selection]) -> int:
+        """Bytes of the copy of the checkpoint, and of the finished blocks beside it."""
+        source, model = run.opened.source, run.opened.model
+        if source is None:
+            return 0
+        copy = sum(entry.n_bytes for entry in source.entries().values())
+        pruned = [model.get_parameter(f"{name}.weight") for name in run.selection.names]
+        blocks = sum(p.numel() * p.element_size() + p.numel() // 8 for p in pruned)
+        return int(copy + blocks)
+
+    def prepare(self, run: Run[Selection]) -> "ZeroWeights":
+        """Nothing of the whole model needs to be known before the first block."""
+        return self
+
+    def findings(self, run: Run[Selection]) -> list[str]:
+        """Nothing was learnt."""
+        return []
+
+    def stages_of(self, inputs: BlockInputs) -> tuple[Stage, ...]:
+        """Stages whose dense inputs will be read."""
+        return inputs.stages
+
+    def prune_block(
+        self,
+        task: Task,
+        inputs: BlockInputs,
+        on_layer: OnLayer = lambda record: None,
+        dense: DenseSide | None = None,
+    ) -> PrunedBlock:
+        """Prune the target linears of a block in place.
+
+        Parameters
+        ----------
+        task
+            How the block is run and measured.
+        inputs
+            The block, already on the task's device.
+        on_layer
+            Called after every matrix.
+        dense
+            What a pass through the dense block has kept; by default it is made anew.
+        """
+        result = PrunedBlock()
+        solve = partial(solve_stages, self, task, inputs, result, on_layer)
+        if not task.staged:
+            accumulators = collect_at_once(task, inputs)
+            seen = list(zip(inputs.stages, accumulators, strict=True))
+            # ranks find more to divide in a block than in a stage
+            parts = [seen] if task.ranks.are_several else [[one] for one in seen]
+            for part in parts:
+                solve(part)
+            return result
+        dense = dense or DenseSide(inputs, inputs.stages, task.device)
+        pruned = PrunedSide(inputs, task.device, dense)
+        for index, stage in enumerate(inputs.stages):
+            same = index == 0 and inputs.pruned is inputs.dense
+            accumulator = collect_pair(task, inputs, dense, None if same else pruned, stage)
+            dense.forget(stage)
+            solve([(stage, accumulator)])
+            with timed("forward"):
+                pruned.settle(stage)
+        return result
+
+    def finish(self, run: Run[Selection], store: BlockStore) -> Removed:
+        """Weights and masks of all matrices, read from the store when asked for."""
+        return Removed(
+            masks=run.selection.by_parameter(partial(store.read_tensor, MASK)),
+            weights=run.selection.by_parameter(partial(store.read_tensor, WEIGHT)),
+        )
+
+    def recipe_fields(self) -> dict[str, Any]:
+        """Fields of a recipe that ask for this again."""
+        pattern = self.pattern
+        exact = str(pattern) if isinstance(pattern, NM) else None
+        return {
+            **self.method.recipe_fields(),
+            "sparsity": exact or getattr(pattern, "sparsity", None),
+            "group": getattr(pattern, "group", "row"),
+        }
+
+
+def choose_pattern(
+    sparsity: float | str | None, pattern: Any = None, group: str | None = None
+) -> Pattern:
+    """One pattern from the arguments that can give it; a conflict is an error.
+
+    Parameters
+    ----------
+    sparsity
+        Fraction of zeros, or ``"n:m"``.
+    pattern
+        A pattern or ``"n:m"``, instead.
+    group
+        Where zeros are counted, ``"row"`` or ``"layer"``; for fractions alone.
+    """
+    if isinstance(pattern, str):
+        pattern = parse_pattern(pattern)
+    if not isinstance(pattern, Pattern | None):
+        message = f'pattern is "n:m" or a Pattern, got {pattern!r}; or give sparsity'
+        raise UsageError(message)
+    if sparsity is None:
+        if pattern is None:
+            message = 'say how much to prune: sparsity=0.5, or "2:4" (keeps 2 of every 4)'
+            raise UsageError(message)
+        return _grouped(pattern, group)
+    asked = parse_pattern(str(sparsity))
+    if pattern is None:
+        return _grouped(asked, group)
+    if isinstance(asked, NM):
+        agree = asked == pattern
+    else:
+        difference = getattr(asked, "sparsity", 0) - getattr(pattern, "sparsity", -1)
+        agree = abs(difference) < ROUNDING
+    if not agree:
+        message = f"sparsity {asked} contradicts the pattern {pattern}; give one of them"
+        raise UsageError(message)
+    return _grouped(pattern, group)
+
+
+def _grouped(pattern: Pattern, group: str | None) -> Pattern:
+    """Pattern with zeros counted in a group; an n:m pattern has a group of its own."""
+    if group not in (None, "row", "layer"):
+        message = f"group is row or layer, got {group!r}"
+        raise UsageError(message)
+    if group is None or group == getattr(pattern, "group", "row"):
+        return pattern
+    if not isinstance(pattern, Unstructured):
+        message = (
+            f"group {group} cannot be combined with the pattern {pattern}: leave one of "
+            f"them out"
+        )
+        raise UsageError(message)
+    return replace(pattern, group=group)  # type: ignore[arg-type]  # checked above
+
+
+def refuse_impossible(method: Method, pattern: Pattern) -> None:
+    """Refuse a method that cannot handle the pattern of a tiny problem."""
+    if not isinstance(pattern, NM | Unstructured):
+        return
+    width = pattern.m if isinstance(pattern, NM) else 4
+    problem = LayerProblem.from_moments(
+        torch.ones(1, width),
+        Moments(torch.eye(width, dtype=torch.float64)),
+        pattern=pattern,
+        damping=method.damping,
+    )
+    refuse_unless_solvable(method.solver, problem)
