@@ -200,7 +200,7 @@ def test_widths_that_m_does_not_divide_are_refused_by_name(tmp_path: Path) -> No
         ({"error_correction": "some"}, "error_correction is one of"),
         ({"method": "wander"}, "unknown method 'wander'"),
         ({"sparsity": None}, "say how much to prune"),
-        ({"method": "fasp", "sparsity": 0.3}, "would make a smaller model"),
+        ({"method": "fasp", "sparsity": 0.3}, "removes channels"),
     ],
 )
 def test_impossible_arguments(
@@ -415,8 +415,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], 2, "missing --sparsity"),
         (["--sparsity", "0.5", "--targets", "q"], 2, "matches nothing"),
-        (["--sparsity", "2:4", "--group", "layer"], 2, "--group layer leaves open"),
-        (["--sparsity", "0.5", "--group", "column"], 2, "--group is row or layer"),
+        (["--sparsity", "2:4", "--group", "layer"], 2, "group layer cannot be combined"),
+        (["--sparsity", "0.5", "--group", "column"], 2, "group must be 'row' or 'layer'"),
         (["--sparsity", "1:5"], 2, "needs a width divisible by 5"),
     ],
 )

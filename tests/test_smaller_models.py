@@ -169,7 +169,7 @@ SPARSEGPT = {"method": "sparsegpt", "pattern": "columns"}
         ("llama", {"sparsity": None}, UsageError, "takes a fraction"),
         ("llama", {"sparsity": 0.95}, UsageError, "all that can be pruned"),
         ("llama", {"format": "gguf"}, UsageError, "stock, native, padded"),
-        ("llama", {"unit": 0}, UsageError, "unit must be at least 1"),
+        ("llama", {"multiple": 0}, UsageError, "multiple must be at least 1"),
         ("llama", {"allocation": "best"}, UsageError, "optimal, uniform"),
         ("llama", {"allocation": "uniform:3"}, UsageError, "optimal, uniform"),
         ("llama", {"allocation": "al-am"}, UsageError, "native or padded"),

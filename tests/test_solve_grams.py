@@ -439,7 +439,7 @@ def test_another_model(workshop: Path, grams: Path, tmp_path: Path) -> None:
         ({"methods": "gblm"}, UsageError, "gblm needs the gradient .* layerwise prune"),
         ({"sparsities": 1.5}, InvalidProblemError, "must lie in"),
         ({"sparsities": "2:5"}, InvalidProblemError, "q_proj: pattern 2:5 needs a width"),
-        ({"sparsities": "2:4", "group": "layer"}, UsageError, "drop one of them"),
+        ({"sparsities": "2:4", "group": "layer"}, UsageError, "cannot be combined"),
         ({"group": "block"}, InvalidProblemError, "group must be"),
         ({"options": {"block_size": 4}}, UsageError, "wanda has no option"),
         (

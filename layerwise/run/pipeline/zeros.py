@@ -238,9 +238,6 @@ def choose_pattern(
 
 def _grouped(pattern: Pattern, group: str | None) -> Pattern:
     """Pattern with zeros counted in a group; an n:m pattern has a group of its own."""
-    if group not in (None, "row", "layer"):
-        message = f"group is row or layer, got {group!r}"
-        raise UsageError(message)
     if group is None or group == getattr(pattern, "group", "row"):
         return pattern
     if not isinstance(pattern, Unstructured):
@@ -249,7 +246,7 @@ def _grouped(pattern: Pattern, group: str | None) -> Pattern:
             f"them out"
         )
         raise UsageError(message)
-    return replace(pattern, group=group)  # type: ignore[arg-type]  # checked above
+    return replace(pattern, group=group)  # type: ignore[arg-type]  # checked there
 
 
 def refuse_impossible(method: Method, pattern: Pattern) -> None:
