@@ -22,7 +22,8 @@ from layerwise.patterns import NM, Pattern, Unstructured
 from layerwise.planning import plan as plan_module
 from layerwise.planning.estimate import quick_machine
 from layerwise.planning.inventory import starred, zeros_of
-from layerwise.planning.plan import Plan, plan_run
+from layerwise.planning.plan import plan_run
+from layerwise.planning.plan_result import Plan
 from layerwise.reports.plan_text import in_time, lines, sections
 from layerwise.run.capacity import Capacity, capacity_of, free_disk, free_host
 from layerwise.run.checkpoints.storage import Checkpoint
@@ -350,15 +351,16 @@ def test_workers_need_memory_each_and_files_that_wait_for_them(tmp_path: Path) -
     assert two.disk == {**one.disk, waiting: (2 + 2) * states}
 
 
+@pytest.mark.parametrize(("mode", "sets"), [("block", 2), ("full", 4)])
 def test_hidden_states_go_to_the_disk_where_memory_is_short(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mode: str, sets: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = saved(tmp_path, "llama")
-    states = 2 * 4 * 16 * 16 * 4
+    states = sets * 4 * 16 * 16 * 4
     for free, on_disk in ((4 * states, False), (4 * states - 1, True)):
         found = Capacity(free, None, 1 << 40)
         monkeypatch.setattr(plan_module, "capacity_of", lambda *_, found=found: found)
-        plan = planned(folder)
+        plan = planned(folder, error_correction=mode)
         assert plan.on_disk == on_disk
         assert plan.disk.get("hidden states", 0) == states * on_disk
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from layerwise.planning.advice import in_units
 from layerwise.planning.estimate import total_seconds
 from layerwise.planning.memory_model import Moment, Place, gram_bytes
-from layerwise.planning.plan import Plan
+from layerwise.planning.plan_result import Plan
 
 GAP = "  "
 
