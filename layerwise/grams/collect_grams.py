@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from layerwise.errors import UnsupportedModelError
-from layerwise.grams.gram_folder import GramManifest, StageFile, StoredMatrix, file_sha256
+from layerwise.grams.gram_folder import GramManifest, StageFile, StoredMatrix
 from layerwise.grams.layer_files import write_file
 from layerwise.patterns import Unstructured
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.activations.hidden_store import hidden_store
 from layerwise.run.activations.streams import evaluation_mode
+from layerwise.run.checkpoints.hashes import file_sha256
 from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names
 from layerwise.run.data.calibration import token_windows
 from layerwise.run.models.architecture import adapter_in, embedding_rows

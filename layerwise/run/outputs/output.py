@@ -20,7 +20,7 @@ from layerwise.adapters.linear import is_transposed
 from layerwise.errors import DataError
 from layerwise.run.channels.allocate import Allocation
 from layerwise.run.checkpoints.atomic import atomic_write
-from layerwise.run.checkpoints.hashes import _parameters_sha256, tensor_hashes
+from layerwise.run.checkpoints.hashes import parameters_sha256, tensor_hashes
 from layerwise.run.checkpoints.lazy import LazyTensors
 from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, write_checkpoint
 from layerwise.run.checkpoints.strict_json import read_object
@@ -78,7 +78,7 @@ def fingerprint(
     device: torch.device,
 ) -> dict[str, Any]:
     """Everything that decides the bytes of the result."""
-    weights = source.sha256() if source else {"parameters": _parameters_sha256(model)}
+    weights = source.sha256() if source else {"parameters": parameters_sha256(model)}
     settings = recipe.model_dump(mode="json", exclude={"model"})
     return {
         **settings,
@@ -151,7 +151,9 @@ def write_output(
         source,
         pruned=pruned,
         transposed=[name for name in weights if _is_transposed(model, name)],
-        untouched=tensor_hashes(source, set(source.weight_map) - set(pruned.values())),
+        untouched=tensor_hashes(
+            source.tensors(set(source.weight_map) - set(pruned.values()))
+        ),
     )
 
 

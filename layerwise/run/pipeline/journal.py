@@ -7,7 +7,6 @@ with the same fingerprint continues where the last one stopped; another is refus
 end the folder is renamed to ``OUT``.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from torch import Tensor
 from layerwise.errors import DataError, UsageError
 from layerwise.run.checkpoints.atomic import atomic_write, remove_temporaries
 from layerwise.run.checkpoints.bitmask import pack_mask, packed_size, unpack_mask
+from layerwise.run.checkpoints.hashes import bytes_sha256, file_sha256
 from layerwise.run.checkpoints.lazy import LazyTensors
 from layerwise.run.checkpoints.shard import write_shard
 from layerwise.run.checkpoints.strict_json import read_object
@@ -261,15 +261,13 @@ def write_block(folder: Path, index: int, block: PrunedBlock) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     records = json.dumps([record.to_dict() for record in block.records])
     content = save(tensors, metadata={"records": records})
-    name = f"{index:05d}-{hashlib.sha256(content).hexdigest()[:DIGITS]}.safetensors"
+    name = f"{index:05d}-{bytes_sha256(content)[:DIGITS]}.safetensors"
     atomic_write(folder / name, content)
 
 
 def _check_content(path: Path) -> None:
     """Raise unless a block file has the content that its name promises."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest[:DIGITS] != path.stem.rpartition("-")[2]:
+    if file_sha256(path)[:DIGITS] != path.stem.rpartition("-")[2]:
         message = f"{path} is damaged: its content changed; delete it to redo that block"
         raise DataError(message)
 
