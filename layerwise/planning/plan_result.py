@@ -28,7 +28,7 @@ class Plan:
     n_sequences, length
         Of the calibration set.
     groups
-        Every parameter of the model, with its fate.
+        Every parameter of the model, and what the run does with it.
     streamed
         Whether one block at a time is in memory, and not the whole model.
     on_disk
@@ -77,7 +77,7 @@ class Plan:
     @property
     def pruned(self) -> int:
         """Entries of the matrices that are pruned."""
-        return sum(g.parameters for g in self.groups if g.fate == "pruned")
+        return sum(g.parameters for g in self.groups if g.status == "pruned")
 
     @property
     def zeros(self) -> int:
@@ -152,7 +152,7 @@ def _as_json(group: Group) -> dict[str, Any]:
         "members": list(group.members),
         "shape": list(group.shape),
         "parameters": group.parameters,
-        "fate": group.fate,
+        "fate": group.status,
         "reason": group.reason,
         "zeros": group.zeros,
     }
