@@ -7,9 +7,10 @@ pruned. Importing this package loads torch and nothing heavier.
 
 from typing import TYPE_CHECKING, Any
 
+from layerwise.accumulator import MomentAccumulator
 from layerwise.errors import LayerwiseError
 from layerwise.lower_bounds import lower_bounds, proven_gap
-from layerwise.moments import MomentAccumulator, Moments
+from layerwise.moments import Moments
 from layerwise.patterns import NM, Columns, FixedMask, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import Certificate, Solution, Status

@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from layerwise.chunks import all_finite, slabs
+from layerwise.accumulator import MomentAccumulator
+from layerwise.chunks import slabs
 from layerwise.errors import InvalidProblemError
 from layerwise.linalg import Factor, damped
-from layerwise.moments import MomentAccumulator, Moments, even_exponent
+from layerwise.moments import Moments, even_exponent
 from layerwise.patterns import FixedMask, Pattern
+from layerwise.validation import check_gradient_norm, check_weight
 
 if TYPE_CHECKING:
     import cvxpy
@@ -72,7 +74,7 @@ class LayerProblem:
     gradient_norm: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check_weight(self.weight, self.moments)
+        check_weight(self.weight, self.moments.width, self.moments.gram.device)
         self.pattern.check((self.weight.shape[0], self.weight.shape[1]))
         if not (math.isfinite(self.damping) and self.damping >= 0):
             message = f"damping must be a number >= 0, got {self.damping}"
@@ -87,7 +89,7 @@ class LayerProblem:
             message = "energy holds a negative or non-finite value"
             raise InvalidProblemError(message)
         if self.gradient_norm is not None:
-            _check_gradient_norm(self.gradient_norm, self.weight)
+            check_gradient_norm(self.gradient_norm, self.weight)
         for name in ("weight", "energy", "gradient_norm"):  # parameters of a model
             value = getattr(self, name)
             if value is not None and value.requires_grad:
@@ -168,7 +170,7 @@ class LayerProblem:
             Row sums of ``(W (X - Xhat))^2 / tokens``, shape (out,), from which the energy
             follows without cancellation; what :class:`MomentAccumulator` collects.
         """
-        _check_weight(weight, moments)
+        check_weight(weight, moments.width, moments.gram.device)
         weight = weight.detach()
         known: dict[str, Tensor] = {}
         if drift is not None and moments.cross_gram is not None:
@@ -385,40 +387,3 @@ def _row_dots(
     """Inner products of the rows of two matrices."""
     found = [(one[r] * other[r]).sum(dim=1) for r in slabs(len(one))]
     return torch.cat(found)
-
-
-def _check_weight(weight: Any, moments: Moments) -> None:
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        message = "weight must be a floating point tensor of shape (out, in)"
-        raise InvalidProblemError(message)
-    if weight.dim() != 2 or 0 in weight.shape or weight.shape[1] != moments.width:
-        message = f"weight has shape {tuple(weight.shape)}, expected (out, {moments.width})"
-        raise InvalidProblemError(message)
-    if weight.device != moments.gram.device:
-        message = f"weight is on {weight.device}, its moments are on {moments.gram.device}"
-        raise InvalidProblemError(message)
-    if not all_finite(weight):
-        row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
-        value = float(weight[row, column])
-        message = f"weight contains {value} at row {row}, column {column}"
-        raise InvalidProblemError(message)
-
-
-def _check_gradient_norm(gradient_norm: Any, weight: Tensor) -> None:
-    shape = tuple(weight.shape)
-    if not isinstance(gradient_norm, Tensor) or tuple(gradient_norm.shape) != shape:
-        found = getattr(gradient_norm, "shape", None)
-        shown = type(gradient_norm).__name__ if found is None else tuple(found)
-        message = f"gradient_norm is {shown}, expected a tensor of shape {shape}"
-        raise InvalidProblemError(message)
-    if gradient_norm.device != weight.device:
-        message = f"gradient_norm is on {gradient_norm.device}, weight on {weight.device}"
-        raise InvalidProblemError(message)
-    wrong = ~(torch.isfinite(gradient_norm) & (gradient_norm >= 0))
-    if bool(wrong.any()):
-        row, column = wrong.nonzero()[0].tolist()
-        message = (
-            f"gradient_norm holds {float(gradient_norm[row, column])} at row {row}, "
-            f"column {column}; a norm is finite and not negative"
-        )
-        raise InvalidProblemError(message)

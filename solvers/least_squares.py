@@ -206,7 +206,7 @@ class LeastSquares:
             per_row = 8 * ARRAYS_PER_ROW * width
             per_row += 3 * _unknowns(mask, side) ** 2 * itemsize
         else:
-            per_row = (CG_ARRAYS * itemsize + FLOAT64_ARRAYS * 8) * width
+            per_row = cg_row_bytes(width, itemsize)
             if side == "support":
                 per_row += 3 * self._rank(width) ** 2 * itemsize
         chunk = self.memory_budget // per_row
@@ -323,6 +323,11 @@ class _Refit:
             solver.tolerance,
             limit,
         )
+
+
+def cg_row_bytes(width: int, itemsize: int) -> int:
+    """Bytes that conjugate gradients keep per row, in a precision of some bytes."""
+    return (CG_ARRAYS * itemsize + FLOAT64_ARRAYS * 8) * width
 
 
 def direct_pays(

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from layerwise.accumulator import MomentAccumulator
 from layerwise.demo import MODELS, model_path
 from layerwise.experiments.demo import all_methods
 from layerwise.experiments.experiment import DENSE, Experiment
 from layerwise.experiments.results import ResultStore
-from layerwise.moments import MomentAccumulator
 from layerwise.problem import LayerProblem
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.pipeline.task import ERROR_CORRECTIONS

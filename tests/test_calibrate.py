@@ -12,9 +12,10 @@ from layerwise.cli import run
 from layerwise.errors import DataError, UnsupportedModelError, UsageError
 from layerwise.grams import collect_grams as module
 from layerwise.grams.collect_grams import collect_grams
-from layerwise.grams.gram_folder import file_sha256, read_manifest
+from layerwise.grams.gram_folder import read_manifest
 from layerwise.grams.layer_files import read_file, read_layers
 from layerwise.moments import even_exponent
+from layerwise.run.checkpoints.hashes import file_sha256
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.models.opening import load_model
 from layerwise.timing.race import race

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from layerwise.adapters import get_adapter
 from layerwise.planning.estimate import forward_passes
-from layerwise.planning.memory_model import RunShape
 from layerwise.planning.model_shape import model_shape
+from layerwise.planning.shapes import RunShape
 from layerwise.run.activations import dense_side
 from layerwise.run.prune import prune_model
 from tests.support.models import blocks_name, random_tokens, tiny_model

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from layerwise.accumulator import MomentAccumulator
 from layerwise.fluctuation import RunningFluctuation
-from layerwise.moments import MomentAccumulator
 
 
 def token_by_token(sequences: Tensor) -> Tensor:

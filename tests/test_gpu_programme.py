@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerwise.moments import MomentAccumulator
+from layerwise.accumulator import MomentAccumulator
 from layerwise.solvers.lasso_path import lasso_to_sparsity
 from tests.benchmarks import gpu, gpu_layers, gpu_stages
 from tests.benchmarks.captured import layers_of

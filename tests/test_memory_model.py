@@ -18,19 +18,12 @@ from layerwise.planning.dry import (
     without_memory,
     working_set,
 )
-from layerwise.planning.memory_model import (
-    BlockShape,
-    Memory,
-    ModelShape,
-    Peak,
-    RunShape,
-    StageShape,
-    Workspace,
-    memory_of,
-)
+from layerwise.planning.memory_model import Memory, memory_of
 from layerwise.planning.model_shape import model_shape
 from layerwise.planning.scaling import LLAMAS, llama_working, tables
+from layerwise.planning.shapes import BlockShape, ModelShape, RunShape, StageShape
 from layerwise.planning.solver_costs import COSTS, cost_of, workspace_of
+from layerwise.planning.workspace import Peak, Workspace
 from layerwise.problem import LayerProblem
 from layerwise.run.activations.streams import capture
 from layerwise.run.models.architecture import adapter_of, embedding_rows

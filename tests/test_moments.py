@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from layerwise import gram
+from layerwise.accumulator import MomentAccumulator
 from layerwise.errors import InvalidProblemError
 from layerwise.gram import BLOCKS, NARROW, add_gram, exact_bfloat16, mirrored
-from layerwise.moments import MomentAccumulator, Moments
+from layerwise.moments import Moments
 from layerwise.patterns import Unstructured
 from tests.support.problems import DEAD_CHANNEL, PROBLEMS, Layer, layers, make_layer
 from tests.support.tolerances import MOMENTS, ROUNDING

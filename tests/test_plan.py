@@ -1,4 +1,4 @@
-"""Plans: every parameter with its fate, exact counts, refusals, and nothing is read."""
+"""Plans: every parameter with its verdict, exact counts, refusals, and nothing is read."""
 
 import json
 import time
@@ -22,7 +22,8 @@ from layerwise.patterns import NM, Pattern, Unstructured
 from layerwise.planning import plan as plan_module
 from layerwise.planning.estimate import quick_machine
 from layerwise.planning.inventory import starred, zeros_of
-from layerwise.planning.plan import Plan, plan_run
+from layerwise.planning.plan import plan_run
+from layerwise.planning.plan_result import Plan
 from layerwise.reports.plan_text import in_time, lines, sections
 from layerwise.run.capacity import Capacity, capacity_of, free_disk, free_host
 from layerwise.run.checkpoints.storage import Checkpoint
@@ -53,10 +54,10 @@ def saved(folder: Path, family: str, **more: Any) -> tuple[Path, Any]:
     return save_checkpoint(folder / family, model, tokenizer=False), model
 
 
-def fates(plan: Plan) -> dict[str, str]:
-    """Fate or reason of every parameter."""
+def verdicts(plan: Plan) -> dict[str, str]:
+    """Status or reason of every parameter."""
     return {
-        member: group.reason or group.fate
+        member: group.reason or group.status
         for group in plan.groups
         for member in group.members
     }
@@ -84,7 +85,7 @@ def test_what_is_planned_is_what_is_pruned(family: str, tmp_path: Path) -> None:
     ignore = [] if family not in ("mamba2", "falcon_mamba") else [r"re:.*conv1d"]
     plan = planned(folder, ignore=ignore or ("lm_head",))
     report = prune_model(model, "wanda", 0.5, calibration=random_tokens(4, 16), **SMALL)
-    chosen = [g for g in plan.groups if g.fate == "pruned"]
+    chosen = [g for g in plan.groups if g.status == "pruned"]
     names = {m.removesuffix(".weight") for g in chosen for m in g.members}
     assert names == {record.name for record in report.records}
     assert plan.pruned == sum(r.shape[0] * r.shape[1] for r in report.records)
@@ -113,7 +114,7 @@ def test_reasons(tmp_path: Path) -> None:
         targets=["re:.*_proj"],
         ignore=["model.layers.0.self_attn.q_proj", "re:.*mlp.up"],
     )
-    found = fates(plan)
+    found = verdicts(plan)
     block = "model.layers.0"
     q_proj, up_proj = f"{block}.self_attn.q_proj", f"{block}.mlp.up_proj"
     assert found[f"{q_proj}.weight"] == f"ignored by '{q_proj}'".replace(".0.", ".*.")
@@ -122,14 +123,14 @@ def test_reasons(tmp_path: Path) -> None:
     assert found["model.embed_tokens.weight"] == "outside the decoder blocks"
     assert found["lm_head.weight"] == "outside the decoder blocks"
     assert found[f"{block}.input_layernorm.weight"] == "a vector"
-    only = fates(planned(folder, targets=["re:.*mlp"]))
+    only = verdicts(planned(folder, targets=["re:.*mlp"]))
     assert only[f"{q_proj}.weight"] == "not in targets"
 
 
 def test_a_tied_head_is_counted_once(tmp_path: Path) -> None:
     folder, model = saved(tmp_path, "llama", tied=True)
     plan = planned(folder)
-    found = fates(plan)
+    found = verdicts(plan)
     assert found["lm_head.weight"] == "shared with model.embed_tokens.weight"
     assert plan.parameters == sum(p.numel() for p in model.parameters())
 
@@ -167,7 +168,7 @@ def test_experts_are_refused_as_a_run_refuses_them_until_they_are_ignored(
     with pytest.raises(UnsupportedModelError) as raised:
         prune_model(folder, "wanda", 0.5, calibration=random_tokens(4, 16), **SMALL)
     assert str(caught.value) == str(raised.value)
-    refused = [g for g in plan.groups if g.fate == "refused"]
+    refused = [g for g in plan.groups if g.status == "refused"]
     assert refused
     assert all("of no linear layer" in group.reason for group in refused)
     left = planned(folder, ignore=["lm_head", EXPERTS])
@@ -181,7 +182,7 @@ def test_widths_that_m_does_not_divide_are_refused_by_name(tmp_path: Path) -> No
     plan = planned(folder, sparsity="2:4")
     with pytest.raises(InvalidProblemError, match=r"0\.mlp\.down_proj: pattern 2:4 needs"):
         plan.check()
-    refused = [group.name for group in plan.groups if group.fate == "refused"]
+    refused = [group.name for group in plan.groups if group.status == "refused"]
     assert refused == ["model.layers.*.mlp.down_proj"]
 
 
@@ -350,15 +351,16 @@ def test_workers_need_memory_each_and_files_that_wait_for_them(tmp_path: Path) -
     assert two.disk == {**one.disk, waiting: (2 + 2) * states}
 
 
+@pytest.mark.parametrize(("mode", "sets"), [("block", 2), ("full", 4)])
 def test_hidden_states_go_to_the_disk_where_memory_is_short(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mode: str, sets: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = saved(tmp_path, "llama")
-    states = 2 * 4 * 16 * 16 * 4
+    states = sets * 4 * 16 * 16 * 4
     for free, on_disk in ((4 * states, False), (4 * states - 1, True)):
         found = Capacity(free, None, 1 << 40)
         monkeypatch.setattr(plan_module, "capacity_of", lambda *_, found=found: found)
-        plan = planned(folder)
+        plan = planned(folder, error_correction=mode)
         assert plan.on_disk == on_disk
         assert plan.disk.get("hidden states", 0) == states * on_disk
 

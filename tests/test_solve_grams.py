@@ -16,10 +16,10 @@ from layerwise.errors import DataError, InvalidProblemError, UsageError
 from layerwise.grams import layer_jobs
 from layerwise.grams import solve_grams as module
 from layerwise.grams.collect_grams import collect_grams
-from layerwise.grams.gram_folder import file_sha256
 from layerwise.grams.layer_jobs import LayerJob, forget_files, solve_layer
 from layerwise.grams.solve_grams import solve_grams
 from layerwise.patterns import Unstructured
+from layerwise.run.checkpoints.hashes import file_sha256
 from layerwise.run.outputs.verify import verify
 from layerwise.run.pipeline import matrix
 from layerwise.run.pipeline.journal import read_layers, read_masks

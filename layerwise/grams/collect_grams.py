@@ -16,12 +16,13 @@ from torch import nn
 
 from layerwise.adapters.base import Stage
 from layerwise.errors import UnsupportedModelError
-from layerwise.grams.gram_folder import GramManifest, StageFile, StoredMatrix, file_sha256
+from layerwise.grams.gram_folder import GramManifest, StageFile, StoredMatrix
 from layerwise.grams.layer_files import write_file
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.activations.hidden_store import hidden_store
 from layerwise.run.activations.streams import evaluation_mode
+from layerwise.run.checkpoints.hashes import file_sha256
 from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names
 from layerwise.run.models.opening import open_model
 from layerwise.run.outputs.output import fingerprint, versions

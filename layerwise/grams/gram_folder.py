@@ -7,7 +7,6 @@ in float64, in which they were summed, so what is solved from them is byte for b
 ``manifest.json`` says what the folder must hold, with the hash of every file.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -16,9 +15,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from layerwise.errors import DataError, one_line
+from layerwise.errors import DataError
 from layerwise.grams.layer_files import layer_tensors
 from layerwise.run.checkpoints.atomic import atomic_write
+from layerwise.run.checkpoints.hashes import file_sha256
 from layerwise.run.checkpoints.shard import read_header
 from layerwise.run.checkpoints.strict_json import read_object
 from layerwise.run.checkpoints.validation import confined
@@ -130,16 +130,6 @@ def read_manifest(folder: Path) -> GramManifest:
     for name, stage in manifest.files.items():
         _check_file(folder / name, stage)
     return manifest
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file."""
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        message = f"cannot read {path}: {one_line(error)}"
-        raise DataError(message) from error
 
 
 def _check_names(path: Path, manifest: GramManifest) -> None:

@@ -15,9 +15,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from layerwise.errors import DataError
-from layerwise.grams.gram_folder import MANIFEST, GramManifest, StoredMatrix, file_sha256
+from layerwise.grams.gram_folder import MANIFEST, GramManifest, StoredMatrix
 from layerwise.run.checkpoints.atomic import atomic_write
-from layerwise.run.checkpoints.hashes import tensor_hashes
+from layerwise.run.checkpoints.hashes import file_sha256, tensor_hashes
 from layerwise.run.checkpoints.lazy import LazyTensors
 from layerwise.run.checkpoints.storage import Checkpoint, write_checkpoint
 from layerwise.run.data.calibration import Calibration
@@ -153,7 +153,9 @@ class SolvedFolder:
             source,
             pruned=pruned,
             transposed=[f"{n}.weight" for n, one in layers.items() if one.transposed],
-            untouched=tensor_hashes(source, set(source.weight_map) - set(pruned.values())),
+            untouched=tensor_hashes(
+                source.tensors(set(source.weight_map) - set(pruned.values()))
+            ),
         )
 
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from layerwise.errors import DataError, LayerwiseError, MemoryBudgetError
-from layerwise.planning.memory_model import Memory, ModelShape, Place, RunShape, memory_of
+from layerwise.planning.memory_model import Memory, Place, memory_of
+from layerwise.planning.shapes import ModelShape, RunShape
 from layerwise.run.capacity import Capacity
 from layerwise.run.pipeline.parallel import INDEPENDENT
 

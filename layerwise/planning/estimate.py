@@ -17,8 +17,10 @@ import torch
 from layerwise.adapters import Adapter
 from layerwise.gram import precision_of
 from layerwise.moments import EXACT_RANK_WIDTH
-from layerwise.planning.memory_model import ModelShape, RunShape
+from layerwise.planning.shapes import ModelShape, RunShape
 from layerwise.planning.solver_costs import cost_of
+from layerwise.run.activations.dense_side import fits
+from layerwise.run.activations.hidden_store import n_streams
 from layerwise.timing.floor import Machine, Work, forward_work, gram_work, run_work
 
 GEMM_SIZE = {"cpu": 768, "cuda": 4096}
@@ -156,9 +158,8 @@ def forward_passes(
 
         advanced = number < len(blocks) - 1
         if advanced:
-            streams = 2 if run.error_correction == "full" else 1
             whole = forward_work(block, model.config, run.tokens, run.length)
-            total += sum([whole] * streams, Work())
+            total += sum([whole] * n_streams(run.error_correction), Work())
         if not order:
             continue
         if not run.staged:
@@ -166,7 +167,8 @@ def forward_passes(
             continue
         same = run.error_correction == "block" or number == 0
         pruned = list(enumerate(order))[1 if same else 0 :]
-        if not _keeps(sizes, run, number):
+        widths = sizes.blocks[number].widths
+        if not fits(widths, run.tokens, sizes.itemsize, run.store):
             passes = order + [index for _, index in pruned]
             total += sum((until(index) for index in passes), Work())
             continue
@@ -186,13 +188,6 @@ def _rest(work: Work, known: Work) -> Work:
     return Work(
         {dtype: count - known.flops.get(dtype, 0.0) for dtype, count in work.flops.items()}
     )
-
-
-def _keeps(sizes: ModelShape, run: RunShape, number: int) -> bool:
-    """Whether the inputs of all stages of a dense block are kept."""
-    stages = sizes.blocks[number].stages
-    widths = sum(stage.width for stage in stages)
-    return len(stages) > 1 and run.tokens * widths * sizes.itemsize <= run.store
 
 
 def _drift(sizes: ModelShape, run: RunShape, dtype: torch.dtype) -> Work:

@@ -11,14 +11,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from layerwise.accumulator import sums_drift_gram
+from layerwise.chunks import SLAB
+from layerwise.planning.shapes import BlockShape, ModelShape, RunShape, StageShape
+from layerwise.run.activations.dense_side import fits
+from layerwise.run.activations.hidden_store import hidden_bytes, n_sets
+
 Place = Literal["host", "device"]
 
-BATCH = 8  # sequences that go through a block together
 GRAM_ITEM = 8  # float64
-MOST_ROWS = 512  # that a refit works on together on a processor
-ARRAYS = 16  # of the width, that it plans for a row
 LOOK = 2  # truth values per entry of a tensor that is checked, beside a copy of it
-SLAB = 512  # rows of a product that are made at a time
 LARGE_ARRAY = 32 << 20  # bytes from which the C library gives back what is freed
 KEPT = 0.3  # of arrays that are smaller, as measured
 DEVICE_BASE = 512 << 20  # context and libraries of an accelerator, beside its tensors
@@ -29,189 +31,6 @@ COPY = "copy of the block for the dense side"
 INPUTS = "inputs of the stages that are left"
 SETTLED = "outputs of modules that are settled"
 RESULTS = "pruned weights and masks of the block"
-
-
-@dataclass(frozen=True)
-class StageShape:
-    """Matrices of a block that share their inputs: the width, and the rows of each.
-
-    `ends` says that they are one matrix, whose output may be that of a module around it
-    (:mod:`layerwise.run.activations.endings`).
-    """
-
-    width: int
-    rows: tuple[int, ...]
-    ends: bool = False
-
-    @property
-    def weights(self) -> int:
-        """Entries of all its matrices."""
-        return self.width * sum(self.rows)
-
-
-@dataclass(frozen=True)
-class BlockShape:
-    """Parameters of a block, and the stages that are pruned in it."""
-
-    parameters: int
-    stages: tuple[StageShape, ...]
-
-    @property
-    def weights(self) -> int:
-        """Entries of all matrices that are pruned."""
-        return sum(stage.weights for stage in self.stages)
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A model as far as memory is concerned.
-
-    Parameters
-    ----------
-    blocks
-        In their order.
-    embeddings
-        Parameters outside the blocks that lie in front of them or hold state.
-    head
-        Parameters of the output head where they are its own; a run does not need them.
-    largest
-        Entries of the largest tensor.
-    hidden
-        Channels between the blocks.
-    itemsize
-        Bytes of a parameter and of an activation.
-    working
-        Bytes that a pass of one sequence through a block needs beside its input, at
-        some lengths, which grow.
-    """
-
-    blocks: tuple[BlockShape, ...]
-    embeddings: int
-    head: int
-    largest: int
-    hidden: int
-    itemsize: int
-    working: tuple[tuple[int, float], ...]
-
-    @property
-    def parameters(self) -> int:
-        """All of them, tied ones once."""
-        return self.embeddings + self.head + sum(b.parameters for b in self.blocks)
-
-    def working_bytes(self, length: int) -> float:
-        """Bytes that a sequence needs inside a block, between the lengths by a line."""
-        before = (0, 0.0)
-        for after in self.working:
-            if length <= after[0]:
-                share = (length - before[0]) / (after[0] - before[0])
-                return before[1] + share * (after[1] - before[1])
-            before = after
-        return before[1] * length / before[0]
-
-    @property
-    def widest(self) -> StageShape | None:
-        """Stage with the largest gram."""
-        stages = [stage for block in self.blocks for stage in block.stages]
-        return max(stages, key=lambda stage: stage.width, default=None)
-
-
-@dataclass(frozen=True)
-class Peak:
-    """Arrays that a solver holds at one point of its work, beside the problem.
-
-    Parameters
-    ----------
-    matrices
-        Of the size of the matrix, in units of 8 bytes an entry.
-    grams
-        Of the size of the gram, likewise.
-    rows
-        Of the width, for every row that is worked on together, likewise.
-    """
-
-    matrices: float = 0.0
-    grams: float = 0.0
-    rows: float = 0.0
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """What a solver needs for one matrix: the largest of its peaks.
-
-    Parameters
-    ----------
-    peaks
-        Of the solver, and of posing and grading the problem.
-    budget
-        Bytes for rows that are worked on together.
-    """
-
-    peaks: tuple[Peak, ...]
-    budget: int = 1 << 30
-
-    def bytes(self, rows: int, width: int, *, accelerator: bool = False) -> int:
-        """Bytes for a matrix (rows, width)."""
-        most = rows if accelerator else MOST_ROWS
-
-        def size(peak: Peak) -> float:
-            chunk = min(rows, most, self.budget // (ARRAYS * 8 * width))
-            arrays = peak.matrices * rows + peak.rows * chunk + peak.grams * width
-            return 8.0 * arrays * width
-
-        return int(max(map(size, self.peaks), default=0.0))
-
-
-@dataclass(frozen=True)
-class RunShape:
-    """Settings of a run that decide its memory.
-
-    Parameters
-    ----------
-    n_sequences, length
-        Of the calibration set.
-    error_correction
-        Mode, see :mod:`layerwise.run.pipeline.blocks`.
-    base
-        Bytes of Python, PyTorch and transformers.
-    accelerator
-        Whether blocks are computed on another device than the host.
-    workspace
-        Of the solver; None where no model of it is known, and nothing is counted.
-    workers
-        Processes that prune blocks at the same time.
-    on_disk
-        Whether hidden states between the blocks are files.
-    streamed
-        Whether one block at a time is in memory, and not the whole model.
-    store
-        Bytes that the inputs of the stages of a block may take where it is computed.
-    """
-
-    n_sequences: int
-    length: int
-    error_correction: str
-    base: int
-    accelerator: bool = False
-    workspace: Workspace | None = None
-    workers: int = 1
-    on_disk: bool = False
-    streamed: bool = True
-    store: int = 1 << 30
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in all."""
-        return self.n_sequences * self.length
-
-    @property
-    def batch(self) -> int:
-        """Sequences of the largest batch."""
-        return min(BATCH, self.n_sequences)
-
-    @property
-    def staged(self) -> bool:
-        """Whether a stage sees the effect of the pruned stages before it."""
-        return self.error_correction in ("block", "full")
 
 
 @dataclass(frozen=True)
@@ -281,6 +100,11 @@ def gram_bytes(width: int) -> int:
 def stream_bytes(model: ModelShape, run: RunShape) -> int:
     """Hidden states of the calibration set between two blocks."""
     return run.tokens * model.hidden * model.itemsize
+
+
+def hidden_states_bytes(model: ModelShape, run: RunShape) -> int:
+    """Hidden states of all sets that live at a time."""
+    return hidden_bytes(run.error_correction, run.tokens, model.hidden, model.itemsize)
 
 
 def _both(moment: Moment) -> int:
@@ -390,13 +214,12 @@ def _working(model: ModelShape, run: RunShape) -> float:
 
 
 def _advance(model: ModelShape, run: RunShape, block: BlockShape) -> Moment:
-    streams = 4 if run.error_correction == "full" else 2
     return _moment(
         "pass through a block",
         run,
         [
             *_present(model, run, block),
-            _streams(model, run, streams),
+            _streams(model, run, n_sets(run.error_correction)),
             (BATCH_NAME, _working(model, run), True),
         ],
     )
@@ -459,8 +282,8 @@ def _stages(model: ModelShape, run: RunShape, block: BlockShape) -> list[Moment]
 def _stored(model: ModelShape, run: RunShape, block: BlockShape) -> list[int]:
     """Inputs of every stage of the dense block, if all of them fit the store."""
     sizes = [run.tokens * stage.width * model.itemsize for stage in block.stages]
-    fits = run.staged and len(sizes) > 1 and sum(sizes) <= run.store
-    return sizes if fits else []
+    kept = fits(block.widths, run.tokens, model.itemsize, run.store)
+    return sizes if run.staged and kept else []
 
 
 def _sums(
@@ -471,7 +294,7 @@ def _sums(
         return "grams of all stages", sum(gram_bytes(s.width) for s in block.stages)
     if not pair:
         return "gram", gram_bytes(stage.width)
-    if 2 * sum(stage.rows) > stage.width:  # else the outputs are fewer than the inputs
+    if sums_drift_gram(sum(stage.rows), stage.width):
         return "gram, cross-gram and drift", 3 * gram_bytes(stage.width)
     return "gram and cross-gram", 2 * gram_bytes(stage.width)
 

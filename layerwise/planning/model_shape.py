@@ -5,7 +5,7 @@ from typing import Any
 
 from layerwise.adapters import Adapter
 from layerwise.planning.dry import working_set
-from layerwise.planning.memory_model import BlockShape, ModelShape, StageShape
+from layerwise.planning.shapes import BlockShape, ModelShape, StageShape
 from layerwise.run.activations.endings import modules_around
 
 

@@ -5,13 +5,10 @@ quick measurements of this machine. The calibration text is not read: its size i
 from the arguments.
 """
 
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from layerwise.errors import (
     InvalidProblemError,
@@ -22,22 +19,20 @@ from layerwise.errors import (
 from layerwise.patterns import Pattern
 from layerwise.planning.advice import refusals
 from layerwise.planning.dry import adapter_without_memory
-from layerwise.planning.estimate import StageEstimate, estimates, quick_machine
-from layerwise.planning.inventory import Group, by_shape, inventory
+from layerwise.planning.estimate import estimates, quick_machine
+from layerwise.planning.inventory import by_shape, inventory
 from layerwise.planning.memory_model import (
-    Memory,
-    ModelShape,
-    Place,
-    RunShape,
+    hidden_states_bytes,
     memory_of,
     stream_bytes,
 )
 from layerwise.planning.model_shape import model_shape
+from layerwise.planning.plan_result import Plan
+from layerwise.planning.shapes import ModelShape, RunShape
 from layerwise.planning.solver_costs import workspace_of
 from layerwise.run.activations.dense_side import room
-from layerwise.run.activations.hidden_store import LARGEST_SHARE
+from layerwise.run.activations.hidden_store import goes_to_disk
 from layerwise.run.capacity import Capacity, capacity_of, own_memory
-from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.models.headers import Headers
 from layerwise.run.models.opening import OpenedModel
@@ -50,151 +45,6 @@ from layerwise.run.settings import (
     choose_device,
 )
 from layerwise.run.workers.schedule import Rules
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run would do.
-
-    Parameters
-    ----------
-    model, method, pattern, error_correction, device
-        What was asked, as the recipe of a run would name it.
-    n_sequences, length
-        Of the calibration set.
-    groups
-        Every parameter of the model, with its fate.
-    streamed
-        Whether one block at a time is in memory, and not the whole model.
-    on_disk
-        Whether the hidden states between two blocks are files.
-    sizes, memory
-        Shapes behind the memory, and what is alive at the largest moments.
-    disk
-        Bytes by what they are, while the output is written.
-    capacity
-        What is free on this machine.
-    stages
-        Work, floor and expected time.
-    gemm_rates, copy_rate
-        Operations by type of number, and bytes, per second of this machine.
-    refusal
-        Why such a run would not start or not end, the first of all reasons.
-    notes
-        What the figures do not cover.
-    """
-
-    model: str
-    method: str
-    pattern: str
-    error_correction: str
-    device: str
-    n_sequences: int
-    length: int
-    groups: tuple[Group, ...]
-    streamed: bool
-    on_disk: bool
-    sizes: ModelShape
-    memory: Memory
-    disk: Mapping[str, int]
-    capacity: Capacity
-    stages: tuple[StageEstimate, ...]
-    gemm_rates: Mapping[torch.dtype, float]
-    copy_rate: float
-    refusal: LayerwiseError | None
-    notes: tuple[str, ...]
-
-    @property
-    def parameters(self) -> int:
-        """All parameters of the model, tied ones once."""
-        return sum(group.parameters for group in self.groups)
-
-    @property
-    def pruned(self) -> int:
-        """Entries of the matrices that are pruned."""
-        return sum(g.parameters for g in self.groups if g.fate == "pruned")
-
-    @property
-    def zeros(self) -> int:
-        """Entries that the pattern removes."""
-        return sum(group.zeros for group in self.groups)
-
-    def check(self) -> None:
-        """Raise the reason for which such a run would not start or not end, if any."""
-        if self.refusal is not None:
-            raise self.refusal
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON can hold it: bytes, seconds, operations."""
-        asked = ("model", "method", "pattern", "error_correction", "device")
-        places: tuple[Place, ...] = (
-            ("host",) if self.device == "cpu" else ("host", "device")
-        )
-        widest = self.sizes.widest
-        return {
-            **{name: getattr(self, name) for name in asked},
-            "n_sequences": self.n_sequences,
-            "sequence_length": self.length,
-            "streamed": self.streamed,
-            "activations": "disk" if self.on_disk else "memory",
-            "parameters": self.parameters,
-            "pruned_parameters": self.pruned,
-            "zeros": self.zeros,
-            "layers": [_as_json(group) for group in self.groups],
-            "memory": {
-                place: {
-                    "peak": self.memory.bytes(place),
-                    "moment": self.memory.peak(place).name,
-                    "moments": {
-                        moment.name: {
-                            item.name: item.bytes
-                            for item in moment.items
-                            if item.place == place
-                        }
-                        for moment in self.memory.moments
-                    },
-                }
-                for place in places
-            },
-            "largest_gram": None if widest is None else widest.width,
-            "disk": dict(self.disk),
-            "free": asdict(self.capacity),
-            "stages": [
-                {
-                    "stage": stage.stage,
-                    "operations": {
-                        _short(dtype): count for dtype, count in stage.work.flops.items()
-                    },
-                    "bytes": stage.work.bytes,
-                    "floor_seconds": stage.floor,
-                    "expected_seconds": stage.seconds,
-                }
-                for stage in self.stages
-            ],
-            "refused": None if self.refusal is None else str(self.refusal),
-            "notes": list(self.notes),
-        }
-
-    def write(self, path: Path) -> None:
-        """Write :meth:`to_dict` as a JSON file."""
-        atomic_write(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
-
-
-def _as_json(group: Group) -> dict[str, Any]:
-    return {
-        "name": group.name,
-        "count": group.count,
-        "members": list(group.members),
-        "shape": list(group.shape),
-        "parameters": group.parameters,
-        "fate": group.fate,
-        "reason": group.reason,
-        "zeros": group.zeros,
-    }
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def plan_run(
@@ -346,11 +196,8 @@ def _with_store(
     sizes: ModelShape, run: RunShape, activations: str, capacity: Capacity
 ) -> RunShape:
     """The run with its hidden states where they would be kept."""
-    needed = stream_bytes(sizes, run) * (4 if run.error_correction == "full" else 2)
-    free = capacity.host
-    short = free is not None and needed * LARGEST_SHARE > free
-    on_disk = activations == "disk" or (activations == "auto" and short)
-    return replace(run, on_disk=on_disk)
+    needed = hidden_states_bytes(sizes, run)
+    return replace(run, on_disk=goes_to_disk(activations, needed, capacity.host))
 
 
 def disk_of(source: Checkpoint, sizes: ModelShape, run: RunShape) -> dict[str, int]:
@@ -366,8 +213,7 @@ def disk_of(source: Checkpoint, sizes: ModelShape, run: RunShape) -> dict[str, i
         count = run.workers + Rules().look_ahead
         found["inputs of blocks that wait for a worker"] = count * stream_bytes(sizes, run)
     if run.on_disk:
-        sets = 4 if run.error_correction == "full" else 2
-        found["hidden states"] = sets * stream_bytes(sizes, run)
+        found["hidden states"] = hidden_states_bytes(sizes, run)
     return found
 
 

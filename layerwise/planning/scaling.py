@@ -12,16 +12,10 @@ from types import MappingProxyType
 import torch
 
 from layerwise.planning.advice import in_units
-from layerwise.planning.memory_model import (
-    BlockShape,
-    ModelShape,
-    Place,
-    RunShape,
-    StageShape,
-    Workspace,
-    memory_of,
-)
+from layerwise.planning.memory_model import Place, memory_of
+from layerwise.planning.shapes import BlockShape, ModelShape, RunShape, StageShape
 from layerwise.planning.solver_costs import COSTS, Cost
+from layerwise.planning.workspace import Workspace
 from layerwise.timing.floor import Work, gram_work
 
 BASE = 512 << 20  # Python, PyTorch and transformers

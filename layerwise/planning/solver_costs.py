@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from layerwise.configure import options_of
-from layerwise.planning.memory_model import Peak, StageShape, Workspace
+from layerwise.planning.shapes import StageShape
+from layerwise.planning.workspace import Peak, Workspace
 from layerwise.solve import solver_name, steps_of
 from layerwise.timing.floor import Work
 
@@ -36,7 +37,7 @@ class Cost:
     traffic
         Bytes that are read and written, per entry of the matrix.
     peaks
-        Memory, see :class:`~layerwise.planning.memory_model.Workspace`.
+        Memory, see :class:`~layerwise.planning.workspace.Workspace`.
     """
 
     half: float = 0.0

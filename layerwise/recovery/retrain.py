@@ -4,7 +4,6 @@ Masks come from the journal of the pruning run, never from the zeros. Everything
 refused is refused before a weight is touched.
 """
 
-import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from layerwise.recovery.records import UnitRecord
 from layerwise.recovery.runner import Callback, Runner
 from layerwise.recovery.settings import Settings
 from layerwise.recovery.training import split
-from layerwise.run.checkpoints.hashes import bytes_of
+from layerwise.run.checkpoints.hashes import parameters_sha256
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.data.calibration import Calibration
 from layerwise.run.outputs.output import versions
@@ -228,16 +227,11 @@ def _identity(
     device: torch.device,
 ) -> dict[str, Any]:
     """Everything that decides the bytes of the result."""
-    digest = hashlib.sha256()
-    parameters = {} if dense is None else dict(dense.named_parameters())
-    for name, parameter in sorted(parameters.items()):
-        digest.update(name.encode())
-        digest.update(bytes_of(parameter.detach().cpu()))
     return {
         **settings,
         "calibration": tokens.sha256,
         "weights": source.sha256(),
-        "dense": digest.hexdigest(),
+        "dense": parameters_sha256(dense),
         "versions": versions(),
         "device": device.type,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,

@@ -10,7 +10,7 @@ from rich.table import Table
 from layerwise.planning.advice import in_units
 from layerwise.planning.estimate import total_seconds
 from layerwise.planning.memory_model import Moment, Place, gram_bytes
-from layerwise.planning.plan import Plan
+from layerwise.planning.plan_result import Plan
 
 GAP = "  "
 
@@ -49,7 +49,7 @@ def sections(plan: Plan) -> Iterator[Section]:
             (
                 f"{group.count} x {group.name}",
                 "x".join(map(str, group.shape)),
-                group.fate,
+                group.status,
                 f"{group.zeros:,}" if group.zeros else "",
                 group.reason,
             )
@@ -128,7 +128,7 @@ def summary(plan: Plan) -> Iterator[str]:
     )
     widest = plan.sizes.widest
     if widest is not None:
-        pruned = [group for group in plan.groups if group.fate == "pruned"]
+        pruned = [group for group in plan.groups if group.status == "pruned"]
         name = next(g.name for g in pruned if g.shape[1] == widest.width)
         yield (
             f"largest gram: {widest.width} x {widest.width}, "

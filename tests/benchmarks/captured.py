@@ -24,9 +24,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from layerwise.accumulator import MomentAccumulator
 from layerwise.demo import MODELS, calibration_text, evaluation_text, model_path
 from layerwise.experiments.sources import code_identity
-from layerwise.moments import MomentAccumulator, Moments
+from layerwise.moments import Moments
 from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.activations.streams import evaluation_mode
@@ -145,7 +146,7 @@ def identity(model: str, n_sequences: int, block: int = BLOCK) -> str:
         "model": Checkpoint.open(model_path(model)).sha256(),
         "layers": layers_of(model, block),
         "windows": (n_sequences, HELD_OUT_SEQUENCES, LENGTH),
-        **code_identity(None, ["layerwise.moments", "layerwise.run.data.calibration"]),
+        **code_identity(None, ["layerwise.accumulator", "layerwise.run.data.calibration"]),
         "texts": [
             hashlib.sha256(text.encode()).hexdigest()
             for text in (calibration_text(), evaluation_text())

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from layerwise.accumulator import MomentAccumulator
 from layerwise.evaluate import objective_rows
 from layerwise.lower_bounds import lower_bounds
-from layerwise.moments import MomentAccumulator
 from layerwise.patterns import Columns, FixedMask
 from layerwise.problem import LayerProblem
 from layerwise.solvers.column.refit import refit_columns

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from layerwise.accumulator import MomentAccumulator
 from layerwise.errors import LayerwiseError
-from layerwise.moments import MomentAccumulator
 from layerwise.problem import LayerProblem
 from layerwise.run.prune import prune_model
 from layerwise.run.workers.ranks import Ranks, ranks_of_environment

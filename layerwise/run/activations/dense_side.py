@@ -31,6 +31,23 @@ def room(device: torch.device) -> int:
     return max(STORE, int(free) // DEVICE_SHARE)
 
 
+def fits(widths: Sequence[int], tokens: int, itemsize: int, available: int) -> bool:
+    """Whether one pass over a block keeps the inputs of all its stages.
+
+    Parameters
+    ----------
+    widths
+        Input channels of every stage; a single stage has nothing to gain.
+    tokens
+        Of the calibration set.
+    itemsize
+        Bytes of an activation.
+    available
+        Bytes that the inputs may take, see :func:`room`.
+    """
+    return len(widths) > 1 and tokens * sum(widths) * itemsize <= available
+
+
 class DenseSide:
     """A block as it was before anything in it was written.
 
@@ -57,7 +74,7 @@ class DenseSide:
         first = [inputs.block.get_submodule(stage.linears[0]) for stage in stages]
         widths = [matrix(linear).shape[1] for linear in first]
         size = max((states.element_size() for states in inputs.dense), default=1)
-        self.fits = len(stages) > 1 and tokens * sum(widths) * size <= room(device)
+        self.fits = fits(widths, tokens, size, room(device))
         again = bool(stages) and not self.fits
         self._copy: nn.Module | None = copy.deepcopy(inputs.block) if again else None
 

@@ -85,9 +85,45 @@ def choose_store(
     if asked == "disk" and folder is None:
         message = "activations on disk need an output folder: give output_dir as well"
         raise UsageError(message)
+    return HiddenStore(folder if goes_to_disk(asked, needed, free) else None)
+
+
+def goes_to_disk(asked: str, needed: int, free: int | None) -> bool:
+    """Whether hidden states are files in a run that has a folder for them.
+
+    Parameters
+    ----------
+    asked, needed, free
+        As for :func:`choose_store`.
+    """
     short = free is not None and needed * LARGEST_SHARE > free
-    to_disk = asked == "disk" or (asked == "auto" and short)
-    return HiddenStore(folder if to_disk and hasattr(os, "posix_fallocate") else None)
+    wanted = asked == "disk" or (asked == "auto" and short)
+    return wanted and hasattr(os, "posix_fallocate")
+
+
+def n_streams(error_correction: str) -> int:
+    """Streams of hidden states between the blocks: of the dense and the pruned model."""
+    return 2 if error_correction == "full" else 1
+
+
+def n_sets(error_correction: str) -> int:
+    """Sets of hidden states that live at a time: before and after a block, per stream."""
+    return 2 * n_streams(error_correction)
+
+
+def hidden_bytes(error_correction: str, tokens: int, width: int, itemsize: int) -> int:
+    """Bytes of all hidden states that live at a time.
+
+    Parameters
+    ----------
+    error_correction
+        Mode of the run.
+    tokens
+        Of the calibration set.
+    width, itemsize
+        Channels between the blocks, and bytes of an activation.
+    """
+    return n_sets(error_correction) * tokens * width * itemsize
 
 
 def check_activations(asked: str) -> None:
@@ -102,9 +138,8 @@ def hidden_store(
 ) -> HiddenStore:
     """Store for the hidden states of all tokens before and after a block."""
     embedding = model.get_input_embeddings().weight
-    streams = 2 if error_correction == "full" else 1
-    vectors = 2 * streams * n_tokens
-    needed = vectors * embedding.shape[1] * embedding.element_size()
+    width, size = embedding.shape[1], embedding.element_size()
+    needed = hidden_bytes(error_correction, n_tokens, width, size)
     return choose_store(asked, folder, needed, free_memory())
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
+from layerwise.accumulator import MomentAccumulator
 from layerwise.adapters import Stage
 from layerwise.evaluate import relative_error
-from layerwise.moments import MomentAccumulator
 from layerwise.patterns import FixedMask, Pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.activations.block import BlockInputs

@@ -1,38 +1,51 @@
-"""SHA-256 of tensors and models."""
+"""SHA-256 of files, of tensors, and of models."""
 
 import hashlib
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.errors import DataError, one_line
+
+
+def bytes_sha256(content: bytes) -> str:
+    """Hash of bytes in memory."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of the bytes of a file."""
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        message = f"cannot read {path}: {one_line(error)}"
+        raise DataError(message) from error
+
+
+def tensor_hashes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """Hash of the bytes of every tensor, by name."""
+    return {name: bytes_sha256(_bytes_of(tensor)) for name, tensor in tensors}
 
 
 def digests(model: nn.Module) -> dict[str, str]:
-    """Hash of the bytes of every tensor of a model, by name."""
-    return {
-        name: hashlib.sha256(bytes_of(tensor.detach().cpu())).hexdigest()
-        for name, tensor in model.state_dict().items()
-    }
+    """Hash of the bytes of every parameter and buffer that a model stores, by name."""
+    return tensor_hashes(model.state_dict().items())
 
 
-def bytes_of(tensor: Tensor) -> Any:
-    """Bytes of a tensor on the CPU, as a file holds them."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def tensor_hashes(checkpoint: Checkpoint, names: set[str]) -> dict[str, str]:
-    """Hash of the bytes of some tensors."""
-    return {
-        name: hashlib.sha256(bytes_of(tensor)).hexdigest()
-        for name, tensor in checkpoint.tensors(sorted(names))
-    }
-
-
-def _parameters_sha256(model: nn.Module) -> str:
+def parameters_sha256(model: nn.Module | None) -> str:
+    """Hash of all parameters with their names; without a model, that of nothing."""
+    parameters = {} if model is None else dict(model.named_parameters())
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(parameters.items()):
         digest.update(name.encode())
-        digest.update(bytes_of(parameter.detach().cpu()))
+        digest.update(_bytes_of(parameter))
     return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """Bytes of a tensor, as a file holds them."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

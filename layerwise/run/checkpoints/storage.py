@@ -7,7 +7,6 @@ its source in the bytes of the replaced tensors alone.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from layerwise.errors import DataError, UsageError, one_line
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.bitmask import pack_mask, unpack_mask
+from layerwise.run.checkpoints.hashes import file_sha256
 from layerwise.run.checkpoints.shard import (
     TensorEntry,
     check_substitute,
@@ -140,16 +140,8 @@ class Checkpoint:
 
     def sha256(self, names: Iterable[str] | None = None) -> dict[str, str]:
         """Hash of some files, or of every file that belongs to the checkpoint, by name."""
-        hashes = {}
         chosen = [*self.side_files(), *self.shards] if names is None else names
-        for name in sorted(chosen):
-            try:
-                with (self.path / name).open("rb") as stream:
-                    hashes[name] = hashlib.file_digest(stream, "sha256").hexdigest()
-            except OSError as error:
-                message = f"cannot read {self.path / name}: {one_line(error)}"
-                raise DataError(message) from error
-        return hashes
+        return {name: file_sha256(self.path / name) for name in sorted(chosen)}
 
 
 def write_checkpoint(

@@ -32,7 +32,7 @@ def untouched(checkpoint: Checkpoint, manifest: Manifest, changed: set[str]) -> 
     """Every tensor that the run should not have changed."""
     changed = changed | set(manifest.retrained)
     names = set(checkpoint.weight_map) - changed
-    present = tensor_hashes(checkpoint, names)
+    present = tensor_hashes(checkpoint.tensors(names))
     differs = [
         f"{name}: {'other bytes' if name in present else 'is missing'}"
         for name, digest in manifest.untouched.items()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from layerwise.adapters.linear import is_transposed
 from layerwise.errors import DataError
 from layerwise.run.checkpoints.atomic import atomic_write
-from layerwise.run.checkpoints.hashes import _parameters_sha256, tensor_hashes
+from layerwise.run.checkpoints.hashes import parameters_sha256, tensor_hashes
 from layerwise.run.checkpoints.lazy import LazyTensors
 from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, write_checkpoint
 from layerwise.run.checkpoints.strict_json import read_object
@@ -73,7 +73,7 @@ def fingerprint(recipe: Recipe, run: Run[Any]) -> dict[str, Any]:
     """Everything that decides the bytes of the result."""
     opened, device = run.opened, run.task.device
     weights = (
-        {"parameters": _parameters_sha256(opened.model)}
+        {"parameters": parameters_sha256(opened.model)}
         if opened.source is None
         else opened.source.sha256()
     )
@@ -156,7 +156,9 @@ def _write_zeros(journal: Journal, outcome: Outcome, model: Any, removed: Remove
         source,
         pruned=pruned,
         transposed=[name for name in weights if _is_transposed(model, name)],
-        untouched=tensor_hashes(source, set(source.weight_map) - set(pruned.values())),
+        untouched=tensor_hashes(
+            source.tensors(set(source.weight_map) - set(pruned.values()))
+        ),
     )
 
 

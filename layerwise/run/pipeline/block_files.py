@@ -4,7 +4,6 @@ A block and its figures appear together or not at all, under a name that holds t
 its content.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from layerwise.errors import DataError
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.bitmask import pack_mask, unpack_mask
+from layerwise.run.checkpoints.hashes import bytes_sha256, file_sha256
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.results import PrunedBlock
 
@@ -98,14 +98,12 @@ def write_block(folder: Path, index: int, block: PrunedBlock) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     records = json.dumps([record.to_dict() for record in block.records])
     content = save(tensors, metadata={"records": records})
-    name = f"{index:05d}-{hashlib.sha256(content).hexdigest()[:DIGITS]}.safetensors"
+    name = f"{index:05d}-{bytes_sha256(content)[:DIGITS]}.safetensors"
     atomic_write(folder / name, content)
 
 
 def _check_content(path: Path) -> None:
     """Raise unless a block file has the content that its name promises."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest[:DIGITS] != path.stem.rpartition("-")[2]:
+    if file_sha256(path)[:DIGITS] != path.stem.rpartition("-")[2]:
         message = f"{path} is damaged: its content changed; delete it to redo that block"
         raise DataError(message)

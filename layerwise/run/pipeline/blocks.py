@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from layerwise.accumulator import MomentAccumulator
 from layerwise.adapters import Stage
-from layerwise.moments import MomentAccumulator
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.activations.pruned_side import PrunedSide

@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from layerwise.accumulator import MomentAccumulator
 from layerwise.adapters import Stage
-from layerwise.moments import MomentAccumulator, Moments
+from layerwise.moments import Moments
 from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.activations.block import BlockInputs

@@ -1,8 +1,8 @@
 """Which linears to prune: ``targets`` minus ``ignore``, over the blocks of a model.
 
-Entries are those of :mod:`layerwise.run.entries`. One that matches nothing is an error
-that lists what is there, because a run that silently prunes nothing is the most expensive
-kind.
+Entries are those of :mod:`layerwise.run.pipeline.judgement`. One that matches nothing is
+an error that lists what is there, because a run that silently prunes nothing is the most
+expensive kind.
 """
 
 import difflib
@@ -13,10 +13,29 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from layerwise.adapters import Adapter, Stage
-from layerwise.adapters.linear import is_linear, is_transposed, matrix
+from layerwise.adapters.linear import is_transposed
 from layerwise.errors import InvalidProblemError, UnsupportedModelError, UsageError
 from layerwise.patterns import Pattern
 from layerwise.run.checkpoints.lazy import LazyTensors
+from layerwise.run.pipeline.judgement import (
+    ANY_LINEAR,
+    Judgement,
+    left_dense,
+    matches,
+    names_of,
+    other_name,
+)
+
+__all__ = [
+    "ANY_LINEAR",
+    "Choice",
+    "Selection",
+    "matches",
+    "note_on",
+    "refuse_shared",
+    "refuse_unserved",
+    "select",
+]
 
 DEFAULT_IGNORE = ("lm_head",)  # need not exist
 
@@ -63,31 +82,18 @@ class Selection:
         self.targets, self.ignore = targets, ignore
         self.blocks = adapter.blocks_of(model)
         self._adapter = adapter
-        candidates = {
-            f"{block}.{name}": adapter.linear(module, name)
-            for block, module in self.blocks.items()
-            for name in adapter.linear_names(block)
-        }
-        modules = dict(model.named_modules())
-        unserved = {  # a linear itself, or the module that holds a parameter
-            name: modules.get(name) or modules[name.rpartition(".")[0]]
-            for name in adapter.unserved
-        }
-        refuse_unserved(model, adapter, unserved, targets, ignore)
-        self.names = select({**modules, **unserved}, candidates, targets, ignore)
+        judgement = Judgement(model, adapter, targets, ignore, pattern)
+        candidates = judgement.candidates
+        refuse_unserved(model, adapter, judgement)
+        named = {**dict(model.named_modules()), **judgement.unserved}
+        self.names = select(named, candidates, targets, ignore)
         refuse_shared(model, self.names)
-        self.transposed = {name for name in self.names if is_transposed(candidates[name])}
-        if pattern is not None:
-            self._check(candidates, pattern)
-
-    def _check(self, linears: Mapping[str, nn.Module], pattern: Pattern) -> None:
         for name in self.names:
-            rows, columns = matrix(linears[name]).shape
-            try:
-                pattern.check((rows, columns))
-            except InvalidProblemError as error:
-                message = f"{name}: {error}"
-                raise InvalidProblemError(message) from None
+            verdict = judgement.of_linear(name)
+            if verdict.status == "refused":  # by the pattern: nothing is shared
+                message = f"{name}: {verdict.reason}"
+                raise InvalidProblemError(message)
+        self.transposed = {name for name in self.names if is_transposed(candidates[name])}
 
     def stages_of(self, block: str) -> tuple[Stage, ...]:
         """Stages of a block with the chosen linears alone."""
@@ -153,8 +159,7 @@ def select(
     chosen = [
         name
         for name, module in candidates.items()
-        if any(matches(entry, name, module) for entry in targets)
-        and not any(matches(entry, name, module) for entry in ignore)
+        if left_dense(name, module, targets, ignore) is None
     ]
     if not chosen:
         message = (
@@ -192,31 +197,12 @@ def note_on(model: nn.Module, adapter: Adapter, selection: Choice) -> str:
     )
 
 
-ANY_LINEAR = "Linear"
-
-
-def matches(entry: str, name: str, module: nn.Module) -> bool:
-    """Whether an entry means a module."""
-    if entry.startswith("re:"):
-        try:
-            return re.match(entry[3:], name) is not None
-        except re.error as error:
-            message = f"{entry!r} is no regular expression: {error}"
-            raise UsageError(message) from None
-    any_linear = entry == ANY_LINEAR and is_linear(module)
-    return entry in (name, type(module).__name__) or any_linear
-
-
 def refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
     """Raise if a weight to prune is also the weight of another place in the model."""
-    users: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(_place(parameter), []).append(name)
+    known = names_of(model)
     for name in names:
         weight = f"{name}.weight"
-        shared = users[_place(model.get_parameter(weight))]
-        if len(shared) > 1:
-            other = next(user for user in shared if user != weight)
+        if (other := other_name(known[weight], weight)) is not None:
             message = (
                 f"{weight} and {other} are one tensor: pruning it for one place would "
                 f"change the other; ignore both"
@@ -224,23 +210,10 @@ def refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
             raise UnsupportedModelError(message)
 
 
-def refuse_unserved(
-    model: nn.Module,
-    adapter: Adapter,
-    unserved: Mapping[str, nn.Module],
-    targets: Sequence[str],
-    ignore: Sequence[str],
-) -> None:
+def refuse_unserved(model: nn.Module, adapter: Adapter, judgement: Judgement) -> None:
     """Raise if weights that the adapter cannot serve are wanted and not ignored."""
-
-    def named(entries: Sequence[str], name: str) -> bool:
-        module, parent = unserved[name], name.rpartition(".")[0]
-        return any(
-            matches(entry, name, module) or entry in (parent, ANY_LINEAR)
-            for entry in entries
-        )
-
-    wanted = [n for n in unserved if named(targets, n) and not named(ignore, n)]
+    unserved = judgement.unserved
+    wanted = [name for name in unserved if judgement.of_unserved(name).status == "refused"]
     if not wanted:
         return
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -258,8 +231,3 @@ def refuse_unserved(
         f"{' '.join(kinds)}"
     )
     raise UnsupportedModelError(message)
-
-
-def _place(parameter: nn.Parameter) -> int:
-    """What two names of one tensor have in common."""
-    return id(parameter) if parameter.is_meta else parameter.data_ptr()

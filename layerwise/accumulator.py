@@ -1,0 +1,239 @@
+"""Sums over the inputs of a layer, chunk by chunk, whose averages are moments.
+
+Chunks of activations are scaled by a power of two, multiplied in float32 (float64 for
+float64 inputs, see :mod:`layerwise.gram` for bfloat16) and summed in float64, so half
+precision activations neither overflow nor lose their sums.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from layerwise.chunks import slabs
+from layerwise.errors import InvalidProblemError
+from layerwise.fluctuation import RunningFluctuation
+from layerwise.gram import add_gram, add_product, mirror_, mirrored, precision_of
+from layerwise.linalg import ieee_products
+from layerwise.moments import Moments, even_exponent
+
+MAX_EXPONENT = 120  # 2 to this power is an ordinary number in float32
+
+
+class MomentAccumulator:
+    """Streaming moments of a dense and, where it differs, a pruned input stream.
+
+    Parameters
+    ----------
+    width
+        Number of input channels.
+    weights
+        The matrices that read these inputs, each (out, in), whose drift can be asked for
+        when a pruned stream is given. It comes from the gram of the difference of the
+        two streams, which all of them share.
+    device
+        Where the sums live; chunks are moved there.
+    fluctuation
+        Whether to collect the statistic of :mod:`layerwise.fluctuation` too.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        weights: Sequence[Tensor] = (),
+        device: torch.device | str = "cpu",
+        *,
+        fluctuation: bool = False,
+    ) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.n_tokens = 0
+        self._scale = 1.0
+        self._weights = [weight.detach().to(device) for weight in weights]
+        self._gram, self._sum = zeros(width, width), zeros(width)
+        self._cross: Tensor | None = None
+        self._pruned_sum = zeros(width)
+        outputs = sum(len(weight) for weight in self._weights)
+        self._by_gram = sums_drift_gram(outputs, width)
+        self._drift: Tensor | None = None
+        self._drifts = [zeros(len(weight)) for weight in self._weights]
+        self._fluctuation = RunningFluctuation(width, device) if fluctuation else None
+
+    @ieee_products()
+    def update(self, inputs: Tensor, pruned_inputs: Tensor | None = None) -> None:
+        """Add tokens: inputs of shape (..., in), of the dense and of the pruned model.
+
+        For the fluctuation the last dimension but one counts the tokens of a sequence.
+        """
+        dense, exponent = self._prepare(inputs, "inputs")
+        self._sum += _descale(_sum(dense), exponent)
+        if pruned_inputs is None:
+            if self._cross is not None:
+                message = "an accumulator takes pruned inputs in every update or in none"
+                raise InvalidProblemError(message)
+            add_gram(self._gram, dense, 2.0 ** (2 * exponent))
+        else:
+            pruned, pruned_exponent = self._prepare(pruned_inputs, "pruned inputs")
+            if pruned.shape != dense.shape:
+                message = (
+                    f"dense inputs have {dense.shape[0]} tokens, pruned inputs "
+                    f"{pruned.shape[0]}"
+                )
+                raise InvalidProblemError(message)
+            self._update_pair(dense, exponent, pruned, pruned_exponent)
+        if self._fluctuation is not None:
+            seen = inputs if pruned_inputs is None else pruned_inputs
+            self._fluctuation.update(seen.detach().to(self._gram))
+        self.n_tokens += dense.shape[0]
+
+    def _prepare(self, inputs: Tensor, name: str) -> tuple[Tensor, int]:
+        """Chunk in its product precision, scaled to magnitude 1, and the exponent."""
+        width = self._gram.shape[0]
+        if inputs.dim() == 0 or inputs.shape[-1] != width or inputs.is_complex():
+            message = (
+                f"{name} are real tensors of shape (..., {width}), got {inputs.dtype} of "
+                f"shape {tuple(inputs.shape)}"
+            )
+            raise InvalidProblemError(message)
+        tokens = inputs.detach().reshape(-1, width)
+        largest = tokens.abs().amax() if tokens.numel() else tokens.new_zeros(())
+        if not bool(torch.isfinite(largest)):
+            row, channel = (~torch.isfinite(tokens)).nonzero()[0].tolist()
+            message = (
+                f"{name} contain {float(tokens[row, channel])} at token "
+                f"{self.n_tokens + row}, channel {channel}"
+            )
+            raise InvalidProblemError(message)
+        device = self._gram.device
+        exponent = math.frexp(float(largest))[1]
+        exponent = max(-MAX_EXPONENT, min(MAX_EXPONENT, exponent))
+        tokens = tokens.to(device, precision_of(tokens.dtype, device), copy=True)
+        return tokens.mul_(2.0**-exponent), exponent
+
+    def _update_pair(
+        self, dense: Tensor, exponent: int, pruned: Tensor, pruned_exponent: int
+    ) -> None:
+        if self._cross is None:
+            if self.n_tokens:
+                message = "an accumulator takes pruned inputs in every update or in none"
+                raise InvalidProblemError(message)
+            self._cross = torch.zeros_like(self._gram)
+        add_gram(self._gram, pruned, 2.0 ** (2 * pruned_exponent))
+        cross_scale = 2.0 ** (exponent + pruned_exponent)
+        add_product(self._cross, dense, pruned, cross_scale)
+        self._pruned_sum += _descale(_sum(pruned), pruned_exponent)
+        if self._weights:
+            precision = torch.promote_types(dense.dtype, torch.float32)  # it rounds
+            other = _descale(pruned.to(precision), pruned_exponent - exponent)
+            self._add_drift(other.neg_().add_(dense), 2.0 ** (2 * exponent))
+
+    def _add_drift(self, change: Tensor, scale: float) -> None:
+        if self._by_gram:
+            if self._drift is None:
+                self._drift = torch.zeros_like(self._gram)
+            add_gram(self._drift, change, scale)
+            return
+        for weight, drift in zip(self._weights, self._drifts, strict=True):
+            for rows in slabs(len(weight)):
+                outputs = change @ weight[rows].to(change.dtype).T
+                squares = outputs.square_().sum(dim=0, dtype=torch.float64)
+                drift[rows].add_(squares, alpha=scale)
+
+    def add_over(self, add: Callable[[list[Tensor]], None]) -> None:
+        """Make these the sums of several accumulators, before they are averaged.
+
+        Each of them, in a process of its own, was given a part of the tokens in the same
+        way: with pruned inputs in all of them or in none.
+
+        Parameters
+        ----------
+        add
+            Adds tensors in place to those of the other processes. It gets float64 sums of
+            the same shapes in the same order everywhere.
+
+        Raises
+        ------
+        InvalidProblemError
+            The fluctuation was asked for, which is no sum.
+        """
+        if self._fluctuation is not None:
+            message = "the fluctuation depends on the order of all sequences: leave it out"
+            raise InvalidProblemError(message)
+        count = self._sum.new_tensor([self.n_tokens])
+        matrices = [m for m in (self._gram, self._cross, self._drift) if m is not None]
+        add([*matrices, self._sum, self._pruned_sum, *self._drifts, count])
+        self.n_tokens = int(count)
+
+    def moments(self) -> Moments:
+        """Averages of everything added so far."""
+        n = self._count()
+        cross = None if self._cross is None else self._cross / n
+        return self._averages(mirrored(self._gram) / n, cross)
+
+    def release(self) -> tuple[Moments, int]:
+        """Averages times ``2^-k``, so that their mean diagonal is near one, and k.
+
+        They are the sums themselves, scaled exactly, so that neither this nor
+        :func:`layerwise.solve` makes another gram; nothing can be added any more.
+        :meth:`drift` is in the same units from here on.
+        """
+        n = self._count()
+        gram = mirror_(self._gram).div_(n)
+        exponent = even_exponent(float(gram.diagonal().mean()))
+        self._scale = 2.0**-exponent
+        cross = self._cross
+        if cross is not None:
+            cross.div_(n).mul_(self._scale)
+        return self._averages(gram.mul_(self._scale), cross), exponent
+
+    def _count(self) -> int:
+        if self.n_tokens == 0:
+            message = "no tokens were added; the calibration data are empty"
+            raise InvalidProblemError(message)
+        return self.n_tokens
+
+    def _averages(self, gram: Tensor, cross: Tensor | None) -> Moments:
+        n, root = self.n_tokens, self._scale**0.5
+        fluctuation = self._fluctuation
+        return Moments(
+            gram,
+            cross,
+            self._sum / n * root,
+            None if cross is None else self._pruned_sum / n * root,
+            n_tokens=n,
+            fluctuation=None if fluctuation is None else fluctuation.value() * self._scale,
+        )
+
+    def drift(self, index: int) -> Tensor | None:
+        """Row sums of ``(W (X - Xhat))^2 / tokens`` of one matrix; None if Xhat = X."""
+        if self._cross is None or not self._weights:
+            return None
+        if self._drift is None:
+            rows = self._drifts[index]
+        else:
+            weight = self._weights[index].double()
+            rows = ((weight @ mirrored(self._drift)) * weight).sum(dim=1)
+        return rows.clamp(min=0) / self.n_tokens * self._scale
+
+
+def sums_drift_gram(outputs: int, width: int) -> bool:
+    """Whether the drift comes from a gram, which costs less than products for many outputs.
+
+    Parameters
+    ----------
+    outputs, width
+        Rows of all matrices that read the inputs, and input channels.
+    """
+    return 2 * outputs > width
+
+
+def _sum(tokens: Tensor) -> Tensor:
+    """Sum over tokens, float64; of bfloat16 in float32 first, else all would be copied."""
+    half = tokens.dtype == torch.bfloat16
+    return tokens.sum(dim=0, dtype=torch.float32 if half else torch.float64).double()
+
+
+def _descale(values: Tensor, exponent: int) -> Tensor:
+    return values * 2.0**exponent
