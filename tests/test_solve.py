@@ -17,7 +17,7 @@ from layerwise.errors import (
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, Columns, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solution, Status
+from layerwise.solution import Answer, Solution, Start, Status
 from layerwise.solver import OnIteration
 from layerwise.solvers import get_solver
 from tests.support.problems import PROBLEMS
@@ -137,7 +137,7 @@ def test_users_own_solver_in_a_chain() -> None:
 class Recorder:
     """Notes what each step of a chain is asked, then answers like magnitude pruning."""
 
-    asked: list[tuple[Pattern, Solution | None]]
+    asked: list[tuple[Pattern, Start | None]]
     requires: frozenset[str] = frozenset({"gram"})
     name: str = "recorder"
 
@@ -148,15 +148,15 @@ class Recorder:
         self,
         problem: LayerProblem,
         *,
-        initial: Solution | None = None,
+        initial: Start | None = None,
         on_iteration: OnIteration | None = None,
-    ) -> Solution:
+    ) -> Answer:
         self.asked.append((problem.pattern, initial))
         return get_solver("magnitude").solve(problem)
 
 
 def test_chain_hands_on_answers_and_masks() -> None:
-    asked: list[tuple[Pattern, Solution | None]] = []
+    asked: list[tuple[Pattern, Start | None]] = []
     chooser = Recorder(asked)
     refitter = Recorder(asked, requires=frozenset({"gram", "mask"}))
     pattern = NM(2, 4)
