@@ -13,7 +13,7 @@ from layerwise.errors import MemoryBudgetError, UsageError
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, Columns, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import Answer, Start
+from layerwise.solution import Answer, Start, Status
 from layerwise.solvers.admm import ALPS
 from layerwise.solvers.best import Best
 from layerwise.solvers.least_squares import LeastSquares

@@ -28,11 +28,12 @@ from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.pipeline.journal import MASK, WEIGHT, Journal
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.solve import solver_name
+from layerwise.solver import Solver
 
 
 def recipe_of(
     manifest: GramManifest,
-    solver: object,
+    solver: Solver,
     pattern: Pattern,
     damping: float,
     certify: bool | None,
