@@ -172,6 +172,12 @@ def test_a_start_without_a_mask(solver: Solver, pattern: Pattern, direct: bool) 
     assert not torch.equal(bare, lw.solve(problem, solver).weight)
 
 
+def test_a_step_that_needs_gradients_leaves_no_graph() -> None:
+    problem = PROBLEMS["drifted"].problem(HALF)
+    learned = Chosen(torch.nn.Parameter(lw.solve(problem, "wanda").weight))
+    assert not lw.solve(problem, lw.chain(learned, "least-squares")).weight.requires_grad
+
+
 def test_weights_that_are_not_finite_have_a_mask_too() -> None:
     weight = torch.tensor([[float("nan"), 3.0, -2.0, 1.0]])
     mask = mask_of(Answer(weight), NM(2, 4))

@@ -1,7 +1,7 @@
 """The front door: users' own solvers, chains, and names."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -170,6 +170,7 @@ def test_chain_hands_on_answers_and_masks() -> None:
     assert torch.equal(refit_start.weight, wanda.weight)
     assert last_pattern is pattern
     assert last_start is not None
+    assert last_start.mask is not None
     assert torch.equal(last_start.mask, wanda.mask)
 
 
@@ -204,7 +205,7 @@ def test_chain_starts_fista_from_the_answer_before() -> None:
 
 
 def test_unknown_names_are_answered_with_close_ones() -> None:
-    problem = PROBLEMS["plain"].problem(Unstructured(0.5))
+    problem, nothing = PROBLEMS["plain"].problem(Unstructured(0.5)), cast(Any, object())
     with pytest.raises(UsageError, match="unknown method 'fist': did you mean fista"):
         lw.solve(problem, "fist")
     with pytest.raises(UsageError, match=r"'sparse-gpt'.* did you mean sparsegpt"):
@@ -212,7 +213,7 @@ def test_unknown_names_are_answered_with_close_ones() -> None:
     with pytest.raises(UsageError, match=r"Known: .*wanda"):
         lw.solve(problem, "zzzz")
     with pytest.raises(UsageError, match="has no solve"):
-        lw.solve(problem, object())
+        lw.solve(problem, nothing)
     with pytest.raises(UsageError, match="at least one solver"):
         lw.chain()
 
