@@ -230,14 +230,16 @@ def test_a_wrapped_object_is_what_it_was() -> None:
 
 
 def test_names_of_objects() -> None:
-    named = SimpleNamespace(solve=Mine().solve, name=7)
+    named: Any = SimpleNamespace(solve=Mine().solve, name=7)
     assert [solver_name(method) for method in ("wanda", Mine(), named)] == [
         *("wanda", "Mine", "7")
     ]
 
 
 def test_an_object_may_refuse_a_pattern() -> None:
-    picky = SimpleNamespace(solve=Mine().solve, can_solve=lambda _: False, requires=set())
+    picky: Any = SimpleNamespace(
+        solve=Mine().solve, can_solve=lambda _: False, requires=set()
+    )
     with pytest.raises(lw.errors.InvalidProblemError, match="SimpleNamespace does not"):
         lw.solve(PROBLEMS["plain"].problem(HALF), picky)
 
