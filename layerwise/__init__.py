@@ -13,7 +13,7 @@ from layerwise.lower_bounds import lower_bounds, proven_gap
 from layerwise.moments import Moments
 from layerwise.patterns import NM, Columns, FixedMask, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import Certificate, Solution, Status
+from layerwise.solution import Answer, Certificate, Solution, Status
 from layerwise.solve import chain, solve
 from layerwise.solver import Solver
 from layerwise.solvers import SOLVERS
@@ -30,6 +30,7 @@ __all__ = [
     "NM",
     "SOLVERS",
     "Adapprox",
+    "Answer",
     "Certificate",
     "Columns",
     "FixedMask",

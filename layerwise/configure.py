@@ -7,12 +7,14 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from layerwise.errors import UsageError
-from layerwise.solve import Chain, resolve, solver_name
+from layerwise.foreign import UserSolver
+from layerwise.solve import Chain, resolve
+from layerwise.solver import Solver, SolverLike
 
 OptionValue = bool | int | float | str
 
 
-def configure(method: Any, options: Mapping[str, OptionValue]) -> Any:
+def configure(method: SolverLike, options: Mapping[str, OptionValue]) -> Solver:
     """Solver for a method name, a chain of names or an object, with options applied.
 
     Parameters
@@ -33,44 +35,44 @@ def configure(method: Any, options: Mapping[str, OptionValue]) -> Any:
         solver, hits = _apply(solver, step, field, value)
         if not hits:
             known = ", ".join(_fields(solver)) or "none"
-            message = f"{solver_name(solver)} has no option {name!r}; it has: {known}"
+            message = f"{solver.name} has no option {name!r}; it has: {known}"
             raise UsageError(message)
     return solver
 
 
-def takes_option(method: Any, name: str) -> bool:
+def takes_option(method: SolverLike, name: str) -> bool:
     """Whether :func:`configure` could apply an option of this name to a method."""
     solver = resolve(method)
     if isinstance(solver, Chain):
         return any(takes_option(step, name) for step in solver.steps)
     step, _, field = name.rpartition(".")
-    return step in ("", solver_name(solver)) and field in _fields(solver)
+    return step in ("", solver.name) and field in _fields(solver)
 
 
-def with_memory_budget(solver: Any, budget: int) -> Any:
+def with_memory_budget(solver: Solver, budget: int) -> Solver:
     """Give the budget to every step that builds systems in memory; others need none."""
     return _apply(solver, "", "memory_budget", budget)[0]
 
 
-def with_warm_start(solver: Any, method: str, start: str) -> Any:
+def with_warm_start(solver: Solver, method: str, start: str) -> Solver:
     """Name the warm start of every step of a method that leaves it open."""
     if isinstance(solver, Chain):
         steps = tuple(with_warm_start(step, method, start) for step in solver.steps)
         return dataclasses.replace(solver, steps=steps)
-    is_open = solver_name(solver) == method and getattr(solver, "warm_start", "") is None
+    is_open = solver.name == method and getattr(solver, "warm_start", "") is None
     return _apply(solver, "", "warm_start", start)[0] if is_open else solver
 
 
-def options_of(solver: Any) -> dict[str, OptionValue]:
+def options_of(solver: Solver) -> dict[str, OptionValue]:
     """Options that differ from the solver's defaults, as :func:`configure` takes them."""
     if isinstance(solver, Chain):
         return {
-            f"{solver_name(part)}.{name}": value
+            f"{part.name}.{name}": value
             for part in solver.steps
             for name, value in options_of(part).items()
         }
     try:
-        default = resolve(solver_name(solver))
+        default = resolve(solver.name)
     except UsageError:  # a user's own: whatever can be told
         default = None
     return {
@@ -81,35 +83,41 @@ def options_of(solver: Any) -> dict[str, OptionValue]:
     }
 
 
-def _apply(solver: Any, step: str, field: str, value: OptionValue) -> tuple[Any, int]:
+def _apply(solver: Solver, step: str, field: str, value: OptionValue) -> tuple[Solver, int]:
     if isinstance(solver, Chain):
         results = [_apply(part, step, field, value) for part in solver.steps]
         steps = tuple(part for part, _ in results)
         return dataclasses.replace(solver, steps=steps), sum(hits for _, hits in results)
     if not takes_option(solver, f"{step}.{field}" if step else field):
         return solver, 0
-    return dataclasses.replace(solver, **{field: _checked(solver, field, value)}), 1
+    owner = _owner(solver)
+    changed = dataclasses.replace(owner, **{field: _checked(solver, field, value)})
+    return resolve(changed), 1
 
 
-def _checked(solver: Any, field: str, value: OptionValue) -> Any:
+def _owner(solver: Solver) -> Any:
+    """Object whose fields are the options."""
+    return solver.own if isinstance(solver, UserSolver) else solver
+
+
+def _checked(solver: Solver, field: str, value: OptionValue) -> Any:
     """Value of the type that the solver declares; YAML takes ``1e-4`` for text."""
-    hint = get_type_hints(type(solver))[field]
+    hint = get_type_hints(type(_owner(solver)))[field]
     try:
         if isinstance(value, bool) and hint is not bool:
-            message = f"option {field} of {solver_name(solver)} is no switch, got {value!r}"
+            message = f"option {field} of {solver.name} is no switch, got {value!r}"
             raise UsageError(message)
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
-        message = f"option {field} of {solver_name(solver)}: {reason}, got {value!r}"
+        message = f"option {field} of {solver.name}: {reason}, got {value!r}"
         raise UsageError(message) from None
 
 
-def _fields(solver: Any) -> list[str]:
+def _fields(solver: Solver) -> list[str]:
     if isinstance(solver, Chain):
-        return [
-            f"{solver_name(part)}.{name}" for part in solver.steps for name in _fields(part)
-        ]
-    if not dataclasses.is_dataclass(solver):
+        return [f"{part.name}.{name}" for part in solver.steps for name in _fields(part)]
+    owner = _owner(solver)
+    if not dataclasses.is_dataclass(owner):
         return []
-    return [field.name for field in dataclasses.fields(solver) if field.name != "name"]
+    return [field.name for field in dataclasses.fields(owner) if field.name != "name"]

@@ -4,25 +4,13 @@ Everything is written around the dense weight (see :mod:`layerwise.problem`), so
 relative error of 1e-6 is a number and not the remainder of a cancellation.
 """
 
-from collections.abc import Mapping
-from typing import TypedDict, Unpack
-
 import torch
 from torch import Tensor
 
-from layerwise.chunks import all_finite, slabs
+from layerwise.chunks import slabs
 from layerwise.errors import VerificationError
 from layerwise.problem import CenteredProblem, LayerProblem
-from layerwise.solution import Certificate, Solution, Status
-
-
-class Findings(TypedDict, total=False):
-    """What a solver may add to the weights that it found; see :class:`Solution`."""
-
-    certificate: Certificate | None
-    iterations: int
-    history: tuple[Mapping[str, float], ...]
-    stats: Mapping[str, float]
+from layerwise.solution import Answer, Solution, mask_of
 
 
 def objective_rows(
@@ -93,37 +81,29 @@ def relative_error(
     return _ratio(float(objective_rows(problem, weight, bias=bias).sum()), problem)
 
 
-def evaluate(
-    problem: LayerProblem,
-    weight: Tensor,
-    mask: Tensor,
-    status: Status,
-    *,
-    with_bias: bool = False,
-    **findings: Unpack[Findings],
-) -> Solution:
-    """Solution with its objective and error measured here.
+def grade(problem: LayerProblem, answer: Answer) -> Solution:
+    """Solution with its objective and error measured here; once for an answer.
 
-    A solver that counts on a bias says so by `with_bias`: the weights are then measured
-    with the best bias for them, and the error stays relative to the energy of the problem
-    as posed. Weights that are not finite turn the status into ``NUMERICAL_ERROR``,
-    whatever the solver believed.
+    Weights that count on a bias are measured with the best bias for them, and the error
+    stays relative to the energy of the problem as posed. Cost: that of
+    :func:`objective_rows`.
     """
-    if not all_finite(weight):
-        status = Status.NUMERICAL_ERROR
-    measured = problem.centered() if with_bias else problem
-    objective = float(objective_rows(measured, weight).sum())
+    measured = problem.centered() if answer.with_bias else problem
+    objective = float(objective_rows(measured, answer.weight).sum())
     bias = None
     if isinstance(measured, CenteredProblem):
-        bias = best_bias(measured, weight)
+        bias = best_bias(measured, answer.weight)
     return Solution(
-        weight=weight,
-        mask=mask,
+        weight=answer.weight,
+        mask=mask_of(answer, problem.pattern),
         objective=objective,
         relative_error=_ratio(objective, problem),
-        status=status,
+        status=answer.status,
+        certificate=answer.certificate,
         bias=bias,
-        **findings,
+        iterations=answer.iterations,
+        history=answer.history,
+        stats=answer.stats,
     )
 
 

@@ -1,19 +1,18 @@
-"""What a solver returns, and what a solver is.
+"""What a solver answers, and the graded solution that :func:`layerwise.solve` makes of it.
 
-Outcomes are statuses, misuse is an exception. A solver never grades itself: the
-objective and the relative error of a :class:`Solution` come from
-:func:`layerwise.evaluate.evaluate`.
+Outcomes are statuses, misuse is an exception. A solver never grades itself: its
+:class:`Answer` has no objective and no error. Those of a :class:`Solution` come from
+:func:`layerwise.evaluate.grade`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
+from layerwise.patterns import Pattern
 
 
 class Status(StrEnum):
@@ -48,6 +47,36 @@ class Certificate:
     kind: Literal["refit", "l1", "support"]
     bound: float
     relative_to: str
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """Weights that a solver found, not graded, and what it has to say about them.
+
+    Parameters
+    ----------
+    weight
+        Shape (out, in), exactly zero outside `mask`.
+    mask
+        Shape (out, in), bool, True = kept; None leaves the choice to the pattern, by the
+        sizes of the weights.
+    status
+        See :class:`Status`.
+    with_bias
+        Whether the weights count on a bias. :func:`layerwise.solve` computes the best one
+        for them and grades them with it.
+    certificate, iterations, history, stats
+        See :class:`Solution`.
+    """
+
+    weight: Tensor
+    mask: Tensor | None = None
+    status: Status = Status.FEASIBLE
+    with_bias: bool = False
+    certificate: Certificate | None = None
+    iterations: int = 0
+    history: tuple[Mapping[str, float], ...] = ()
+    stats: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,3 +119,14 @@ class Solution:
     iterations: int = 0
     history: tuple[Mapping[str, float], ...] = ()
     stats: Mapping[str, float] = field(default_factory=dict)
+
+
+Start = Answer | Solution
+"""Where a solver may begin: weights, and a mask."""
+
+
+def mask_of(found: Start, pattern: Pattern) -> Tensor:
+    """Mask of weights; where none is given, the one that keeps the largest of them."""
+    if found.mask is not None:
+        return found.mask
+    return pattern.mask(found.weight.abs().nan_to_num())

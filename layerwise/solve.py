@@ -6,16 +6,17 @@ This module sits above the solvers, because it turns their names into objects. N
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from layerwise.chunks import all_finite
 from layerwise.errors import InvalidProblemError, SolveError, UsageError
-from layerwise.evaluate import check_feasible, evaluate
+from layerwise.evaluate import check_feasible, grade
+from layerwise.foreign import UserSolver, answer_of
 from layerwise.linalg import ieee_products
 from layerwise.patterns import FixedMask
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solution, Status
-from layerwise.solver import OnIteration, Solver, requirements
+from layerwise.solution import Answer, Solution, Start, Status, mask_of
+from layerwise.solver import OnIteration, Solver, SolverLike, requirements
 from layerwise.solvers import get_solver
 
 SCALED_FIGURES = ("objective", "penalty")  # figures of an iteration that grow with gram
@@ -24,17 +25,17 @@ SCALED_FIGURES = ("objective", "penalty")  # figures of an iteration that grow w
 @ieee_products()
 def solve(
     problem: LayerProblem,
-    solver: str | Solver | Any,
+    solver: SolverLike,
     *,
-    initial: Solution | None = None,
+    initial: Start | None = None,
     on_iteration: OnIteration | None = None,
     throw: bool = True,
 ) -> Solution:
     """Solve a layer problem with a solver, a name, or any object that has ``solve``.
 
     The problem is scaled by a power of two first, so grams of any magnitude are solved
-    alike; the answer is verified and graded on the problem as posed. An answer with a
-    `bias` is graded with the best bias for its weights, computed here.
+    alike; the answer is verified, and graded once, on the problem as posed. An answer that
+    counts on a bias is graded with the best one for its weights, computed here.
 
     Parameters
     ----------
@@ -63,56 +64,50 @@ def solve(
     """
     chosen = resolve(solver)
     refuse_unless_solvable(chosen, problem)
-    if initial is not None:
-        initial = _checked_start(problem, initial)
+    start = None if initial is None else _checked_start(problem, initial)
     scaled, exponent = problem.normalized()
-    if isinstance(chosen, Solver):
-        report = on_iteration and (lambda entry: on_iteration(_as_posed(entry, exponent)))
-        found = chosen.solve(scaled, initial=initial, on_iteration=report)
-    else:
-        found = chosen.solve(scaled)
-    weight = found.weight
-    mask = getattr(found, "mask", None)
-    if mask is None:
-        mask = problem.pattern.mask(weight.abs().nan_to_num())
-    failed = getattr(found, "status", Status.FEASIBLE) is Status.NUMERICAL_ERROR
-    if not failed and all_finite(weight):
-        check_feasible(problem, weight, mask)
-    graded = evaluate(
-        problem,
-        weight,
-        mask,
-        getattr(found, "status", Status.FEASIBLE),
-        with_bias=getattr(found, "bias", None) is not None,
-        certificate=getattr(found, "certificate", None),
-        iterations=getattr(found, "iterations", 0),
-        history=tuple(
-            _as_posed(entry, exponent) for entry in getattr(found, "history", ())
-        ),
-        stats=getattr(found, "stats", {}),
-    )
+    report = on_iteration and (lambda entry: on_iteration(_as_posed(entry, exponent)))
+    answer = _checked_answer(chosen, scaled, start, report)
+    history = tuple(_as_posed(entry, exponent) for entry in answer.history)
+    graded = grade(problem, replace(answer, history=history))
     if throw and graded.status is Status.NUMERICAL_ERROR:
         message = (
-            f"{solver_name(chosen)} failed numerically; raise the damping "
+            f"{chosen.name} failed numerically; raise the damping "
             f"(now {problem.damping:g}) or check the calibration activations"
         )
         raise SolveError(message)
     return graded
 
 
-def _checked_start(problem: LayerProblem, initial: Solution) -> Solution:
+def _checked_answer(
+    solver: Solver,
+    problem: LayerProblem,
+    initial: Start | None,
+    on_iteration: OnIteration | None,
+) -> Answer:
+    """Answer with its mask, which keeps the pattern or says that arithmetic failed."""
+    found = answer_of(solver.solve(problem, initial=initial, on_iteration=on_iteration))
+    mask, status = mask_of(found, problem.pattern), found.status
+    if not all_finite(found.weight):
+        status = Status.NUMERICAL_ERROR
+    if status is not Status.NUMERICAL_ERROR:
+        check_feasible(problem, found.weight, mask)
+    return replace(found, mask=mask, status=status)
+
+
+def _checked_start(problem: LayerProblem, initial: Start) -> Answer:
     """Start of the right shape, without the graph of weights that need gradients."""
-    for name in ("weight", "mask"):
-        shape = tuple(getattr(initial, name).shape)
-        if shape != problem.shape:
+    for name, tensor in (("weight", initial.weight), ("mask", initial.mask)):
+        if tensor is not None and tuple(tensor.shape) != problem.shape:
+            shape = tuple(tensor.shape)
             message = f"initial has a {name} of shape {shape}, expected {problem.shape}"
             raise InvalidProblemError(message)
-    return replace(initial, weight=initial.weight.detach())
+    return Answer(initial.weight.detach(), mask_of(initial, problem.pattern))
 
 
-def refuse_unless_solvable(solver: Solver | Any, problem: LayerProblem) -> None:
+def refuse_unless_solvable(solver: Solver, problem: LayerProblem) -> None:
     """Raise :class:`InvalidProblemError` if the solver does not handle the pattern."""
-    if not getattr(solver, "can_solve", lambda _: True)(problem):
+    if not solver.can_solve(problem):
         raise InvalidProblemError(_refusal(solver, problem))
 
 
@@ -125,44 +120,48 @@ class Chain:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
-    steps: tuple[Solver | Any, ...]
+    steps: tuple[Solver, ...]
 
     @property
     def name(self) -> str:
         """Names of the steps, joined by ``+``."""
-        return "+".join(solver_name(step) for step in self.steps)
+        return "+".join(step.name for step in self.steps)
 
     def can_solve(self, problem: LayerProblem) -> bool:
         """Whether the first step can, and no step needs a mask that is not there."""
-        return bool(getattr(self.steps[0], "can_solve", lambda _: True)(problem))
+        return self.steps[0].can_solve(problem)
 
     def solve(
         self,
         problem: LayerProblem,
         *,
-        initial: Solution | None = None,
+        initial: Start | None = None,
         on_iteration: OnIteration | None = None,
-    ) -> Solution:
-        """Run every step; the status and certificate are those of the last one."""
-        current = initial
-        for index, step in enumerate(self.steps):
-            posed = problem
-            if index and current is not None and "mask" in requirements(step):
-                posed = problem.with_pattern(FixedMask(current.mask))
-            current = solve(
-                posed, step, initial=current, on_iteration=on_iteration, throw=False
-            )
-            if current.status is Status.NUMERICAL_ERROR:
+    ) -> Answer:
+        """Run every step; the status and certificate are those of the last one.
+
+        Answers between the steps are verified and not graded.
+        """
+        posed, answer = problem, None
+        for step in self.steps:
+            if answer is not None:
+                initial, posed = _checked_start(problem, answer), problem
+                if "mask" in requirements(step):
+                    kept = mask_of(initial, problem.pattern)
+                    posed = problem.with_pattern(FixedMask(kept))
+            refuse_unless_solvable(step, posed)
+            answer = _checked_answer(step, posed, initial, on_iteration)
+            if answer.status is Status.NUMERICAL_ERROR:
                 break
-        assert current is not None
-        refitted = len(self.steps) > 1 and current.status is Status.OPTIMAL
+        assert answer is not None
+        refitted = len(self.steps) > 1 and answer.status is Status.OPTIMAL
         if refitted and not isinstance(problem.pattern, FixedMask):
             # optimal on its mask, which a heuristic chose: feasible for the problem posed
-            current = replace(current, status=Status.FEASIBLE)
-        return current
+            answer = replace(answer, status=Status.FEASIBLE)
+        return answer
 
 
-def chain(*steps: str | Solver | Any) -> Chain:
+def chain(*steps: SolverLike) -> Chain:
     """Chain of solvers: ``chain("wanda", "least-squares")``."""
     if not steps:
         message = "a chain needs at least one solver"
@@ -170,7 +169,7 @@ def chain(*steps: str | Solver | Any) -> Chain:
     return Chain(tuple(resolve(step) for step in steps))
 
 
-def steps_of(solver: Solver | Any) -> Iterator[Solver | Any]:
+def steps_of(solver: Solver) -> Iterator[Solver]:
     """Solvers that work one after the other, those of chains within chains too."""
     if isinstance(solver, Chain):
         for step in solver.steps:
@@ -179,20 +178,16 @@ def steps_of(solver: Solver | Any) -> Iterator[Solver | Any]:
         yield solver
 
 
-def resolve(solver: str | Solver | Any) -> Solver | Any:
-    """Solver object for a name, for names joined by ``+``, or for an object itself."""
-    if not isinstance(solver, str):
-        if not callable(getattr(solver, "solve", None)):
-            message = f"{solver!r} is no solver: it has no solve(problem)"
-            raise UsageError(message)
-        return solver
-    names = solver.split("+")
-    return chain(*names) if len(names) > 1 else get_solver(solver)
+def resolve(method: SolverLike) -> Solver:
+    """Solver for a name, for names joined by ``+``, or for an object.
 
-
-def solver_name(solver: Solver | Any) -> str:
-    """Name for messages and logs."""
-    return str(getattr(solver, "name", type(solver).__name__))
+    A user's own object is wrapped (:class:`layerwise.foreign.UserSolver`) unless it is a
+    solver already, as all that this function returns is.
+    """
+    if not isinstance(method, str):
+        return method if isinstance(method, Solver) else UserSolver(method)
+    names = method.split("+")
+    return chain(*names) if len(names) > 1 else get_solver(method)
 
 
 def _as_posed(entry: Mapping[str, float], exponent: int) -> Mapping[str, float]:
@@ -204,10 +199,10 @@ def _as_posed(entry: Mapping[str, float], exponent: int) -> Mapping[str, float]:
     }
 
 
-def _refusal(solver: Solver | Any, problem: LayerProblem) -> str:
+def _refusal(solver: Solver, problem: LayerProblem) -> str:
     if isinstance(solver, Chain):
         solver = solver.steps[0]
-    name = solver_name(solver)
+    name = solver.name
     if "mask" in requirements(solver):
         return (
             f"{name} finds weights for a mask that is fixed: give it a FixedMask, or chain "

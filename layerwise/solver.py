@@ -1,10 +1,10 @@
 """What a solver is."""
 
 from collections.abc import Callable, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solution
+from layerwise.solution import Answer, Start
 
 OnIteration = Callable[[Mapping[str, float]], None]
 
@@ -22,19 +22,31 @@ class Solver(Protocol):
         """Name in tables and logs."""
         ...
 
-    def can_solve(self, problem: "LayerProblem") -> bool:
+    def can_solve(self, problem: LayerProblem) -> bool:
         """Whether the algorithm handles the pattern of this problem."""
         ...
 
     def solve(
         self,
-        problem: "LayerProblem",
+        problem: LayerProblem,
         *,
-        initial: Solution | None = None,
+        initial: Start | None = None,
         on_iteration: OnIteration | None = None,
-    ) -> Solution:
+    ) -> Answer:
         """Return feasible weights, starting from `initial` where that makes sense."""
         ...
+
+
+class UserObject(Protocol):
+    """The least that a user's own method must have: see :mod:`layerwise.foreign`."""
+
+    def solve(self, problem: LayerProblem, /) -> Any:
+        """Return something with `weight`."""
+        ...
+
+
+SolverLike = str | Solver | UserObject
+"""What names a solver: a name, names joined by ``+``, a solver, or a user's own object."""
 
 
 def requirements(solver: object) -> frozenset[str]:

@@ -35,10 +35,9 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import UsageError
-from layerwise.evaluate import evaluate
 from layerwise.patterns import FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solution, Status
+from layerwise.solution import Answer, Start
 from layerwise.solver import OnIteration
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.options import check_at_least, check_positive
@@ -132,9 +131,9 @@ class ADMM:
         self,
         problem: LayerProblem,
         *,
-        initial: Solution | None = None,
+        initial: Start | None = None,
         on_iteration: OnIteration | None = None,
-    ) -> Solution:
+    ) -> Answer:
         """Alternate from the dense weight."""
         own = problem.with_damping(self.damping)
         damping = own.factor().damping
@@ -152,11 +151,9 @@ class ADMM:
             weight = scaled.weights_step(pull, inverse)
             center = torch.where(mask, weight, weight + center)
         sparse = scaled.unscaled(center, mask)
-        return evaluate(
-            problem,
+        return Answer(
             sparse,
             mask,
-            Status.FEASIBLE,
             iterations=self.iterations,
             stats={"damping": damping},
         )
@@ -208,9 +205,9 @@ class ALPS:
         self,
         problem: LayerProblem,
         *,
-        initial: Solution | None = None,
+        initial: Start | None = None,
         on_iteration: OnIteration | None = None,
-    ) -> Solution:
+    ) -> Answer:
         """Alternate until the support stays, then refit."""
         refit = LeastSquares(memory_budget=self.memory_budget)
         fixed = isinstance(problem.pattern, FixedMask)
@@ -225,9 +222,7 @@ class ALPS:
             return replace(refit.refit(problem, weight, mask), iterations=steps)
         change = polish(scaled.gram, mask, scaled.residual(copy), FINISH_ITERATIONS)
         weight = scaled.unscaled(copy + change, mask)
-        return evaluate(
-            problem, weight, mask, Status.FEASIBLE, iterations=steps, stats=stats
-        )
+        return Answer(weight, mask, iterations=steps, stats=stats)
 
     def find(self, problem: LayerProblem) -> Tensor:
         """Mask that the steps settle on, without the refit."""

@@ -28,10 +28,9 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
-from layerwise.evaluate import evaluate
 from layerwise.patterns import NM, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solution, Status
+from layerwise.solution import Answer, Start
 from layerwise.solver import OnIteration
 from layerwise.solvers.admm import ALPS
 from layerwise.solvers.least_squares import LeastSquares
@@ -77,24 +76,21 @@ class Best:
         self,
         problem: LayerProblem,
         *,
-        initial: Solution | None = None,
+        initial: Start | None = None,
         on_iteration: OnIteration | None = None,
-    ) -> Solution:
+    ) -> Answer:
         """Choose a mask, refine it, refit it."""
         alps = ALPS(memory_budget=self.memory_budget)
         movable = isinstance(problem.pattern, Unstructured | NM)
         if self.effort == "fast" or not movable:
             return alps.solve(problem)
         mask = alps.find(problem)
-        start = evaluate(
-            problem,
-            torch.where(mask, problem.weight.to(problem.dtype), 0),
-            mask,
-            Status.FEASIBLE,
-        )
+        weight = torch.where(mask, problem.weight.to(problem.dtype), 0)
         count = NM_CANDIDATES if isinstance(problem.pattern, NM) else Swaps.candidates
         descent = Swaps(candidates=count, memory_budget=self.memory_budget)
-        found = descent.solve(problem, initial=start, on_iteration=on_iteration)
+        found = descent.solve(
+            problem, initial=Answer(weight, mask), on_iteration=on_iteration
+        )
         if self.effort == "balanced":
             return found
         search = Swaps(tabu=TABU_STEPS, memory_budget=self.memory_budget)

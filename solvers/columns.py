@@ -35,10 +35,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from layerwise.evaluate import evaluate
 from layerwise.patterns import Columns, FixedMask
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solution, Status
+from layerwise.solution import Answer, Start, Status, mask_of
 from layerwise.solver import OnIteration
 from layerwise.solvers.column.refit import refit_columns
 from layerwise.solvers.column.scores import (
@@ -129,9 +128,9 @@ class ColumnPruning:
         self,
         problem: LayerProblem,
         *,
-        initial: Solution | None = None,
+        initial: Start | None = None,
         on_iteration: OnIteration | None = None,
-    ) -> Solution:
+    ) -> Answer:
         """Choose the columns, then restore.
 
         The exchanges of `swaps` start from the mask of `initial` if it is feasible.
@@ -144,11 +143,9 @@ class ColumnPruning:
         mask = kept.expand(problem.shape).clone()
         if self.restoration in ("none", "bias"):
             weight = torch.where(mask, problem.weight.to(problem.dtype), 0)
-            return evaluate(
-                problem,
+            return Answer(
                 weight,
                 mask,
-                Status.FEASIBLE,
                 with_bias=self.with_bias,
                 iterations=len(history),
                 history=history,
@@ -160,8 +157,7 @@ class ColumnPruning:
         if certificate.bound <= self.tolerance:
             fixed = isinstance(problem.pattern, FixedMask)
             status = Status.OPTIMAL if fixed else Status.FEASIBLE
-        return evaluate(
-            problem,
+        return Answer(
             weight,
             mask,
             status,
@@ -175,7 +171,7 @@ class ColumnPruning:
     def _choose(
         self,
         problem: LayerProblem,
-        initial: Solution | None,
+        initial: Start | None,
         on_iteration: OnIteration | None,
     ) -> tuple[Tensor, tuple[Mapping[str, float], ...]]:
         """Kept columns, shape (in,), and the rounds of the search."""
@@ -186,9 +182,10 @@ class ColumnPruning:
             return pattern.keep_units(self.scores(problem, units))[units], ()
         support = ColumnSupport(about, units)
         heads, step = pattern.heads(len(support.kept), units.device), self.step_of(units)
-        if self.score == "swaps" and initial is not None and pattern.accepts(initial.mask):
+        mask = None if initial is None else mask_of(initial, pattern)
+        if self.score == "swaps" and mask is not None and pattern.accepts(mask):
             start = torch.zeros_like(support.kept)
-            start[units[initial.mask[0]]] = True
+            start[units[mask[0]]] = True
             support.restart(start)
         else:
             removal_path(support, heads, torch.bincount(heads) - pattern.keep, step)

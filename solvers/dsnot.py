@@ -35,11 +35,10 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import InvalidProblemError
-from layerwise.evaluate import evaluate
 from layerwise.moments import CONSTANT_VARIANCE
 from layerwise.patterns import NM, Unstructured
 from layerwise.problem import CenteredProblem, LayerProblem
-from layerwise.solution import Solution, Status
+from layerwise.solution import Answer, Start
 from layerwise.solver import OnIteration
 from layerwise.solvers.options import check_at_least, check_finite
 from layerwise.solvers.wanda import wanda_mask, wanda_scores
@@ -81,9 +80,9 @@ class DSnoT:
         self,
         problem: LayerProblem,
         *,
-        initial: Solution | None = None,
+        initial: Start | None = None,
         on_iteration: OnIteration | None = None,
-    ) -> Solution:
+    ) -> Answer:
         """Edit the mask of `initial`, by default Wanda's."""
         edit = _Edit(problem, wanda_mask(problem, initial), self.variance_power)
         limit = self.tolerance * problem.energy.sqrt()
@@ -94,11 +93,9 @@ class DSnoT:
                 break
             exchanges, cycles = exchanges + moved, cycles + 1
         weight = torch.where(edit.mask, problem.weight.to(problem.dtype), 0)
-        return evaluate(
-            problem,
+        return Answer(
             weight,
             edit.mask,
-            Status.FEASIBLE,
             iterations=cycles,
             stats={"exchanges": float(exchanges)},
         )

@@ -35,14 +35,13 @@ import torch
 from torch import Tensor
 
 from layerwise.evaluate import (
-    evaluate,
     objective_from_residual,
     objective_rows,
     residual,
 )
 from layerwise.patterns import NM, FixedMask, Pattern
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solution, Status
+from layerwise.solution import Answer, Start, mask_of
 from layerwise.solver import OnIteration, Solver
 from layerwise.solvers.lasso import L1Path, LassoResult, Method, Metric, Quadratic, lasso
 from layerwise.solvers.least_squares import LeastSquares
@@ -145,14 +144,15 @@ class Fista:
         self,
         problem: LayerProblem,
         *,
-        initial: Solution | None = None,
+        initial: Start | None = None,
         on_iteration: OnIteration | None = None,
-    ) -> Solution:
+    ) -> Answer:
         """Search the penalty from `initial`, by default from the warm start."""
         damping = problem.factorized()[1].damping
         problem = problem.with_damping(damping)
         begin = initial or self._start().solve(problem)
-        mask = problem.pattern.mask(begin.weight.abs() + begin.mask)
+        start = mask_of(begin, problem.pattern)
+        mask = problem.pattern.mask(begin.weight.abs() + start)
         path = L1Path(problem, self.metric, self.method, restart=self.restart)
         quadratic = path.quadratic
         best = self._round_off(quadratic, begin.weight, mask)
@@ -213,13 +213,13 @@ class Fista:
         best: "_Candidate",
         steps: int,
         history: list[Mapping[str, float]],
-    ) -> Solution:
+    ) -> Answer:
         if self.refit:
             refit = LeastSquares(memory_budget=self.memory_budget)
             found = refit.refit(problem, best.weight, best.mask)
         else:
             stats = {"damping": problem.damping}
-            found = evaluate(problem, best.weight, best.mask, Status.FEASIBLE, stats=stats)
+            found = Answer(best.weight, best.mask, stats=stats)
         return replace(found, iterations=steps, history=tuple(history))
 
 

@@ -37,10 +37,10 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import UsageError
-from layerwise.evaluate import evaluate, objective_rows, residual
+from layerwise.evaluate import objective_rows, residual
 from layerwise.patterns import NM, FixedMask, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solution, Status
+from layerwise.solution import Answer, Start
 from layerwise.solver import OnIteration
 from layerwise.solvers.options import check_at_least, check_one_of
 from layerwise.solvers.wanda import wanda_mask, wanda_scores
@@ -93,9 +93,9 @@ class FrankWolfe:
         self,
         problem: LayerProblem,
         *,
-        initial: Solution | None = None,
+        initial: Start | None = None,
         on_iteration: OnIteration | None = None,
-    ) -> Solution:
+    ) -> Answer:
         """Improve the mask of `initial`, by default Wanda's."""
         start = wanda_mask(problem, initial)
         relaxed = RelaxedMask(problem, start, self._fixed(problem, start))
@@ -118,11 +118,9 @@ class FrankWolfe:
                 best.offer(relaxed.rounded())
         best.offer(relaxed.rounded())
         weight = torch.where(best.mask, problem.weight.to(problem.dtype), 0)
-        return evaluate(
-            problem,
+        return Answer(
             weight,
             best.mask,
-            Status.FEASIBLE,
             iterations=len(history),
             history=tuple(history),
             stats={"relative_gap": gap},

@@ -37,15 +37,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from layerwise.errors import InvalidProblemError
-from layerwise.evaluate import evaluate
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solution, Status
-from layerwise.solver import OnIteration
 from layerwise.solvers.options import check_finite, check_one_of
+from layerwise.solvers.scored import ScoreSolver
 from layerwise.solvers.wanda import wanda_scores
 
 PAPER_ALPHA = 100.0
@@ -62,7 +59,7 @@ DEFAULT_ALPHA: Mapping[tuple[str, str], float] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class GBLM:
+class GBLM(ScoreSolver):
     """Mask from weight times input norm and loss gradient, weights unchanged.
 
     Cost O(out in), and one backward pass per calibration sequence for the whole model.
@@ -81,7 +78,6 @@ class GBLM:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gram", "gradient"})
-    guarantee: ClassVar[str] = "none"
     name: str = "gblm"
     alpha: float | None = None
     norm: Literal["l1", "l2"] = "l1"
@@ -93,24 +89,8 @@ class GBLM:
         if self.alpha is not None:
             check_finite(self, "alpha")
 
-    def can_solve(self, problem: LayerProblem) -> bool:
-        """Every pattern is chosen from scores."""
-        return True
-
-    def solve(
-        self,
-        problem: LayerProblem,
-        *,
-        initial: Solution | None = None,
-        on_iteration: OnIteration | None = None,
-    ) -> Solution:
-        """Keep the largest scores."""
-        mask = problem.pattern.mask(self.scores(problem))
-        weight = torch.where(mask, problem.weight.to(problem.dtype), 0)
-        return evaluate(problem, weight, mask, Status.FEASIBLE)
-
     def scores(self, problem: LayerProblem) -> Tensor:
-        """``|W| (sqrt(G_jj) + alpha gamma)``, shape (out, in)."""
+        """``|W| (sqrt(G_jj) + alpha gamma)``."""
         if problem.gradient_norm is None:
             message = (
                 "gblm needs the gradients of the model's loss: give the problem "

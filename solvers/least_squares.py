@@ -40,10 +40,9 @@ from layerwise.certificates import (
 )
 from layerwise.chunks import in_chunks
 from layerwise.errors import MemoryBudgetError
-from layerwise.evaluate import evaluate
 from layerwise.patterns import FixedMask
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solution, Status
+from layerwise.solution import Answer, Start, Status
 from layerwise.solver import OnIteration
 from layerwise.solvers.options import check_at_least, check_one_of
 from layerwise.solvers.refit.conjugate_gradients import Products
@@ -125,15 +124,15 @@ class LeastSquares:
         self,
         problem: LayerProblem,
         *,
-        initial: Solution | None = None,
+        initial: Start | None = None,
         on_iteration: OnIteration | None = None,
-    ) -> Solution:
+    ) -> Answer:
         """Refit all rows, from `initial` if it is given, else from the dense weight."""
         mask = problem.pattern.mask(problem.weight)
         start = problem.weight if initial is None else initial.weight
         return self._solve(problem, start, mask)
 
-    def refit(self, problem: LayerProblem, weight: Tensor, mask: Tensor) -> Solution:
+    def refit(self, problem: LayerProblem, weight: Tensor, mask: Tensor) -> Answer:
         """Refit weights on the mask that a method found for a problem.
 
         Optimal weights are optimal for the problem as posed only if it fixes the mask.
@@ -143,7 +142,7 @@ class LeastSquares:
             found = replace(found, status=Status.FEASIBLE)
         return found
 
-    def _solve(self, problem: LayerProblem, start: Tensor, mask: Tensor) -> Solution:
+    def _solve(self, problem: LayerProblem, start: Tensor, mask: Tensor) -> Answer:
         damping = problem.factor(torch.float64).damping
         problem = problem.with_damping(damping)
         weight = torch.where(mask, start.to(problem.dtype), 0)
@@ -164,8 +163,7 @@ class LeastSquares:
             if len(pending) == 0:
                 break
         certificate = certificate_of(excess)
-        return evaluate(
-            problem,
+        return Answer(
             weight,
             mask,
             Status.OPTIMAL if len(pending) == 0 else Status.MAX_ITERATIONS,

@@ -11,35 +11,19 @@ References
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
+from torch import Tensor
 
-from layerwise.evaluate import evaluate
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solution, Status
-from layerwise.solver import OnIteration
+from layerwise.solvers.scored import ScoreSolver
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(ScoreSolver):
     r"""Mask from ``|W|``, weights unchanged. Cost O(out in); uses no statistics."""
 
     requires: ClassVar[frozenset[str]] = frozenset()
-    guarantee: ClassVar[str] = "none"
     name: str = "magnitude"
 
-    def can_solve(self, problem: LayerProblem) -> bool:
-        """Every pattern is chosen from scores."""
-        return True
-
-    def solve(
-        self,
-        problem: LayerProblem,
-        *,
-        initial: Solution | None = None,
-        on_iteration: OnIteration | None = None,
-    ) -> Solution:
-        """Keep the largest ``|W|``."""
-        weight = problem.weight.to(problem.dtype)
-        mask = problem.pattern.mask(weight.abs())
-        weight = torch.where(mask, weight, 0)
-        return evaluate(problem, weight, mask, Status.FEASIBLE)
+    def scores(self, problem: LayerProblem) -> Tensor:
+        """``|W|``."""
+        return problem.weight.to(problem.dtype).abs()

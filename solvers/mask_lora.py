@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from layerwise.certificates import refit_certificate
-from layerwise.evaluate import evaluate, residual
+from layerwise.evaluate import residual
 from layerwise.patterns import FixedMask
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solution, Status
+from layerwise.solution import Answer, Start
 from layerwise.solver import OnIteration
 from layerwise.solvers.options import check_at_least
 
@@ -76,9 +76,9 @@ class MaskLoRA:
         self,
         problem: LayerProblem,
         *,
-        initial: Solution | None = None,
+        initial: Start | None = None,
         on_iteration: OnIteration | None = None,
-    ) -> Solution:
+    ) -> Answer:
         """Change the weights of `initial`, or the dense ones, on the mask."""
         mask = problem.pattern.mask(problem.weight)
         damping = problem.factor(torch.float64).damping
@@ -107,11 +107,9 @@ class MaskLoRA:
             gained = gain
         weight += mask * (left @ right)
         weight = weight.to(problem.dtype)
-        return evaluate(
-            problem,
+        return Answer(
             weight,
             mask,
-            Status.FEASIBLE,
             certificate=refit_certificate(problem, weight, mask),
             iterations=len(history),
             history=tuple(history),

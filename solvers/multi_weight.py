@@ -45,7 +45,7 @@ from torch import Tensor
 
 from layerwise.patterns import NM, FixedMask, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solution
+from layerwise.solution import Answer, Start
 from layerwise.solver import OnIteration
 from layerwise.solvers.least_squares import LeastSquares, direct_pays
 from layerwise.solvers.options import check_at_least, check_one_of
@@ -105,9 +105,9 @@ class MultiWeight:
         self,
         problem: LayerProblem,
         *,
-        initial: Solution | None = None,
+        initial: Start | None = None,
         on_iteration: OnIteration | None = None,
-    ) -> Solution:
+    ) -> Answer:
         """Choose the mask, then find its weights."""
         if isinstance(problem.pattern, FixedMask):
             kept = problem.pattern.mask(problem.weight)
@@ -133,7 +133,7 @@ class MultiWeight:
         size = self.block_size or min(-(-len(root) // BLOCKS), LARGEST_BLOCK)
         return _choose_blocks(problem.pattern, root, start, size, self.memory_budget)
 
-    def _refit(self, problem: LayerProblem, kept: Tensor) -> Solution:
+    def _refit(self, problem: LayerProblem, kept: Tensor) -> Answer:
         """Optimal weights on a mask; what the closed form missed is solved again."""
         most_kept, most_removed = (int(m.sum(dim=1).amax()) for m in (kept, ~kept))
         weight = problem.weight

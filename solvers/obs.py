@@ -24,7 +24,7 @@ from torch import Tensor
 
 from layerwise.patterns import NM, FixedMask, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solution
+from layerwise.solution import Answer, Start
 from layerwise.solver import OnIteration
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.refit.supports import Supports
@@ -56,9 +56,9 @@ class OBS:
         self,
         problem: LayerProblem,
         *,
-        initial: Solution | None = None,
+        initial: Start | None = None,
         on_iteration: OnIteration | None = None,
-    ) -> Solution:
+    ) -> Answer:
         """Follow the path of every row, then refit to a certificate."""
         refit = LeastSquares(memory_budget=self.memory_budget)
         if isinstance(problem.pattern, FixedMask):

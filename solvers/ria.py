@@ -14,20 +14,17 @@ renumbers the channels of the model around a layer, which a problem of one layer
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from layerwise.evaluate import evaluate
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solution, Status
-from layerwise.solver import OnIteration
 from layerwise.solvers.options import check_finite
+from layerwise.solvers.scored import ScoreSolver
 
 
 @dataclass(frozen=True)
-class RIA:
+class RIA(ScoreSolver):
     r"""Mask from ``(|W_ij| / column sum + |W_ij| / row sum) ||Xhat_j||^power``.
 
     Weights are unchanged. A weight is compared with its own column and its own row, so a
@@ -39,36 +36,17 @@ class RIA:
         Exponent of the input norm, at least 0; the paper takes 0.5.
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"gram"})
-    guarantee: ClassVar[str] = "none"
     name: str = "ria"
     power: float = 0.5
 
     def __post_init__(self) -> None:
         check_finite(self, "power")
 
-    def can_solve(self, problem: LayerProblem) -> bool:
-        """Every pattern is chosen from scores."""
-        return True
-
-    def solve(
-        self,
-        problem: LayerProblem,
-        *,
-        initial: Solution | None = None,
-        on_iteration: OnIteration | None = None,
-    ) -> Solution:
-        """Keep the largest scores."""
-        mask = problem.pattern.mask(ria_scores(problem, self.power))
-        weight = torch.where(mask, problem.weight.to(problem.dtype), 0)
-        return evaluate(problem, weight, mask, Status.FEASIBLE)
-
-
-def ria_scores(problem: LayerProblem, power: float) -> Tensor:
-    """Relative importance times ``G_jj^(power / 2)``, shape (out, in)."""
-    size = problem.weight.to(problem.dtype).abs()
-    smallest = torch.finfo(size.dtype).tiny  # a row or column of zeros scores zero
-    relative = size / size.sum(dim=0).clamp(min=smallest)
-    relative += size / size.sum(dim=1, keepdim=True).clamp(min=smallest)
-    norms = problem.gram.diagonal().sqrt().to(problem.dtype)
-    return relative * norms**power
+    def scores(self, problem: LayerProblem) -> Tensor:
+        """Relative importance times ``G_jj^(power / 2)``."""
+        size = problem.weight.to(problem.dtype).abs()
+        smallest = torch.finfo(size.dtype).tiny  # a row or column of zeros scores zero
+        relative = size / size.sum(dim=0).clamp(min=smallest)
+        relative += size / size.sum(dim=1, keepdim=True).clamp(min=smallest)
+        norms = problem.gram.diagonal().sqrt().to(problem.dtype)
+        return relative * norms**self.power

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import MemoryBudgetError
-from layerwise.evaluate import evaluate, residual
+from layerwise.evaluate import residual
 from layerwise.patterns import NM, FixedMask, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solution, Status
+from layerwise.solution import Answer, Start
 from layerwise.solver import OnIteration
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.options import check_at_least
@@ -71,9 +71,9 @@ class SparseSwaps:
         self,
         problem: LayerProblem,
         *,
-        initial: Solution | None = None,
+        initial: Start | None = None,
         on_iteration: OnIteration | None = None,
-    ) -> Solution:
+    ) -> Answer:
         """Refine the mask of `initial`, by default Wanda's."""
         problem, _ = problem.factorized()
         mask = wanda_mask(problem, initial)
@@ -86,7 +86,7 @@ class SparseSwaps:
             swaps += self._refine(fixed.rows(rows), mask, rows, group)
         weight = torch.where(mask, problem.weight.to(problem.dtype), 0)
         stats = {"damping": problem.damping, "swaps": float(swaps)}
-        return evaluate(problem, weight, mask, Status.FEASIBLE, stats=stats)
+        return Answer(weight, mask, stats=stats)
 
     def _chunk(self, problem: LayerProblem) -> int:
         """Rows that fit the memory budget."""

@@ -33,11 +33,10 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import InvalidProblemError
-from layerwise.evaluate import evaluate
 from layerwise.linalg import Factor
 from layerwise.patterns import NM, FixedMask, Pattern, Unstructured, keep_largest
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solution, Status
+from layerwise.solution import Answer, Start
 from layerwise.solver import OnIteration
 
 WIDEST_FUSED = 128  # columns of a block whose errors fit into the registers of a GPU
@@ -74,22 +73,15 @@ class SparseGPT:
         self,
         problem: LayerProblem,
         *,
-        initial: Solution | None = None,
+        initial: Start | None = None,
         on_iteration: OnIteration | None = None,
-    ) -> Solution:
+    ) -> Answer:
         """Sweep once from left to right."""
-        factor = problem.moments.factor(problem.damping, problem.dtype, reverse=True)
-        problem = problem.with_damping(factor.damping)
-        weight, mask = self.find(problem)
-        stats = {"damping": factor.damping}
-        return evaluate(problem, weight, mask, Status.FEASIBLE, stats=stats)
-
-    def find(self, problem: LayerProblem) -> tuple[Tensor, Tensor]:  # (out, in), (out, in)
-        """Weights and mask alone, not graded."""
         factor = problem.moments.factor(problem.damping, problem.dtype, reverse=True)
         upper = factor.lower.flip(0, 1).to(problem.dtype)
         start = least_squares_weight(problem, factor)
-        return self._sweep(problem, upper, start.T.contiguous())
+        weight, mask = self._sweep(problem, upper, start.T.contiguous())
+        return Answer(weight, mask, stats={"damping": factor.damping})
 
     def _sweep(
         self,

@@ -29,7 +29,7 @@ from torch import Tensor
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solution
+from layerwise.solution import Answer, Start
 from layerwise.solver import OnIteration
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.options import check_at_least
@@ -86,9 +86,9 @@ class Swaps:
         self,
         problem: LayerProblem,
         *,
-        initial: Solution | None = None,
+        initial: Start | None = None,
         on_iteration: OnIteration | None = None,
-    ) -> Solution:
+    ) -> Answer:
         """Refine the mask of `initial`, by default Wanda's."""
         refit = LeastSquares(memory_budget=self.memory_budget)
         if isinstance(problem.pattern, FixedMask):

@@ -109,7 +109,7 @@ def value(problem: LayerProblem, solution: Solution) -> float:
 def test_admm_against_the_textbook(name: str, pattern: Pattern) -> None:
     layer = LAYERS[name]
     expected = textbook_admm(layer, pattern)
-    solution = ADMM().solve(layer.problem(pattern))
+    solution = lw.solve(layer.problem(pattern), ADMM())
     assert torch.equal(solution.mask, expected != 0)
     torch.testing.assert_close(solution.weight, expected, rtol=0, atol=EQUIVARIANCE)
     assert solution.stats["damping"] == 0.1
@@ -123,7 +123,7 @@ def test_alps_against_the_textbook(name: str, pattern: Pattern) -> None:
     for rho, most in ((0.1, 300), (30.0, 300), (0.1, 4), (0.1, 9), (1e4, 3)):
         mask, copy, steps = textbook_alps(layer, pattern, rho, most)
         solver = ALPS(rho=rho, iterations=most)
-        solution = solver.solve(problem)
+        solution = lw.solve(problem, solver)
         assert torch.equal(solution.mask, mask)
         assert torch.equal(solver.find(problem), mask)
         assert solution.iterations == steps

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 import layerwise as lw
 from layerwise.errors import MemoryBudgetError, UsageError
-from layerwise.evaluate import evaluate, objective_rows
+from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, Columns, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solution, Status
+from layerwise.solution import Answer, Start, Status
 from layerwise.solvers.admm import ALPS
 from layerwise.solvers.best import Best
 from layerwise.solvers.least_squares import LeastSquares
@@ -26,14 +26,14 @@ EFFORTS: tuple[Any, ...] = ("fast", "balanced", "thorough")
 PATTERNS = [Unstructured(0.5), Unstructured(0.7), Unstructured(0.5, "layer"), NM(2, 4)]
 
 
-def value(problem: LayerProblem, solution: Solution) -> float:
+def value(problem: LayerProblem, solution: Start) -> float:
     return float(objective_rows(problem, solution.weight, damped=True).sum())
 
 
-def at_alps_mask(problem: LayerProblem) -> Solution:
+def at_alps_mask(problem: LayerProblem) -> Answer:
     mask = ALPS().find(problem)
     weight = torch.where(mask, problem.weight.to(problem.dtype), 0)
-    return evaluate(problem, weight, mask, Status.FEASIBLE)
+    return Answer(weight, mask)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

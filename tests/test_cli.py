@@ -25,7 +25,7 @@ from layerwise.run.data.tokens import encode
 from layerwise.run.models.loading import load_tokenizer
 from layerwise.run.models.opening import load_model
 from layerwise.run.pipeline.journal import read_layers
-from layerwise.solution import Solution
+from layerwise.solution import Answer
 from layerwise.solvers import SOLVERS
 from layerwise.solvers.magnitude import Magnitude
 from tests.support.models import (
@@ -237,10 +237,10 @@ def test_numerical_failure(
 ) -> None:
     original = Magnitude.solve
 
-    def fail(self: Magnitude, *arguments: Any, **options: Any) -> Solution:
-        solution = original(self, *arguments, **options)
-        solution.weight.fill_(torch.nan)
-        return solution
+    def fail(self: Magnitude, *arguments: Any, **options: Any) -> Answer:
+        answer = original(self, *arguments, **options)
+        answer.weight.fill_(torch.nan)
+        return answer
 
     monkeypatch.setattr(Magnitude, "solve", fail)
     assert run(flags({"--method": "magnitude"})) == 4
@@ -254,7 +254,7 @@ def test_interruption_keeps_what_is_finished(
 ) -> None:
     original, calls = Magnitude.solve, [0]
 
-    def interrupt(self: Magnitude, *arguments: Any, **options: Any) -> Solution:
+    def interrupt(self: Magnitude, *arguments: Any, **options: Any) -> Answer:
         calls[0] += 1
         if calls[0] == LINEARS - 1:
             raise KeyboardInterrupt

@@ -23,7 +23,7 @@ from layerwise.run.pipeline.gradients import (
     required_gradient,
 )
 from layerwise.run.prune import prune_model
-from layerwise.solve import chain, solve
+from layerwise.solve import chain, resolve, solve
 from layerwise.solvers.gblm import GBLM
 from tests.support.models import (
     random_tokens,
@@ -232,7 +232,9 @@ def test_who_requires_gradients() -> None:
     class Own:
         requires = frozenset({"gradient"})
 
-    assert required_gradient(Own()) == MEAN
+        def solve(self, problem: Any) -> Any: ...
+
+    assert required_gradient(resolve(Own())) == MEAN
     with pytest.raises(UsageError, match="the same norm and scaling"):
         required_gradient(chain("gblm", GBLM(norm="l2")))
 

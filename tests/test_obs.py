@@ -82,7 +82,7 @@ def cost(equations: Equations, mask: Tensor, row: int, column: int) -> float:
 )
 def test_against_naive_refits(name: str, pattern: Pattern) -> None:
     layer = LAYERS[name]
-    solution = OBS().solve(layer.problem(pattern))
+    solution = lw.solve(layer.problem(pattern), OBS())
     assert torch.equal(solution.mask, naive(layer, pattern))
     assert solution.certificate is not None
     assert solution.status is Status.FEASIBLE

@@ -8,10 +8,16 @@ from typing import Any
 import pytest
 import yaml
 
-from layerwise.configure import configure, options_of, with_memory_budget
+from layerwise.configure import (
+    configure,
+    options_of,
+    takes_option,
+    with_memory_budget,
+)
 from layerwise.errors import DataError, InvalidProblemError, UsageError
+from layerwise.problem import LayerProblem
 from layerwise.run.outputs.recipe import Recipe
-from layerwise.solve import chain, solver_name
+from layerwise.solve import Chain, chain, resolve
 from layerwise.solvers import SOLVERS
 from layerwise.solvers.fista import Fista
 from layerwise.solvers.least_squares import LeastSquares
@@ -189,12 +195,12 @@ def test_defaults_have_no_options(name: str) -> None:
         chain("fista", LeastSquares(tolerance=1e-4)),  # fista has a tolerance as well
         chain(Fista(max_rounds=2), LeastSquares(method="cg")),
     ],
-    ids=solver_name,
+    ids=lambda solver: solver.name,
 )
 def test_options_rebuild_the_solver(solver: Any) -> None:
     options = options_of(solver)
     assert options
-    assert configure(solver_name(solver), options) == solver
+    assert configure(solver.name, options) == solver
 
 
 def test_options_of_a_users_own_solver() -> None:
@@ -203,11 +209,18 @@ def test_options_of_a_users_own_solver() -> None:
         strength: float = 0.5
         hook: Callable[[], None] = print
 
-    assert options_of(Mine()) == {"strength": 0.5}
-    assert options_of(object()) == {}
+        def solve(self, problem: LayerProblem) -> Any: ...
+
+    solver = configure(Mine(), {"strength": "0.25"})
+    assert solver.name == "Mine"
+    assert options_of(solver) == {"strength": 0.25}
+    assert configure(solver, {"Mine.strength": 1}) == resolve(Mine(1.0))
+    assert takes_option(chain("wanda", Mine()), "Mine.strength")
+    assert not takes_option(Mine(), "own")
 
 
 def test_memory_budget_goes_to_every_step_that_takes_one() -> None:
     solver = with_memory_budget(configure("fista+least-squares", {}), 1000)
-    assert [step.memory_budget for step in solver.steps] == [1000, 1000]
+    assert isinstance(solver, Chain)
+    assert [vars(step)["memory_budget"] for step in solver.steps] == [1000, 1000]
     assert with_memory_budget(Magnitude(), 1000) == Magnitude()

@@ -8,7 +8,7 @@ import torch
 import layerwise as lw
 from layerwise.errors import UsageError
 from layerwise.patterns import Unstructured
-from layerwise.solvers.ria import RIA, ria_scores
+from layerwise.solvers.ria import RIA
 from tests.support.problems import PROBLEMS, make_layer
 from tests.support.tolerances import CLOSED_FORM
 
@@ -18,7 +18,7 @@ HALF = Unstructured(0.5)
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 def test_scores_are_the_definition(power: float) -> None:
     layer = PROBLEMS["drifted"]
-    scores = ria_scores(layer.problem(HALF), power)
+    scores = RIA(power=power).scores(layer.problem(HALF))
     size = layer.weight.abs()
     for row, column in [(0, 0), (2, 11), (5, 15)]:
         value = size[row, column]

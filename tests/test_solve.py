@@ -1,7 +1,7 @@
 """The front door: users' own solvers, chains, and names."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from layerwise.errors import (
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, Columns, FixedMask, Pattern, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.solution import Solution, Status
+from layerwise.solution import Answer, Solution, Start, Status
 from layerwise.solver import OnIteration
 from layerwise.solvers import get_solver
 from tests.support.problems import PROBLEMS
@@ -137,7 +137,7 @@ def test_users_own_solver_in_a_chain() -> None:
 class Recorder:
     """Notes what each step of a chain is asked, then answers like magnitude pruning."""
 
-    asked: list[tuple[Pattern, Solution | None]]
+    asked: list[tuple[Pattern, Start | None]]
     requires: frozenset[str] = frozenset({"gram"})
     name: str = "recorder"
 
@@ -148,15 +148,15 @@ class Recorder:
         self,
         problem: LayerProblem,
         *,
-        initial: Solution | None = None,
+        initial: Start | None = None,
         on_iteration: OnIteration | None = None,
-    ) -> Solution:
+    ) -> Answer:
         self.asked.append((problem.pattern, initial))
         return get_solver("magnitude").solve(problem)
 
 
 def test_chain_hands_on_answers_and_masks() -> None:
-    asked: list[tuple[Pattern, Solution | None]] = []
+    asked: list[tuple[Pattern, Start | None]] = []
     chooser = Recorder(asked)
     refitter = Recorder(asked, requires=frozenset({"gram", "mask"}))
     pattern = NM(2, 4)
@@ -170,6 +170,7 @@ def test_chain_hands_on_answers_and_masks() -> None:
     assert torch.equal(refit_start.weight, wanda.weight)
     assert last_pattern is pattern
     assert last_start is not None
+    assert last_start.mask is not None
     assert torch.equal(last_start.mask, wanda.mask)
 
 
@@ -204,7 +205,7 @@ def test_chain_starts_fista_from_the_answer_before() -> None:
 
 
 def test_unknown_names_are_answered_with_close_ones() -> None:
-    problem = PROBLEMS["plain"].problem(Unstructured(0.5))
+    problem, nothing = PROBLEMS["plain"].problem(Unstructured(0.5)), cast(Any, object())
     with pytest.raises(UsageError, match="unknown method 'fist': did you mean fista"):
         lw.solve(problem, "fist")
     with pytest.raises(UsageError, match=r"'sparse-gpt'.* did you mean sparsegpt"):
@@ -212,7 +213,7 @@ def test_unknown_names_are_answered_with_close_ones() -> None:
     with pytest.raises(UsageError, match=r"Known: .*wanda"):
         lw.solve(problem, "zzzz")
     with pytest.raises(UsageError, match="has no solve"):
-        lw.solve(problem, object())
+        lw.solve(problem, nothing)
     with pytest.raises(UsageError, match="at least one solver"):
         lw.chain()
 

@@ -6,6 +6,7 @@ certificate, and sensible answers at the limits. Invariances are in
 """
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import layerwise as lw
+from layerwise.errors import InvalidProblemError
 from layerwise.evaluate import objective_rows
 from layerwise.patterns import NM, FixedMask, Unstructured
 from layerwise.solution import Status
@@ -27,6 +29,7 @@ from tests.support.contract import (
     COLUMN_SOLVERS,
     CYCLING,
     OTHER_SCORES,
+    REFUSALS,
     REPEATED,
     ROW_BY_ROW,
     as_measured,
@@ -60,6 +63,20 @@ def test_is_a_solver(solver: str) -> None:
     assert isinstance(chosen, Solver)
     assert chosen.name == solver
     assert requirements(chosen) <= {"gram", "mean", "gradient", "mask"}
+
+
+def test_every_pattern_is_taken_but_those_that_are_refused() -> None:
+    refused = {case.values for case in REFUSALS}
+    cases = (case.values for case in CASES)
+    taken = {(solver, pattern) for solver, name, pattern in cases if name == "drifted"}
+    assert not refused & taken
+    assert refused | taken == set(product(SOLVERS, PATTERNS))
+
+
+@pytest.mark.parametrize(("solver", "pattern"), REFUSALS)
+def test_a_refusal_names_the_solver(solver: str, pattern: str) -> None:
+    with pytest.raises(InvalidProblemError, match=rf"^{solver} (finds|does not handle)"):
+        lw.solve(posed("drifted", pattern), solver)
 
 
 @every_case

@@ -88,7 +88,7 @@ def test_against_the_textbook(name: str, pattern: Pattern, block: int) -> None:
     layer = LAYERS[name]
     if isinstance(pattern, NM) and layer.shape[1] % pattern.m:
         layer = make_layer(52, rows=4, width=40, tokens=90, drift=0.2, correlation=0.8)
-    solution = SparseGPT(block_size=block).solve(layer.problem(pattern))
+    solution = lw.solve(layer.problem(pattern), SparseGPT(block_size=block))
     weight, mask, _ = textbook(layer, pattern, block)
     assert torch.equal(solution.mask, mask)
     torch.testing.assert_close(solution.weight, weight, rtol=0, atol=EQUIVARIANCE)
@@ -110,7 +110,7 @@ def test_any_block_size_gives_the_weights_of_a_fixed_mask(name: str) -> None:
     problem = layer.problem(FixedMask(mask))
     expected = textbook(layer, FixedMask(mask), 1)[0]
     for block in (1, 7, 16, 17, 128, layer.shape[1]):
-        found = SparseGPT(block_size=block).solve(problem)
+        found = lw.solve(problem, SparseGPT(block_size=block))
         assert torch.equal(found.mask, mask)
         torch.testing.assert_close(found.weight, expected, rtol=0, atol=EQUIVARIANCE)
 
@@ -119,8 +119,8 @@ def test_any_block_size_gives_the_weights_of_a_fixed_mask(name: str) -> None:
 def test_block_size_does_not_matter_for_n_of_m(block: int) -> None:
     layer = make_layer(55, rows=4, width=48, tokens=90, drift=0.2)
     problem = layer.problem(NM(2, 4))
-    expected = SparseGPT(block_size=48).solve(problem)
-    found = SparseGPT(block_size=block).solve(problem)
+    expected = lw.solve(problem, SparseGPT(block_size=48))
+    found = lw.solve(problem, SparseGPT(block_size=block))
     assert torch.equal(found.mask, expected.mask)
     torch.testing.assert_close(found.weight, expected.weight, rtol=0, atol=EQUIVARIANCE)
 
@@ -135,7 +135,7 @@ def test_removal_losses_add_up_to_the_objective(name: str, pattern: Pattern) -> 
     loss = textbook(layer, pattern, 128)[2]
     everything = FixedMask(torch.ones(layer.shape, dtype=torch.bool))
     best = lw.solve(problem.with_pattern(everything), "least-squares").weight
-    found = SparseGPT().solve(problem).weight
+    found = lw.solve(problem, SparseGPT()).weight
     value, minimum = (
         float(objective_rows(problem, weight, damped=True).sum())
         for weight in (found, best)
@@ -154,11 +154,13 @@ def test_counts_are_exact(sparsity: float, block: int, dtype: torch.dtype) -> No
     layer = make_layer(56, rows=3, width=100, tokens=120).to(dtype)
     tied = Layer(layer.weight.sign(), layer.inputs)
     for entry in (layer, tied):
-        by_row = SparseGPT(block_size=block).solve(entry.problem(Unstructured(sparsity)))
+        by_row = lw.solve(
+            entry.problem(Unstructured(sparsity)), SparseGPT(block_size=block)
+        )
         removed = round(100 * sparsity)
         assert (~by_row.mask).sum(dim=1).tolist() == [removed] * 3
         whole = Unstructured(sparsity, "layer")
-        by_layer = SparseGPT(block_size=block).solve(entry.problem(whole))
+        by_layer = lw.solve(entry.problem(whole), SparseGPT(block_size=block))
         assert int((~by_layer.mask).sum()) == 3 * removed
 
 

@@ -21,7 +21,6 @@ A folder is all its files, in the order of their names.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,8 +33,8 @@ from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.shard import Header, read_header
-from layerwise.solve import solver_name, steps_of
-from layerwise.solver import requirements
+from layerwise.solve import steps_of
+from layerwise.solver import Solver, requirements
 
 MOMENTS = ("gram", "cross_gram", *VECTORS)  # what layers can share
 FIELDS = ("weight", "energy", *MOMENTS)
@@ -99,7 +98,7 @@ def moments_on(moments: Moments, device: torch.device) -> Moments:
     )
 
 
-def missing_statistic(solver: Any, moments: Moments) -> str | None:
+def missing_statistic(solver: Solver, moments: Moments) -> str | None:
     """Say which step needs what stored moments do not hold; None if all is there."""
     for step in steps_of(solver):
         needed = requirements(step)
@@ -110,7 +109,7 @@ def missing_statistic(solver: Any, moments: Moments) -> str | None:
         }
         for statistic, absent in lacking.items():
             if absent and statistic in needed:
-                return f"{solver_name(step)} needs the {statistic} of the inputs"
+                return f"{step.name} needs the {statistic} of the inputs"
     return None
 
 

@@ -30,7 +30,7 @@ from layerwise.run.settings import (
 from layerwise.run.workers.executor import Job
 from layerwise.run.workers.processes import local_workers
 from layerwise.run.workers.schedule import run_jobs
-from layerwise.solve import resolve, solver_name
+from layerwise.solve import resolve
 
 OnLayer = Callable[[LayerRecord], None]
 
@@ -209,7 +209,7 @@ def _studies(
     """Configured methods at all patterns; what no layer could be solved by is refused."""
     for name in options:
         if len(methods) > 1 and not any(takes_option(method, name) for method in methods):
-            names = ", ".join(solver_name(resolve(method)) for method in methods)
+            names = ", ".join(resolve(method).name for method in methods)
             message = f"none of {names} has an option {name!r}"
             raise UsageError(message)
     found = []

@@ -21,6 +21,7 @@ from layerwise.planning.shapes import ModelShape, RunShape
 from layerwise.planning.solver_costs import cost_of
 from layerwise.run.activations.dense_side import fits
 from layerwise.run.activations.hidden_store import n_streams
+from layerwise.solver import Solver
 from layerwise.timing.floor import Machine, Work, forward_work, gram_work, run_work
 
 GEMM_SIZE = {"cpu": 768, "cuda": 4096}
@@ -73,7 +74,7 @@ def hash_rate() -> float:
 def estimates(
     model: Any,
     adapter: Adapter,
-    solver: Any,
+    solver: Solver,
     shapes: Mapping[str, tuple[int, int]],
     sizes: ModelShape,
     run: RunShape,
@@ -203,7 +204,7 @@ def _drift(sizes: ModelShape, run: RunShape, dtype: torch.dtype) -> Work:
     return gram_work(widths, [False] * len(widths), run.tokens, dtype)
 
 
-def _solving(solver: Any, sizes: ModelShape, run: RunShape) -> Work | None:
+def _solving(solver: Solver, sizes: ModelShape, run: RunShape) -> Work | None:
     """Work of the method on all matrices; None where it has no figures."""
     total = Work()
     for number, block in enumerate(sizes.blocks):

@@ -45,11 +45,12 @@ from layerwise.run.settings import (
     choose_device,
 )
 from layerwise.run.workers.schedule import Rules
+from layerwise.solver import SolverLike
 
 
 def plan_run(
     model: str | Path,
-    method: Any = "fista",
+    method: SolverLike = "fista",
     sparsity: float | str | None = None,
     pattern: Pattern | str | None = None,
     *,
@@ -104,7 +105,7 @@ def plan_run(
     sizes = model_shape(skeleton, opened.adapter, shapes, length)
     place = choose_device(settings.device)
     capacity = capacity_of(place, destination.output)
-    method = settings.removal.method
+    chosen = settings.removal.method
     run = RunShape(
         n_sequences=settings.calibration.n_sequences,
         length=length,
@@ -112,7 +113,7 @@ def plan_run(
         base=base,
         accelerator=place.type != "cpu",
         workspace=workspace_of(
-            method.solver, pair=settings.error_correction in ("block", "full")
+            chosen.solver, pair=settings.error_correction in ("block", "full")
         ),
         workers=settings.workers.count,
         streamed=streamed,
@@ -125,17 +126,17 @@ def plan_run(
     stages = estimates(
         skeleton,
         opened.adapter,
-        method.solver,
+        chosen.solver,
         shapes,
         sizes,
         run,
         stored,
         machine,
-        certify=bool(method.certify),
+        certify=bool(chosen.certify),
     )
     return Plan(
         model=str(model),
-        method=method.name,
+        method=chosen.name,
         pattern=str(asked),
         error_correction=settings.error_correction,
         device=str(place),
@@ -153,7 +154,7 @@ def plan_run(
         copy_rate=machine.copy_rate,
         refusal=refusal
         or next(iter(refusals(sizes, run, sum(disk.values()), capacity)), None),
-        notes=tuple(_notes(opened, run, method)),
+        notes=tuple(_notes(opened, run, chosen)),
     )
 
 

@@ -14,8 +14,9 @@ import torch
 from layerwise.planning.advice import in_units
 from layerwise.planning.memory_model import Place, memory_of
 from layerwise.planning.shapes import BlockShape, ModelShape, RunShape, StageShape
-from layerwise.planning.solver_costs import COSTS, Cost
+from layerwise.planning.solver_costs import Cost, cost_of
 from layerwise.planning.workspace import Workspace
+from layerwise.solvers import get_solver
 from layerwise.timing.floor import Work, gram_work
 
 BASE = 512 << 20  # Python, PyTorch and transformers
@@ -140,8 +141,9 @@ def seconds_of(work: Work) -> float:
 
 
 def _cost(method: str, mode: str) -> Cost:
-    costs = COSTS[method]
-    return costs.pair if mode == "block" else costs.alone
+    cost = cost_of(get_solver(method), pair=mode == "block")
+    assert cost is not None
+    return cost
 
 
 def memory_rows() -> Iterator[tuple[str, ...]]:

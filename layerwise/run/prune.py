@@ -26,6 +26,7 @@ from layerwise.run.report import Callback, Listeners, PruneReport
 from layerwise.run.settings import Settings
 from layerwise.run.stopwatch import timed
 from layerwise.run.workers.ranks import ranks_of_environment
+from layerwise.solver import SolverLike
 
 WHOLE = (
     "the whole model is in memory: its tensors are not stored as the model has them, so "
@@ -35,7 +36,7 @@ WHOLE = (
 
 def prune_model(
     model_or_path: nn.Module | str | Path,
-    method: Any = "fista",
+    method: SolverLike = "fista",
     sparsity: float | str | None = None,
     pattern: Pattern | str | None = None,
     *,

@@ -30,6 +30,7 @@ from layerwise.run.pipeline.sharing import check_shared, own_sequences
 from layerwise.run.pipeline.task import ERROR_CORRECTIONS, ErrorCorrection, Task, task_of
 from layerwise.run.pipeline.zeros import ZeroWeights
 from layerwise.run.workers.ranks import ALONE, Ranks
+from layerwise.solver import SolverLike
 
 LONGEST_DEFAULT = 2048  # of sequence_length; contexts of 131072 tokens fit nowhere
 # kinds of removal, each asked in turn whether the arguments mean it; zeros come last
@@ -70,7 +71,7 @@ class Settings:
     @classmethod
     def of(
         cls,
-        method: Any = "fista",
+        method: SolverLike = "fista",
         sparsity: float | str | None = None,
         pattern: Any = None,
         *,
@@ -258,7 +259,7 @@ class CalibrationData:
 
 
 def method_of(
-    method: Any,
+    method: SolverLike,
     damping: float = 0.01,
     certify: bool | None = None,
     options: Mapping[str, OptionValue] | None = None,

@@ -24,6 +24,7 @@ from layerwise.run.pipeline.task import ErrorCorrection
 from layerwise.run.prune import prune_model
 from layerwise.run.settings import choose_device
 from layerwise.run.stopwatch import Stopwatch
+from layerwise.solver import SolverLike
 from layerwise.timing.floor import Machine, Work, run_work
 from layerwise.timing.shapes import SHAPES, piece_size, random_model
 
@@ -96,7 +97,7 @@ def bench(
     *,
     shape: str | None = None,
     blocks: int | None = None,
-    method: Any = "wanda",
+    method: SolverLike = "wanda",
     sparsity: str = "0.5",
     n_sequences: int = N_SEQUENCES,
     sequence_length: int | None = None,
@@ -175,7 +176,7 @@ class _Run:
 
     def __init__(
         self,
-        method: Any,
+        method: SolverLike,
         sparsity: str,
         n_sequences: int,
         sequence_length: int | None,

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from layerwise.accumulator import MomentAccumulator
-from layerwise.evaluate import objective_rows
+from layerwise.evaluate import objective_rows, relative_error
 from layerwise.lower_bounds import lower_bounds
 from layerwise.patterns import Columns, FixedMask
 from layerwise.problem import LayerProblem
@@ -143,7 +143,7 @@ def refit(block: Block, rates: Rates, _: int) -> Iterator[Unit]:
             "certificate": found.certificate.bound,
             "certified": found.certificate.bound <= REFIT_TOLERANCE,
             "iterations": found.iterations,
-            "relative_error": found.relative_error,
+            "relative_error": relative_error(problem, found.weight),
         }
         floor = REFIT_PRODUCTS * _product(problem) / rates.tf32
         yield Unit(group.name, *problem.shape, seconds, floor, figures)
@@ -160,13 +160,12 @@ def sparsegpt(block: Block, rates: Rates, _: int) -> Iterator[Unit]:
             problem.dtype,
             reverse=True,
         )[1]
-        (weight, _mask), sweep = timed(block.device, SparseGPT().find, problem)
-        value = float(objective_rows(problem, weight).sum() / problem.energy.sum())
+        found, sweep = timed(block.device, SparseGPT().solve, problem)
         floor = group.width**3 / 3 + _product(problem) / 2
         figures = {
             "factor_seconds": factoring,
             "sweep_seconds": sweep,
-            "relative_error": value**0.5,
+            "relative_error": relative_error(problem, found.weight),
         }
         seconds = factoring + sweep
         yield Unit(group.name, *problem.shape, seconds, floor / rates.float32, figures)

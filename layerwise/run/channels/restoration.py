@@ -31,6 +31,8 @@ from layerwise.run.pipeline.results import OnLayer, PrunedBlock
 from layerwise.run.pipeline.task import Task
 from layerwise.run.stopwatch import timed
 from layerwise.solve import solve
+from layerwise.solver import Solver
+from layerwise.solvers.columns import ColumnPruning
 
 
 @dataclass(frozen=True)
@@ -160,13 +162,15 @@ class Restoration:
         self._on_layer(record)
 
 
-def without_bias(solver: Any) -> Any:
-    """The same method where a layer has no place for a bias."""
-    weights_only = {"bias": "none", "intercept": "least-squares"}
-    restoration = getattr(solver, "restoration", None)
-    if restoration not in weights_only:
+def without_bias(solver: Solver) -> Solver:
+    """Return the same method where a layer has no place for a bias."""
+    if not isinstance(solver, ColumnPruning):
         return solver
-    return replace(solver, restoration=weights_only[restoration])
+    if solver.restoration == "bias":
+        return replace(solver, restoration="none")
+    if solver.restoration == "intercept":
+        return replace(solver, restoration="least-squares")
+    return solver
 
 
 def stages_at(sites: Iterable[Site]) -> tuple[Stage, ...]:

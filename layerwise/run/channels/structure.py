@@ -16,7 +16,7 @@ from layerwise.patterns import Columns, Pattern, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.run.models.stock import OUTPUT_FORMATS, OutputFormat
 from layerwise.run.pipeline.removal import Amount
-from layerwise.solve import solver_name
+from layerwise.solver import Solver
 
 Kind = Literal["columns", "heads"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -79,7 +79,7 @@ class Structure:
         return f"{self.kind}, {self.sparsity:g} of the blocks"
 
 
-def choose_structure(solver: Any, amount: Amount) -> Structure | None:
+def choose_structure(solver: Solver, amount: Amount) -> Structure | None:
     """Structure that is asked for, or None if channels are not what is to be removed.
 
     Raises
@@ -89,28 +89,28 @@ def choose_structure(solver: Any, amount: Amount) -> Structure | None:
     """
     kind = amount.pattern if amount.pattern in KINDS else None
     if kind is None and amount.pattern is None and prunes_columns_only(solver):
-        kind = PUBLISHED_KINDS.get(solver_name(solver), "columns")
+        kind = PUBLISHED_KINDS.get(solver.name, "columns")
     if kind is None:
         return None
     options = {name: getattr(amount, name) for name in amount.given(*OPTIONS)}
     return Structure(kind, _fraction(amount.sparsity), **options)
 
 
-def prunes_columns_only(solver: Any) -> bool:
+def prunes_columns_only(solver: Solver) -> bool:
     """Whether a method removes whole columns and nothing smaller."""
     return removes_columns(solver) and not _solves(solver, Unstructured(0.5))
 
 
-def removes_columns(solver: Any) -> bool:
+def removes_columns(solver: Solver) -> bool:
     """Whether a method handles whole columns."""
     return _solves(solver, Columns(2))
 
 
-def _solves(solver: Any, pattern: Pattern) -> bool:
+def _solves(solver: Solver, pattern: Pattern) -> bool:
     """Whether a method handles a pattern of a tiny problem."""
     moments = Moments(torch.eye(4, dtype=torch.float64))
     problem = LayerProblem.from_moments(torch.ones(1, 4), moments, pattern=pattern)
-    return bool(getattr(solver, "can_solve", lambda _: True)(problem))
+    return solver.can_solve(problem)
 
 
 def _fraction(sparsity: Any) -> float:

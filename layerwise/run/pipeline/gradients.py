@@ -11,7 +11,7 @@ gradient is added up and freed as soon as it is known. The model is left as it w
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from layerwise.adapters.linear import is_transposed
 from layerwise.errors import SolveError, UsageError
 from layerwise.run.activations.streams import evaluation_mode
 from layerwise.solve import steps_of
-from layerwise.solver import requirements
+from layerwise.solver import Solver, requirements
 
 # gradients of 1e-6 are subnormal in float16, whose largest number is 65504
 FLOAT16_LOSS_SCALE = 1024.0
@@ -34,7 +34,7 @@ class GradientStatistic:
     scaling: Literal["mean", "paper"] = "mean"
 
 
-def required_gradient(solver: Any) -> GradientStatistic | None:
+def required_gradient(solver: Solver) -> GradientStatistic | None:
     """Statistic that a solver, or a step of a chain, requires; None: no gradients.
 
     A step says so with ``"gradient"`` in its `requires`, and which by its fields `norm`

@@ -7,8 +7,8 @@ from layerwise.configure import options_of, with_warm_start
 from layerwise.errors import UsageError
 from layerwise.lower_bounds import MEMORY_BUDGET
 from layerwise.run.pipeline.gradients import GradientStatistic, required_gradient
-from layerwise.solve import solver_name, steps_of
-from layerwise.solver import requirements
+from layerwise.solve import steps_of
+from layerwise.solver import Solver, requirements
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Method:
         Bytes for the rows of these proofs.
     """
 
-    solver: Any
+    solver: Solver
     damping: float = 0.01
     certify: bool | None = None
     memory_budget: int = MEMORY_BUDGET
@@ -35,7 +35,7 @@ class Method:
     @property
     def name(self) -> str:
         """Name in logs and records."""
-        return solver_name(self.solver)
+        return self.solver.name
 
     @property
     def statistics(self) -> frozenset[str]:
