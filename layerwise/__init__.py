@@ -1,8 +1,8 @@
 """layerwise: numerical optimization for layer-wise reconstruction of pruned networks.
 
-Researchers build a :class:`LayerProblem` and :func:`solve` it; practitioners call
-:func:`prune_model`, and :func:`load` what it wrote. :class:`Adapprox` trains what was
-pruned. Importing this package loads torch and nothing heavier.
+Researchers build a :class:`LayerProblem` and :func:`solve` it. Practitioners call
+:func:`prune_model` and :func:`load` the folder that it wrote. :class:`Adapprox` is an
+optimizer to train pruned models. Importing this package loads torch and nothing heavier.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":  # loads transformers, so only when asked for
+    if name == "load":  # imports transformers, so only on first use
         from layerwise.run.models.opening import load
 
         return load

@@ -29,9 +29,9 @@ class MomentAccumulator:
     width
         Number of input channels.
     weights
-        The matrices that read these inputs, each (out, in), whose drift can be asked for
-        when a pruned stream is given. It comes from the gram of the difference of the
-        two streams, which all of them share.
+        The matrices that read these inputs, each (out, in). If a pruned stream is given,
+        :meth:`drift` returns their drifts. All come from one gram, that of the difference
+        of the two streams.
     device
         Where the sums live; chunks are moved there.
     fluctuation
@@ -63,15 +63,15 @@ class MomentAccumulator:
 
     @ieee_products()
     def update(self, inputs: Tensor, pruned_inputs: Tensor | None = None) -> None:
-        """Add tokens: inputs of shape (..., in), of the dense and of the pruned model.
+        """Add tokens: inputs of shape (..., in) of the dense and of the pruned model.
 
-        For the fluctuation the last dimension but one counts the tokens of a sequence.
+        For the fluctuation, the second to last dimension runs over a sequence.
         """
         dense, exponent = self._prepare(inputs, "inputs")
         self._sum += _descale(_sum(dense), exponent)
         if pruned_inputs is None:
             if self._cross is not None:
-                message = "an accumulator takes pruned inputs in every update or in none"
+                message = "give pruned inputs to every update of an accumulator or to none"
                 raise InvalidProblemError(message)
             add_gram(self._gram, dense, 2.0 ** (2 * exponent))
         else:
@@ -84,8 +84,8 @@ class MomentAccumulator:
                 raise InvalidProblemError(message)
             self._update_pair(dense, exponent, pruned, pruned_exponent)
         if self._fluctuation is not None:
-            seen = inputs if pruned_inputs is None else pruned_inputs
-            self._fluctuation.update(seen.detach().to(self._gram))
+            sequences = inputs if pruned_inputs is None else pruned_inputs
+            self._fluctuation.update(sequences.detach().to(self._gram))
         self.n_tokens += dense.shape[0]
 
     def _prepare(self, inputs: Tensor, name: str) -> tuple[Tensor, int]:
@@ -93,8 +93,8 @@ class MomentAccumulator:
         width = self._gram.shape[0]
         if inputs.dim() == 0 or inputs.shape[-1] != width or inputs.is_complex():
             message = (
-                f"{name} are real tensors of shape (..., {width}), got {inputs.dtype} of "
-                f"shape {tuple(inputs.shape)}"
+                f"{name} must be a real tensor of shape (..., {width}), got "
+                f"{inputs.dtype} of shape {tuple(inputs.shape)}"
             )
             raise InvalidProblemError(message)
         tokens = inputs.detach().reshape(-1, width)
@@ -117,7 +117,7 @@ class MomentAccumulator:
     ) -> None:
         if self._cross is None:
             if self.n_tokens:
-                message = "an accumulator takes pruned inputs in every update or in none"
+                message = "give pruned inputs to every update of an accumulator or to none"
                 raise InvalidProblemError(message)
             self._cross = torch.zeros_like(self._gram)
         add_gram(self._gram, pruned, 2.0 ** (2 * pruned_exponent))
@@ -125,7 +125,8 @@ class MomentAccumulator:
         add_product(self._cross, dense, pruned, cross_scale)
         self._pruned_sum += _descale(_sum(pruned), pruned_exponent)
         if self._weights:
-            precision = torch.promote_types(dense.dtype, torch.float32)  # it rounds
+            # the difference of two bfloat16 numbers is not a bfloat16 number
+            precision = torch.promote_types(dense.dtype, torch.float32)
             other = _descale(pruned.to(precision), pruned_exponent - exponent)
             self._add_drift(other.neg_().add_(dense), 2.0 ** (2 * exponent))
 
@@ -142,24 +143,27 @@ class MomentAccumulator:
                 drift[rows].add_(squares, alpha=scale)
 
     def add_over(self, add: Callable[[list[Tensor]], None]) -> None:
-        """Make these the sums of several accumulators, before they are averaged.
+        """Add the sums of the accumulators of other processes, before the averages.
 
-        Each of them, in a process of its own, was given a part of the tokens in the same
-        way: with pruned inputs in all of them or in none.
+        Every process has accumulated its own part of the tokens, with pruned inputs in
+        all processes or in none.
 
         Parameters
         ----------
         add
-            Adds tensors in place to those of the other processes. It gets float64 sums of
-            the same shapes in the same order everywhere.
+            An all-reduce: adds up tensors over the processes, in place. It gets float64
+            sums of the same shapes in the same order everywhere.
 
         Raises
         ------
         InvalidProblemError
-            The fluctuation was asked for, which is no sum.
+            If the fluctuation is collected, which is not a sum.
         """
         if self._fluctuation is not None:
-            message = "the fluctuation depends on the order of all sequences: leave it out"
+            message = (
+                "the fluctuation depends on the order of the sequences and cannot be added "
+                "up: leave it out"
+            )
             raise InvalidProblemError(message)
         count = self._sum.new_tensor([self.n_tokens])
         matrices = [m for m in (self._gram, self._cross, self._drift) if m is not None]
@@ -167,16 +171,16 @@ class MomentAccumulator:
         self.n_tokens = int(count)
 
     def moments(self) -> Moments:
-        """Averages of everything added so far."""
+        """Return the averages over all tokens added so far."""
         n = self._count()
         cross = None if self._cross is None else self._cross / n
         return self._averages(mirrored(self._gram) / n, cross)
 
     def release(self) -> tuple[Moments, int]:
-        """Averages times ``2^-k``, so that their mean diagonal is near one, and k.
+        """Return the averages times ``2^-k``, whose mean diagonal is near one, and k.
 
-        They are the sums themselves, scaled exactly, so that neither this nor
-        :func:`layerwise.solve` makes another gram; nothing can be added any more.
+        The sums are scaled exactly and in place, so neither this method nor
+        :func:`layerwise.solve` makes another gram. Nothing can be added afterwards, and
         :meth:`drift` is in the same units from here on.
         """
         n = self._count()
@@ -219,18 +223,18 @@ class MomentAccumulator:
 
 
 def sums_drift_gram(outputs: int, width: int) -> bool:
-    """Whether the drift comes from a gram, which costs less than products for many outputs.
+    """Whether the drift comes from a gram: cheaper than products for many outputs.
 
     Parameters
     ----------
     outputs, width
-        Rows of all matrices that read the inputs, and input channels.
+        Number of rows of all matrices that read the inputs, and of input channels.
     """
     return 2 * outputs > width
 
 
 def _sum(tokens: Tensor) -> Tensor:
-    """Sum over tokens, float64; of bfloat16 in float32 first, else all would be copied."""
+    """Sum over tokens, float64; bfloat16 is summed in float32, to avoid a float64 copy."""
     half = tokens.dtype == torch.bfloat16
     return tokens.sum(dim=0, dtype=torch.float32 if half else torch.float64).double()
 

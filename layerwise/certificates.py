@@ -1,4 +1,4 @@
-r"""Proofs of how far an answer is from the best possible one.
+r"""Proven bounds on the distance of an answer from the best possible one.
 
 Refit. On a fixed support S the damped problem is a least squares problem. Its Lagrange dual
 has one multiplier for each weight that has to be zero. With ``G = L L^T`` and any y that
@@ -8,20 +8,20 @@ vanishes on S,
           \quad v = T - w G .
 
 One triangular solve certifies every row. The natural y is v off the support; the dual
-method of the refit (:mod:`layerwise.solvers.least_squares`) brings better ones.
+method of the refit (:mod:`layerwise.solvers.least_squares`) finds better ones.
 
-v is known up to its own rounding only, which a small eigenvalue of G magnifies. The bound
-contains it (:func:`bounded_energy`): it is nothing for a gram that is damped as usual, and
-all there is for one that is singular up to rounding.
+v is known only up to its rounding, which a small eigenvalue of G magnifies. The bound
+includes this rounding (:func:`bounded_energy`). It is negligible for a gram with the usual
+damping, and dominates for a gram that is singular up to rounding.
 
-l1. For ``f(w) + penalty * ||w||_1`` the scaled residual is dual feasible, and so is half
-of any subgradient of the penalty; primal minus the better dual bounds the excess of every
-row.
+l1. For ``f(w) + penalty * ||w||_1`` two points are dual feasible: the scaled residual, and
+half of any subgradient of the penalty. The primal value minus the better dual value bounds
+the excess of every row.
 
 References
 ----------
 .. [1] N. Higham, T. Mary, "A New Approach to Probabilistic Rounding Error Analysis",
-   SIAM J. Scientific Computing 2019: sums of n terms err by some sqrt(n) eps.
+   SIAM J. Scientific Computing 2019: the error of a sum of n terms is some sqrt(n) eps.
 """
 
 from dataclasses import dataclass, fields
@@ -34,14 +34,14 @@ from layerwise.linalg import Factor
 from layerwise.problem import LayerProblem
 from layerwise.solution import Certificate
 
-ENERGY_FLOOR = 1e-12  # optima below this share of a row's energy count as this share
+ENERGY_FLOOR = 1e-12  # of a row's energy: the least optimum that an excess is divided by
 EPSILON = torch.finfo(torch.float64).eps
-ROUNDING = 4.0  # times the root of the width: roundings of a sum, of random signs [1]_
+ROUNDING = 4.0  # times the root of the width: rounding errors of random signs, added [1]_
 
 
 @dataclass(frozen=True, eq=False)
 class RefitState:
-    """Where the rows of a refit stand; every tensor is float64.
+    """Current state of the rows of a refit; every tensor is float64.
 
     Parameters
     ----------
@@ -49,16 +49,17 @@ class RefitState:
         ``T - w G - y`` of the damped problem, shape (out, in). With the natural
         multipliers it is zero off the support.
     multipliers
-        y, zero on the support, shape (out, in). Off it, the natural ones are minus half the
-        gradient of the objective.
+        y, zero on the support, shape (out, in). Off the support, the natural multipliers
+        are minus half the gradient of the objective.
     objective
         Damped objective, shape (out,).
     excess
-        Bound ``||L^-1 residual||^2`` on what the objective can still lose, shape (out,).
+        Bound ``||L^-1 residual||^2`` on the possible decrease of the objective, shape
+        (out,).
     relative
         The excess divided by a lower bound of the optimum, shape (out,).
     energy
-        Of the dense outputs, shape (out,).
+        Energy of the dense outputs, shape (out,).
     """
 
     residual: Tensor
@@ -73,7 +74,7 @@ class RefitState:
         return RefitState(*(getattr(self, f.name)[selection] for f in fields(self)))
 
     def put(self, selection: Tensor, other: "RefitState") -> None:
-        """Make another state, which has as many rows, that of some rows of this one."""
+        """Overwrite some rows of this state by the rows of another one."""
         for field in fields(self):
             getattr(self, field.name)[selection] = getattr(other, field.name)
 
@@ -95,8 +96,8 @@ def refit_state(
     weight, mask
         Shape (out, in), the weight zero off the mask.
     multipliers
-        Any numbers that are zero on the mask, shape (out, in), float64; None for the
-        natural ones, ``T - w G`` off the mask.
+        Any matrix that is zero on the mask, shape (out, in), float64; None for the
+        natural multipliers, ``T - w G`` off the mask.
     """
     factor = problem.factor(torch.float64)
     gradient = residual(problem, weight)
@@ -106,9 +107,9 @@ def refit_state(
         multipliers = torch.where(mask, 0, gradient)
     size = size_of_terms(problem, weight, multipliers)
     if natural:
-        size *= mask.any(dim=1)  # the rest of a row that keeps nothing is exactly zero
+        size *= mask.any(dim=1)  # the residual of a row that keeps nothing is exactly zero
     rest = gradient.sub_(multipliers)
-    if factor.raised:  # the gram is singular at this damping, and proves nothing
+    if factor.raised:  # the gram is singular at this damping: nothing can be proven
         excess = torch.full_like(problem.energy, torch.inf)
         relative = excess
     else:
@@ -120,8 +121,9 @@ def refit_state(
 def dense_state(problem: LayerProblem, mask: Tensor) -> RefitState:
     """State of the dense weight on a mask, with multipliers of zero.
 
-    If both models see the same inputs, it can lose its whole objective, because the dense
-    weight has none: the cost is one product, otherwise that of :func:`refit_state`.
+    If both models see the same inputs, the objective without a mask has the minimum zero,
+    so the excess is at most the whole objective and costs one product. Otherwise the cost
+    is that of :func:`refit_state`.
 
     Parameters
     ----------
@@ -143,35 +145,36 @@ def dense_state(problem: LayerProblem, mask: Tensor) -> RefitState:
 
 
 def bounded_energy(factor: Factor, rest: Tensor, size: Tensor) -> Tensor:  # (out,)
-    """Upper bound of ``r G^-1 r`` of every row r, the rounding of r included.
+    """Upper bound of ``r G^-1 r`` of every row r, including the rounding of r.
 
-    With g the diagonal of G, entry j of r errs by ``sqrt(in g_j size) eps``, and the factor
-    by ``in eps`` times the trace of the inverse at unit diagonal, relative to the energy.
+    With g the diagonal of G, the error of entry j of r is ``sqrt(in g_j size) eps``. The
+    factor adds a relative error of ``in eps`` times the trace of the inverse at unit
+    diagonal.
 
     Parameters
     ----------
     factor
-        Of G, in float64.
+        Factor of G, in float64.
     rest
-        Rows, shape (out, in).
+        Rows r, shape (out, in).
     size
-        What they were computed from, see :func:`size_of_terms`, shape (out,); zero for
-        rows that have no rounding.
+        Size of the terms that r was computed from (:func:`size_of_terms`), shape (out,);
+        zero for rows without rounding.
     """
     width, trace = len(factor.lower), factor.trace_bound
-    found = factor.inverse_norms(rest)
+    energy = factor.inverse_norms(rest)
     lost = width * EPSILON * trace
-    if not lost < 0.5:  # nothing is known but of rows of zeros
-        return torch.where((size > 0) | (found > 0), torch.inf, 0.0)
+    if not lost < 0.5:  # only rows of zeros have a known energy
+        return torch.where((size > 0) | (energy > 0), torch.inf, 0.0)
     rounding = size.sqrt() * (ROUNDING * EPSILON * (width * trace) ** 0.5)
-    bound: Tensor = (found.sqrt() + rounding).square_() / (1 - lost)
+    bound: Tensor = (energy.sqrt() + rounding).square_() / (1 - lost)
     return bound
 
 
 def size_of_terms(problem: LayerProblem, weight: Tensor, *more: Tensor) -> Tensor:
-    """Squared size of what makes a residual, in units of the gram's diagonal g, (out,).
+    """Squared size of the terms of a residual, in units of the gram's diagonal g, (out,).
 
-    That is ``(W - w)^2 g``, and ``s^2 / g`` for the shift and for `more` rows.
+    The size is ``(W - w)^2 g``, plus ``s^2 / g`` for the shift and for `more` rows.
     """
     diagonal = problem.gram.diagonal() + problem.ridge
     change = problem.weight.double() - weight.double()
@@ -184,7 +187,7 @@ def size_of_terms(problem: LayerProblem, weight: Tensor, *more: Tensor) -> Tenso
 
 
 def refit_excess(problem: LayerProblem, weight: Tensor, mask: Tensor) -> Tensor:
-    """Bound on every row's excess over its damped optimum on the mask, relative to it.
+    """Bound on every row's excess over its damped optimum on the mask, divided by it.
 
     Parameters
     ----------
@@ -194,11 +197,11 @@ def refit_excess(problem: LayerProblem, weight: Tensor, mask: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        Shape (out,), float64: ``||L^-1 r||^2`` and its rounding, divided by the row's
-        damped optimum, which itself is bounded from below by the objective minus the
-        excess and floored at 1e-12 of the row's energy. Rows that are dense get 0, and
-        all rows get inf if the gram is singular at this damping. The multipliers are the
-        natural ones; a refit that has better ones may have proven less.
+        Shape (out,), float64: ``||L^-1 r||^2`` with its rounding, divided by a lower bound
+        of the row's damped optimum: the objective minus the excess, at least 1e-12 of the
+        row's energy. Rows that are dense get 0, and all rows get inf if the gram is
+        singular at this damping. The multipliers are the natural ones; a refit with better
+        multipliers may have proven a smaller bound.
     """
     return refit_state(problem, weight, mask).relative
 
@@ -207,16 +210,16 @@ def relative_excess(problem: LayerProblem, objective: Tensor, excess: Tensor) ->
     """Excess of every row divided by a lower bound of its damped optimum; all (out,)."""
     floor = torch.maximum(objective - excess, ENERGY_FLOOR * problem.energy)
     relative = torch.where(excess == 0, 0, excess / floor)
-    return relative.nan_to_num(nan=torch.inf, posinf=torch.inf)  # of which nothing is known
+    return relative.nan_to_num(nan=torch.inf, posinf=torch.inf)  # nan: nothing is proven
 
 
 def refit_certificate(problem: LayerProblem, weight: Tensor, mask: Tensor) -> Certificate:
-    """Certificate of the worst row of :func:`refit_excess`."""
+    """Certificate of the worst row, by :func:`refit_excess`."""
     return certificate_of(refit_excess(problem, weight, mask))
 
 
 def certificate_of(relative: Tensor) -> Certificate:
-    """Certificate of the worst of some rows; see :func:`refit_excess`."""
+    """Certificate of the worst of some rows, from their :func:`refit_excess`."""
     worst = float(relative.max())
     return Certificate("refit", worst, "damped optimum of the row on its mask")
 
@@ -229,13 +232,13 @@ def l1_bounds(
 ) -> tuple[Tensor, Tensor]:  # (out,), (out,)
     """Primal value and a dual lower bound of the damped l1 problem, row by row, float64.
 
-    The dual point is ``2 a (Aw - b)`` with ``A^T A = G``; its value at the best feasible
-    scale a in ``[-1, 1] * penalty / (2 max|r|)`` is
+    The first dual point is ``2 a (Aw - b)`` with ``A^T A = G``. Its value at the best
+    feasible scale a in ``[-1, 1] * penalty / (2 max|r|)`` is
     ``f_min - a^2 q + 2 a (w r + q)``, where ``q = f(w) - f_min`` and f_min is the damped
     least squares minimum without penalty.
 
     A second dual point comes from any n with entries in ``[-1, 1] * penalty / 2``, such
-    as half a `subgradient` of the penalty: the minimum of ``f(v) + 2 n v`` over v is
+    as half a `subgradient` of the penalty. The minimum of ``f(v) + 2 n v`` over v is
     ``f(w) + 2 n w - (r - n) G^-1 (r - n)``. The better of the two bounds counts.
     """
     stationarity = residual(problem, weight)
@@ -246,7 +249,7 @@ def l1_bounds(
     dual = l1_dual(smooth - minimum, inner, stationarity.abs().amax(dim=1), penalty)
     dual += minimum
     factor = problem.factor(torch.float64)
-    if subgradient is None or factor.raised:  # a larger damping proves nothing here
+    if subgradient is None or factor.raised:  # a bound at a larger damping is not valid
         return primal, dual
     feasible = subgradient.double().clamp(-penalty / 2, penalty / 2)
     second = smooth + 2 * (feasible * weight.double()).sum(dim=1)

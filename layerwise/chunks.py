@@ -7,7 +7,7 @@ from torch import Tensor
 
 from layerwise.errors import MemoryBudgetError
 
-OUT_OF_MEMORY = (  # of a CPU, and of a GPU and its libraries
+OUT_OF_MEMORY = (  # messages of a CPU, and of a GPU and its libraries
     "can't allocate memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -16,7 +16,7 @@ OUT_OF_MEMORY = (  # of a CPU, and of a GPU and its libraries
 
 
 def in_chunks(rows: Tensor, size: int, work: Callable[[Tensor], None]) -> None:
-    """Do the work chunk by chunk; where memory runs out, halve the chunks and go on.
+    """Do the work chunk by chunk; where memory runs out, continue with half the size.
 
     Parameters
     ----------
@@ -25,8 +25,8 @@ def in_chunks(rows: Tensor, size: int, work: Callable[[Tensor], None]) -> None:
     size
         Rows per chunk that the memory budget allows.
     work
-        Called with the indices of a chunk; it must change nothing before it has all that
-        it needs, because a chunk that did not fit is begun again.
+        Called with the indices of a chunk. It must allocate everything before it changes
+        anything, because a chunk that did not fit is started again.
 
     Raises
     ------
@@ -41,18 +41,18 @@ def in_chunks(rows: Tensor, size: int, work: Callable[[Tensor], None]) -> None:
             if not _out_of_memory(error):
                 raise
             if size == 1:
-                message = f"one row of this layer does not fit the memory: {error}"
+                message = f"one row of this layer does not fit in memory: {error}"
                 raise MemoryBudgetError(message) from error
             size = max(1, min(size, len(rows) - begin) // 2)
         else:
             begin += size
             continue
-        if rows.device.type == "cuda":  # outside the handler, which holds on to tensors
+        if rows.device.type == "cuda":  # outside the handler, which keeps tensors alive
             torch.cuda.empty_cache()
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed; some libraries say so by a message alone."""
+    """Whether an allocation failed; some libraries report it only in the message."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return any(words in str(error) for words in OUT_OF_MEMORY)
@@ -62,7 +62,7 @@ SLAB = 512  # rows
 
 
 def slabs(size: int, rows: int = SLAB) -> Iterator[slice]:
-    """Ranges of at most so many rows that cover all."""
+    """Consecutive ranges of at most `rows` rows that cover ``range(size)``."""
     for begin in range(0, size, rows):
         yield slice(begin, min(begin + rows, size))
 

@@ -50,12 +50,12 @@ def takes_option(method: SolverLike, name: str) -> bool:
 
 
 def with_memory_budget(solver: Solver, budget: int) -> Solver:
-    """Give the budget to every step that builds systems in memory; others need none."""
+    """Give the budget to every step that has an option `memory_budget`."""
     return _apply(solver, "", "memory_budget", budget)[0]
 
 
 def with_warm_start(solver: Solver, method: str, start: str) -> Solver:
-    """Name the warm start of every step of a method that leaves it open."""
+    """Set the warm start of the steps named `method` whose own is None."""
     if isinstance(solver, Chain):
         steps = tuple(with_warm_start(step, method, start) for step in solver.steps)
         return dataclasses.replace(solver, steps=steps)
@@ -73,7 +73,7 @@ def options_of(solver: Solver) -> dict[str, OptionValue]:
         }
     try:
         default = resolve(solver.name)
-    except UsageError:  # a user's own: whatever can be told
+    except UsageError:  # a user's own solver: list all simple values
         default = None
     return {
         name: getattr(solver, name)
@@ -96,16 +96,16 @@ def _apply(solver: Solver, step: str, field: str, value: OptionValue) -> tuple[S
 
 
 def _owner(solver: Solver) -> Any:
-    """Object whose fields are the options."""
+    """Return the object whose fields are the options."""
     return solver.own if isinstance(solver, UserSolver) else solver
 
 
 def _checked(solver: Solver, field: str, value: OptionValue) -> Any:
-    """Value of the type that the solver declares; YAML takes ``1e-4`` for text."""
+    """Value converted to the type of the field; YAML reads ``1e-4`` as text."""
     hint = get_type_hints(type(_owner(solver)))[field]
     try:
         if isinstance(value, bool) and hint is not bool:
-            message = f"option {field} of {solver.name} is no switch, got {value!r}"
+            message = f"option {field} of {solver.name} is not a switch, got {value!r}"
             raise UsageError(message)
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:

@@ -1,8 +1,8 @@
 """The layer problem as a CVXPY model, for any CVXPY solver and for our own tests.
 
 A fixed mask gives a convex quadratic program. Every other pattern gives a mixed-integer
-one: a boolean z per weight, ``|w| <= M z``, and counts of z. M is not a guess: every
-weight at least as good as a known feasible one satisfies
+one: a boolean z per weight, ``|w| <= M z``, and counts of z. M is a proven bound. With f
+the objective of a known feasible weight, every weight that is at least as good satisfies
 ``(w - w_ls) G (w - w_ls) <= f``, hence ``|w_j - w_ls_j| <= sqrt(f [G^-1]_jj)``.
 """
 
@@ -39,7 +39,7 @@ def to_cvxpy(problem: LayerProblem) -> "cvxpy.Problem":
     UsageError
         If CVXPY is not installed.
     InvalidProblemError
-        If the damped gram is singular, or the pattern has no model.
+        If the damped gram is singular, or the pattern cannot be modelled.
     """
     try:
         import cvxpy

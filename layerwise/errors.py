@@ -1,6 +1,6 @@
-"""The few exceptions of the toolkit, each with the exit code of its command line.
+"""The exceptions of the toolkit, each with its exit code on the command line.
 
-Misuse is an exception; the outcome of an optimisation is a
+Misuse raises an exception; the outcome of an optimisation is a
 :class:`~layerwise.solution.Status`. Every message is one line that says what is wrong,
 where (layer, tensor, index), and what to change.
 """
@@ -19,7 +19,7 @@ class UsageError(LayerwiseError, ValueError):
 
 
 class InvalidProblemError(LayerwiseError, ValueError):
-    """The data of a layer problem are not usable: shapes, NaN, impossible pattern."""
+    """The data of a layer problem cannot be used: wrong shape, NaN, impossible pattern."""
 
 
 class UnsupportedModelError(LayerwiseError, TypeError):
@@ -27,7 +27,7 @@ class UnsupportedModelError(LayerwiseError, TypeError):
 
 
 class VerificationError(LayerwiseError):
-    """A finished folder or solution does not hold what it claims."""
+    """A finished folder or a solution is not as it claims to be."""
 
     exit_code: ClassVar[int] = 3
 
@@ -51,13 +51,13 @@ class DataError(LayerwiseError):
 
 
 class WorkerError(LayerwiseError, RuntimeError):
-    """Workers or ranks are lost, or cannot start; what is finished is kept."""
+    """Workers or ranks are lost or cannot start; finished work is kept."""
 
     exit_code: ClassVar[int] = 7
 
 
 class Interrupted(LayerwiseError):
-    """The run was stopped; what is finished is kept and the run can be resumed."""
+    """The run was stopped; finished work is kept and the run can be resumed."""
 
     exit_code: ClassVar[int] = 75
 

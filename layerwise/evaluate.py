@@ -1,7 +1,7 @@
-"""Judging weights: objective, relative error, feasibility; always in float64, by us.
+"""Grading of weights: objective, relative error and feasibility, always in float64.
 
-Everything is written around the dense weight (see :mod:`layerwise.problem`), so that a
-relative error of 1e-6 is a number and not the remainder of a cancellation.
+Everything is written around the dense weight (see :mod:`layerwise.problem`), so that
+cancellation does not spoil a relative error of 1e-6.
 """
 
 import torch
@@ -23,9 +23,9 @@ def objective_rows(
     r"""Objective ``||W X - What Xhat - b||^2 / tokens`` of every row, float64.
 
     Computed as ``<E G, E> + 2 <E, S> + drift`` with ``E = W - What``; `damped` adds
-    ``ridge * ||E||^2``. A `bias` b is measured about the means, by its distance from the
-    best one; without it b is zero, and the best one if the problem is centered. Cost: one
-    (out, in, in) product in float64.
+    ``ridge * ||E||^2``. With a `bias` b, the value is the objective about the means plus
+    the squared distance of b from the best bias. Without one, b is zero, or the best bias
+    if the problem is centered. Cost: one (out, in, in) product in float64.
     """
     if bias is not None:
         centered = problem.centered()
@@ -35,16 +35,16 @@ def objective_rows(
             change = problem.weight.double() - weight.double()
             rows += problem.ridge * change.square().sum(dim=1)
         return rows
-    found = []
+    quadratic = []
     for part in slabs(len(weight)):
-        change = problem.weight[part].double() - weight[part]  # no copy
+        change = problem.weight[part].double() - weight[part]  # no float64 copy of weight
         gradient = change @ problem.gram
         if problem.shift is not None:
             gradient.add_(problem.shift[part], alpha=2)
         if damped:
             gradient.add_(change, alpha=problem.ridge)
-        found.append(gradient.mul_(change).sum(dim=1))
-    return (torch.cat(found) + problem.drift).clamp(min=0)
+        quadratic.append(gradient.mul_(change).sum(dim=1))
+    return (torch.cat(quadratic) + problem.drift).clamp(min=0)
 
 
 def residual(problem: LayerProblem, weight: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def objective_from_residual(
     weight: Tensor,  # (out, in)
     rest: Tensor,  # (out, in)
 ) -> Tensor:  # (out,)
-    """Damped objective of weights whose :func:`residual` is known: no product."""
+    """Damped objective of weights whose :func:`residual` is known, without a product."""
     change = problem.weight.double() - weight.double()
     slope = rest if problem.shift is None else rest + problem.shift
     return ((change * slope).sum(dim=1) + problem.drift).clamp(min=0)
@@ -77,16 +77,15 @@ def best_bias(problem: CenteredProblem, weight: Tensor) -> Tensor:
 def relative_error(
     problem: LayerProblem, weight: Tensor, bias: Tensor | None = None
 ) -> float:
-    """``||W X - What Xhat - b||_F / ||W X||_F``; 0 for a layer that outputs nothing."""
+    """``||W X - What Xhat - b||_F / ||W X||_F``; 0 if both norms are zero."""
     return _ratio(float(objective_rows(problem, weight, bias=bias).sum()), problem)
 
 
 def grade(problem: LayerProblem, answer: Answer) -> Solution:
-    """Solution with its objective and error measured here; once for an answer.
+    """Grade an answer: return the solution with its objective and relative error.
 
-    Weights that count on a bias are measured with the best bias for them, and the error
-    stays relative to the energy of the problem as posed. Cost: that of
-    :func:`objective_rows`.
+    Weights that rely on a bias are graded with their best bias. The error is relative to
+    the energy of the problem as posed. Cost: as :func:`objective_rows`.
     """
     measured = problem.centered() if answer.with_bias else problem
     objective = float(objective_rows(measured, answer.weight).sum())

@@ -1,14 +1,14 @@
-"""The statistic that FLAP's published code computes where its paper says variance.
+"""The statistic that FLAP's published code computes in place of the paper's variance.
 
-For sequences k = 1 .. N with token sums s_k, the running mean behind sequence k is
-``m_k``, the mean over the first k sequences, and
+For sequences k = 1 .. N, let ``m_k`` be the running mean after sequence k, that is, the
+mean over the first k sequences. Then
 
     fluctuation_j = sum_{k = 2 .. N} sum_t (x_tj - m_kj)^2 / N
 
-The mean that should come before the update is taken after it, the first sequence counts
-zero, and a sum over tokens is divided by a number of sequences. It depends on the order of
-the sequences, and it is here to reproduce published choices, for nothing else: the variance
-is in the gram and the means.
+The mean is taken after the update instead of before it, the first sequence counts zero, and
+a sum over tokens is divided by a number of sequences. The statistic depends on the order of
+the sequences. Its only use is to reproduce published choices; the variance itself follows
+from the gram and the means.
 """
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class RunningFluctuation:
-    """Sums of a stream of sequences.
+    """Fluctuation of a stream of sequences, from running sums.
 
     Parameters
     ----------

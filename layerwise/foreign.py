@@ -1,4 +1,4 @@
-"""Users' own objects as solvers: only ``solve(problem)`` is needed, and a `weight` back."""
+"""Users' own objects as solvers: ``solve(problem)`` returns something with a `weight`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +11,10 @@ from layerwise.solver import OnIteration, Solver, UserObject
 
 @dataclass(frozen=True)
 class UserSolver:
-    """A user's own object that lacks something of a :class:`~layerwise.Solver`.
+    """A user's own object with the full interface of a :class:`~layerwise.Solver`.
 
     Attributes that only some solvers have, such as `requires` and `memory_budget`, are
-    those of the object.
+    read from the object.
 
     Parameters
     ----------
@@ -34,11 +34,11 @@ class UserSolver:
 
     @property
     def name(self) -> str:
-        """Name of the object, or else of its class."""
+        """Name of the object, or of its class if it has none."""
         return str(getattr(self.own, "name", type(self.own).__name__))
 
     def can_solve(self, problem: LayerProblem) -> bool:
-        """What the object says, and every problem if it says nothing."""
+        """Whether the object can; True if it has no such method."""
         return bool(getattr(self.own, "can_solve", lambda _: True)(problem))
 
     def solve(
@@ -48,26 +48,26 @@ class UserSolver:
         initial: Start | None = None,
         on_iteration: OnIteration | None = None,
     ) -> Answer:
-        """Ask the object, which gets the problem alone."""
+        """Return the answer of the object, which is called with the problem alone."""
         return answer_of(self.own.solve(problem))
 
     def __getattr__(self, name: str) -> Any:
-        if name == "own" or name.startswith("__"):  # pickle asks before there is an object
+        if name == "own" or name.startswith("__"):  # pickle looks before `own` is set
             raise AttributeError(name)
         return getattr(self.own, name)
 
 
-def answer_of(found: Any) -> Answer:
-    """Answer with all that an object has to tell; its own grades are not believed."""
-    if isinstance(found, Answer):
-        return found
+def answer_of(result: Any) -> Answer:
+    """Answer from the result of any `solve`, without the grades that it gave itself."""
+    if isinstance(result, Answer):
+        return result
     return Answer(
-        found.weight,
-        getattr(found, "mask", None),
-        getattr(found, "status", Status.FEASIBLE),
-        with_bias=getattr(found, "bias", None) is not None,
-        certificate=getattr(found, "certificate", None),
-        iterations=getattr(found, "iterations", 0),
-        history=tuple(getattr(found, "history", ())),
-        stats=getattr(found, "stats", {}),
+        result.weight,
+        getattr(result, "mask", None),
+        getattr(result, "status", Status.FEASIBLE),
+        with_bias=getattr(result, "bias", None) is not None,
+        certificate=getattr(result, "certificate", None),
+        iterations=getattr(result, "iterations", 0),
+        history=tuple(getattr(result, "history", ())),
+        stats=getattr(result, "stats", {}),
     )

@@ -1,7 +1,7 @@
-"""Products of activations: the upper triangle alone, and half precision where exact.
+"""Products of activations: only the upper triangle, and half precision where exact.
 
-The product of two bfloat16 numbers is a float32 number, so grams of bfloat16 activations
-lose nothing in tensor cores that add up in float32.
+The product of two bfloat16 numbers is exact in float32, so tensor cores that accumulate in
+float32 compute grams of bfloat16 activations without loss.
 """
 
 from functools import cache
@@ -12,8 +12,8 @@ from torch import Tensor
 from layerwise.chunks import slabs
 
 BLOCKS = 8  # of columns: 9/16 of the products of a full square remain
-NARROW = 128  # columns that are not worth two products
-FILLS = 1024  # columns that keep all of a GPU at work
+SMALLEST_BLOCK = 128  # columns: fewer are not worth a product of their own
+SMALLEST_GPU_BLOCK = 1024  # columns: fewer do not occupy a whole GPU
 
 
 def add_gram(total: Tensor, tokens: Tensor, scale: float) -> None:
@@ -22,22 +22,23 @@ def add_gram(total: Tensor, tokens: Tensor, scale: float) -> None:
     Parameters
     ----------
     total
-        Shape (in, in), float64; what is below the diagonal is undefined.
+        Shape (in, in), float64; entries below the diagonal are undefined.
     tokens
         Shape (n, in).
     scale
         A power of two.
     """
     width = tokens.shape[1]
-    block = max(FILLS if tokens.is_cuda else NARROW, -(-width // BLOCKS))
+    smallest = SMALLEST_GPU_BLOCK if tokens.is_cuda else SMALLEST_BLOCK
+    block = max(smallest, -(-width // BLOCKS))
     for begin in range(0, width, block):
         rows = slice(begin, begin + block)
-        found = product(tokens[:, rows], tokens[:, begin:])
-        total[rows, begin:].add_(found, alpha=scale)
+        part = product(tokens[:, rows], tokens[:, begin:])
+        total[rows, begin:].add_(part, alpha=scale)
 
 
 def mirrored(total: Tensor) -> Tensor:
-    """Symmetric matrix with the upper triangle of a sum."""
+    """Symmetric copy of a sum, from its upper triangle."""
     return mirror_(total.clone())
 
 
@@ -57,7 +58,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> Non
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left^T right`` of activations (n, a) and (n, b): float64, or else float32."""
+    """``left^T right`` of activations (n, a) and (n, b), in float64 or else float32."""
     if left.dtype == right.dtype == torch.bfloat16:
         return torch.mm(left.T, right, out_dtype=torch.float32)
     precision = torch.promote_types(left.dtype, right.dtype)
@@ -66,7 +67,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def precision_of(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Precision in which activations of a type are multiplied on a device."""
+    """Precision in which activations of this type are multiplied on this device."""
     if dtype == torch.bfloat16 and exact_bfloat16(device):
         return torch.bfloat16
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -74,10 +75,10 @@ def precision_of(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 @cache
 def exact_bfloat16(device: torch.device) -> bool:
-    """Whether a device adds up products of bfloat16 in float32 and gives them as such."""
-    some = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    """Whether a device multiplies bfloat16 matrices with sums and results in float32."""
+    probe = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
     try:
-        torch.mm(some, some, out_dtype=torch.float32)
+        torch.mm(probe, probe, out_dtype=torch.float32)
     except (RuntimeError, TypeError):  # not on CPUs
         return False
     return True
