@@ -1,8 +1,8 @@
 """Damping, factorizations and eigenvalue bounds; all jitter of the toolkit lives here.
 
-A Cholesky factorization that fails climbs a ladder: float32, then float64 at the same
-damping, then ten times the damping up to 1. The rung that held is part of the result.
-Nothing is clipped and no other matrix is put in place of the gram.
+If a Cholesky factorization fails, it is tried again in steps: float32, then float64 at the
+same damping, then float64 at ten times the damping, up to 1. The damping that succeeded is
+part of the result. Nothing is clipped, and no other matrix takes the place of the gram.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from layerwise.errors import InvalidProblemError, SolveError
 
-FIRST_DAMPING = 1e-8  # rung that follows an undamped gram that turned out singular
+FIRST_DAMPING = 1e-8  # tried after an undamped gram that is singular
 POWER_ITERATIONS = 40
 EXACT_WIDTH = 128
 PROBES, TRACE_MARGIN = 16, 8.0
@@ -24,29 +24,29 @@ PROBES, TRACE_MARGIN = 16, 8.0
 
 @contextmanager
 def ieee_products() -> Iterator[None]:
-    """Products of float32 matrices in float32, whatever the program has allowed elsewhere.
+    """Compute float32 products in full float32, whatever the program has allowed before.
 
-    Shorter formats such as TF32 would make grams, residuals and what is called exact wrong
-    in the fourth digit, without a word. PyTorch has two interfaces for them, which refuse
-    each other's settings; both are left as they were.
+    Shorter formats such as TF32 would silently make grams, residuals and exact refits wrong
+    in the fourth digit. PyTorch has two interfaces to allow these formats, which refuse
+    each other's settings. Both are restored at the end.
     """
     backends: Any = torch.backends
-    places = (backends.cuda.matmul, backends.mkldnn.matmul)
-    before = [place.fp32_precision for place in places]
+    libraries = (backends.cuda.matmul, backends.mkldnn.matmul)
+    before = [library.fp32_precision for library in libraries]
     if all(precision in ("ieee", "none") for precision in before):
         yield
         return
     older: str | None = None
     with suppress(RuntimeError):  # the program has used the newer interface
         older = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # by both interfaces
+    torch.set_float32_matmul_precision("highest")  # sets both interfaces
     try:
         yield
     finally:
         if older is not None:
             torch.set_float32_matmul_precision(older)
-        for place, precision in zip(places, before, strict=True):
-            place.fp32_precision = precision
+        for library, precision in zip(libraries, before, strict=True):
+            library.fp32_precision = precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class Factor:
     damping
         The damping at which the factorization succeeded.
     requested
-        The damping that was asked for; smaller if the ladder had to be climbed.
+        The damping of the problem; smaller than `damping` if that had to be raised.
     """
 
     lower: Tensor
@@ -74,22 +74,22 @@ class Factor:
 
     @cached_property
     def smallest_pivot(self) -> float:
-        """Smallest share of a diagonal entry that elimination leaves."""
+        """Smallest pivot, relative to its diagonal entry before the elimination."""
         return float((self.lower.diagonal() / self.root).square().min())
 
     @cached_property
     def root(self) -> Tensor:
-        """Root of the diagonal of the damped gram, shape (in,)."""
+        """Square root of the diagonal of the damped gram, shape (in,)."""
         lengths: Tensor = torch.linalg.vector_norm(self.lower, dim=1)
         return lengths
 
     def fits(self, dtype: torch.dtype) -> bool:
-        """Whether the diagonal lies in the range of a precision."""
+        """Whether a precision can represent the diagonal."""
         limits = torch.finfo(dtype)
         return float(self.root.min()) ** 2 > limits.tiny / limits.eps
 
     def holds_in(self, dtype: torch.dtype) -> bool:
-        """Whether it fits a precision, and pivots stand out of the rounding there."""
+        """Whether a precision can represent the diagonal and resolve the pivots."""
         rounding = torch.finfo(dtype).eps * len(self.lower)
         return self.fits(dtype) and self.smallest_pivot > rounding
 
@@ -97,9 +97,9 @@ class Factor:
     def unit_inverse(self) -> tuple[float, float]:
         """Trace and squared norm of the inverse of the gram at unit diagonal.
 
-        Up to width ``EXACT_WIDTH`` exactly, else by ``PROBES`` vectors of random signs. If
-        one eigenvalue makes all of the trace, they find less than an eighth of it once in
-        a hundred thousand times.
+        Exact up to width ``EXACT_WIDTH``, else estimated by ``PROBES`` vectors of random
+        signs. If one eigenvalue dominates the trace, the estimate is below an eighth of the
+        trace with a probability of 1e-5.
         """
         root, width = self.root, len(self.lower)
         if width <= EXACT_WIDTH:
@@ -114,7 +114,7 @@ class Factor:
 
     @property
     def trace_bound(self) -> float:
-        """What the trace of the inverse at unit diagonal does not exceed."""
+        """Upper bound of the trace of the inverse at unit diagonal."""
         margin = 1.0 if len(self.lower) <= EXACT_WIDTH else TRACE_MARGIN
         return margin * self.unit_inverse[0]
 
@@ -133,8 +133,8 @@ class Factor:
         return self._half_solved(rows).square_().sum(dim=0)
 
     def _half_solved(self, rows: Tensor) -> Tensor:  # (in, m)
-        right_sides = rows.to(self.lower.dtype).T
-        half: Tensor = torch.linalg.solve_triangular(self.lower, right_sides, upper=False)
+        rhs = rows.to(self.lower.dtype).T
+        half: Tensor = torch.linalg.solve_triangular(self.lower, rhs, upper=False)
         return half
 
 
@@ -150,7 +150,7 @@ def damped(
 def factorize(
     gram: Tensor, mean_diagonal: float, damping: float, dtype: torch.dtype
 ) -> Factor:
-    """Factor the damped gram, climbing the ladder where needed.
+    """Factor the damped gram, with a larger damping where needed.
 
     Parameters
     ----------
@@ -159,9 +159,9 @@ def factorize(
     mean_diagonal
         Unit of damping.
     damping
-        First rung, relative; 0 asks for the gram itself.
+        Damping to try first, relative; 0 means the gram itself.
     dtype
-        Precision of the first rung; float64 follows.
+        Precision to try first; float64 follows.
 
     Raises
     ------
@@ -171,17 +171,17 @@ def factorize(
     if damping < 0:
         message = f"damping must not be negative, got {damping}"
         raise InvalidProblemError(message)
-    rungs = [(dtype, damping), (torch.float64, damping)]
+    attempts = [(dtype, damping), (torch.float64, damping)]
     raised = damping
     while raised < 1:
         raised = max(FIRST_DAMPING, min(1.0, raised * 10))
-        rungs.append((torch.float64, raised))
-    for precision, rung in rungs:
-        matrix = damped(gram, mean_diagonal, rung, precision)
+        attempts.append((torch.float64, raised))
+    for precision, tried in attempts:
+        matrix = damped(gram, mean_diagonal, tried, precision)
         lower, info = torch.linalg.cholesky_ex(matrix)
-        found = Factor(lower, rung, damping)
-        if int(info) == 0 and found.holds_in(precision):
-            return found
+        factor = Factor(lower, tried, damping)
+        if int(info) == 0 and factor.holds_in(precision):
+            return factor
     message = (
         "the gram is indefinite: its Cholesky factorization fails even at damping 1; "
         "check the calibration activations for overflow"
@@ -190,16 +190,16 @@ def factorize(
 
 
 def largest_eigenvalue(matrix: Tensor) -> float:
-    """Largest eigenvalue of a symmetric positive semi-definite matrix, from below.
+    """Lower estimate of the largest eigenvalue of a positive semi-definite matrix.
 
-    Power iteration from a fixed start; accurate to a few percent on ordinary grams, so a
-    caller must be prepared for an estimate that is slightly too small.
+    Power iteration from a fixed start. It is accurate to a few percent on ordinary grams,
+    so a caller must allow for an estimate that is slightly too small.
     """
     return _power_iteration(lambda row: row @ matrix, matrix)
 
 
 def smallest_eigenvalue(factor: Factor, scaling: Tensor) -> float:
-    """Smallest eigenvalue of ``S L L^T S`` with ``S = diag(scaling)``, from above."""
+    """Upper estimate of the smallest eigenvalue of ``S L L^T S``, S = diag(scaling)."""
     inverse = _power_iteration(
         lambda row: factor.solve_rows(row / scaling) / scaling, factor.lower
     )

@@ -1,19 +1,20 @@
 r"""Lower bounds of the sparse problem: no mask and no weights can do better.
 
-With w the unconstrained minimiser, ``H = D + R`` the damped gram, D block diagonal and R
-positive semi-definite, any y gives for any v
+Let w be the unconstrained minimiser and ``H = D + R`` the damped gram, with D block
+diagonal and R positive semi-definite. Then for any y and v
 
 .. math:: (v - w) R (v - w)^\top \ge 2\, y R (v - w)^\top - y R y^\top ,
 
-so that the objective is at least a sum over blocks, whose minimum over all masks of the
-pattern is a closed form. Every y is valid; a good one costs some products that all rows
-share (:mod:`layerwise.perspective`), and so does D (:mod:`layerwise.splits`).
+so that the objective is at least a sum over blocks. The minimum of this sum over all masks
+of the pattern has a closed form. Every y gives a valid bound. A good y
+(:mod:`layerwise.perspective`) and a good D (:mod:`layerwise.splits`) cost some products
+that all rows share.
 
 Notes
 -----
-Validity does not rest on how well anything was optimised. The last evaluation is in
-float64; its rounding is bounded term by term, with ``(in + 8) eps`` for a sum, and taken
-off. That R is semi-definite is proven by a factorization with a margin.
+The bound is valid however well y and D were optimised. The last evaluation is in float64;
+its rounding is bounded term by term, with ``(in + 8) eps`` for a sum, and subtracted. A
+factorization with a margin proves that R is positive semi-definite.
 """
 
 from collections.abc import Iterator
@@ -41,10 +42,10 @@ from layerwise.splits import (
 )
 
 EPSILON = torch.finfo(torch.float64).eps
-TINY = 1e-30  # importance where nothing is important: no row loses anything
-ROUNDS = 5  # of splits, each better for the relaxed answer to the one before
-INSIDE = 0.98  # of the largest multiple of the diagonal: a split with room to move
-LARGEST_COUNT = 70  # masks of a block that are tried: 4:8
+TINY = 1e-30  # floor of the importance, for problems that lose nothing in any row
+ROUNDS = 5  # splits, each improved with the relaxed answer to the one before
+INSIDE = 0.98  # first split, in units of the largest multiple of the diagonal
+LARGEST_COUNT = 70  # most masks of a block that are enumerated: 4:8
 MEMORY_BUDGET = 1 << 30
 TEMPORARIES = 16  # float64 matrices of the size of a chunk
 
@@ -61,18 +62,19 @@ def lower_bounds(
     Parameters
     ----------
     problem
-        Rows that each have their pattern, one budget for the layer, or a fixed mask.
+        A problem with a pattern per row, with one budget for the layer, or a fixed mask.
     weight
-        Feasible weights (out, in) to start from; better bounds, never other guarantees.
+        Feasible weights (out, in) to start from. They improve the bounds; the guarantee is
+        the same without them.
     memory_budget
-        Bytes for the rows that are worked on together, beside some copies of weight and
-        gram. One budget for the layer needs all its rows at once.
+        Bytes for the rows that are worked on together, in addition to some copies of weight
+        and gram. One budget for the layer needs all its rows at once.
 
     Returns
     -------
     Tensor
-        Float64, shape (out,): no feasible row has a smaller damped objective. For a budget
-        of the whole layer shape (1,), a bound of the sum over the rows. Never negative,
+        Float64, shape (out,): no feasible row has a smaller damped objective. With one
+        budget for the layer, shape (1,): a bound of the sum over the rows. Never negative,
         and zero if the damped gram is numerically singular.
 
     Raises
@@ -82,8 +84,8 @@ def lower_bounds(
     """
     if not isinstance(problem.pattern, Unstructured | NM | FixedMask):
         message = (
-            f"lower bounds are for 0.5, n:m and fixed masks, not for {problem.pattern}: "
-            "with whole columns the rows share one choice"
+            f"lower bounds need unstructured, n:m or fixed masks, not {problem.pattern}: "
+            "with whole columns the rows are not independent"
         )
         raise InvalidProblemError(message)
     none = _total(torch.zeros_like(problem.energy), problem.pattern)
@@ -103,14 +105,14 @@ def lower_bounds(
 def proven_gap(
     problem: LayerProblem, solution: Solution, *, memory_budget: int = MEMORY_BUDGET
 ) -> Certificate:
-    """Largest share of a solution's damped objective that any other answer could save.
+    """Share of a solution's damped objective that any other answer could save at most.
 
     Parameters
     ----------
     problem
         The problem at the damping that was used.
     solution
-        Its weights are judged, and their mask starts the search for the bound.
+        Its weights are graded, and the search for the bound starts from them.
     memory_budget
         See :func:`lower_bounds`.
 
@@ -127,7 +129,7 @@ def proven_gap(
 def proven_gap_of(
     problem: LayerProblem, weight: Tensor, *, memory_budget: int = MEMORY_BUDGET
 ) -> float:
-    """Gap of :func:`proven_gap` for weights (out, in), whoever found them."""
+    """Gap of :func:`proven_gap` for weights (out, in) from any source."""
     value = float(objective_rows(problem, weight, damped=True).sum())
     if value == 0:
         return 0.0
@@ -137,11 +139,11 @@ def proven_gap_of(
 
 @dataclass(frozen=True, eq=False)
 class _Split:
-    """A split ``H = D + R`` and what its evaluation reads, computed once for all rows."""
+    """A split ``H = D + R`` with the matrices of its evaluation, shared by all rows."""
 
     blocks: Tensor  # D, (blocks, size, size)
     inverse: Tensor  # of the blocks
-    left: Tensor  # R, (in, in)
+    rest: Tensor  # R, (in, in)
     condition: Tensor  # largest condition number of a block, ()
 
     @classmethod
@@ -151,16 +153,16 @@ class _Split:
         return cls(blocks, torch.linalg.inv(blocks), remainder(gram, blocks), condition)
 
     @cached_property
-    def size_of_left(self) -> Tensor:
+    def absolute_rest(self) -> Tensor:
         """Absolute values of R."""
-        return self.left.abs()
+        return self.rest.abs()
 
 
 class _ScaledProblem:
-    """The problem around its free minimiser, columns scaled by powers of two.
+    """The problem around its unconstrained minimiser, columns scaled by powers of two.
 
     The scaling is exact and brings the diagonal of the gram near one, so that a margin on
-    it is a margin in norm.
+    the diagonal is a margin in norm.
     """
 
     def __init__(self, problem: LayerProblem, memory_budget: int) -> None:
@@ -177,7 +179,7 @@ class _ScaledProblem:
         self.drift = problem.drift
         self.base = objective_rows(problem, free, damped=True)
         self.unit = (len(gram) + 8) * EPSILON
-        self.left, self.moved, self.rounding = self._slope(slice(None), self.free)
+        self.slope, self.terms, self.rounding = self._slope(slice(None), self.free)
         rows = len(dense)
         if not has_one_budget(problem.pattern):
             rows = max(1, memory_budget // (8 * TEMPORARIES * len(gram)))
@@ -186,21 +188,21 @@ class _ScaledProblem:
 
     @cached_property
     def largest(self) -> Tensor | None:
-        """Largest multiple of the diagonal that is proven, or None."""
+        """Largest multiple of the diagonal whose remainder is proven, or None."""
         return proven_split(self.gram, smallest_share(self.gram, 1))
 
     def _slope(self, rows: slice, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Minus half the gradient, the size of its terms, and rounding of the objective."""
         change = self.dense[rows] - weight
         slope = change @ self.gram
-        moved = change.abs() @ self.gram.abs()
+        terms = change.abs() @ self.gram.abs()
         if self.shift is not None:
-            slope, moved = slope + self.shift[rows], moved + self.shift[rows].abs()
-        terms = 2 * (change.abs() * moved).sum(dim=1) + self.drift[rows]
-        return slope, moved, self.unit * terms
+            slope, terms = slope + self.shift[rows], terms + self.shift[rows].abs()
+        rounding = 2 * (change.abs() * terms).sum(dim=1) + self.drift[rows]
+        return slope, terms, self.unit * rounding
 
     def bounds(self, largest: Tensor, weight: Tensor | None) -> Iterator[Tensor]:
-        """Bounds from splits and directions, each valid."""
+        """Bounds from several splits and directions, each of them valid."""
         if weight is None:
             start = torch.where(self.pattern.mask(self.free.abs()), self.free, 0)
         else:
@@ -231,10 +233,10 @@ class _ScaledProblem:
                     yield self.evaluate(prepared, direction)
 
     def _relaxed(self, split: _Split, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Direction y of the relaxation, and what each entry of D would add to it."""
+        """Direction y of the relaxation, and the slope of the bound in each entry of D."""
         diagonal = split.blocks[:, 0, 0]
         root = diagonal.sqrt()
-        inverse = shared_inverse(split.left / root / root[:, None])
+        inverse = shared_inverse(split.rest / root / root[:, None])
         rounded = exact_bfloat16(inverse.device)  # any direction gives a bound
         inverse = inverse.to(torch.bfloat16 if rounded else torch.float32)
         size = max((part * root).abs().max() for part in (self.free, start))
@@ -251,22 +253,23 @@ class _ScaledProblem:
         return torch.cat(directions), importance + floor
 
     def evaluate(self, split: _Split, direction: Tensor) -> Tensor:
-        """Bound for one split and one y per row, less its rounding."""
+        """Bound for one split and one y per row, minus its rounding."""
         values = [self._evaluate(split, direction[rows], rows) for rows in self.chunks]
         return _total(torch.cat(values), self.pattern)
 
     def _evaluate(self, split: _Split, direction: Tensor, rows: slice) -> Tensor:
         """Bound of some rows.
 
-        ``reach`` times `unit` bounds the error of every entry of the linear term. It moves
-        the minimum by as much, times how far the minimiser is from w: in a block it is
-        nearer to its centre in the norm of D than zero is, which is feasible.
+        ``reach`` times `unit` bounds the error of every entry of the linear term. This
+        error times the distance of the minimiser from w bounds the error of the minimum.
+        The distance itself is bounded because zero is feasible: in the norm of D, the
+        minimiser of a block is at least as near to the centre as zero is.
         """
         free = self.free[rows]
-        image = direction @ split.left
-        pull = image - self.left[rows]
-        reach = direction.abs() @ split.size_of_left
-        reach += self.left[rows].abs() + self.moved[rows]
+        image = direction @ split.rest
+        pull = image - self.slope[rows]
+        reach = direction.abs() @ split.absolute_rest
+        reach += self.slope[rows].abs() + self.terms[rows]
         step = _times_blocks(pull, split.inverse)
         centre = free - step
         separable, magnitude = _smallest(centre, split, self.pattern)
@@ -280,9 +283,9 @@ class _ScaledProblem:
         return value - 4 * self.unit * rounding - self.rounding[rows]
 
     def bound_on_mask(self, kept: Tensor) -> Tensor:
-        """Objective of the best weights on the mask, less what they may still gain; (out,).
+        """Objective of the best weights on the mask, minus their possible gain; (out,).
 
-        They gain at most ``s D^-1 s`` for a gradient ``-2 s``, because H is at least D.
+        Weights with the gradient ``-2 s`` gain at most ``s D^-1 s``, because ``H >= D``.
         Cost: one factorization per row, O(out in^3), in float64.
         """
         assert self.largest is not None
@@ -299,11 +302,11 @@ class _ScaledProblem:
                 slope = torch.where(on, self._slope(rows, weight)[0], 0)
                 step = torch.cholesky_solve(slope[:, :, None], lower)[:, :, 0]
                 weight = weight + torch.where(on, step, 0)
-            slope, moved, rounding = self._slope(rows, weight)
+            slope, terms, rounding = self._slope(rows, weight)
             change = self.dense[rows] - weight
             shift = 0 if self.shift is None else self.shift[rows]
             value = (change * (slope + shift)).sum(dim=1) + self.drift[rows]
-            missed = torch.where(on, slope.abs() + self.unit * moved, 0)
+            missed = torch.where(on, slope.abs() + self.unit * terms, 0)
             gain = (missed.square() / diagonal).sum(dim=1)
             values.append(value - (1 + self.unit) * gain - 4 * rounding)
         bound = torch.cat(values)
@@ -319,18 +322,18 @@ def _smallest(centre: Tensor, split: _Split, pattern: Pattern) -> tuple[Tensor, 
     assert isinstance(pattern, NM)
     blocks = centre.reshape(len(centre), -1, pattern.m)
     best = torch.full_like(blocks[:, :, 0], torch.inf)
-    for gone in combinations(range(pattern.m), pattern.m - pattern.n):
-        # the kept rest follows: what is left of D is the inverse of a block of its inverse
-        chosen = torch.tensor(gone, dtype=torch.long, device=centre.device)
-        rest = torch.linalg.inv(split.inverse[:, chosen[:, None], chosen])
+    for removed in combinations(range(pattern.m), pattern.m - pattern.n):
+        # minimised over the kept entries, D becomes the inverse of a block of its inverse
+        chosen = torch.tensor(removed, dtype=torch.long, device=centre.device)
+        schur = torch.linalg.inv(split.inverse[:, chosen[:, None], chosen])
         part = blocks[:, :, chosen]
-        lost = torch.einsum("rbp,bpq,rbq->rb", part, rest, part)
+        lost = torch.einsum("rbp,bpq,rbq->rb", part, schur, part)
         best = torch.minimum(best, lost)
     return best.sum(dim=1), _quadratic(centre, split)
 
 
 def _total(rows: Tensor, pattern: Pattern) -> Tensor:
-    """Bounds as they are returned: for one budget their sum, less its rounding."""
+    """Bounds as returned: for one budget their sum, minus its rounding."""
     if not has_one_budget(pattern):
         return rows
     rounding = len(rows) * EPSILON * rows.abs().sum(0, keepdim=True)

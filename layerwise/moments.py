@@ -1,4 +1,4 @@
-"""Second moments of the inputs of a layer: all that a layer problem keeps of the data.
+"""Second moments of the inputs of a layer: the only data that a layer problem keeps.
 
 The objective ``||W X - What Xhat||_F^2 / tokens`` depends on the inputs only through
 
@@ -24,9 +24,9 @@ from layerwise.validation import check_gram, check_matrix
 
 Shared = TypeVar("Shared")
 
-CONSTANT_VARIANCE = 1e-6  # of the second moment, whose float32 products round near 1e-7
+CONSTANT_VARIANCE = 1e-6  # of the second moment, whose float32 rounding is near 1e-7
 VECTORS = ("input_mean", "pruned_input_mean", "fluctuation")
-EXACT_RANK_WIDTH = 2048  # above it, an eigenvalue decomposition costs more than it tells
+EXACT_RANK_WIDTH = 2048  # above it, an eigenvalue decomposition takes too long
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,15 +36,15 @@ class Moments:
     Parameters
     ----------
     gram
-        ``Xhat Xhat^T / tokens``, shape (in, in), symmetric positive semi-definite. What it
-        lacks of symmetry by rounding is averaged: the objective reads no more of it.
+        ``Xhat Xhat^T / tokens``, shape (in, in), symmetric positive semi-definite. If it is
+        not exactly symmetric, its symmetric part is taken, which gives the same objective.
     cross_gram
         ``X Xhat^T / tokens``, shape (in, in); None if the dense and the pruned model see
         the same inputs.
     input_mean, pruned_input_mean
         Means over tokens, shape (in,); None if they were not collected.
     n_tokens
-        Number of tokens behind the averages; 0 if unknown.
+        Number of tokens that were averaged; 0 if unknown.
     fluctuation
         Statistic of :mod:`layerwise.fluctuation` of the inputs Xhat, shape (in,); None if
         it was not collected.
@@ -55,7 +55,7 @@ class Moments:
     pay for one.
     """
 
-    may_vanish: ClassVar[bool] = False  # whether a gram of zeros says something
+    may_vanish: ClassVar[bool] = False  # whether a gram of zeros is valid
     gram: Tensor
     cross_gram: Tensor | None = None
     input_mean: Tensor | None = None
@@ -71,7 +71,7 @@ class Moments:
             if value is not None:
                 object.__setattr__(self, name, value.detach().to(torch.float64))
         if not check_gram(self.gram, self._noise(), self.may_vanish):
-            # the objective reads no more of it
+            # the objective depends on the symmetric part only
             object.__setattr__(self, "gram", (self.gram / 2).add_(self.gram.T, alpha=0.5))
         if self.cross_gram is not None:
             check_matrix(self.cross_gram, "cross_gram", self.width)
@@ -83,7 +83,7 @@ class Moments:
                 raise InvalidProblemError(message)
 
     def _noise(self) -> Tensor | None:
-        """Rounding of the diagonal, (in,), beside that of the gram itself."""
+        """Rounding of the diagonal, (in,), in addition to the rounding of the gram."""
         return None
 
     @property
@@ -105,8 +105,8 @@ class Moments:
     def rank(self) -> int:
         """Numerical rank of the gram; for wide layers the bound by tokens and live inputs.
 
-        Up to width 2048 eigenvalues of the unit-diagonal gram above ``width`` times the
-        float32 rounding are counted.
+        Up to width 2048, this is the number of eigenvalues of the unit-diagonal gram above
+        ``width`` times the float32 rounding.
         """
         live = self.gram.diagonal() > 0
         bound = int(live.sum())
@@ -123,7 +123,7 @@ class Moments:
     def factor(
         self, damping: float, dtype: torch.dtype, *, reverse: bool = False
     ) -> Factor:
-        """Cholesky factor of the damped gram, by the ladder of `linalg`; cached.
+        """Cholesky factor of the damped gram, by `factorize` of `linalg`; cached.
 
         `reverse` factors the gram with its channels in reverse order, which gives an
         upper triangular V with ``V V^T`` equal to the gram.
@@ -136,19 +136,19 @@ class Moments:
         return self.shared(("factor", damping, dtype, reverse), make)
 
     def shared(self, key: Hashable, make: Callable[[], Shared]) -> Shared:
-        """What was made of these moments, made once for all matrices that read them.
+        """Return a value derived from these moments, computed once for all matrices.
 
         Parameters
         ----------
         key
-            Names the thing with everything that decides it.
+            Name of the value, with everything that it depends on.
         make
-            Called if it does not exist yet.
+            Called if the value does not exist yet.
         """
         if key not in self._shared:
             self._shared[key] = make()
-        found: Shared = self._shared[key]
-        return found
+        value: Shared = self._shared[key]
+        return value
 
     def scaled(self, factor: float) -> "Moments":
         """Moments of inputs multiplied by ``sqrt(factor)``; exact for powers of two.
@@ -175,14 +175,14 @@ class Moments:
     def centered(self) -> "CenteredMoments":
         """Moments about the means: ``G - muhat muhat^T`` and ``C - mu muhat^T``.
 
-        A channel whose variance drowns in the rounding of its second moment is constant:
-        its weights then act as a bias, and its variance counts as exactly zero.
+        A channel is constant if its variance is below the rounding of its second moment.
+        Its weights then act as a bias, and its variance is set to exactly zero.
         """
         cross, pruned_mean = self.cross_gram, self.pruned_input_mean
         if cross is None and pruned_mean is None:
             pruned_mean = self.input_mean
         if self.input_mean is None or pruned_mean is None:
-            message = "centering needs input means; collect the moments with their means"
+            message = "centering needs the means of the inputs; give input_mean to Moments"
             raise InvalidProblemError(message)
         gram = self.gram - torch.outer(pruned_mean, pruned_mean)
         constant = gram.diagonal() <= CONSTANT_VARIANCE * self.gram.diagonal()
@@ -203,7 +203,7 @@ class CenteredMoments(Moments):
     may_vanish: ClassVar[bool] = True
 
     def _noise(self) -> Tensor | None:
-        """Variances are rests of second moments, and have their rounding."""
+        """Rounding of the second moments that the variances were computed from."""
         mean = self.pruned_input_mean
         if mean is None:
             return None
@@ -211,6 +211,6 @@ class CenteredMoments(Moments):
 
 
 def even_exponent(mean_diagonal: float) -> int:
-    """Power of two near a number, even, so that its root is a power of two as well."""
+    """Even exponent k with ``2^k`` near a number: its root is a power of two as well."""
     exponent = math.frexp(mean_diagonal)[1]
     return exponent - exponent % 2

@@ -1,4 +1,4 @@
-"""Sparsity patterns: which sets of weights may survive.
+"""Sparsity patterns: which sets of weights may be kept.
 
 A pattern answers three questions: is it possible for a matrix of this shape
 (:meth:`Pattern.check`), which feasible mask keeps the largest scores
@@ -20,7 +20,7 @@ from layerwise.chunks import SLAB, slabs
 from layerwise.errors import InvalidProblemError
 
 ENTRIES_AT_ONCE = 1 << 26  # of the scores on a GPU
-LONG_ROW = 1 << 20  # on a GPU, sorting is faster: github.com/pytorch/pytorch/issues/75599
+LONG_ROW = 1 << 20  # sorted on a GPU, as faster: github.com/pytorch/pytorch/issues/75599
 SMALL_GROUP = 8  # up to this size all pairs are compared, which is faster than sorting
 
 
@@ -37,7 +37,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def accepts(self, mask: Tensor) -> bool:
-        """Whether `mask` has exactly the zeros that the pattern asks for."""
+        """Whether `mask` has exactly the zeros that the pattern requires."""
 
     @abstractmethod
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class Unstructured(Pattern):
         return int(Fraction(repr(float(self.sparsity))) * size)
 
     def check(self, shape: tuple[int, int]) -> None:
-        """Every shape is possible."""
+        """Accept every shape."""
 
     def mask(self, scores: Tensor) -> Tensor:
         """Remove the smallest scores of every row, or of the whole matrix."""
@@ -174,7 +174,7 @@ class FixedMask(Pattern):
 
 @dataclass(frozen=True, eq=False)
 class Columns(Pattern):
-    """Whole input columns, in units that go together, for smaller matrices.
+    """Whole input columns, removed in units, for smaller matrices.
 
     Parameters
     ----------
@@ -205,7 +205,7 @@ class Columns(Pattern):
         return self.balance.to(device)
 
     def check(self, shape: tuple[int, int]) -> None:
-        """Raise if the groups do not cover the width, or fewer units exist than kept."""
+        """Raise if the groups do not cover the width, or if too few units exist."""
         units = self.units(shape[1], torch.device("cpu"))
         if units.shape != (shape[1],):
             message = f"groups has shape {tuple(units.shape)}, expected ({shape[1]},)"
@@ -218,7 +218,7 @@ class Columns(Pattern):
         _count_labels(heads, "balance")
         smallest = int(torch.bincount(heads).min())
         if not 0 < self.keep <= smallest:
-            message = f"cannot keep {self.keep} units of {smallest}"
+            message = f"keep must be between 1 and {smallest} units, got {self.keep}"
             raise InvalidProblemError(message)
 
     def mask(self, scores: Tensor) -> Tensor:
@@ -255,20 +255,20 @@ class Columns(Pattern):
 
 def _count_labels(labels: Tensor, name: str) -> int:
     """Count distinct labels, which must be consecutive integers from 0."""
-    found = torch.unique(labels)
-    if not torch.equal(
-        found, torch.arange(len(found), dtype=found.dtype, device=found.device)
-    ):
-        message = f"{name} must be consecutive integers from 0, got {found.tolist()[:8]}"
+    distinct = torch.unique(labels)
+    expected = torch.arange(len(distinct), dtype=distinct.dtype, device=distinct.device)
+    if not torch.equal(distinct, expected):
+        shown = distinct.tolist()[:8]
+        message = f"{name} must be consecutive integers from 0, got {shown}"
         raise InvalidProblemError(message)
-    return len(found)
+    return len(distinct)
 
 
 def keep_largest(
     scores: Tensor,  # (groups, size)
     removed: int,
 ) -> Tensor:  # (groups, size) bool
-    """Mask without the `removed` smallest scores of each row; ties by index, exactly."""
+    """Mask without the `removed` smallest scores of each row; ties go by index."""
     if bool(torch.isnan(scores.sum())) and bool(torch.isnan(scores).any()):
         message = "scores contain NaN; a mask cannot be chosen from them"
         raise InvalidProblemError(message)
@@ -276,8 +276,8 @@ def keep_largest(
         return torch.ones_like(scores, dtype=torch.bool)
     if scores.shape[1] <= SMALL_GROUP:
         return _ranks(scores) >= removed
-    at_once = SLAB  # a GPU is asked as rarely as the memory allows
-    if scores.device.type != "cpu":
+    at_once = SLAB
+    if scores.device.type != "cpu":  # as few calls as the memory allows
         at_once = max(SLAB, ENTRIES_AT_ONCE // scores.shape[1])
     parts = [_keep_largest(scores[rows], removed) for rows in slabs(len(scores), at_once)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -295,7 +295,7 @@ def _keep_largest(scores: Tensor, removed: int) -> Tensor:
 
 
 def _ranks(scores: Tensor) -> Tensor:
-    """Number of entries of each row that are removed before each entry."""
+    """Rank of each entry in its row, in the order in which entries are removed."""
     columns = [scores[:, index].contiguous() for index in range(scores.shape[1])]
     ranks = [torch.zeros_like(column, dtype=torch.uint8) for column in columns]
     for later, entry in enumerate(columns):
@@ -310,8 +310,8 @@ def _kth_smallest(scores: Tensor, k: int) -> Tensor:
     """The k-th smallest of every row, shape (groups, 1)."""
     if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
         # three times as fast as kthvalue
-        found = np.partition(scores.detach().numpy(), k - 1, axis=1)[:, k - 1 : k]
-        return torch.from_numpy(found)
+        smallest = np.partition(scores.detach().numpy(), k - 1, axis=1)[:, k - 1 : k]
+        return torch.from_numpy(smallest)
     if scores.device.type == "cuda" and scores.shape[1] >= LONG_ROW:
         return scores.sort(dim=1).values[:, k - 1 : k]
     return scores.kthvalue(k, dim=1, keepdim=True).values

@@ -1,14 +1,15 @@
 r"""Best point of the perspective relaxation, for all rows at once.
 
-With ``H = D + R``, coordinates in which D is the identity, and w the weights of the
-unconstrained minimum, the relaxation of a sparse quadratic is
+Let ``H = D + R``, in coordinates in which D is the identity, and let w be the unconstrained
+minimiser. Then the relaxation of a sparse quadratic is
 
 .. math:: \min_{v, z}\ (v - w) R (v - w)^\top + \sum_j \Bigl(\frac{v_j^2}{z_j} - 2 w_j v_j
    + w_j^2\Bigr), \qquad 0 \le z \le 1,\ \sum_j z_j = k \text{ in every group}.
 
-ADMM alternates between R, a product with an inverse that all rows share, and the sum,
-which has a closed form but for one number per group. Its answers only have to be near the
-best: any ``v - w`` gives a valid bound, see :mod:`layerwise.lower_bounds`.
+ADMM alternates between two parts. The part with R is a product with an inverse that all
+rows share. The sum has a closed form with one unknown number per group. The answers only
+have to be near the best, because any ``v - w`` gives a valid bound, see
+:mod:`layerwise.lower_bounds`.
 """
 
 from dataclasses import dataclass
@@ -20,23 +21,23 @@ from layerwise.patterns import NM, Pattern, Unstructured
 
 ITERATIONS = 20
 PENALTY = 3.0  # of ADMM; D is the identity
-CHECKED = 10  # iterations between two estimates of the bound
-ROOT_STEPS = 4  # per iteration, from the root of the one before
+CHECK_EVERY = 10  # iterations between two estimates of the bound
+ROOT_STEPS = 4  # per iteration, from the root of the iteration before
 RELAXATION = 1.6
-TINY = 1e-30  # below the entries of any row but zeros
-SMALLEST_SHARE = 1e-6  # entries with less are zero
+TINY = 1e-30  # floor of divisors: smaller than all entries that are not zero
+SMALLEST_SHARE = 1e-6  # floor of z in the importance, where 1 / z would diverge
 
 
 @dataclass(frozen=True, eq=False)
 class Relaxed:
-    """Best point found: the direction ``y = v - w``, and how much each d_j would add."""
+    """Best point found, as its direction ``y = v - w``, and the importance of each d_j."""
 
     direction: Tensor  # (out, in)
-    importance: Tensor  # (in,), float64: sum over rows of v^2 (1 / z - 1)
+    importance: Tensor  # slope of the bound in d, (in,), float64: sum of v^2 (1 / z - 1)
 
 
 def shared_inverse(remainder: Tensor) -> Tensor:
-    """``p (R + p I)^-1`` for penalty p, (in, in), float64: what ADMM multiplies by."""
+    """``p (R + p I)^-1`` for penalty p, (in, in), float64: the matrix of the ADMM steps."""
     shifted = remainder.clone()
     shifted.diagonal().add_(PENALTY)
     return torch.cholesky_inverse(torch.linalg.cholesky(shifted)).mul_(PENALTY)
@@ -50,8 +51,8 @@ def relax(
 ) -> Relaxed:
     """Solve the relaxation approximately, in the precision of the weight.
 
-    `inverse` is that of :func:`shared_inverse`, in the precision of the products, `start`
-    where ADMM begins. Cost: one (out, in, in) product per iteration.
+    `inverse` comes from :func:`shared_inverse`, in the precision of the products. ADMM
+    begins at `start`. Cost: one (out, in, in) product per iteration.
     """
     sparse, dual = start, torch.zeros_like(start)
     root, share = None, torch.ones_like(start)
@@ -60,7 +61,7 @@ def relax(
     for iteration in range(1, ITERATIONS + 1):
         pull = sparse - dual - weight
         change = _times(pull, inverse)
-        if iteration % CHECKED == 0:
+        if iteration % CHECK_EVERY == 0:
             slope = PENALTY * (pull - change)  # change R, without a product
             value = _bound(change, slope, weight, pattern)[:, None]
             better = torch.ones_like(value) > 0 if best is None else value > best
@@ -76,14 +77,14 @@ def relax(
 
 
 def _times(rows: Tensor, matrix: Tensor) -> Tensor:
-    """Product in the precision of the matrix, summed and given in that of the rows."""
+    """Product in the precision of the matrix, with sums in the precision of the rows."""
     if matrix.dtype == rows.dtype:
         return rows @ matrix
     return torch.mm(rows.to(matrix.dtype), matrix, out_dtype=rows.dtype)
 
 
 def has_one_budget(pattern: Pattern) -> bool:
-    """Whether all rows share one budget, so that there is one bound for the layer."""
+    """Whether all rows share one budget, and so one bound."""
     return isinstance(pattern, Unstructured) and pattern.group == "layer"
 
 
@@ -100,8 +101,9 @@ def _shares(
 ) -> tuple[Tensor, Tensor]:  # (out, in), (groups, 1)
     """Maximise ``sum c^2 z / (1 + p z)`` over z in [0, 1] with sum k, for penalty p.
 
-    ``z = clip((|c| t - 1) / p, 0, 1)`` with one t per group: Newton steps on a sum that is
-    piecewise linear in t, with a bracket, from the t of the iteration before.
+    The solution is ``z = clip((|c| t - 1) / p, 0, 1)`` with one t per group. The sum of z is
+    piecewise linear in t. Newton steps with a bracket, from the t of the iteration before,
+    find the t at which it is k.
     """
     sizes = _grouped(centre, pattern).abs()
     kept = _kept(pattern, sizes.shape[1])
@@ -121,21 +123,21 @@ def _shares(
         step = root - excess / slope.clamp(min=TINY)
         middle = torch.where(torch.isinf(high), 2 * low, (low + high) / 2)
         inside = (step > low) & (step < high)
-        found = excess.abs() <= rounding  # from there, a step may leave the bracket
-        root = torch.where(found, root, torch.where(inside, step, middle))
+        solved = excess.abs() <= rounding  # a further step could leave the bracket
+        root = torch.where(solved, root, torch.where(inside, step, middle))
     share = ((sizes * root - 1) / PENALTY).clamp(0, 1)
     return share.view_as(centre), root
 
 
 def _grouped(matrix: Tensor, pattern: Pattern) -> Tensor:
-    """Entries that share a count, one group per row."""
+    """Matrix with one group of the pattern per row."""
     if isinstance(pattern, NM):
         return matrix.reshape(-1, pattern.m)
     return matrix.reshape(1, -1) if has_one_budget(pattern) else matrix
 
 
 def _kept(pattern: Pattern, size: int) -> int:
-    """Weights that a group of this size keeps."""
+    """Number of weights that a group of this size keeps."""
     if isinstance(pattern, NM):
         return pattern.n
     assert isinstance(pattern, Unstructured)

@@ -1,15 +1,16 @@
-r"""The layer-wise problem: the one thing that every pruning method answers.
+r"""The layer-wise problem, which every pruning method solves.
 
 .. math:: \min_{\hat W} \|W X - \hat W \hat X\|_F^2 / \text{tokens}
           \quad \text{subject to} \quad \hat W \in \text{pattern}
 
-W is the dense weight (out, in), X the inputs that the dense model gives the layer and
-Xhat those of the pruned model, both (in, tokens). Only moments of the inputs are kept:
+W is the dense weight (out, in). X are the inputs of the layer in the dense model and Xhat
+its inputs in the pruned model, both (in, tokens). Only moments of the inputs are kept:
 
     objective(What) = <What G, What> - 2 <What, T> + sum(energy),        T = W C
 
-Rows are independent. Written around the dense weight, with E = W - What and
-S = T - W G = W (C - G), nothing large cancels and nothing changes with damping:
+Rows are independent. The code uses the same objective written around the dense weight, in
+which nothing large cancels and no term changes with damping. With E = W - What and
+S = T - W G = W (C - G),
 
     objective(What) = <E G, E> + 2 <E, S> + sum(drift),   drift = energy of W (X - Xhat)
 
@@ -45,7 +46,7 @@ class LayerProblem:
     """One layer to prune: dense weight, moments of its inputs, and a sparsity pattern.
 
     Build it with :meth:`from_inputs` or :meth:`from_moments`. Everything is checked at
-    construction, and every tensor is left as it was given.
+    construction, and no tensor is changed.
 
     Parameters
     ----------
@@ -55,15 +56,15 @@ class LayerProblem:
     moments
         Moments of the inputs, shared by all matrices that read them.
     pattern
-        Which masks are feasible.
+        Set of feasible masks.
     energy
         Row sums of ``(W X)^2 / tokens``, shape (out,), float64.
     damping
         Ridge relative to mean(diag(gram)).
     gradient_norm
         Size of the gradient of the model's loss with respect to every weight, shape
-        (out, in), for methods that ask for it. Gradients are linear in the inputs, so it
-        belongs to inputs of this scale: twice the inputs, twice the norm.
+        (out, in), for methods that need it. It is linear in the inputs: twice the inputs,
+        twice the norm.
     """
 
     weight: Tensor
@@ -86,7 +87,7 @@ class LayerProblem:
             )
             raise InvalidProblemError(message)
         if not bool((self.energy >= 0).all() & torch.isfinite(self.energy).all()):
-            message = "energy holds a negative or non-finite value"
+            message = "energy contains a negative or non-finite value"
             raise InvalidProblemError(message)
         if self.gradient_norm is not None:
             check_gradient_norm(self.gradient_norm, self.weight)
@@ -121,7 +122,7 @@ class LayerProblem:
         """
         if weight.dim() != 2 or inputs.dim() != 2 or inputs.shape[0] != weight.shape[1]:
             message = (
-                f"inputs are (in, tokens) for a weight (out, in); got inputs "
+                f"inputs must be (in, tokens) for a weight (out, in), got inputs "
                 f"{tuple(inputs.shape)} and weight {tuple(weight.shape)}"
             )
             raise InvalidProblemError(message)
@@ -158,7 +159,7 @@ class LayerProblem:
         damping: float = 0.01,
         gradient_norm: Tensor | None = None,
     ) -> "LayerProblem":
-        """Problem from moments, and the energy if dense and pruned inputs differ.
+        """Problem from moments, with energy or drift if dense and pruned inputs differ.
 
         Parameters
         ----------
@@ -167,8 +168,8 @@ class LayerProblem:
         energy
             Row sums of ``(W X)^2 / tokens``, shape (out,).
         drift
-            Row sums of ``(W (X - Xhat))^2 / tokens``, shape (out,), from which the energy
-            follows without cancellation; what :class:`MomentAccumulator` collects.
+            Row sums of ``(W (X - Xhat))^2 / tokens``, shape (out,), as returned by
+            :meth:`MomentAccumulator.drift`. The energy follows without cancellation.
         """
         check_weight(weight, moments.width, moments.gram.device)
         weight = weight.detach()
@@ -188,7 +189,7 @@ class LayerProblem:
                 energy += known["drift"] + 2 * _row_dots(known["shift"], weight)
             energy = energy.clamp(min=0)
         problem = cls(weight, moments, pattern, energy.double(), damping, gradient_norm)
-        vars(problem).update(known)  # cached properties: each would be a product again
+        vars(problem).update(known)  # fills cached properties, which cost products
         return problem
 
     @property
@@ -209,7 +210,7 @@ class LayerProblem:
 
     @property
     def cross_gram(self) -> Tensor:
-        """C, shape (in, in), float64; the gram itself if both models see the same."""
+        """C, shape (in, in), float64; the gram itself if Xhat = X."""
         cross = self.moments.cross_gram
         return self.gram if cross is None else cross
 
@@ -249,11 +250,11 @@ class LayerProblem:
         return gram, (self.target + self.ridge * self.weight.double()).to(self.dtype)
 
     def factor(self, dtype: torch.dtype | None = None) -> Factor:
-        """Cholesky factor of the damped gram; may have had to raise the damping."""
+        """Cholesky factor of the damped gram, with a larger damping where needed."""
         return self.moments.factor(self.damping, dtype or self.dtype)
 
     def factorized(self) -> tuple["LayerProblem", Factor]:
-        """Problem with the damping at which the factorization held, and the factor."""
+        """Problem at the damping at which the factorization succeeded, and the factor."""
         factor = self.factor()
         return (self.with_damping(factor.damping) if factor.raised else self), factor
 
@@ -266,25 +267,25 @@ class LayerProblem:
         return self._posed(pattern=pattern)
 
     def _posed(self, **changes: Any) -> "LayerProblem":
-        """Return the same data, posed otherwise; what was computed of them stays true."""
+        """Return a problem with other settings on the same data, keeping cached values."""
         posed = replace(self, **changes)
         self._pass_on(posed, lambda value: value)
         return posed
 
     def _pass_on(self, other: "LayerProblem", change: Callable[[Tensor], Tensor]) -> None:
-        """Give what was computed of the data, changed, to a problem made of this one."""
+        """Copy the cached values, each changed, to a problem derived from this one."""
         for name in OF_THE_DATA:
             if name in vars(self):
                 value = vars(self)[name]
                 vars(other)[name] = None if value is None else change(value)
 
     def centered(self) -> "CenteredProblem":
-        """Return the problem about the means, whose optimal shift is a bias.
+        """Return the problem about the means, whose solution comes with a bias.
 
-        With gram ``G - muhat muhat^T``, cross-gram ``C - mu muhat^T`` and energy
-        ``energy - (W mu)^2`` it measures the error left after the best bias
+        Its gram is ``G - muhat muhat^T``, its cross-gram ``C - mu muhat^T`` and its energy
+        ``energy - (W mu)^2``. It measures the error that remains with the best bias
         ``W mu - What muhat``, which :func:`layerwise.solve` returns in its solution. A
-        problem that is about the means already is returned as it is.
+        problem that is already about the means is returned as it is.
         """
         if isinstance(self, CenteredProblem):
             return self
@@ -301,9 +302,9 @@ class LayerProblem:
         )
 
     def rows(self, selection: slice | Tensor) -> "LayerProblem":
-        """Return the problem of some output rows on a mask of their own.
+        """Return the problem of some output rows, with their part of the mask.
 
-        Only for a :class:`FixedMask`; rows are independent once the mask is fixed.
+        Only for a :class:`FixedMask`: rows are independent once the mask is fixed.
         """
         assert isinstance(self.pattern, FixedMask)
         kept = self.pattern.mask(self.weight)[selection]
@@ -321,9 +322,9 @@ class LayerProblem:
     def normalized(self) -> tuple["LayerProblem", int]:
         """Problem scaled by ``2^-k`` so that mean(diag(gram)) is near one, and k.
 
-        The scaling is exact and leaves every solution unchanged, so grams of any
-        magnitude are solved alike; objectives are to be multiplied by ``2^k``. Means and
-        `gradient_norm` are linear in the inputs and scale by the root.
+        The scaling is exact and changes no solution, so grams of any magnitude are solved
+        alike. Multiply its objectives by ``2^k`` to get those of this problem. Means and
+        `gradient_norm` are linear in the inputs and scale by the square root.
         """
         exponent = even_exponent(self.moments.mean_diagonal)
         if exponent == 0:
@@ -373,11 +374,11 @@ def _row_forms(
     gram: Tensor,  # (in, in)
 ) -> Tensor:  # (out,)
     """``w G w^T`` of every row, some rows at a time."""
-    found = []
+    forms = []
     for rows in slabs(len(weight)):
         part = weight[rows].double()
-        found.append((part @ gram).mul_(part).sum(dim=1))
-    return torch.cat(found)
+        forms.append((part @ gram).mul_(part).sum(dim=1))
+    return torch.cat(forms)
 
 
 def _row_dots(
@@ -385,5 +386,4 @@ def _row_dots(
     other: Tensor,  # (out, in)
 ) -> Tensor:  # (out,)
     """Inner products of the rows of two matrices."""
-    found = [(one[r] * other[r]).sum(dim=1) for r in slabs(len(one))]
-    return torch.cat(found)
+    return torch.cat([(one[r] * other[r]).sum(dim=1) for r in slabs(len(one))])

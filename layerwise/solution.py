@@ -1,8 +1,8 @@
-"""What a solver answers, and the graded solution that :func:`layerwise.solve` makes of it.
+"""The answer of a solver, and the graded solution that :func:`layerwise.solve` returns.
 
-Outcomes are statuses, misuse is an exception. A solver never grades itself: its
-:class:`Answer` has no objective and no error. Those of a :class:`Solution` come from
-:func:`layerwise.evaluate.grade`.
+An outcome is a status, misuse is an exception. A solver never grades itself: its
+:class:`Answer` has no objective and no error. :func:`layerwise.evaluate.grade` computes
+both for the :class:`Solution`.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ class Status(StrEnum):
 
     OPTIMAL = "optimal"
     """The certificate bounds the excess over the optimum by the solver's tolerance, at the
-    damping in the stats if the gram was singular at that of the problem."""
+    damping in `stats` if the gram was singular at the damping of the problem."""
     FEASIBLE = "feasible"
     """The pattern holds; a heuristic chose the mask and nothing is claimed about it."""
     MAX_ITERATIONS = "max_iterations"
@@ -41,7 +41,7 @@ class Certificate:
     bound
         The bound, scale-free.
     relative_to
-        What the bound was divided by, in words.
+        Description of the value that the bound was divided by.
     """
 
     kind: Literal["refit", "l1", "support"]
@@ -51,20 +51,20 @@ class Certificate:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """Weights that a solver found, not graded, and what it has to say about them.
+    """Weights and mask from a solver, not graded, with its status and figures.
 
     Parameters
     ----------
     weight
         Shape (out, in), exactly zero outside `mask`.
     mask
-        Shape (out, in), bool, True = kept; None leaves the choice to the pattern, by the
-        sizes of the weights.
+        Shape (out, in), bool, True = kept; None for the feasible mask that keeps the
+        largest weights.
     status
         See :class:`Status`.
     with_bias
-        Whether the weights count on a bias. :func:`layerwise.solve` computes the best one
-        for them and grades them with it.
+        Whether the weights rely on a bias. :func:`layerwise.solve` computes the best bias
+        and grades the weights with it.
     certificate, iterations, history, stats
         See :class:`Solution`.
     """
@@ -99,8 +99,8 @@ class Solution:
         Proven bound, or None.
     bias
         Shift (out,) to add to the layer's bias; None unless the problem is centered or
-        the solver counts on a bias. It is always the best one for these weights, and
-        `objective` and `relative_error` hold with it.
+        the solver relies on a bias. It is the best one for these weights, and `objective`
+        and `relative_error` hold with it.
     iterations
         Iterations of the solver's main loop, 0 for direct methods.
     history
@@ -122,11 +122,11 @@ class Solution:
 
 
 Start = Answer | Solution
-"""Where a solver may begin: weights, and a mask."""
+"""Weights and a mask from which a solver may begin."""
 
 
-def mask_of(found: Start, pattern: Pattern) -> Tensor:
-    """Mask of weights; where none is given, the one that keeps the largest of them."""
-    if found.mask is not None:
-        return found.mask
-    return pattern.mask(found.weight.abs().nan_to_num())
+def mask_of(start: Start, pattern: Pattern) -> Tensor:
+    """Mask of the weights; if it is None, the feasible one that keeps the largest."""
+    if start.mask is not None:
+        return start.mask
+    return pattern.mask(start.weight.abs().nan_to_num())

@@ -1,7 +1,6 @@
-"""The front door: check the problem, call the solver, verify, raise or return.
+"""The entry point: check the problem, call the solver, verify, grade, raise or return.
 
-This module sits above the solvers, because it turns their names into objects. Nothing in
-``solvers/`` imports it.
+This module imports the solvers, to find them by name. Nothing in ``solvers/`` imports it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from layerwise.solution import Answer, Solution, Start, Status, mask_of
 from layerwise.solver import OnIteration, Solver, SolverLike, requirements
 from layerwise.solvers import get_solver
 
-SCALED_FIGURES = ("objective", "penalty")  # figures of an iteration that grow with gram
+SCALED_FIGURES = ("objective", "penalty")  # figures that are proportional to the gram
 
 
 @ieee_products()
@@ -33,9 +32,9 @@ def solve(
 ) -> Solution:
     """Solve a layer problem with a solver, a name, or any object that has ``solve``.
 
-    The problem is scaled by a power of two first, so grams of any magnitude are solved
-    alike; the answer is verified, and graded once, on the problem as posed. An answer that
-    counts on a bias is graded with the best one for its weights, computed here.
+    The problem is first scaled by a power of two, so grams of any magnitude are solved
+    alike. The answer is verified, and graded once, on the problem as posed. If the answer
+    relies on a bias, it is graded with the best bias for its weights, computed here.
 
     Parameters
     ----------
@@ -85,18 +84,18 @@ def _checked_answer(
     initial: Start | None,
     on_iteration: OnIteration | None,
 ) -> Answer:
-    """Answer with its mask, which keeps the pattern or says that arithmetic failed."""
-    found = answer_of(solver.solve(problem, initial=initial, on_iteration=on_iteration))
-    mask, status = mask_of(found, problem.pattern), found.status
-    if not all_finite(found.weight):
+    """Answer with its mask, either feasible or with the status of a numerical error."""
+    answer = answer_of(solver.solve(problem, initial=initial, on_iteration=on_iteration))
+    mask, status = mask_of(answer, problem.pattern), answer.status
+    if not all_finite(answer.weight):
         status = Status.NUMERICAL_ERROR
     if status is not Status.NUMERICAL_ERROR:
-        check_feasible(problem, found.weight, mask)
-    return replace(found, mask=mask, status=status)
+        check_feasible(problem, answer.weight, mask)
+    return replace(answer, mask=mask, status=status)
 
 
 def _checked_start(problem: LayerProblem, initial: Start) -> Answer:
-    """Start of the right shape, without the graph of weights that need gradients."""
+    """Start of the right shape, detached from any graph of gradients."""
     for name, tensor in (("weight", initial.weight), ("mask", initial.mask)):
         if tensor is not None and tuple(tensor.shape) != problem.shape:
             shape = tuple(tensor.shape)
@@ -115,8 +114,8 @@ def refuse_unless_solvable(solver: Solver, problem: LayerProblem) -> None:
 class Chain:
     """Solvers one after the other, each starting from the answer of the one before.
 
-    A step that requires a mask is given ``FixedMask`` of the previous answer; every other
-    step keeps the original pattern.
+    A step that requires a mask is posed with the ``FixedMask`` of the previous answer;
+    every other step keeps the original pattern.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
@@ -128,7 +127,7 @@ class Chain:
         return "+".join(step.name for step in self.steps)
 
     def can_solve(self, problem: LayerProblem) -> bool:
-        """Whether the first step can, and no step needs a mask that is not there."""
+        """Whether the first step can solve the problem."""
         return self.steps[0].can_solve(problem)
 
     def solve(
@@ -156,7 +155,7 @@ class Chain:
         assert answer is not None
         refitted = len(self.steps) > 1 and answer.status is Status.OPTIMAL
         if refitted and not isinstance(problem.pattern, FixedMask):
-            # optimal on its mask, which a heuristic chose: feasible for the problem posed
+            # optimal on a mask that a heuristic chose: only feasible for the problem posed
             answer = replace(answer, status=Status.FEASIBLE)
         return answer
 
@@ -170,7 +169,7 @@ def chain(*steps: SolverLike) -> Chain:
 
 
 def steps_of(solver: Solver) -> Iterator[Solver]:
-    """Solvers that work one after the other, those of chains within chains too."""
+    """Steps of a solver in order, including those of nested chains."""
     if isinstance(solver, Chain):
         for step in solver.steps:
             yield from steps_of(step)
@@ -181,8 +180,8 @@ def steps_of(solver: Solver) -> Iterator[Solver]:
 def resolve(method: SolverLike) -> Solver:
     """Solver for a name, for names joined by ``+``, or for an object.
 
-    A user's own object is wrapped (:class:`layerwise.foreign.UserSolver`) unless it is a
-    solver already, as all that this function returns is.
+    A user's own object that is not a solver is wrapped by
+    :class:`layerwise.foreign.UserSolver`, so the result is always a solver.
     """
     if not isinstance(method, str):
         return method if isinstance(method, Solver) else UserSolver(method)
@@ -205,7 +204,7 @@ def _refusal(solver: Solver, problem: LayerProblem) -> str:
     name = solver.name
     if "mask" in requirements(solver):
         return (
-            f"{name} finds weights for a mask that is fixed: give it a FixedMask, or chain "
-            f'it after a method that chooses one, as in "wanda+{name}"'
+            f"{name} finds weights for a fixed mask: give it a FixedMask, or chain it "
+            f'after a method that chooses one, as in "wanda+{name}"'
         )
     return f"{name} does not handle the pattern {problem.pattern}"

@@ -1,4 +1,4 @@
-"""What a solver is."""
+"""The interface of a solver."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -13,7 +13,7 @@ OnIteration = Callable[[Mapping[str, float]], None]
 class Solver(Protocol):
     """Hyper-parameters of one algorithm: a frozen dataclass, safe to share.
 
-    An attribute ``requires`` names the statistics that the algorithm reads, see
+    An optional attribute ``requires`` names the statistics that the algorithm reads, see
     :func:`requirements`.
     """
 
@@ -38,7 +38,7 @@ class Solver(Protocol):
 
 
 class UserObject(Protocol):
-    """The least that a user's own method must have: see :mod:`layerwise.foreign`."""
+    """The least interface of a user's own method, see :mod:`layerwise.foreign`."""
 
     def solve(self, problem: LayerProblem, /) -> Any:
         """Return something with `weight`."""
@@ -46,15 +46,15 @@ class UserObject(Protocol):
 
 
 SolverLike = str | Solver | UserObject
-"""What names a solver: a name, names joined by ``+``, a solver, or a user's own object."""
+"""A name, names joined by ``+``, a solver, or a user's own object."""
 
 
 def requirements(solver: object) -> frozenset[str]:
-    """Names of the statistics that a solver reads, as its ``requires`` tells them.
+    """Names of the statistics that a solver reads, from its attribute ``requires``.
 
-    ``"gram"``, ``"mean"``, ``"fluctuation"``, ``"gradient"``, or ``"mask"`` if it only
-    finds weights for a mask that is already fixed. It is a constant of the class, or a
-    property where it depends on the hyper-parameters; a solver without it requires
-    nothing.
+    They are ``"gram"``, ``"mean"``, ``"fluctuation"`` and ``"gradient"``; ``"mask"`` means
+    that the solver only finds weights for a fixed mask. The attribute is a constant of the
+    class, or a property if it depends on the hyper-parameters. A solver without the
+    attribute requires nothing.
     """
     return getattr(solver, "requires", frozenset())

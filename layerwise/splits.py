@@ -2,12 +2,12 @@ r"""Splits of a gram into blocks and a remainder that is positive semi-definite.
 
 .. math:: H = D + R, \qquad D \text{ block diagonal and positive}, \quad R \succeq 0
 
-A problem with D alone falls apart into its blocks, and R can only add to it: the larger D,
-the better the lower bounds of :mod:`layerwise.lower_bounds`. Blocks have size 1, so that D
-is a diagonal, or that of the groups of an n:m pattern.
+A problem with D alone separates into its blocks, and R can only increase its objective. So
+the larger D, the better the lower bounds of :mod:`layerwise.lower_bounds`. A block has one
+column, so that D is a diagonal, or the columns of a group of an n:m pattern.
 
-Weighing the entries of a diagonal D by c, how much each counts, the best D solves a
-semidefinite program, the dual of a relaxation of the max-cut kind. Its barrier problem
+For a diagonal D and the importance c of its entries, the best D solves a semidefinite
+program, the dual of a relaxation of the max-cut kind. Its barrier problem
 
 .. math:: \max_d\ \langle c, d\rangle + \nu \log\det(H - \operatorname{diag} d)
 
@@ -28,17 +28,17 @@ from torch import Tensor
 BARRIER = 0.3  # nu over the mean of c d
 NEWTON_STEPS = 4
 LENGTHS = (8, 4, 2, 1, 0.25, 0.06)  # of a step, times 1 / (1 + its Newton length)
-SMALLEST_SHARE = 0.02  # of what it was is what an entry has at least after a step
-SHARES = (1, 1 - 1e-6, 1 - 1e-4, 0.999, 0.99, 0.9, 0.5, 0.1, 0.01)  # of a split
+SMALLEST_SHARE = 0.02  # share of its value that an entry keeps in a step, at least
+SHARES = (1, 1 - 1e-6, 1 - 1e-4, 0.999, 0.99, 0.9, 0.5, 0.1, 0.01)  # of a split, tried
 LANCZOS_STEPS = 40
 
 
 def smallest_share(gram: Tensor, size: int) -> Tensor:
     """Split ``D = share * blocks of H`` with the largest share, shape (blocks, size, size).
 
-    For one column per block it is the smallest eigenvalue of the gram scaled to a unit
-    diagonal, times the diagonal. It comes out a little too large, or zero for a singular
-    gram: :func:`proven_split` is to follow. Cost: O(in^3), one factorization.
+    For one column per block, the share is the smallest eigenvalue of the gram scaled to a
+    unit diagonal. The result is a little too large, or zero for a singular gram, so
+    :func:`proven_split` must check it. Cost: O(in^3), one factorization.
     """
     blocks = _blocks_of(gram, size).clone()
     factors = torch.linalg.cholesky(blocks)
@@ -49,7 +49,10 @@ def smallest_share(gram: Tensor, size: int) -> Tensor:
 
 
 def _smallest_eigenvalue(matrix: Tensor) -> Tensor:
-    """Smallest eigenvalue from above, by Lanczos steps on the inverse; zero if singular."""
+    """Upper estimate of the smallest eigenvalue, by Lanczos steps on the inverse.
+
+    Zero for a singular matrix.
+    """
     lower, info = torch.linalg.cholesky_ex(matrix)
     if int(info) != 0:
         return matrix.new_zeros(())
@@ -59,9 +62,9 @@ def _smallest_eigenvalue(matrix: Tensor) -> Tensor:
     projected = matrix.new_zeros(steps, steps)
     for step in range(steps):
         size = row.norm()
-        for _ in range(2):  # against all rows before, twice for the sake of rounding
+        for _ in range(2):  # orthogonal to all earlier rows, twice because of rounding
             row = row - (basis @ row) @ basis
-        # a row within the span of those before leaves zero, and no trace in `projected`
+        # a row in the span of the earlier ones becomes zero, without effect on `projected`
         left = row.norm()
         basis[step] = torch.where(left > 1e-10 * size, row / left, 0)
         row = torch.cholesky_solve(basis[step, :, None], lower)[:, 0]
@@ -78,30 +81,30 @@ def weighted_split(gram: Tensor, diagonal: Tensor, importance: Tensor) -> Tensor
     gram
         H, shape (in, in), positive definite, float64.
     diagonal
-        Where to start, with positive definite remainder, shape (in,).
+        Start, with a positive definite remainder, shape (in,).
     importance
         c, shape (in,), positive.
 
     Returns
     -------
     Tensor
-        Shape (in,); a caller checks it by :func:`proven_split`. Cost: O(in^3), an inverse
-        and some factorizations per step.
+        Shape (in,), to be checked by :func:`proven_split`. Cost: O(in^3), an inverse and
+        some factorizations per step.
     """
     barrier = _Barrier(gram, importance, BARRIER * (importance @ diagonal) / len(gram))
-    found, best = diagonal, barrier.of(diagonal)
+    current, best = diagonal, barrier.of(diagonal)
     for _ in range(NEWTON_STEPS):
         step, length = barrier.step(best)
         for scale in LENGTHS:
-            trial = found + (scale / (1 + length)).clamp(max=1) * step
-            trial = torch.maximum(trial, SMALLEST_SHARE * found)
+            trial = current + (scale / (1 + length)).clamp(max=1) * step
+            trial = torch.maximum(trial, SMALLEST_SHARE * current)
             reached = barrier.of(trial)
-            if bool(reached.value > best.value):  # NaN where nothing is left
-                found, best = trial, reached
+            if bool(reached.value > best.value):  # NaN if the remainder is not positive
+                current, best = trial, reached
                 break
         else:
             break
-    return found
+    return current
 
 
 class _Point(NamedTuple):
@@ -116,7 +119,7 @@ class _Barrier:
         self._gram, self._importance, self._nu = gram, importance, nu
 
     def of(self, diagonal: Tensor) -> _Point:
-        """Value at a diagonal, and the factor of what it leaves."""
+        """Value at a diagonal, and the factor of its remainder."""
         left = remainder(self._gram, diagonal[:, None, None])
         lower, info = torch.linalg.cholesky_ex(left)
         value = self._importance @ diagonal + 2 * self._nu * lower.diagonal().log().sum()
@@ -133,13 +136,13 @@ class _Barrier:
 
 
 def proven_split(gram: Tensor, split: Tensor) -> Tensor | None:
-    """Split shrunk until its remainder is positive semi-definite beyond rounding.
+    """Split, shrunk until its remainder is proven to be positive semi-definite.
 
     A Cholesky factorization that succeeds is exact for a matrix that differs by at most
     ``(in + 1) eps sqrt(r_ii r_jj)`` in its entries, so by ``in (in + 1) eps max(r_ii)`` in
-    norm, with eps twice the unit of rounding. More than twice that is taken from the
-    diagonal first, which leaves room for the rounding of ``H - D`` and of the gram's own
-    diagonal: success is then a proof. None if the gram itself is too close to singular, or
+    norm, with eps twice the unit of rounding. More than twice this norm is subtracted from
+    the diagonal first, which also covers the rounding of ``H - D`` and of the gram's own
+    diagonal. Success is then a proof. None if the gram itself is too close to singular, or
     D is not positive. The diagonal of `gram` should be near one.
     """
     width = len(gram)

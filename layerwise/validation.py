@@ -1,4 +1,4 @@
-"""Checks of what a layer problem is made of; an error says where the fault is."""
+"""Checks of the data of a layer problem; an error names the position of the fault."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from layerwise.chunks import all_finite, slabs
 from layerwise.errors import InvalidProblemError
 
-SLACK = 1e-4  # of a gram that was rounded, relative to the diagonal
+SLACK = 1e-4  # for the rounding of a gram, relative to the diagonal
 
 
 def check_weight(weight: Any, width: int, device: torch.device) -> None:
@@ -33,8 +33,8 @@ def check_gradient_norm(gradient_norm: Any, weight: Tensor) -> None:
     """Raise unless it holds one finite number >= 0 per weight."""
     shape = tuple(weight.shape)
     if not isinstance(gradient_norm, Tensor) or tuple(gradient_norm.shape) != shape:
-        found = getattr(gradient_norm, "shape", None)
-        shown = type(gradient_norm).__name__ if found is None else tuple(found)
+        given = getattr(gradient_norm, "shape", None)
+        shown = type(gradient_norm).__name__ if given is None else tuple(given)
         message = f"gradient_norm is {shown}, expected a tensor of shape {shape}"
         raise InvalidProblemError(message)
     if gradient_norm.device != weight.device:
@@ -44,8 +44,8 @@ def check_gradient_norm(gradient_norm: Any, weight: Tensor) -> None:
     if bool(wrong.any()):
         row, column = wrong.nonzero()[0].tolist()
         message = (
-            f"gradient_norm holds {float(gradient_norm[row, column])} at row {row}, "
-            f"column {column}; a norm is finite and not negative"
+            f"gradient_norm contains {float(gradient_norm[row, column])} at row {row}, "
+            f"column {column}; a norm must be finite and not negative"
         )
         raise InvalidProblemError(message)
 
@@ -64,7 +64,7 @@ def check_matrix(matrix: Tensor, name: str, width: int) -> None:
 def check_gram(gram: Tensor, noise: Tensor | None, may_vanish: bool) -> bool:
     """Raise unless it is a gram up to rounding; returns whether it is exactly symmetric."""
     if gram.dim() != 2:
-        message = f"gram is a square matrix, got shape {tuple(gram.shape)}"
+        message = f"gram must be a square matrix, got shape {tuple(gram.shape)}"
         raise InvalidProblemError(message)
     check_matrix(gram, "gram", gram.shape[1])
     diagonal = gram.diagonal()

@@ -1,7 +1,7 @@
 """The solvers, one algorithm per file.
 
 ``SOLVERS`` maps every name to a factory without arguments. To add a solver, add its file
-and one line here; tests, documentation checks and the command line then know it.
+and one line here; tests, documentation checks and the command line then include it.
 """
 
 import difflib
@@ -72,7 +72,7 @@ SOLVERS: Mapping[str, Callable[[], Solver]] = MappingProxyType(
 
 
 def get_solver(name: str) -> Solver:
-    """Solver with its defaults; an unknown name is answered with close ones."""
+    """Solver with its defaults; the error for an unknown name suggests close names."""
     if name not in SOLVERS:
         close = difflib.get_close_matches(name, SOLVERS, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(close)}? " if close else ""

@@ -224,7 +224,7 @@ def test_own_moments_come_before_shared_ones(tmp_path: Path) -> None:
         ({"gram": None}, {}, "bad.safetensors has no gram of layer 'a'"),
         ({"cross_gram": torch.eye(3)}, {}, "has no energy of layer 'a'"),
         ({"gram": torch.full((3, 3), torch.nan)}, {}, "bad.safetensors: gram contains nan"),
-        ({"gram": torch.ones(3)}, {}, "bad.safetensors: gram is a square matrix"),
+        ({"gram": torch.ones(3)}, {}, "bad.safetensors: gram must be a square matrix"),
         ({"input_mean": torch.ones(2)}, {}, "bad.safetensors: input_mean has shape"),
         ({}, {"n_tokens": "-1"}, "bad.safetensors says that it has '-1' tokens"),
         ({}, {"n_tokens": "٣"}, "bad.safetensors says"),

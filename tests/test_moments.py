@@ -12,7 +12,7 @@ from torch import Tensor
 from layerwise import gram
 from layerwise.accumulator import MomentAccumulator
 from layerwise.errors import InvalidProblemError
-from layerwise.gram import BLOCKS, NARROW, add_gram, exact_bfloat16, mirrored
+from layerwise.gram import BLOCKS, SMALLEST_BLOCK, add_gram, exact_bfloat16, mirrored
 from layerwise.moments import Moments
 from layerwise.patterns import Unstructured
 from tests.support.problems import DEAD_CHANNEL, PROBLEMS, Layer, layers, make_layer
@@ -192,7 +192,7 @@ def identity(**entries: float) -> Tensor:
     ("gram", "message"),
     [
         (torch.zeros(4, 4), "gram is zero: every input is zero"),
-        (torch.ones(4), "gram is a square matrix, got shape (4,)"),
+        (torch.ones(4), "gram must be a square matrix, got shape (4,)"),
         (torch.ones(4, 3), "gram has shape (4, 3), expected (3, 3)"),
         (identity(g12=0.5), "gram is not symmetric: 0.5 at (1, 2), 0.0 at (2, 1)"),
         (identity(g22=-0.5), "gram has a negative diagonal: -0.5 at 2"),
@@ -314,12 +314,12 @@ def test_scaled_moments_are_shared() -> None:
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_wide_grams_are_built_from_their_upper_triangle(tokens: int) -> None:
     """More than one block of columns, the last one shorter."""
-    width = BLOCKS * NARROW + 50
+    width = BLOCKS * SMALLEST_BLOCK + 50
     inputs = make_layer(68, rows=1, width=width, tokens=tokens).inputs
     total = torch.zeros(width, width, dtype=torch.float64)
     add_gram(total, inputs.T, 0.25)
     add_gram(total, inputs.T, 0.75)
-    block = max(NARROW, -(-width // BLOCKS))
+    block = max(SMALLEST_BLOCK, -(-width // BLOCKS))
     assert not total[block:, :block].any()
     expected = inputs @ inputs.T
     limit = ROUNDING * float(expected.abs().max())

@@ -204,8 +204,8 @@ def test_fixed_mask_ignores_scores() -> None:
 IMPOSSIBLE: list[tuple[Pattern, tuple[int, int], str]] = [
     (NM(2, 4), (3, 126), "2:4 needs a width divisible by 4, but the weight has 126"),
     (FixedMask(torch.ones(2, 3).bool()), (3, 2), "mask (2, 3) does not fit weight (3, 2)"),
-    (Columns(5), (2, 4), "cannot keep 5 units of 4"),
-    (Columns(0), (2, 4), "cannot keep 0 units of 4"),
+    (Columns(5), (2, 4), "keep must be between 1 and 4 units, got 5"),
+    (Columns(0), (2, 4), "keep must be between 1 and 4 units, got 0"),
     (Columns(1, torch.tensor([0, 1])), (2, 4), "groups has shape (2,), expected (4,)"),
     (Columns(1, torch.tensor([0, 2, 2])), (2, 3), "groups must be consecutive integers"),
     (Columns(1, torch.tensor([-1, 0, 1])), (2, 3), "groups must be consecutive integers"),
@@ -222,7 +222,7 @@ IMPOSSIBLE: list[tuple[Pattern, tuple[int, int], str]] = [
     (
         Columns(2, torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1])),
         (2, 3),
-        "cannot keep 2 units of 1",
+        "keep must be between 1 and 1 units, got 2",
     ),
 ]
 

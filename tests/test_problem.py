@@ -108,7 +108,7 @@ INVALID: dict[str, tuple[Callable[[], LayerProblem], str]] = {
     ),
     "inputs are transposed": (
         lambda: from_inputs(WEIGHT, INPUTS.T),
-        "inputs are (in, tokens) for a weight (out, in); got inputs (9, 4)",
+        "inputs must be (in, tokens) for a weight (out, in), got inputs (9, 4)",
     ),
     "pruned inputs are transposed": (
         lambda: from_inputs(WEIGHT, INPUTS, INPUTS.T),
