@@ -101,9 +101,9 @@ def _shares(
 ) -> tuple[Tensor, Tensor]:  # (out, in), (groups, 1)
     """Maximise ``sum c^2 z / (1 + p z)`` over z in [0, 1] with sum k, for penalty p.
 
-    The solution is ``z = clip((|c| t - 1) / p, 0, 1)`` with one t per group. The sum of z is
-    piecewise linear in t. Newton steps with a bracket, from the t of the iteration before,
-    find the t at which it is k.
+    The solution is ``z = clip((|c| t - 1) / p, 0, 1)`` with one t per group. The sum of z
+    is piecewise linear in t. Newton steps with a bracket, from the t of the iteration
+    before, find the t at which the sum is k.
     """
     sizes = _grouped(centre, pattern).abs()
     kept = _kept(pattern, sizes.shape[1])

@@ -148,9 +148,9 @@ def test_accumulator_refuses_what_it_cannot_mean() -> None:
     both, one = MomentAccumulator(4), MomentAccumulator(4)
     both.update(tokens, tokens)
     one.update(tokens)
-    with pytest.raises(InvalidProblemError, match="in every update or in none"):
+    with pytest.raises(InvalidProblemError, match="to every update of an accumulator or to none"):
         both.update(tokens)
-    with pytest.raises(InvalidProblemError, match="in every update or in none"):
+    with pytest.raises(InvalidProblemError, match="to every update of an accumulator or to none"):
         one.update(tokens, tokens)
     with pytest.raises(InvalidProblemError, match="8 tokens, pruned inputs 7"):
         both.update(tokens, tokens[:7])
@@ -296,9 +296,9 @@ def test_constant_channels_have_no_variance(dtype: torch.dtype) -> None:
 
 
 def test_centering_needs_the_means() -> None:
-    with pytest.raises(InvalidProblemError, match="needs input means"):
+    with pytest.raises(InvalidProblemError, match="needs the means of the inputs"):
         Moments(identity()).centered()
-    with pytest.raises(InvalidProblemError, match="needs input means"):
+    with pytest.raises(InvalidProblemError, match="needs the means of the inputs"):
         Moments(identity(), identity(), torch.zeros(4)).centered()
 
 
