@@ -148,9 +148,9 @@ def test_accumulator_refuses_what_it_cannot_mean() -> None:
     both, one = MomentAccumulator(4), MomentAccumulator(4)
     both.update(tokens, tokens)
     one.update(tokens)
-    with pytest.raises(InvalidProblemError, match="to every update of an accumulator or to none"):
+    with pytest.raises(InvalidProblemError, match="to every update of an accumulator"):
         both.update(tokens)
-    with pytest.raises(InvalidProblemError, match="to every update of an accumulator or to none"):
+    with pytest.raises(InvalidProblemError, match="to every update of an accumulator"):
         one.update(tokens, tokens)
     with pytest.raises(InvalidProblemError, match="8 tokens, pruned inputs 7"):
         both.update(tokens, tokens[:7])
