@@ -9,12 +9,12 @@ second moment for every weight. For a matrix W (m, n) with gradient G
     M = beta1 M + (1 - beta1) N                   or M = N where beta1 is 0
     W = W - lr (M + weight_decay W)
 
-without bias correction: the clip replaces it. Of V only Q and U are stored, (m + n) k
-numbers instead of m n; a dense V exists while a matrix is updated. Every `select_every`
-steps k becomes the smallest rank whose error rate is at most `error_threshold`, at most
-`max_rank` times the shorter side. Matrices with fewer than
-``1 / max_rank`` rows or columns, and vectors, keep a dense V; more than two dimensions are
-flattened to (first, rest).
+without bias correction: the clip replaces it. Only the factors Q and U of V are stored,
+(m + n) k numbers instead of m n; a dense V exists while a matrix is updated. Every
+`select_every` steps, k becomes the smallest rank whose error rate is at most
+`error_threshold`, but at most `max_rank` times the shorter side. Vectors, and matrices with
+fewer than ``1 / max_rank`` rows or columns, keep a dense V. Tensors with more than two
+dimensions are flattened to (first, rest).
 
 Cost of a step: 8 m n k operations for the products of a matrix, about 4 min(m, n) k^2 for
 its basis, and ten passes over the weights. Matrices of equal shape and rank are one batch.
@@ -22,20 +22,22 @@ its basis, and ten passes over the weights. Matrices of equal shape and rank are
 Deviations from the paper; `PUBLISHED` undoes 1 to 3 as far as the constants are known:
 
 1. `warm_start`: the subspace starts from the previous Q with one iteration, where the paper
-   starts from random columns and iterates five times. The error is the same, see the page.
+   starts from random columns and iterates five times. The error is the same, see
+   ``docs/solvers/adapprox.md``.
 2. Truncation goes by singular values: the factors are rotated before columns are dropped.
    The paper takes the first columns of a QR decomposition, which are in no order.
-3. One selection looks at all smaller ranks at once, so the rank may shrink without a second
+3. One selection evaluates all smaller ranks at once, so the rank shrinks without a second
    try; it doubles where it must grow. The published growth is a sigmoid of the error rate.
 4. The product of the factors can be negative and is clamped at zero before it is used.
    Then ``V >= (1 - beta2) G^2``, and no entry of N exceeds ``1 / sqrt(1 - beta2)``.
 5. Cosine guidance divides by ``1 - cos``, which diverges; the factor is at most ten,
-   applies to the step and leaves the stored M alone.
-6. Q stands on the shorter side of the matrix: the orthonormal basis of a 50257 x 768
-   embedding is 768 x k. The error is as large, the storage equal.
-7. Random numbers depend on the seed, the parameter, its step and nothing else, so that a
-   loaded state goes on bit by bit.
-8. A gradient that is not finite raises before anything changes, where AdamW spreads it.
+   applies to the step and does not change the stored M.
+6. Q belongs to the shorter side of the matrix: the orthonormal basis of a 50257 x 768
+   embedding is 768 x k. Error and storage are the same.
+7. Random numbers depend only on the seed, the parameter and its step, so that a loaded
+   state continues with the same bits.
+8. A gradient that is not finite raises before anything changes, where AdamW would spread
+   it.
 9. The defaults of the learning rate and of weight decay are those of AdamW.
 
 References
@@ -45,7 +47,7 @@ References
    arXiv:2403.14958.
 """
 
-# PyTorch uses its own _foreach functions in its optimizers, and lists them nowhere
+# PyTorch uses its _foreach functions in its own optimizers, but does not export them
 # pyright: reportPrivateImportUsage=false
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -105,13 +107,13 @@ class Adapprox(Optimizer):
     iterations
         Subspace iterations from a random start.
     warm_start
-        Start from the previous factors instead.
+        Start from the previous factors instead of random columns.
     cosine_guidance
         Divide the step by one minus the cosine of N and M. Needs a first moment.
     seed
-        Of the random columns.
+        Seed of the random columns.
     check_finite
-        Refuse gradients that are not finite; one wait for the device per step.
+        Refuse gradients that are not finite; synchronises with the device once per step.
 
     Raises
     ------
@@ -220,7 +222,7 @@ class Adapprox(Optimizer):
             yield Entry(index, parameter, parameter.grad, self.state[parameter])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned; states keep their precision and are copied.
+        """Load the result of ``state_dict``; states keep their precision and are copied.
 
         Parameters
         ----------
@@ -271,7 +273,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def _refuse_non_finite(entries: Sequence[Entry]) -> None:
-    """One wait for the device, whatever the number of parameters."""
+    """Raise if a gradient is not finite, after one synchronisation with the device."""
     by_dtype: dict[torch.dtype, list[Entry]] = {}
     for entry in entries:
         by_dtype.setdefault(entry.gradient.dtype, []).append(entry)
@@ -293,7 +295,7 @@ def _refuse_non_finite(entries: Sequence[Entry]) -> None:
 def _move(
     group: Mapping[str, Any], batch: Sequence[Entry], normalised: list[Tensor]
 ) -> None:
-    """First moment, weight decay and the step itself."""
+    """Update the first moments, then apply weight decay and the step."""
     beta1, lr = group["betas"][0], float(group["lr"])
     steps = normalised
     if beta1 > 0:

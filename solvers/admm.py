@@ -8,10 +8,10 @@ diagonal, ``Gs = D^-1 G D^-1``. Splitting the weights from their sparse copy giv
 
 with Ts the scaled target and V the multiplier. Two published variants:
 
-- ``admm`` [1]_: 20 steps with rho = 1 and damping 0.1; the mask is refreshed in the first
-  15, at a sparsity that grows as ``s - s (1 - t / 15)^3``.
-- ``alps`` [2]_: rho grows with the number of support entries that still change, and a few
-  conjugate gradient steps finish on the final support.
+- ``admm`` [1]_: 20 steps with rho = 1 and damping 0.1. The first 15 steps refresh the mask,
+  at a sparsity that grows as ``s - s (1 - t / 15)^3``.
+- ``alps`` [2]_: rho grows with the number of support entries that still change. A few
+  conjugate gradient steps on the final support follow.
 
 References
 ----------
@@ -23,9 +23,9 @@ References
 
 Notes
 -----
-Deviations: (1) any gram and cross-gram; (2) the mask of ``alps`` is that of the sparse
-copy, where the published program takes it from W at the end; (3) ``alps`` finishes with
-the exact refit where the published program stops after ten steps (`finish="cg"`).
+Deviations: (1) any gram and cross-gram; (2) ``alps`` takes the mask of the sparse copy,
+where the published program takes the mask of W at the end; (3) ``alps`` finishes with the
+exact refit where the published program stops after ten steps (`finish="cg"`).
 """
 
 from dataclasses import dataclass, replace
@@ -46,8 +46,8 @@ from layerwise.solvers.refit.polish import polish
 Finish = Literal["exact", "cg"]
 
 RHO_EVERY = 3  # steps between two changes of rho
-BUSY, LIVELY, SETTLED = 0.1, 0.005, 3e-4  # shares of the support that changed
-PATIENT_STEPS = 30
+LARGE_CHANGE, MEDIUM_CHANGE, SMALL_CHANGE = 0.1, 0.005, 3e-4  # shares of the support
+LEAST_STEPS = 30  # before a small change ends the iteration
 LARGEST_RHO = 1e6
 FINISH_ITERATIONS = 10
 
@@ -95,18 +95,18 @@ class Scaled:
 
 @dataclass(frozen=True)
 class ADMM:
-    """ADMM: a fixed number of steps with a mask that becomes sparser on the way.
+    """ADMM: a fixed number of steps with a mask that becomes sparser step by step.
 
     Cost: one eigendecomposition O(in^3) and a product O(2 out in^2) a step.
 
     Parameters
     ----------
     damping
-        Relative ridge of this method, in place of the problem's own.
+        Relative ridge of this method, which replaces the damping of the problem.
     rho
         Weight of the splitting, in units of the scaled diagonal.
     iterations
-        Steps in all.
+        Number of steps.
     mask_iterations
         Steps that refresh the mask, at most `iterations`.
     """
@@ -124,7 +124,7 @@ class ADMM:
         check_positive(self, "rho")
 
     def can_solve(self, problem: LayerProblem) -> bool:
-        """Every pattern; a mask that is fixed only has its weights updated."""
+        """Every pattern; for a fixed mask only the weights are updated."""
         return True
 
     def solve(
@@ -161,7 +161,7 @@ class ADMM:
 
 @dataclass(frozen=True)
 class ALPS:
-    """ALPS: ADMM whose rho follows the support, then a refit where it settles.
+    """ALPS: ADMM whose rho follows the changes of the support, then a refit.
 
     Cost: one eigendecomposition O(in^3), a product O(2 out in^2) a step, an inverse
     O(2 in^3) every third step, and the refit.
@@ -171,7 +171,7 @@ class ALPS:
     rho
         First weight of the splitting.
     iterations
-        Most steps.
+        Largest number of steps.
     finish
         ``"exact"`` refits to a certificate; ``"cg"`` takes the published ten steps.
     memory_budget
@@ -194,11 +194,11 @@ class ALPS:
 
     @property
     def guarantee(self) -> str:
-        """What is certified."""
+        """Guarantee of the answer, in words."""
         return "certified refit" if self.finish == "exact" else "none"
 
     def can_solve(self, problem: LayerProblem) -> bool:
-        """Every pattern; a mask that is fixed only has its weights found."""
+        """Every pattern; for a fixed mask only the weights are found."""
         return True
 
     def solve(
@@ -208,7 +208,7 @@ class ALPS:
         initial: Start | None = None,
         on_iteration: OnIteration | None = None,
     ) -> Answer:
-        """Alternate until the support stays, then refit."""
+        """Alternate until the support no longer changes, then refit."""
         refit = LeastSquares(memory_budget=self.memory_budget)
         fixed = isinstance(problem.pattern, FixedMask)
         if fixed and self.finish == "exact":
@@ -225,12 +225,12 @@ class ALPS:
         return Answer(weight, mask, iterations=steps, stats=stats)
 
     def find(self, problem: LayerProblem) -> Tensor:
-        """Mask that the steps settle on, without the refit."""
+        """Return the final mask of the alternation, without the refit."""
         problem, _ = problem.factorized()
         return self._alternate(problem.pattern, Scaled(problem))[0]
 
     def _alternate(self, pattern: Pattern, scaled: Scaled) -> tuple[Tensor, Tensor, int]:
-        """Mask, sparse copy and number of steps."""
+        """Return the final mask, the sparse copy and the number of steps."""
         rho, grown = self.rho, False
         inverse = scaled.inverse(rho)
         first = pattern.mask(scaled.dense.abs())
@@ -249,15 +249,15 @@ class ALPS:
             share, last = changed / max(int(mask.sum()), 1), mask
             if changed == 0 and grown:
                 break
-            if step >= PATIENT_STEPS and share < SETTLED:
+            if step >= LEAST_STEPS and share < SMALL_CHANGE:
                 break
-            if share > BUSY:
+            if share > LARGE_CHANGE:
                 rho, grown = min(rho * 1.3, LARGEST_RHO), True
-            elif share > LIVELY:
+            elif share > MEDIUM_CHANGE:
                 rho, grown = min(rho * 1.2, LARGEST_RHO), True
             elif changed and grown:
                 rho = min(rho * 1.1, LARGEST_RHO)
-            else:  # frozen before rho ever grew: it started too large
+            else:  # no change although rho has not grown: it started too large
                 rho /= 5
                 copy, last = torch.where(first, scaled.dense, 0), first
                 dual = torch.zeros_like(copy)
@@ -266,7 +266,7 @@ class ALPS:
 
 
 def _gradual(pattern: Pattern, progress: float) -> Pattern:
-    """Pattern at an earlier time: sparsity ``s - s (1 - t)^3``."""
+    """Pattern at progress t, with the sparsity ``s - s (1 - t)^3``."""
     if isinstance(pattern, Unstructured):
         return replace(pattern, sparsity=pattern.sparsity * (1 - (1 - progress) ** 3))
     return pattern

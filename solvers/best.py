@@ -8,9 +8,9 @@ balanced  the mask of ALPS refined by swaps with exact refits
 thorough  then a tabu search beyond the local minimum
 ========  ===========================================================================
 
-Every step starts at the mask of the one before and never raises the damped objective, so
-the answer is at most that of ``alps``, and more effort is never worse. A mask that is fixed
-is only refitted, and columns are left at the choice of ALPS.
+Every step starts at the mask of the step before and never raises the damped objective. So
+the answer is never worse than that of ``alps``, and more effort is never worse. A fixed
+mask is only refitted, and for columns the choice of ALPS is final.
 
 References
 ----------
@@ -41,12 +41,12 @@ Effort = Literal["fast", "balanced", "thorough"]
 EFFORTS: tuple[str, ...] = get_args(Effort)
 
 TABU_STEPS = 1000
-NM_CANDIDATES = 32  # of the descent: few of them share a group
+NM_CANDIDATES = 32  # of the descent: only those in the same group can be exchanged
 
 
 @dataclass(frozen=True)
 class Best:
-    """ALPS, swaps, exact refit, as far as the effort allows.
+    """ALPS, swaps and an exact refit, as far as the effort allows.
 
     Cost: that of ``alps``, and some rounds O(out kept^2 candidates) of ``swaps``;
     memory O(kept^2) a row.
@@ -88,19 +88,19 @@ class Best:
         weight = torch.where(mask, problem.weight.to(problem.dtype), 0)
         count = NM_CANDIDATES if isinstance(problem.pattern, NM) else Swaps.candidates
         descent = Swaps(candidates=count, memory_budget=self.memory_budget)
-        found = descent.solve(
+        descended = descent.solve(
             problem, initial=Answer(weight, mask), on_iteration=on_iteration
         )
         if self.effort == "balanced":
-            return found
+            return descended
         search = Swaps(tabu=TABU_STEPS, memory_budget=self.memory_budget)
-        better = search.solve(problem, initial=found, on_iteration=on_iteration)
+        better = search.solve(problem, initial=descended, on_iteration=on_iteration)
         return replace(
             better,
-            iterations=found.iterations + better.iterations,
-            history=found.history + better.history,
+            iterations=descended.iterations + better.iterations,
+            history=descended.history + better.history,
             stats={
                 **better.stats,
-                "swaps": found.stats["swaps"] + better.stats["swaps"],
+                "swaps": descended.stats["swaps"] + better.stats["swaps"],
             },
         )

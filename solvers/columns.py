@@ -1,15 +1,15 @@
-r"""Whole columns leave, the others are refitted and a bias takes the means.
+r"""Removal of whole columns: the others are refitted, and a bias corrects the means.
 
-A column of W whose weights are all zero makes its input useless, and the rows of the
-layers before that compute this input leave for free. Two choices make a method. The
-*score* says which units of columns leave (:mod:`layerwise.solvers.column.scores`, or a
-search, :mod:`layerwise.solvers.column.search`). The *restoration* finds the rest:
+If all weights of a column of W are zero, its input is useless, and the rows of the earlier
+layers that compute this input can be removed at no cost. Two choices make a method. The
+*score* selects the units of columns to remove (:mod:`layerwise.solvers.column.scores`, or a
+search, :mod:`layerwise.solvers.column.search`). The *restoration* finds weights and bias:
 
 =============  ========================================================================
 restoration    weights and bias
 =============  ========================================================================
-none           kept weights stay
-bias           kept weights stay; the best bias, ``W mu - What muhat`` [2]_
+none           kept weights are unchanged
+bias           kept weights are unchanged; the best bias, ``W mu - What muhat`` [2]_
 least-squares  best weights on the kept columns, one factorization for all rows [1]_
 intercept      best weights and bias together: least squares about the means
 =============  ========================================================================
@@ -24,8 +24,9 @@ References
 Notes
 -----
 Deviations: (1) the damping of the refit pulls towards the dense weight; (2) units and
-heads of the pattern decide what leaves together, ties go by index; (3) dense and pruned
-inputs may differ, and then the bias also takes what the layers before have shifted.
+heads of the pattern decide which columns are removed together, and ties go by index;
+(3) dense and pruned inputs may differ, and then the bias also corrects the shift from
+earlier layers.
 """
 
 from collections.abc import Mapping
@@ -54,13 +55,13 @@ from layerwise.solvers.options import check_at_least, check_one_of
 
 Restoration = Literal["none", "bias", "least-squares", "intercept"]
 RESTORATIONS = ("none", "bias", "least-squares", "intercept")
-STEP_SHARE = 512  # units that go one by one; of more, as many go together
-NOISE = 1e-12  # of the energy: changes below it are rounding
+STEP_SHARE = 512  # a search moves one unit of this many at once, at least one
+NOISE = 1e-12  # of the energy: smaller changes are rounding
 
 
 @dataclass(frozen=True)
 class ColumnPruning:
-    """Columns by a score or a search, then a restoration of what is left.
+    """Choose columns by a score or a search, then restore the kept weights.
 
     Cost: O(out in) for a score, O(in^3 + out in^2) for `obs` and the searches, and
     O(kept^3 / 3 + out kept^2) for a refit.
@@ -70,11 +71,11 @@ class ColumnPruning:
     score
         Rule or search that chooses the columns.
     restoration
-        What happens to the kept weights and the bias.
+        How the kept weights and the bias are found.
     step
         Units that a search moves at once; None for one of every 512, at least one.
     rounds
-        Most rounds of exchanges of `swaps`.
+        Largest number of rounds of exchanges of `swaps`.
     tolerance
         Bound on the excess of every refitted row, relative to its damped optimum.
     """
@@ -96,29 +97,29 @@ class ColumnPruning:
     @property
     def requires(self) -> frozenset[str]:
         """Statistics that score and restoration read."""
-        found = set()
+        names = set()
         if self.score != "magnitude" or self.restoration in ("least-squares", "intercept"):
-            found.add("gram")
+            names.add("gram")
         if self.score in ABOUT_MEANS or self.with_bias:
-            found |= {"gram", "mean"}
+            names |= {"gram", "mean"}
         if self.score == COMPAT:
-            found.add("fluctuation")
-        return frozenset(found)
+            names.add("fluctuation")
+        return frozenset(names)
 
     @property
     def guarantee(self) -> str:
-        """What is certified."""
+        """Guarantee of the answer, in words."""
         if self.restoration in ("least-squares", "intercept"):
             return "certified refit"
         return "best bias" if self.with_bias else "none"
 
     @property
     def with_bias(self) -> bool:
-        """Whether the restoration counts on a bias."""
+        """Whether the restoration adds a bias."""
         return self.restoration in ("bias", "intercept")
 
     def can_solve(self, problem: LayerProblem) -> bool:
-        """Columns, or a fixed mask of whole columns, which is only restored."""
+        """Columns; a fixed mask of whole columns is only restored."""
         pattern = problem.pattern
         if isinstance(pattern, FixedMask):
             return bool((pattern.kept == pattern.kept[0]).all())
@@ -202,36 +203,36 @@ class ColumnPruning:
         return support.kept[units], tuple(history)
 
     def scores(self, problem: LayerProblem, units: Tensor) -> Tensor:
-        """Score of every unit, shape (units,); for a search that of its first step."""
+        """Score of every unit, shape (units,); for a search, those of its first step."""
         rule = "obs" if self.score in SEARCHES else self.score
         return unit_scores(
             self.restored(problem) if rule == "obs" else problem, units, rule
         )
 
     def restored(self, problem: LayerProblem) -> LayerProblem:
-        """Problem that the restoration answers: about the means if there is a bias."""
+        """Problem that the restoration solves: about the means if there is a bias."""
         return problem.centered() if self.with_bias else problem
 
     def step_of(self, units: Tensor) -> int:
-        """Units that a search moves at once."""
+        """Number of units that a search moves at once."""
         return self.step or max(1, (int(units.max()) + 1) // STEP_SHARE)
 
 
 def fasp() -> ColumnPruning:
-    """Wanda scores summed over columns, best weights on the columns that stay."""
+    """Wanda scores summed over columns, best weights on the kept columns."""
     return ColumnPruning("fasp", score="wanda", restoration="least-squares")
 
 
 def flap() -> ColumnPruning:
-    """Columns by their weighted fluctuation, weights kept, best bias."""
+    """Columns by their weighted variance, weights unchanged, best bias."""
     return ColumnPruning("flap", score="wifv", restoration="bias")
 
 
 def wanda_sp() -> ColumnPruning:
-    """Wanda scores summed over columns, weights kept."""
+    """Wanda scores summed over columns, weights unchanged."""
     return ColumnPruning("wanda-sp", score="wanda", restoration="none")
 
 
 def magnitude_sp() -> ColumnPruning:
-    """Columns with the largest sums of sizes, weights kept; uses no statistics."""
+    """Columns with the largest sums of ``|W|``, weights unchanged; uses no statistics."""
     return ColumnPruning("magnitude-sp", score="magnitude", restoration="none")

@@ -1,21 +1,21 @@
-r"""The error of a layer against the number of units removed, all points at once.
+r"""The error of a layer against the number of removed units, all points at once.
 
-The units leave one after the other, each on top of those before. For all prefixes of this
-order the answers are nested, and the whole curve takes O(in^3 + out in^2).
+The units are removed one after the other, so the removed sets are nested, and the whole
+curve costs O(in^3 + out in^2).
 
-Weights that stay: with E the dense weights of the removed columns,
+Without a refit: with E the dense weights of the removed columns,
 ``f = <E G, E> + 2 <E, S> + drift`` grows by one row and column of ``(W^T W) * G``.
 
-Weights that are refitted: put the columns that leave last to the front, ``G = L L^T``
-damped in this order, ``M = L^-1`` and ``c = W_ls L``. A leading block of G has the leading
-block of L as its factor, so the best weights on the first m columns lose
-``c_m M_m`` (an outer product) with column m, and
+With a refit: order the columns so that those removed last come first, let ``G = L L^T`` be
+the damped gram in this order, ``M = L^-1`` and ``c = W_ls L``. The factor of a leading
+block of G is the leading block of L. So the removal of column m changes the best weights on
+the first m columns by ``- c_m M_m`` (an outer product), and
 
 .. math:: f_m = f(W_\text{ls}) + \sum_{i \ge m} \|c_i\|^2
           - \lambda \Big(\Big\|W - W_\text{ls} + \sum_{i \ge m} c_i M_i\Big\|^2
           - \|W - W_\text{ls}\|^2\Big)
 
-is their undamped objective. Everything is a sum over the columns that left.
+is their undamped objective. Everything is a sum over the removed columns.
 
 References
 ----------
@@ -39,14 +39,14 @@ from layerwise.solvers.columns import ColumnPruning
 def error_curve(problem: LayerProblem, solver: ColumnPruning) -> Tensor:
     """Objective after the removal of 0, 1, ... units, in the order of the solver's score.
 
-    With heads, every point removes one more unit of every head. The searches follow the
-    greedy path: at a point, `greedy` solved alone gives this objective, and `swaps` at
-    most this damped objective.
+    With heads, every point removes one more unit of every head. Both searches follow the
+    greedy path. Solved for one point alone, `greedy` gives this objective, and `swaps` a
+    damped objective that is not larger.
 
     Parameters
     ----------
     problem
-        A layer with the pattern :class:`Columns`, whose `keep` is not looked at.
+        A layer with the pattern :class:`Columns`, whose `keep` is ignored.
     solver
         Score and restoration.
 
@@ -67,7 +67,7 @@ def error_curve(problem: LayerProblem, solver: ColumnPruning) -> Tensor:
         message = f"an error curve needs heads of equal size, got {counts.tolist()[:8]}"
         raise InvalidProblemError(message)
     order = _order(scaled, solver, units, heads)
-    # the columns in the order of their units, and how many are gone after each round
+    # the columns in the order of their units, and how many are removed after each round
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
     columns = rank[units].argsort(stable=True)
@@ -84,7 +84,7 @@ def error_curve(problem: LayerProblem, solver: ColumnPruning) -> Tensor:
 def _order(
     problem: LayerProblem, solver: ColumnPruning, units: Tensor, heads: Tensor
 ) -> Tensor:
-    """Units in the order in which they leave, one of every head per round."""
+    """Units in the order of their removal, one of every head per round."""
     about = solver.restored(problem)
     if solver.score in SEARCHES and about.moments.mean_diagonal > 0:
         support = ColumnSupport(about, units)
@@ -95,7 +95,7 @@ def _order(
 
 
 def _without_refit(problem: LayerProblem, order: Tensor) -> Tensor:
-    """Objective after each column, shape (in + 1,), weights unchanged."""
+    """Objective after each removal, shape (in + 1,), with the other weights unchanged."""
     weight = problem.weight.double()[:, order]
     pairs = (weight.T @ weight) * problem.gram[order][:, order]
     growth = pairs.diagonal() + 2 * pairs.tril(-1).sum(dim=1)
@@ -105,7 +105,7 @@ def _without_refit(problem: LayerProblem, order: Tensor) -> Tensor:
 
 
 def _with_refit(problem: LayerProblem, order: Tensor) -> Tensor:
-    """Objective after each column, shape (in + 1,), the others refitted each time."""
+    """Objective after each removal, shape (in + 1,), with the other weights refitted."""
     factor = problem.factor(torch.float64)
     problem = problem.with_damping(factor.damping)
     dense = problem.weight.double()

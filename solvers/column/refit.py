@@ -1,8 +1,8 @@
 r"""The best weights on columns that all rows share: one factorization for the layer.
 
 With K the kept columns, G the damped gram and ``r = T - W_K G`` the residual of the dense
-weights that are kept, every row takes the step ``r_K (G_KK)^-1``. The same factor gives
-the excess of any weights on these columns exactly, ``r_K (G_KK)^-1 r_K^T``.
+weights on K, every row takes the step ``r_K (G_KK)^-1``. With the same factor, the excess
+of any weights on these columns is exactly ``r_K (G_KK)^-1 r_K^T``.
 
 References
 ----------
@@ -30,8 +30,8 @@ def refit_columns(
 ) -> tuple[Tensor, Certificate, float]:
     """Weights that minimise the damped objective on some columns, from the dense ones.
 
-    Corrections in float64 repeat until the excess of every row is below half the
-    tolerance (iterative refinement), so a row without residual keeps its bits. Cost:
+    Corrections in float64 are repeated until the excess of every row is below half the
+    tolerance (iterative refinement). A row without residual keeps its bits. Cost:
     O(kept^3 / 3 + out kept^2), and the residuals.
 
     Parameters
@@ -74,7 +74,7 @@ def refit_columns(
 def _relative_excess(
     problem: LayerProblem, weight: Tensor, rest: Tensor, kept: Tensor, factor: Factor
 ) -> Tensor:
-    """Excess of every row and its rounding, relative to its damped optimum, (out,)."""
+    """Excess of every row with its rounding, relative to its damped optimum, (out,)."""
     objective = objective_from_residual(problem, weight, rest)
     size = size_of_terms(problem, weight)
     return relative_excess(problem, objective, bounded_energy(factor, rest[:, kept], size))

@@ -1,4 +1,4 @@
-r"""What a unit of columns is worth, by seven rules; the smallest scores leave first.
+r"""Scores of units of columns, by seven rules; the smallest are removed first.
 
 With W the dense weight and x_j the inputs of column j in the pruned model:
 
@@ -9,15 +9,16 @@ magnitude  ``sum_i |W_ij|``
 wanda      ``sum_i |W_ij| sqrt(G_jj)`` [1]_
 wifn       ``mean_i |W_ij| sqrt(G_jj)`` [2]_: the order of `wanda`, on another scale
 ifv        ``Var(x_j)`` [2]_
-wifv       ``Var(x_j) ||W_:j||^2`` [2]_: the error that is left after the best bias
-compat     `wifv` with what the code of [2]_ computes in place of the variance
-           (:mod:`layerwise.fluctuation`), to reproduce its choices
-obs        exact rise of the damped objective if the unit leaves alone and all others are
-           refitted: ``||v_j||^2 / (G^-1)_jj``, v the minimiser without constraint
+wifv       ``Var(x_j) ||W_:j||^2`` [2]_: the error that remains with the best bias
+compat     `wifv` with the statistic that the code of [2]_ computes in place of the
+           variance (:mod:`layerwise.fluctuation`), to reproduce its choices
+obs        exact rise of the damped objective if only this unit is removed and all others
+           are refitted: ``||v_j||^2 / (G^-1)_jj``, v the minimiser without constraint
 =========  ==========================================================================
 
-The score of a unit is the sum over its columns; `obs` is the joint loss of the unit. The
-remaining two, `greedy` and `swaps`, are searches: :mod:`layerwise.solvers.column.search`.
+The score of a unit is the sum over its columns, except that `obs` is the joint loss of the
+unit. Two more words, `greedy` and `swaps`, name searches, see
+:mod:`layerwise.solvers.column.search`.
 
 References
 ----------
@@ -59,7 +60,7 @@ def unit_scores(problem: LayerProblem, units: Tensor, score: str) -> Tensor:
     """
     scores = problem.weight.new_zeros(int(units.max()) + 1, dtype=torch.float64)
     if score == "obs":
-        constant = problem.moments.mean_diagonal == 0  # about the means: nothing to lose
+        constant = problem.moments.mean_diagonal == 0  # about the means: a removal is free
         return scores if constant else ColumnSupport(problem, units).changes()
     return scores.index_add_(0, units, _column_scores(problem, score))
 

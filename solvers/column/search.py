@@ -1,6 +1,6 @@
 r"""Searches for the columns to keep: greedy removal, and exchanges until none helps.
 
-Both know the exact damped objective after every step, with all weights refitted
+Both use the exact damped objective after every step, with all weights refitted
 (:mod:`layerwise.solvers.column.support`).
 
 References
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from layerwise.solvers.column.support import ColumnSupport, Exchanges
 
-TOLERANCE = 1e-6  # of the objective: smaller improvements are not worth an exchange
-PAIRS = 1 << 22  # numbers per array of a comparison of exchanges
+TOLERANCE = 1e-6  # of the objective: smallest improvement worth an exchange
+PAIRS = 1 << 22  # entries of an array in a comparison of exchanges
 
 
 def removal_path(
@@ -28,21 +28,22 @@ def removal_path(
     quotas: Tensor,  # (heads,)
     step: int,
 ) -> Tensor:
-    """Remove the cheapest unit, and again, always refitted; units in their order.
+    """Remove the cheapest unit again and again, always refitted; return their order.
 
-    With several heads a round takes one unit of every head, so that every round ends
+    With several heads, a round removes one unit of every head, so that every round ends
     with equal counts.
 
     Parameters
     ----------
     support
-        Where to start, usually at all columns; it is left where the path ends.
+        Kept columns at the start, usually all of them; changed to those at the end.
     heads
         Head of each unit.
     quotas
-        Units that each head loses.
+        Number of units to remove from each head.
     step
-        Units that leave together, by their costs alone; of different heads.
+        Number of units to remove together, by their separate costs; with several heads
+        they are of different heads.
     """
     several, order = len(quotas) > 1, []
     for index in range(int(quotas.max()) if several else 1):
@@ -67,34 +68,34 @@ def exchange_until_none_helps(
     rounds: int,
     noise: float,
 ) -> Iterator[dict[str, float]]:
-    """Exchange removed units for kept ones of their head; yields figures of each round.
+    """Exchange removed units for kept ones of their head; yield the figures of each round.
 
-    A round carries out the best exchange, or up to `step` of the best at once as long as
-    that gains at least as much. The objective falls with every round.
+    A round carries out the best exchange, or up to `step` of the best together as long as
+    they gain at least as much as the best alone. The objective falls with every round.
 
     Parameters
     ----------
     support
-        Where to start; it is left at the best set.
+        Kept columns at the start; changed to the best set.
     heads
         Head of each unit.
     step
-        Most exchanges at once.
+        Largest number of exchanges in a round.
     rounds
-        Most rounds.
+        Largest number of rounds.
     noise
-        Improvements below it are rounding.
+        Improvements below this are rounding.
     """
     together = step
     for _ in range(rounds):
         smallest = max(TOLERANCE * support.objective, noise)
-        found = _best_exchanges(support, heads, smallest)
-        if found is None:
+        exchanges = _best_exchanges(support, heads, smallest)
+        if exchanges is None:
             return
-        distinct = _first_of_each(found.leaving)[:together]
-        entering, leaving = found.entering[distinct], found.leaving[distinct]
+        distinct = _first_of_each(exchanges.leaving)[:together]
+        entering, leaving = exchanges.entering[distinct], exchanges.leaving[distinct]
         change = support.flip(entering) + support.flip(leaving)
-        if len(distinct) > 1 and change > float(found.change[0]):
+        if len(distinct) > 1 and change > float(exchanges.change[0]):
             support.flip(leaving)
             support.flip(entering)
             together = max(1, together // 2)
@@ -105,10 +106,10 @@ def exchange_until_none_helps(
 def _best_exchanges(
     support: ColumnSupport, heads: Tensor, smallest: float
 ) -> Exchanges | None:
-    """Exchanges that gain more than the smallest gain, the best first; None if none does.
+    """Exchanges that gain more than `smallest`, the best first; None if there are none.
 
-    An exchange gains at most what its entering unit gains alone. Units are tried in the
-    order of these gains, until the best exchange beats all that are left.
+    The gain of an exchange is at most the gain of its entering unit alone. Units are tried
+    in the order of these gains, until the best exchange beats all remaining units.
     """
     gains = -support.changes()
     removed = (~support.kept).nonzero()[:, 0]
@@ -133,7 +134,7 @@ def _best_exchanges(
 
 
 def _first_of_each(labels: Tensor) -> Tensor:
-    """Positions, ascending, at which a label occurs for the first time."""
+    """Positions at which a label occurs for the first time, ascending."""
     order = labels.argsort(stable=True)
     first = torch.ones_like(order, dtype=torch.bool)
     first[1:] = labels[order].diff() != 0

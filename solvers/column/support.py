@@ -1,13 +1,13 @@
 r"""One set of kept columns for all rows, always refitted exactly while it changes.
 
 Let K be the kept columns and R the others, G the damped gram, V the weights that are
-optimal on K and ``r = T - V G`` their residual. A *unit* U is a set of columns that come
-and go together. Two matrices of shape (in, in) tell what every change costs,
+optimal on K and ``r = T - V G`` their residual. A *unit* U is a set of columns that are
+kept or removed together. The cost of every change follows from two (in, in) matrices,
 
 .. math:: H = \begin{pmatrix} -A & A\,G_{KR} \\ \cdot & G_{RR} - G_{RK}\,A\,G_{KR}
           \end{pmatrix},\quad A = (G_{KK})^{-1}, \qquad Q = Z^\top Z,
 
-where Z (out, in) holds V in the kept and r in the removed columns. Then, exactly,
+where Z (out, in) contains V in the kept and r in the removed columns. Then, exactly,
 
 - flipping U, from kept to removed or back, changes the objective by
   ``-tr(Q_UU H_UU^-1)``: a loss where U was kept, a gain where it was not;
@@ -29,19 +29,19 @@ from torch import Tensor
 from layerwise.certificates import least_squares_minimum
 from layerwise.problem import LayerProblem
 
-REFRESH_SHARE = 4  # start again once a quarter of the columns flipped: rounding adds up
+REFRESH_SHARE = 4  # start anew after a quarter of the columns flipped: rounding adds up
 
 
 @dataclass(frozen=True, eq=False)
 class Exchanges:
-    """Removed units with the kept one that best makes room for each, cheapest first.
+    """Removed units, each with the best kept unit to exchange it for, cheapest first.
 
     Parameters
     ----------
     entering, leaving
         Units, shape (candidates,).
     change
-        What each exchange alone does to the objective, shape (candidates,), ascending.
+        Change of the objective by each exchange alone, shape (candidates,), ascending.
     """
 
     entering: Tensor
@@ -50,7 +50,7 @@ class Exchanges:
 
 
 class ColumnSupport:
-    """Kept columns of a layer in units, at first all of them; everything is float64.
+    """Kept columns of a layer in units, initially all of them; everything is float64.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ class ColumnSupport:
         return self._columns.shape[1]
 
     def restart(self, kept: Tensor) -> None:
-        """Go to a set of units, shape (units,), by one flip from all of them."""
+        """Keep exactly these units, shape (units,), by one flip from the full set."""
         for current, full in zip((self._swept, self._products), self._full, strict=True):
             current.copy_(full)
         self.kept, self.objective = torch.ones_like(kept), self._minimum
@@ -86,13 +86,13 @@ class ColumnSupport:
         self._flipped = 0
 
     def changes(self) -> Tensor:
-        """What flipping each unit alone does to the damped objective, shape (units,)."""
+        """Change of the damped objective by flipping each unit alone, shape (units,)."""
         pivot = _blocks(self._swept, self._columns, self._columns)
         inner = _blocks(self._products, self._columns, self._columns)
         return _change(pivot, inner, self._columns == len(self._swept))
 
     def flip(self, units: Tensor) -> float:
-        """Flip units that are all kept or all removed; the change of the objective."""
+        """Flip units that are all kept or all removed; return the objective's change."""
         before = self.objective
         self._flip(units)
         if self._flipped * REFRESH_SHARE > len(self._swept):
@@ -126,7 +126,7 @@ class ColumnSupport:
         self._flipped += len(columns)
 
     def exchanges(self, entering: Tensor, heads: Tensor) -> Exchanges:
-        """Best exchange of each of some removed units, with a kept unit of its head.
+        """Best exchange of each of some removed units for a kept unit of the same head.
 
         Parameters
         ----------
@@ -141,7 +141,7 @@ class ColumnSupport:
         _pad(pivot, into == len(self._swept))
         inverse = torch.linalg.inv(pivot)
         gain = (inner * inverse).sum(dim=(1, 2))
-        # blocks of all pairs after the one has entered: (candidates, kept, size, size)
+        # blocks of all pairs once the removed unit is kept: (candidates, kept, size, size)
         pairs = into[:, None], out[None]
         share = inverse[:, None] @ _blocks(self._swept, *pairs)
         mixed = share.mT @ _blocks(self._products, *pairs)
@@ -165,22 +165,22 @@ def _change(pivot: Tensor, inner: Tensor, padding: Tensor) -> Tensor:
 
 
 def _pad(pivot: Tensor, padding: Tensor) -> None:
-    """Put ones where a unit has fewer columns than the largest."""
+    """Add ones on the diagonal where a unit has fewer columns than the largest."""
     pivot.diagonal(dim1=-2, dim2=-1).add_(padding.to(pivot.dtype))
 
 
 def _blocks(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Blocks (..., size, size) of a matrix; zero where an index is one past its end."""
     last = len(matrix) - 1
-    found = matrix[
+    blocks = matrix[
         rows.clamp(max=last)[..., :, None], columns.clamp(max=last)[..., None, :]
     ]
     outside = (rows > last)[..., :, None] | (columns > last)[..., None, :]
-    return found.masked_fill_(outside, 0)
+    return blocks.masked_fill_(outside, 0)
 
 
 def _columns_of(units: Tensor) -> Tensor:
-    """Columns of each unit, shape (units, size); one past the end as padding."""
+    """Columns of each unit, shape (units, size); padded by the index one past the end."""
     counts = torch.bincount(units)
     order = units.argsort(stable=True)
     slot = torch.arange(len(units), device=units.device)
