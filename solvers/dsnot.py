@@ -1,16 +1,16 @@
 r"""DSnoT: edit a mask until the mean residual of every row is small, without training.
 
-Pruning leaves in row i the mean residual ``eps_i = W_i mu - What_i muhat``, with mu and
-muhat the input means of the dense and the pruned model; it is the change of the output
-that no zero-mean error explains. A cycle restores one removed weight and removes one kept
-weight of the row, so counts stay exact [1]_:
+After pruning, row i has the mean residual ``eps_i = W_i mu - What_i muhat``, with mu and
+muhat the input means of the dense and the pruned model. It is the mean change of the
+output. A cycle restores one removed weight and removes one kept weight of the row, so
+counts stay exact [1]_:
 
 - grow the removed entry with the largest ``sign(eps_i) W_ij muhat_j / Var(xhat_j)^power``,
-  which lowers ``|eps_i|`` most for the least variance that it adds;
+  which lowers ``|eps_i|`` most in relation to the variance that it adds;
 - prune the kept entry with the smallest Wanda score among those whose removal does not
   raise ``|eps_i|``: ``sign(eps_i) W_ij muhat_j <= 0``.
 
-With n:m both lie in one group.
+With n:m, both are in the same group.
 
 References
 ----------
@@ -21,11 +21,11 @@ References
 Notes
 -----
 Deviations: (1) the threshold on ``|eps_i|`` is relative to the root mean square of the
-dense outputs of the row, where 0.1 in the units of the outputs was published: an absolute
-one changes the mask when the weights are scaled; (2) a cycle that would not lower
-``|eps_i|``, because the restored weight overshoots, ends the row instead of being made, so
-the mean residual never grows; (3) dense and pruned inputs may differ; (4) the variance of
-a channel is at least 1e-6 of its second moment, below which it drowns in rounding.
+dense outputs of the row; the published one is 0.1 in the units of the outputs, so that the
+mask changes when the weights are scaled; (2) a cycle that would not lower ``|eps_i|``,
+because the restored weight overshoots, is not made and ends the row, so the mean residual
+never grows; (3) dense and pruned inputs may differ; (4) the variance of a channel is at
+least 1e-6 of its second moment, because smaller values are rounding.
 """
 
 from dataclasses import dataclass
@@ -53,12 +53,12 @@ class DSnoT:
     Parameters
     ----------
     max_cycles
-        Most exchanges per row.
+        Largest number of exchanges per row.
     tolerance
-        Size of the mean residual at which a row is left alone, relative to the root mean
-        square of its dense outputs.
+        Mean residual below which a row is not changed, relative to the root mean square of
+        its dense outputs.
     variance_power
-        Exponent of the variance in the choice of the weight that is restored.
+        Exponent of the variance in the choice of the restored weight.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gram", "mean"})
@@ -73,7 +73,7 @@ class DSnoT:
         check_finite(self, "variance_power")
 
     def can_solve(self, problem: LayerProblem) -> bool:
-        """Unstructured and n:m; nothing can be exchanged in a mask that is fixed."""
+        """Unstructured and n:m; nothing can be exchanged in a fixed mask."""
         return isinstance(problem.pattern, Unstructured | NM)
 
     def solve(
@@ -116,7 +116,7 @@ class _Edit:
         self._group_size = size
 
     def exchange(self, rows: Tensor) -> int:
-        """Make one exchange in each of these rows where it helps; returns how many."""
+        """Make one exchange in each of these rows where it helps; return their number."""
         if len(rows) == 0:
             return 0
         effects, kept = self._effects[rows], self.mask[rows]
@@ -143,7 +143,7 @@ class _Edit:
 
 
 def mean_effects(problem: LayerProblem) -> Tensor:
-    """``W_ij muhat_j``: what a weight adds to the mean output, (out, in), float64."""
+    """``W_ij muhat_j``, the share of a weight in the mean output, (out, in), float64."""
     return problem.weight.double() * _pruned_mean(problem)
 
 
@@ -190,7 +190,7 @@ def _variance(problem: LayerProblem) -> Tensor:
 
 
 def _first_largest(values: Tensor, allowed: Tensor) -> Tensor:
-    """Index of the largest allowed value of every row; some index if none is."""
+    """Index of the largest allowed value of every row; any index if none is allowed."""
     best = values.masked_fill(~allowed, -torch.inf)
     # argmax promises no order among ties
     return (best == best.amax(dim=1, keepdim=True)).int().argmax(dim=1)

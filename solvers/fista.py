@@ -1,10 +1,10 @@
 r"""FISTA with an l1 penalty that adapts to the pattern, and an exact refit.
 
-For a given penalty the convex problem ``objective(What) + penalty * sum|What|`` is solved
+For a given penalty, the convex problem ``objective(What) + penalty * sum|What|`` is solved
 to a duality gap (:func:`layerwise.solvers.lasso.lasso`). The penalty is searched on a log
-scale [1]_: round the solution U to the pattern; if the rounding error is more than
-`ratio` of the total error the penalty is too small, else too large. The best mask is
-refitted exactly.
+scale [1]_. A round solves the problem and rounds the solution U to the pattern. If the
+rounding error is more than `ratio` of the total error, the penalty is too small, else too
+large. The best mask is refitted exactly.
 
 References
 ----------
@@ -17,12 +17,12 @@ Deviations of ``fista`` from [1]_, all undone by ``fista-paper``: (1) l1 problem
 the duality gap instead of after 20 iterations, and are solved by alternating directions,
 which need fewer iterations, before FISTA; (2) the mask is chosen by saliency; (3) rounds
 are compared after a few conjugate gradient steps on their mask, and the best mask is
-refitted; (4) a penalty starts at the solution of the one before. In both, the search
-starts at the penalty that a diagonal gram would need instead of at 1e-5.
+refitted; (4) each penalty starts at the solution of the previous one. In both solvers, the
+search starts at the penalty that a diagonal gram would need instead of at 1e-5.
 
-The published warm start is SparseGPT's answer for OPT and Wanda's for LLaMA. A layer
-problem does not know its model, so ``fista-paper`` leaves `warm_start` open: it is Wanda
-here, and :func:`layerwise.prune_model` fills in the one that belongs to the model.
+The published warm start is the answer of SparseGPT for OPT and of Wanda for LLaMA. A layer
+problem does not know its model, so ``fista-paper`` leaves `warm_start` unset. Then it is
+Wanda here, and :func:`layerwise.prune_model` sets the published one for the model.
 """
 
 import math
@@ -43,7 +43,14 @@ from layerwise.patterns import NM, FixedMask, Pattern
 from layerwise.problem import LayerProblem
 from layerwise.solution import Answer, Start, mask_of
 from layerwise.solver import OnIteration, Solver
-from layerwise.solvers.lasso import L1Path, LassoResult, Method, Metric, Quadratic, lasso
+from layerwise.solvers.lasso import (
+    L1Path,
+    LassoMethod,
+    LassoResult,
+    Metric,
+    Quadratic,
+    lasso,
+)
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.magnitude import Magnitude
 from layerwise.solvers.refit.polish import polish
@@ -56,7 +63,7 @@ WARM_STARTS: Mapping[str, Callable[[], Solver]] = MappingProxyType(
     {"wanda": Wanda, "sparsegpt": SparseGPT, "magnitude": Magnitude}
 )
 RATIO, RATIO_NM = 0.5, 0.8  # shares of the rounding error that gave the best masks
-PENALTY_FACTOR = 2.0  # of the search, until it has a bracket
+PENALTY_FACTOR = 2.0  # between two penalties until the search has a bracket
 BRACKET = 1.05  # ratio of upper to lower penalty at which the search ends
 
 
@@ -69,20 +76,20 @@ class Fista:
     Parameters
     ----------
     ratio
-        Share of the rounding error in the total error above which the penalty grows (xi);
-        by default 0.5, and 0.8 for n:m, near which the refitted error was least.
+        Share of the rounding error in the total error above which the penalty grows (xi).
+        The defaults, 0.5, and 0.8 for n:m, gave about the least refitted errors.
     rounding
-        Which entries of a round survive: by ``"magnitude"``, or by ``"saliency"``, the
-        exact cost ``u^2 / [G^-1]_jj`` of removing one alone.
+        Score of the entries that rounding keeps: ``"magnitude"``, or ``"saliency"``, the
+        exact cost ``u^2 / [G^-1]_jj`` of removing an entry alone.
     patience
         Rounds without improvement after which the search stops (T).
     max_rounds
-        Most penalties tried.
+        Largest number of penalties.
     tolerance
         Relative duality gap of every row of an l1 problem; 0 runs `max_iterations` steps.
-        Refitted errors are within 0.2 % of those at 1e-4 from 0.03 on.
+        Up to a tolerance of 0.03, refitted errors are within 0.2 % of those at 1e-4.
     max_iterations
-        Steps per penalty (K).
+        Largest number of steps per penalty (K).
     method, metric, restart
         See :func:`lasso`.
     polish
@@ -94,9 +101,9 @@ class Fista:
         Whether a round starts at the best rounded weights so far, as published, instead
         of at the solution of the previous penalty.
     warm_start
-        Solver whose answer the search starts from if there is no step before: one of
-        ``"wanda"``, ``"sparsegpt"`` and ``"magnitude"``. None is Wanda, unless a run puts
-        the start that the paper took for its model in its place (``fista-paper`` only).
+        Solver whose answer the search starts from if no `initial` is given: one of
+        ``"wanda"``, ``"sparsegpt"`` and ``"magnitude"``. None is Wanda, but a run replaces
+        it by the start of the paper for its model (``fista-paper`` only).
     memory_budget
         Bytes for the row systems of the refit.
     """
@@ -109,7 +116,7 @@ class Fista:
     max_rounds: int = 16
     tolerance: float = 1e-3
     max_iterations: int = 500
-    method: Method = "auto"
+    method: LassoMethod = "auto"
     metric: Metric = "auto"
     restart: bool = True
     polish: int = 8
@@ -120,7 +127,7 @@ class Fista:
 
     @property
     def guarantee(self) -> str:
-        """What is certified."""
+        """Guarantee of the answer, in words."""
         return "certified refit" if self.refit else "none"
 
     def _ratio(self, pattern: Pattern) -> float:
@@ -134,7 +141,7 @@ class Fista:
         return weight.abs() * quadratic.saliency
 
     def can_solve(self, problem: LayerProblem) -> bool:
-        """What the warm start can; a mask that is fixed is only refitted."""
+        """The patterns of the warm start; a fixed mask is only refitted."""
         return self._start().can_solve(problem)
 
     def _start(self) -> Solver:
@@ -169,22 +176,22 @@ class Fista:
             current, iterations = path.weight(point), point.iterations
             steps += iterations
             mask = problem.pattern.mask(self._scores(quadratic, current))
-            found = self._round_off(quadratic, current, mask)
+            candidate = self._round_off(quadratic, current, mask)
             rounding = _rounding_error(quadratic, current, mask)
-            share = rounding / max(found.rounded, 1e-300)
+            share = rounding / max(candidate.rounded, 1e-300)
             history.append(
                 {
                     "penalty": search.penalty,
                     "iterations": iterations,
                     "sparsity": float((current == 0).double().mean()),
                     "rounding_share": share,
-                    "objective": found.objective,
+                    "objective": candidate.objective,
                 }
             )
             if on_iteration is not None:
                 on_iteration(history[-1])
-            failures = 0 if found.objective < best.objective else failures + 1
-            best = min(best, found, key=lambda entry: entry.objective)
+            failures = 0 if candidate.objective < best.objective else failures + 1
+            best = min(best, candidate, key=lambda entry: entry.objective)
             search.update(too_small=share > self._ratio(problem.pattern))
             if failures >= self.patience or search.finished:
                 break
@@ -193,15 +200,15 @@ class Fista:
     def _round_off(
         self, quadratic: Quadratic, weight: Tensor, mask: Tensor
     ) -> "_Candidate":
-        """Round to the mask, polish, and measure."""
+        """Round weights to the mask, polish them, and compute their objective."""
         problem = quadratic.problem
         rounded = torch.where(mask, weight.to(quadratic.dense.dtype), 0)
         rest = residual(problem, rounded)
         total = float(objective_from_residual(problem, rounded, rest).sum()) ** 0.5
         if not self.polish:
             return _Candidate(rounded, mask, total**2, total)
-        sides = rest.to(rounded.dtype)
-        polished = rounded + polish(quadratic.gram, mask, sides, self.polish)
+        rhs = rest.to(rounded.dtype)
+        polished = rounded + polish(quadratic.gram, mask, rhs, self.polish)
         objective = float(objective_rows(problem, polished, damped=True).sum())
         if not objective < total**2:  # float32 on a gram that needs float64
             return _Candidate(rounded, mask, total**2, total)
@@ -216,11 +223,11 @@ class Fista:
     ) -> Answer:
         if self.refit:
             refit = LeastSquares(memory_budget=self.memory_budget)
-            found = refit.refit(problem, best.weight, best.mask)
+            answer = refit.refit(problem, best.weight, best.mask)
         else:
             stats = {"damping": problem.damping}
-            found = Answer(best.weight, best.mask, stats=stats)
-        return replace(found, iterations=steps, history=tuple(history))
+            answer = Answer(best.weight, best.mask, stats=stats)
+        return replace(answer, iterations=steps, history=tuple(history))
 
 
 def fista_paper() -> Fista:
@@ -251,7 +258,7 @@ class PenaltySearch:
 
     @property
     def finished(self) -> bool:
-        """Whether the bracket is too narrow to tell masks apart."""
+        """Whether the bracket is so narrow that its ends give the same masks."""
         return self._upper < BRACKET * self._lower
 
     def update(self, *, too_small: bool) -> None:

@@ -1,17 +1,17 @@
 r"""Frank-Wolfe: optimise a relaxed mask, then round it; weights keep their dense values.
 
-Let ``What = M * W`` with M in the convex hull of the feasible masks, that is, entries in
-[0, 1] whose sums over the groups of the pattern are the counts it keeps. The damped
-objective is a convex quadratic in M,
+Let ``What = M * W`` with M in the convex hull of the feasible masks, that is, with entries
+in [0, 1] that sum up to the kept counts of the pattern. The damped objective is a convex
+quadratic in M,
 
 .. math:: f(M) = \langle E G, E\rangle + 2 \langle E, S\rangle + \text{const}, \qquad
           E = (1 - M) * W, \qquad \nabla f(M) = -2\, W * R, \quad R = E G + S,
 
-and a step moves towards the mask V that minimises the linear model, which is the pattern's
-own mask for the scores ``W * R`` [1]_. With ``D = (V - M) * W`` the best step length
-is ``<D, R> / <D G, D>``, and the Frank-Wolfe gap ``2 <D, R>`` bounds how far f(M) is above
-the least value of the relaxed problem. Rows whose counts are their own have their own step
-lengths.
+and a step moves towards the mask V that minimises the linear model: the mask of the pattern
+for the scores ``W * R`` [1]_. With ``D = (V - M) * W``, the best step length is
+``<D, R> / <D G, D>``. The Frank-Wolfe gap ``2 <D, R>`` bounds the distance of f(M) from the
+minimum of the relaxed problem. If every row has its own count, every row has its own step
+length.
 
 References
 ----------
@@ -22,11 +22,11 @@ References
 
 Notes
 -----
-Deviations from [1]_: (1) the exact step, with ``step="open-loop"`` the published
-``2 / (t + 2)``; (2) counts are exact on the relaxed set, where at most the count was kept;
-(3) the best mask of several roundings is kept, the start among them, so the answer is never
-worse than its start; (4) any gram and cross-gram, damped; (5) for n:m the share that is
-fixed is taken of a row, not of a group, where 0.9 of two is nothing that can be kept.
+Deviations from [1]_: (1) the exact step; ``step="open-loop"`` is the published
+``2 / (t + 2)``; (2) counts are exact on the relaxed set, where the paper keeps at most the
+count; (3) the best mask of several roundings is kept, including the start, so the answer is
+never worse than its start; (4) any gram and cross-gram, damped; (5) for n:m, the fixed
+share refers to a row, not to a group, because 0.9 of two entries is not a whole number.
 """
 
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ from layerwise.solver import OnIteration
 from layerwise.solvers.options import check_at_least, check_one_of
 from layerwise.solvers.wanda import wanda_mask, wanda_scores
 
-TIE = 1e-9  # share of the score in a relaxed entry when it is rounded: it parts equal ones
+TIE = 1e-9  # weight of the Wanda score in the rounding, which decides between equal entries
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class FrankWolfe:
     Parameters
     ----------
     fixed_share
-        Share of the start's kept entries, those with the largest Wanda scores of the row
-        (or of the layer, if that is the group), that stay kept. 0 optimises all of them.
+        Share of the kept entries of the start that stay kept: those with the largest Wanda
+        scores of the row, or of the layer if that is the group. 0 optimises all entries.
     step
         ``"exact"`` minimises along the direction, ``"open-loop"`` takes ``2 / (t + 2)``.
     max_iterations
-        Most steps.
+        Largest number of steps.
     tolerance
         Frank-Wolfe gap at which a row stops, relative to its objective.
     round_every
@@ -86,7 +86,7 @@ class FrankWolfe:
         check_one_of(self, "step", "exact", "open-loop")
 
     def can_solve(self, problem: LayerProblem) -> bool:
-        """Unstructured and n:m; a mask that is fixed is returned as it is."""
+        """Unstructured and n:m; a fixed mask is returned unchanged."""
         return isinstance(problem.pattern, Unstructured | NM | FixedMask)
 
     def solve(
@@ -105,15 +105,15 @@ class FrankWolfe:
         for iteration in range(self.max_iterations):
             vertex, gaps = relaxed.linear_minimum()
             objective = relaxed.objective()
-            busy = gaps > self.tolerance * objective
+            active = gaps > self.tolerance * objective
             gap = float(gaps.sum() / objective.sum().clamp(min=1e-300))
             history.append({"objective": float(objective.sum()), "relative_gap": gap})
             if on_iteration is not None:
                 on_iteration(history[-1])
-            if not bool(busy.any()):
+            if not bool(active.any()):
                 break
             length = 2 / (iteration + 2) if self.step == "open-loop" else None
-            relaxed.move(vertex, busy, length)
+            relaxed.move(vertex, active, length)
             if (iteration + 1) % self.round_every == 0:
                 best.offer(relaxed.rounded())
         best.offer(relaxed.rounded())
@@ -127,23 +127,23 @@ class FrankWolfe:
         )
 
     def _fixed(self, problem: LayerProblem, start: Tensor) -> Tensor:
-        """Entries that stay kept: the largest Wanda scores among those of the start."""
+        """Entries that stay kept: those of the start with the largest Wanda scores."""
         scores = wanda_scores(problem).masked_fill(~start, -1)
         if _couples_rows(problem):
             scores = scores.reshape(1, -1)
         order = scores.argsort(dim=1, descending=True, stable=True)
         kept = (scores >= 0).sum(dim=1, keepdim=True)
         count = (self.fixed_share * kept.double()).floor()
-        place = torch.arange(scores.shape[1], device=scores.device)
+        rank = torch.arange(scores.shape[1], device=scores.device)
         fixed = torch.zeros_like(scores, dtype=torch.bool)
-        return fixed.scatter_(1, order, place < count).view_as(start)
+        return fixed.scatter_(1, order, rank < count).view_as(start)
 
 
 class RelaxedMask:
     """A point of the relaxed set, with the residual at its weights kept up to date.
 
-    Gaps, objectives and step lengths have one entry per row, or one entry in all if the
-    rows share a count.
+    Gaps, objectives and step lengths have one entry per row, or a single entry if the rows
+    share a count.
     """
 
     def __init__(self, problem: LayerProblem, mask: Tensor, fixed: Tensor) -> None:
@@ -156,7 +156,7 @@ class RelaxedMask:
         self._refresh()
 
     def _refresh(self) -> None:
-        """Residual anew, without the rounding of the steps so far."""
+        """Compute the residual anew, without the rounding of the steps so far."""
         fresh = residual(self._problem, self.values * self._dense)
         self._residual = fresh.to(self._dense.dtype)
 
@@ -165,7 +165,7 @@ class RelaxedMask:
         return rows.sum(dim=0, keepdim=True) if _couples_rows(self._problem) else rows
 
     def objective(self) -> Tensor:
-        """Damped objective f(M), ``<E, R + S> + drift``: no product with the gram."""
+        """Damped objective f(M) as ``<E, R + S> + drift``, without the gram."""
         change = (1 - self.values.double()) * self._dense.double()
         rest = self._residual.double()
         if self._problem.shift is not None:
@@ -181,8 +181,8 @@ class RelaxedMask:
         gaps = 2 * self._per_group(direction * self._residual)
         return vertex, gaps.clamp(min=0)
 
-    def move(self, vertex: Tensor, busy: Tensor, length: float | None) -> None:
-        """Step towards a vertex in the groups that are busy; None: the best length."""
+    def move(self, vertex: Tensor, active: Tensor, length: float | None) -> None:
+        """Step towards a vertex in the active rows, by the best length if it is None."""
         change = vertex.to(self.values.dtype) - self.values
         direction = change * self._dense
         image = direction @ self._gram
@@ -191,20 +191,20 @@ class RelaxedMask:
             curvature = self._per_group(direction * image)
             steps = (slope / curvature.clamp(min=1e-30)).clamp(min=0, max=1)
         else:
-            steps = torch.full_like(busy, length, dtype=self.values.dtype)
-        steps = torch.where(busy, steps, 0)[:, None]
+            steps = torch.full_like(active, length, dtype=self.values.dtype)
+        steps = torch.where(active, steps, 0)[:, None]
         self.values += steps * change
         self._residual -= steps * image
 
     def rounded(self) -> Tensor:
-        """Feasible mask of the largest entries; equal ones by Wanda's score."""
+        """Feasible mask of the largest entries; Wanda's score decides between ties."""
         self._refresh()
         order = self.values.double() + TIE * self._scores
         return self._problem.pattern.mask(order.masked_fill(self._fixed, torch.inf))
 
 
 class _Best:
-    """Best mask so far, row by row where the rows have counts of their own."""
+    """Best mask so far, row by row if every row has its own count."""
 
     def __init__(self, problem: LayerProblem, mask: Tensor) -> None:
         self._problem, self.mask = problem, mask
@@ -215,7 +215,7 @@ class _Best:
         return objective_rows(self._problem, weight, damped=True)
 
     def offer(self, mask: Tensor) -> None:
-        """Take what is better of this mask."""
+        """Take the rows of this mask that are better."""
         rows = self._objectives(mask)
         better = rows < self._rows
         if _couples_rows(self._problem):
@@ -225,6 +225,6 @@ class _Best:
 
 
 def _couples_rows(problem: LayerProblem) -> bool:
-    """Whether rows share one count, so that they cannot be optimised alone."""
+    """Whether the rows share one count, so that they are not independent."""
     pattern = problem.pattern
     return isinstance(pattern, Unstructured) and pattern.group == "layer"

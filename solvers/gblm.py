@@ -14,11 +14,12 @@ mean      ``sum_s |g_s| / N``                   ``sqrt(sum_s g_s^2 / N)``
 paper     ``sum_s |g_s| / sqrt(L)``             ``sqrt(sum_s g_s^2 / L)``
 ========  ====================================  =================================
 
-In the paper the first term is ``||Xhat_j||`` of a mean sequence, which is ``sqrt(L G_jj)``,
-and the second a *sum* over sequences times 100; the factor of the second row makes the
-order of the scores the published one. There the weight of the gradient grows with N. In the
-mean it does not, and the default alpha is the paper's at its own N = 128 and L = 2048:
-``100 N / sqrt(L) = 283`` for l1 and ``100 sqrt(N / L) = 25`` for l2.
+In the paper, the first term is ``||Xhat_j||`` of a mean sequence, that is,
+``sqrt(L G_jj)``, and the second term is 100 times a *sum* over sequences. The scaling of
+the second row gives the published order of the scores, with a gradient term that grows with
+N. The scaling of the first row does not grow with N. Its default alpha equals the paper's
+weight at N = 128 and L = 2048: ``100 N / sqrt(L) = 283`` for l1 and
+``100 sqrt(N / L) = 25`` for l2.
 
 References
 ----------
@@ -28,8 +29,8 @@ References
 Notes
 -----
 Deviations: (1) the scaling by means, undone by ``scaling="paper"``; (2) gradients are
-summed in float32, where half precision was published and loses small terms and saturates;
-(3) ties go by index.
+summed in float32; the published half precision loses small terms and saturates; (3) ties go
+by index.
 """
 
 from collections.abc import Mapping
@@ -67,14 +68,14 @@ class GBLM(ScoreSolver):
     Parameters
     ----------
     alpha
-        Weight of the gradient term; by default that of the paper, 283 for the l1 norm and
+        Weight of the gradient term. The default follows the paper: 283 for the l1 norm and
         25 for l2 with ``scaling="mean"``, 100 with ``scaling="paper"``.
     norm
         Norm over the calibration sequences, ``"l1"`` or ``"l2"``.
     scaling
-        ``"mean"`` over the sequences, or the sum of the ``"paper"``, which gives the
-        gradient more weight the more sequences there are. A run collects what `norm`
-        and `scaling` say; they change nothing for a `gradient_norm` that is given.
+        ``"mean"`` over the sequences, or the sum of the ``"paper"``, with which the weight
+        of the gradient grows with the number of sequences. `norm` and `scaling` decide what
+        a run collects; they do not change a `gradient_norm` that is given.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gram", "gradient"})

@@ -1,9 +1,9 @@
 r"""The convex l1 problem of a layer, solved to a duality gap.
 
-:math:`\min_U f(U) + p \sum_{ij} |U_{ij}|` with f the damped objective: alternating
-directions (:mod:`layerwise.solvers.l1.splitting`) until the gap of every row is proven;
-rows that are still open after some steps are finished by FISTA
-(:mod:`layerwise.solvers.l1.fista`). The result is always exactly sparse.
+:math:`\min_U f(U) + p \sum_{ij} |U_{ij}|` with f the damped objective. Alternating
+directions (:mod:`layerwise.solvers.l1.splitting`) iterate until the gap of every row is
+proven. FISTA (:mod:`layerwise.solvers.l1.fista`) finishes rows that are still open after
+some steps. The result is always exactly sparse.
 """
 
 import math
@@ -28,7 +28,7 @@ from layerwise.solvers.options import check_word
 
 __all__ = ["STEP_MARGIN", "L1Path", "LassoResult", "Metric", "Quadratic", "lasso"]
 
-Method = Literal["auto", "splitting", "fista"]
+LassoMethod = Literal["auto", "splitting", "fista"]
 
 SPLITTING_STEPS = 100  # of "auto", before FISTA takes over
 
@@ -42,8 +42,8 @@ class LassoResult:
     weight
         Shape (out, in): the iterate after the soft threshold, exactly sparse.
     subgradient
-        Shape (out, in): half a subgradient of the penalty at `weight`. It is the dual
-        point behind the gap, see :func:`layerwise.certificates.l1_bounds`.
+        Shape (out, in): half a subgradient of the penalty at `weight`, the dual point of
+        the gap, see :func:`layerwise.certificates.l1_bounds`.
     primal
         ``damped objective + penalty * sum|weight|``, float64.
     gap
@@ -54,7 +54,7 @@ class LassoResult:
         Evaluations of the gap, each a product with the gram and a triangular solve.
     status
         ``OPTIMAL`` if the gap is below the tolerance, else ``MAX_ITERATIONS``;
-        ``NUMERICAL_ERROR`` if it is no number.
+        ``NUMERICAL_ERROR`` if it is not a number.
     """
 
     weight: Tensor
@@ -74,7 +74,7 @@ def lasso(
     initial: Tensor | None = None,
     tolerance: float = 1e-4,
     max_iterations: int = 2000,
-    method: Method = "auto",
+    method: LassoMethod = "auto",
     metric: Metric = "auto",
     restart: bool = True,
 ) -> LassoResult:
@@ -82,9 +82,10 @@ def lasso(
 
     .. math:: \min_{\hat W} f(\hat W) + \text{penalty} \sum_{ij} |\hat W_{ij}|
 
-    with f the damped objective, not halved: from ``penalty = 2 max|T|`` on the solution
-    is zero. The pattern of the problem is ignored. Cost: one (out, in, in) product per
-    iteration and, for alternating directions, one factorization and inverse of the gram.
+    Here f is the damped objective, not halved, so the solution is zero from
+    ``penalty = 2 max|T|`` on. The pattern of the problem is ignored. Cost: one
+    (out, in, in) product per iteration and, for alternating directions, one factorization
+    and inverse of the gram.
 
     Parameters
     ----------
@@ -97,26 +98,26 @@ def lasso(
     tolerance
         Relative duality gap of every row; 0 runs all iterations, of FISTA.
     max_iterations
-        Most steps.
+        Largest number of steps.
     method
-        ``"splitting"`` (alternating directions), ``"fista"``, or the first and then the
-        second for rows that are still open after 100 steps.
+        ``"splitting"`` (alternating directions), ``"fista"``, or ``"auto"``: splitting,
+        and FISTA for rows that are still open after 100 steps.
     metric
-        ``"gram"`` (one step length), ``"diagonal"`` (scaled by diag(gram)), or the one
-        with the smaller condition number.
+        ``"gram"`` (one step length), ``"diagonal"`` (scaled by diag(gram)), or ``"auto"``,
+        the one with the smaller condition number.
     restart
         Whether the momentum of a row of FISTA restarts where it points uphill.
 
     Raises
     ------
     InvalidProblemError
-        For a penalty that is negative or no number, and a start that is not finite or of
-        another shape.
+        If the penalty is negative or not finite, or `initial` is not finite or has another
+        shape.
     UsageError
-        For a word that is none of the above.
+        If `method` or `metric` is unknown.
     """
     if not 0 <= penalty < math.inf:
-        message = f"penalty must be a finite number and not negative, got {penalty}"
+        message = f"penalty must be finite and not negative, got {penalty}"
         raise InvalidProblemError(message)
     if initial is not None:
         _check_start(problem, initial)
@@ -124,8 +125,8 @@ def lasso(
     path = L1Path(scaled.factorized()[0], metric, method, restart=restart)
     path.start(problem.weight if initial is None else initial)
     unit_penalty = penalty * 2.0**-exponent
-    found = path.minimize(unit_penalty, tolerance, max_iterations)
-    return path.certify(found, unit_penalty, tolerance, exponent)
+    point = path.minimize(unit_penalty, tolerance, max_iterations)
+    return path.certify(point, unit_penalty, tolerance, exponent)
 
 
 def _check_start(problem: LayerProblem, initial: Tensor) -> None:
@@ -138,12 +139,12 @@ def _check_start(problem: LayerProblem, initial: Tensor) -> None:
 
 
 class L1Path:
-    """The l1 problems of a layer for many penalties, each started from the one before.
+    """The l1 problems of a layer for many penalties, each started from the previous one.
 
     Parameters
     ----------
     problem
-        At a damping at which its gram factors.
+        The layer, at a damping at which its gram factors.
     metric, method, restart
         See :func:`lasso`.
     """
@@ -152,11 +153,11 @@ class L1Path:
         self,
         problem: LayerProblem,
         metric: Metric = "auto",
-        method: Method = "auto",
+        method: LassoMethod = "auto",
         *,
         restart: bool = True,
     ) -> None:
-        check_word("method", method, get_args(Method))
+        check_word("method", method, get_args(LassoMethod))
         check_word("metric", metric, get_args(Metric))
         self.quadratic = Quadratic(problem, metric)
         self.method, self.restart = method, restart
@@ -173,7 +174,7 @@ class L1Path:
         self._subgradient = quadratic.residual(self._scaled)
 
     def minimize(self, penalty: float, tolerance: float, max_iterations: int) -> Point:
-        """Solve for one penalty; the next one starts where this one ends."""
+        """Solve for one penalty; the next call starts from this solution."""
         quadratic = self.quadratic
         bound = quadratic.bound(penalty)
         rows = torch.arange(len(self._scaled), device=self._scaled.device)
@@ -195,7 +196,7 @@ class L1Path:
         return point
 
     def _without_zero_rows(self, point: Point, bound: Tensor) -> Point:
-        """Rows whose target is a subgradient at zero: their exact solution is zero."""
+        """Set rows to zero whose target is a subgradient there: zero is their solution."""
         target = self.quadratic.scaled_target
         zero = (target.abs() <= bound).all(dim=1)
         scaled = torch.where(zero[:, None], 0, point.scaled)
@@ -211,7 +212,7 @@ class L1Path:
     def certify(
         self, point: Point, penalty: float, tolerance: float, exponent: int = 0
     ) -> LassoResult:
-        """Result with its gap evaluated anew, in float64; scaled back by ``2^exponent``."""
+        """Result with its gap evaluated anew in float64, scaled back by ``2^exponent``."""
         weight = self.weight(point)
         subgradient = point.subgradient * self.quadratic.root
         bounds = l1_bounds(self.quadratic.problem, weight, penalty, subgradient)

@@ -1,9 +1,9 @@
-r"""The l1 problem whose penalty is not known but whose share of zeros is.
+r"""The l1 problem with a given share of zeros instead of a given penalty.
 
 The share of zeros grows with the logarithm of the penalty, almost linearly around a half.
-A secant on that scale, kept inside its bracket, needs few penalties; each starts at the
-solution of the one before. Until the share is near, a loose gap is enough: only the last
-one or two problems are solved to the gap that is asked for.
+A secant on that scale, with bounds on its slope and step, needs few penalties; each starts
+at the solution of the previous one. A loose gap is enough until the share is near. Only the
+last one or two problems are solved to the requested gap.
 """
 
 import math
@@ -17,28 +17,29 @@ from layerwise.patterns import Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solvers.l1.quadratic import Metric
 from layerwise.solvers.l1.state import Point
-from layerwise.solvers.lasso import L1Path, LassoResult, Method
+from layerwise.solvers.lasso import L1Path, LassoMethod, LassoResult
 
 LOOSE_GAP = 1e-2  # until the share of zeros is near
-NEAR = 4  # times the accuracy asked for
-SLOPE = 0.2  # share of zeros per unit of log penalty near a half, the first guess
-SLOPE_RANGE = 4  # how far a measured slope may be from it
-PATIENCE = 6  # penalties after which the gap is tightened: a share of zeros that depends
-SHARPEST_GAP = 1e-6  # on where the iteration started would mislead the secant
+NEAR = 4  # times the requested accuracy
+SLOPE = 0.2  # first guess: share of zeros per unit of log penalty, near a half
+SLOPE_RANGE = 4  # largest factor between a measured slope and the first guess
+# at a loose gap the share of zeros depends on the start, which can mislead the secant
+PATIENCE = 6  # penalties after which the gap is tightened
+SMALLEST_GAP = 1e-6  # to which it is tightened
 LARGEST_STEP = math.log(4)
 MOST_PENALTIES = 25
 
 
 @dataclass(frozen=True, eq=False)
 class SparseLasso:
-    """Solution of an l1 problem with the share of zeros that was asked for.
+    """Solution of an l1 problem with a requested share of zeros.
 
     Parameters
     ----------
     result
         Solution and certificate at the last penalty.
     penalty
-        That penalty, in units of :func:`layerwise.solvers.lasso.lasso`.
+        The last penalty, in units of :func:`layerwise.solvers.lasso.lasso`.
     sparsity
         Share of zeros of the weights.
     penalties
@@ -63,7 +64,7 @@ def lasso_to_sparsity(
     tolerance: float = 1e-3,
     accuracy: float = 1e-3,
     max_iterations: int = 2000,
-    method: Method = "auto",
+    method: LassoMethod = "auto",
     metric: Metric = "auto",
 ) -> SparseLasso:
     """Solve the l1 problem at the penalty at which a given share of weights is zero.
@@ -75,18 +76,18 @@ def lasso_to_sparsity(
     sparsity
         Share of zeros of the whole matrix, more than 0 and less than 1.
     tolerance
-        Relative duality gap of every row at the penalty that is returned.
+        Relative duality gap of every row at the returned penalty.
     accuracy
         Largest difference between the share of zeros and `sparsity`.
     max_iterations
-        Most steps per penalty.
+        Largest number of steps per penalty.
     method, metric
         See :func:`layerwise.solvers.lasso.lasso`.
 
     Returns
     -------
     SparseLasso
-        If no penalty reaches the accuracy, as on a few weights only, the last one tried.
+        The last penalty tried, even if none reaches the accuracy, as with few weights.
     """
     if not 0 < sparsity < 1:
         message = f"sparsity must be more than 0 and less than 1, got {sparsity}"
@@ -112,7 +113,7 @@ def lasso_to_sparsity(
         if gap > tolerance and (missed <= NEAR * accuracy or penalties >= PATIENCE):
             gap = tolerance
         elif penalties >= PATIENCE:
-            gap = max(gap / 4, SHARPEST_GAP)
+            gap = max(gap / 4, SMALLEST_GAP)
     result = path.certify(point, penalty, tolerance, exponent)
     return SparseLasso(
         result, penalty * 2.0**exponent, share, penalties, iterations, checks
@@ -120,10 +121,10 @@ def lasso_to_sparsity(
 
 
 class ShareSearch:
-    """Secant on the logarithm of the penalty, its slope kept within reason.
+    """Secant on the logarithm of the penalty, with bounds on its slope.
 
-    There is no bracket: shares at a loose gap are a little wrong, and a wrong end would
-    lock the search out of the answer.
+    There is no bracket: shares at a loose gap are a little wrong, and a bracket with a
+    wrong end could exclude the answer.
 
     Parameters
     ----------

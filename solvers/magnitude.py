@@ -1,6 +1,6 @@
-"""Magnitude pruning: keep the largest weights, whatever the inputs.
+"""Magnitude pruning: keep the largest weights, regardless of the inputs.
 
-The baseline of every table: the optimum of the problem if the gram were the identity.
+It is the baseline of every table, and optimal if the gram is the identity.
 
 References
 ----------

@@ -443,7 +443,7 @@ def test_statistics_that_are_missing() -> None:
     problem = LayerProblem.from_moments(layer.weight, moments, pattern=HALF)
     for name in ("columns", "flap"):
         assert "mean" in requirements(get_solver(name))
-        with pytest.raises(InvalidProblemError, match="needs input means"):
+        with pytest.raises(InvalidProblemError, match="needs the means of the inputs"):
             lw.solve(problem, name)
     for name in ("fasp", "wanda-sp", "magnitude-sp"):
         assert "mean" not in requirements(get_solver(name))

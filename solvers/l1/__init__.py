@@ -1,1 +1,1 @@
-"""Parts of the l1 solvers: the quadratic, FISTA and splitting steps, their state."""
+"""Parts of the l1 solvers: the quadratic, FISTA and splitting steps, and their state."""

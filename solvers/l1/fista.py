@@ -4,8 +4,8 @@ r"""FISTA for the l1 problem, in the metric of its quadratic.
 
 with S the soft threshold and p the weighted penalty. Rows are independent: each has its
 own momentum, which restarts where it points uphill [2]_. Residuals are linear, so
-``R(Y_k)`` costs nothing and an iteration is one product with the gram. Nothing in a block
-of iterations reads a number back from the device.
+``R(Y_k)`` needs no product, and an iteration is one product with the gram. A block of
+iterations does not synchronise with the device.
 
 References
 ----------
@@ -20,7 +20,7 @@ import torch
 from layerwise.solvers.l1.quadratic import Quadratic
 from layerwise.solvers.l1.state import CHECK_EVERY, Point, keep
 
-STEP_GROWTH = 1.5  # where a step turns out too long after all
+STEP_GROWTH = 1.5  # of the step bound, when a step was too long
 MODEL_SLACK = 1e-5  # of the majorisation, for rounding
 
 
@@ -33,10 +33,10 @@ def run_fista(
     *,
     restart: bool = True,
 ) -> Point:
-    """Iterate the open rows until their gap is proven or the iterations are spent.
+    """Iterate the open rows until their gap is proven or the iterations are used up.
 
-    A step bound that a block of iterations proves too small grows behind the block, and
-    the momentum of all rows starts again.
+    If a block of iterations shows that the step bound is too small, the bound grows after
+    the block, and the momentum of all rows restarts.
     """
     rows = point.open
     weight = point.scaled[rows]

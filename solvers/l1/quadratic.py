@@ -2,16 +2,16 @@ r"""The smooth part of a layer's l1 problem, prepared once for many penalties.
 
 All iterations work on :math:`V = U D^{1/2}` with a diagonal D, so that the gram is
 :math:`C = D^{-1/2} G D^{-1/2}`, the metric is the identity and the l1 norm has weights
-:math:`D^{-1/2}`. D is diag(G), or a constant where that conditions better.
+:math:`D^{-1/2}`. D is diag(G), or a constant if that gives the smaller condition number.
 
-Every soft threshold :math:`V = S_t(M)` leaves a rest ``M - V`` that is, times the step
-bound, half a subgradient N of the l1 norm at V. It is dual feasible without any scaling,
-and complementary to V, so that the duality gap of a row is
+After every soft threshold :math:`V = S_t(M)`, the difference ``M - V`` times the step bound
+is half a subgradient N of the penalty at V. It is dual feasible without any scaling, and
+complementary to V, so that the duality gap of a row is
 
 .. math:: (R - N)\, C^{-1} (R - N)^\top, \qquad R = T - V C .
 
-A residual that is scaled until it is feasible needs 2 to 4 times the iterations to prove
-the same gap, because its worst entry decides.
+With the residual, scaled until it is feasible, the same gap takes 2 to 4 times the
+iterations, because its worst entry decides.
 """
 
 from functools import cached_property
@@ -26,7 +26,7 @@ from layerwise.problem import LayerProblem
 
 Metric = Literal["auto", "gram", "diagonal"]
 
-STEP_MARGIN = 1.02  # power iteration sees the largest eigenvalue from below
+STEP_MARGIN = 1.02  # power iteration estimates the largest eigenvalue from below
 
 
 class Quadratic:
@@ -35,10 +35,10 @@ class Quadratic:
     Parameters
     ----------
     problem
-        At a damping at which its gram factors.
+        The layer, at a damping at which its gram factors.
     metric
-        ``"gram"`` (constant), ``"diagonal"``, or the one with the smaller condition
-        number.
+        ``"gram"`` (constant), ``"diagonal"``, or ``"auto"``, the one with the smaller
+        condition number.
     """
 
     def __init__(self, problem: LayerProblem, metric: Metric) -> None:

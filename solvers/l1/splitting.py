@@ -5,10 +5,10 @@ With U the scaled subgradient and B = (C + rho I)^-1, computed once for all pena
 .. math:: V' = (T + \rho (V - U)) B, \quad M = \alpha V' + (1 - \alpha) V + U, \quad
           V = S_{p / 2 \rho}(M), \quad U = M - V .
 
-An iteration is one product, as in FISTA, but the least squares part is exact, so that
-large eigenvalues do not shorten the step: on layers of language models a gap of 1e-3
-takes about 10 iterations instead of some hundred. Written around the dense weight, B
-multiplies only ``rho (V - U - V_dense)``, and B is well conditioned: float32 is enough.
+An iteration is one product, as in FISTA. But the least squares part is exact, so large
+eigenvalues do not shorten the step: on layers of language models a gap of 1e-3 takes about
+10 iterations instead of some hundred. Written around the dense weight, B multiplies only
+``rho (V - U - V_dense)``. B is well conditioned, so float32 is enough.
 
 References
 ----------
@@ -26,12 +26,12 @@ from layerwise.solvers.l1.quadratic import Quadratic
 from layerwise.solvers.l1.state import CHECK_EVERY, Point, keep
 
 RELAXATION = 1.7
-WEIGHT_SHARE = 0.5  # rho over the geometric mean of the extreme eigenvalues; measured
-LEAST_WEIGHT = 0.05  # of the quadratic term, where the gram is nearly singular
+WEIGHT_SHARE = 0.5  # rho over the geometric mean of the extreme eigenvalues, by experiment
+LEAST_WEIGHT = 0.05  # smallest rho, for a gram that is nearly singular
 
 
 class Splitting:
-    """The iteration on one quadratic; its inverse serves all penalties."""
+    """The iteration on one quadratic; all penalties share its inverse."""
 
     def __init__(self, quadratic: Quadratic) -> None:
         self.quadratic = quadratic
@@ -50,7 +50,7 @@ class Splitting:
     def run(
         self, penalty: float, point: Point, tolerance: float, max_iterations: int
     ) -> Point:
-        """Iterate the open rows until their gap is proven or the iterations are spent."""
+        """Iterate the open rows until their gap is proven or the iterations used up."""
         quadratic, rows = self.quadratic, point.open
         bound = quadratic.bound(penalty) / self.weight
         weight, dual = point.scaled[rows], point.subgradient[rows] / self.weight

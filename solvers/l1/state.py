@@ -1,4 +1,4 @@
-"""What the l1 iterations share: rows in progress, and the point they stand at."""
+"""State that the l1 iterations share: the current point and the rows in progress."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ CHECK_EVERY = 4  # iterations between two evaluations of the gap, which synchron
 
 @dataclass(frozen=True)
 class Point:
-    """Where an iteration stands, for all rows; in the metric of its quadratic.
+    """Current point of an iteration, for all rows, in the metric of its quadratic.
 
     Parameters
     ----------
@@ -34,12 +34,12 @@ class Point:
     checks: int = 0
 
     def stored(self, rows: Tensor, scaled: Tensor, subgradient: Tensor) -> None:
-        """Put rows that left the iteration where they belong."""
+        """Store the results of rows that are finished."""
         self.scaled[rows] = scaled
         self.subgradient[rows] = subgradient
 
     def at(self, rows: Tensor, iterations: int, checks: int) -> "Point":
-        """The same arrays later on, with these rows still open."""
+        """Return the same arrays with these rows still open and more iterations counted."""
         return replace(
             self,
             open=rows,
@@ -49,6 +49,6 @@ class Point:
 
 
 def keep(more: Tensor, tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Rows of every tensor that stay in the iteration."""
+    """Rows of every tensor that continue to iterate."""
     index = more.nonzero()[:, 0]
     return [torch.index_select(tensor, 0, index) for tensor in tensors]
