@@ -117,7 +117,7 @@ def lasso(
         If `method` or `metric` is unknown.
     """
     if not 0 <= penalty < math.inf:
-        message = f"penalty must be finite and not negative, got {penalty}"
+        message = f"penalty must be a finite number and not negative, got {penalty}"
         raise InvalidProblemError(message)
     if initial is not None:
         _check_start(problem, initial)

@@ -1,19 +1,19 @@
 r"""Exact refit: the best weights on a fixed mask, every row certified.
 
-Row i with support S minimises the damped objective over vectors that vanish outside S;
-the change d from any starting point solves ``d_S G_SS = r_S`` with r the residual
-``T - w G``. Or its dual is solved, for the multipliers of the weights that are gone. Two
-inner solvers work on either side, in the precision in which the gram factors:
+Row i with support S minimises the damped objective over vectors that vanish outside S.
+The change d from any starting point solves ``d_S G_SS = r_S`` with r the residual
+``T - w G``. Alternatively, the dual problem is solved, for the multipliers of the removed
+weights. Two inner solvers work for both, in the precision in which the gram factors:
 
 - direct: gather the systems of many rows and factor them as one batch, O(kept^3 / 3) or
   O(removed^3 / 3) a row (:mod:`.row_systems`);
 - cg: conjugate gradients on all rows at once, O(2 in^2) a row and iteration
   (:mod:`.conjugate_gradients`).
 
-Weights and residuals are float64, and each correction (:mod:`.refit_rounds`) repeats until
-the certificate of every row (:func:`layerwise.certificates.refit_state`) is below the
-tolerance: iterative refinement. Rows that are there leave. Starting at the dense weight, a
-full mask returns it bit for bit where both models see the same inputs.
+Weights and residuals are float64. Corrections (:mod:`.rounds`) are repeated until the
+certificate of every row (:func:`layerwise.certificates.refit_state`) is below the
+tolerance: iterative refinement. Rows below it are finished and not corrected again. If both
+models see the same inputs, a full mask returns the dense weight bit for bit.
 
 References
 ----------
@@ -56,15 +56,15 @@ from layerwise.solvers.refit.rounds import (
 from layerwise.solvers.refit.spread import complement_is_easier
 
 REFINEMENTS = 6
-EXPECTED_ITERATIONS = 60  # of cg, in proportion to the share of the unknowns
-BATCH_EFFICIENCY = 8  # a flop of a batched factorization takes this many of a product's
-PATIENCE = 2.0  # cg may cost this multiple of the direct solver before it gives up
-MOSTLY_KEPT, MOSTLY_REMOVED = 0.35, 0.7  # shares that decide the side of cg alone
-STALLED = 0.7  # a certificate that does not fall below this share of the last
-ARRAYS_PER_ROW = 12  # (in,) vectors of float64 that direct and the certificate keep per row
-CG_ARRAYS = 20  # in the precision of cg: its batch, and the smaller one that follows
-FLOAT64_ARRAYS = 6  # beside them
-CACHED_ROWS = 512  # more at a time leave the caches of a processor
+EXPECTED_ITERATIONS = 60  # of cg, times the share of the unknowns
+BATCH_EFFICIENCY = 8  # time of a flop in a batched factorization, over one in a product
+PATIENCE = 2.0  # largest cost of cg, in units of the direct solver
+MOSTLY_KEPT, MOSTLY_REMOVED = 0.35, 0.7  # removed shares that decide the side of cg alone
+STALLED = 0.7  # share of the previous certificate that the next one must fall below
+ARRAYS_PER_ROW = 12  # (in,) vectors of float64 per row, for direct and the certificate
+CG_ARRAYS = 20  # in the precision of cg: its batch, and the smaller batch that follows
+FLOAT64_ARRAYS = 6  # of cg, in addition
+CACHED_ROWS = 512  # rows that fit the caches of a processor together
 RANK_SHARE, LARGEST_RANK = 64, 256  # the model has in / 64 directions
 
 
@@ -80,21 +80,22 @@ class LeastSquares:
         ``"direct"``, ``"cg"``, or ``"auto"``: the cheaper one, and direct for rows on
         which cg missed the tolerance.
     max_iterations
-        Of cg, per correction; with ``"auto"`` no more than pay against direct.
+        Largest number of cg iterations per correction; with ``"auto"`` also limited by
+        the cost of direct.
     rank
-        Directions of the model that preconditions cg on supports; None is a 64th of the
-        width, 0 the diagonal alone.
+        Directions of the model that preconditions cg on supports. None is a 64th of the
+        width, 0 means the diagonal alone.
     products
         Precision of cg's products with the gram: ``"bfloat16"``, ``"float32"``, or
-        ``"auto"``, bfloat16 where the device has units for it. The answer is certified in
+        ``"auto"``, bfloat16 if the device has units for it. The answer is certified in
         float64 in every case.
     side
-        Where the systems are posed: on the ``"support"`` of a row, for its weights, on
-        the ``"complement"``, for the multipliers of the weights that are gone, or
-        ``"auto"``, where less time is expected.
+        Unknowns of the systems: the weights on the ``"support"`` of a row, the multipliers
+        of the removed weights on its ``"complement"``, or ``"auto"``, the side with the
+        smaller expected time.
     memory_budget
-        Bytes for the row systems; rows are solved in chunks that fit, and chunks that do
-        not fit the device after all are halved.
+        Bytes for the row systems. Rows are solved in chunks that fit; chunks that still
+        exceed the memory of the device are halved.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gram", "mask"})
@@ -117,7 +118,7 @@ class LeastSquares:
             check_at_least(self, rank=0)
 
     def can_solve(self, problem: LayerProblem) -> bool:
-        """Only a fixed mask leaves a least squares problem."""
+        """Only a fixed mask: the problem is then a least squares problem."""
         return isinstance(problem.pattern, FixedMask)
 
     def solve(
@@ -127,7 +128,7 @@ class LeastSquares:
         initial: Start | None = None,
         on_iteration: OnIteration | None = None,
     ) -> Answer:
-        """Refit all rows, from `initial` if it is given, else from the dense weight."""
+        """Refit all rows, from `initial` if given, else from the dense weight."""
         mask = problem.pattern.mask(problem.weight)
         start = problem.weight if initial is None else initial.weight
         return self._solve(problem, start, mask)
@@ -137,10 +138,10 @@ class LeastSquares:
 
         Optimal weights are optimal for the problem as posed only if it fixes the mask.
         """
-        found = self._solve(problem.with_pattern(FixedMask(mask)), weight, mask)
-        if found.status is Status.OPTIMAL and not self.can_solve(problem):
-            found = replace(found, status=Status.FEASIBLE)
-        return found
+        answer = self._solve(problem.with_pattern(FixedMask(mask)), weight, mask)
+        if answer.status is Status.OPTIMAL and not self.can_solve(problem):
+            answer = replace(answer, status=Status.FEASIBLE)
+        return answer
 
     def _solve(self, problem: LayerProblem, start: Tensor, mask: Tensor) -> Answer:
         damping = problem.factor(torch.float64).damping
@@ -157,7 +158,7 @@ class LeastSquares:
             except MemoryBudgetError:
                 if iterations == 0:
                     raise
-                break  # what cg has found is not lost
+                break  # keep the results of cg
             iterations += refit.iterations
             pending = (~(excess <= self.tolerance)).nonzero()[:, 0]
             if len(pending) == 0:
@@ -181,7 +182,7 @@ class LeastSquares:
         return ("direct",) if pays else ("cg", "direct")
 
     def _side(self, problem: LayerProblem, mask: Tensor, method: str) -> Side:
-        """Where fewer unknowns are or, for cg and little between them, less time goes."""
+        """Side with fewer unknowns; for cg and similar numbers, with less expected time."""
         if self.side != "auto":
             return self.side
         if method == "direct":
@@ -238,7 +239,7 @@ class _Refit:
         self._weight, self._mask, self._excess = weight, mask, excess
         self._method = method
         self._side: Side = side
-        self.iterations = 0  # of the chunk that took most
+        self.iterations = 0  # largest number of all chunks
 
     def __call__(self, rows: Tensor) -> None:
         """Correct the rows until the certificate of each is below the tolerance."""
@@ -262,12 +263,12 @@ class _Refit:
             )
             change, multipliers = rounds[0].correct(before, picked)
             trial = change.add_(current[picked])
-            trial = trial.to(self._problem.dtype).double()  # what will be returned
-            found = refit_state(open_part, trial, kept[picked], multipliers)
-            better = (found.relative < before.relative).nonzero()[:, 0]
-            fell = found.relative < STALLED * before.relative
+            trial = trial.to(self._problem.dtype).double()  # rounded as it is returned
+            after = refit_state(open_part, trial, kept[picked], multipliers)
+            better = (after.relative < before.relative).nonzero()[:, 0]
+            fell = after.relative < STALLED * before.relative
             current[picked[better]] = trial[better]
-            state.put(picked[better], found.rows(better))
+            state.put(picked[better], after.rows(better))
             if len(rounds) > 1 and not bool(fell.all()):
                 rounds = rounds[1:]
             elif not bool(fell.any()):
@@ -281,11 +282,11 @@ class _Refit:
     def _begin(
         self, part: LayerProblem, weight: Tensor, kept: Tensor
     ) -> tuple[RefitState, Tensor]:
-        """State of the rows, and how far each is proven to be from its optimum, (rows,).
+        """State of the rows, and the proven relative excess of each at the start, (rows,).
 
-        On complements all that is not optimal begins anew, in place, at the dense weight
-        and at zero multipliers: rows on which multipliers and weights do not belong
-        together would stop too early.
+        On complements, rows that are not optimal restart in place at the dense weight and
+        zero multipliers: with multipliers that do not match the weights, a row would stop
+        too early.
         """
         if self._method == "direct" or self._side == "support":
             state = refit_state(part, weight, kept)
@@ -324,21 +325,21 @@ class _Refit:
 
 
 def cg_row_bytes(width: int, itemsize: int) -> int:
-    """Bytes that conjugate gradients keep per row, in a precision of some bytes."""
+    """Bytes that conjugate gradients keep per row, with entries of `itemsize` bytes."""
     return (CG_ARRAYS * itemsize + FLOAT64_ARRAYS * 8) * width
 
 
 def direct_pays(
     problem: LayerProblem, mask: Tensor, side: Side | Literal["auto"] = "auto"
 ) -> bool:
-    """Whether factoring the system of every row is expected to be the cheaper way."""
+    """Whether a factorization per row is expected to be cheaper than cg."""
     unknowns = _unknowns(mask, side)
     iterations = EXPECTED_ITERATIONS * unknowns / problem.shape[1]
     return _flops_of_direct(unknowns) <= iterations * _flops_of_iteration(problem)
 
 
 def _unknowns(mask: Tensor, side: Side | Literal["auto"]) -> int:
-    """Most weights that a row keeps, or that it loses, or the smaller of the two."""
+    """Largest number of kept or of removed weights of a row, or the smaller of both."""
     kept = mask.sum(dim=1)
     most = {
         "support": int(kept.amax()),

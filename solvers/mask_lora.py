@@ -5,9 +5,10 @@ Problem, with W0 the pruned weight, M its mask and G, ridge as in the layer prob
     min over B (out, r), A (r, in) of
         ||W X - (W0 + M * (B A)) Xhat||^2 / tokens + ridge ||W - W0 - M * (B A)||^2
 
-This is the exact refit restricted to changes of rank r, so its value is never below that of
-``least-squares``, and reaches it as r grows. The published method runs AdamW on the inputs;
-for one layer the gradient needs the gram alone, and both factors can be found better:
+This is the exact refit restricted to changes of rank r. So its objective is never below the
+one of ``least-squares``, and reaches it as r grows. The published method runs AdamW on the
+inputs. For one layer, the gradient needs only the gram, and both factors can be found in a
+better way:
 
 1. A starts as the leading right singular vectors of the masked residual ``M * R``, B = 0.
 2. B for fixed A is exact, row by row: ``K_i b_i = A_i r_i`` with ``A_i = A diag(m_i)`` and
@@ -35,7 +36,7 @@ from layerwise.solution import Answer, Start
 from layerwise.solver import OnIteration
 from layerwise.solvers.options import check_at_least
 
-JITTER = 1e-12  # of the mean of diag(K): rows with fewer kept weights than the rank
+JITTER = 1e-12  # of the mean of diag(K), for rows with fewer kept weights than the rank
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class MaskLoRA:
     rank
         Rank r, at most the smaller side of the weight.
     sweeps
-        Most alternations.
+        Largest number of alternations.
     inner
         Conjugate gradient steps on A per sweep.
     tolerance
@@ -69,7 +70,7 @@ class MaskLoRA:
         check_at_least(self, rank=1, sweeps=1, inner=1, tolerance=0)
 
     def can_solve(self, problem: LayerProblem) -> bool:
-        """Only a fixed mask leaves room for a change alone."""
+        """Only a fixed mask."""
         return isinstance(problem.pattern, FixedMask)
 
     def solve(
@@ -124,14 +125,14 @@ class _System:
         self._gram, self._mask, self.target = gram, mask, target
 
     def gain(self, left: Tensor, right: Tensor) -> float:
-        """How much the damped objective falls."""
+        """Decrease of the damped objective."""
         change = self._mask * (left @ right)
         return float(((2 * self.target - change @ self._gram) * change).sum())
 
     def best_left(self, right: Tensor) -> Tensor:
         """Exact B for fixed A, shape (out, rank)."""
         rank = len(right)
-        masked = [self._mask * row for row in right]  # (out, in) each: rank of them
+        masked = [self._mask * row for row in right]  # `rank` matrices (out, in)
         systems = right.new_empty(len(self._mask), rank, rank)
         for index, row in enumerate(masked):
             image = row @ self._gram
@@ -140,9 +141,9 @@ class _System:
                 systems[:, index, other] = systems[:, other, index] = entry
         diagonal = systems.diagonal(dim1=1, dim2=2)
         diagonal += JITTER * diagonal.mean(dim=1, keepdim=True) + torch.finfo().tiny
-        sides = self.target @ right.T  # the target is zero off the mask
+        rhs = self.target @ right.T  # the target is zero off the mask
         factors = torch.linalg.cholesky(systems)
-        return torch.cholesky_solve(sides[:, :, None], factors)[:, :, 0]
+        return torch.cholesky_solve(rhs[:, :, None], factors)[:, :, 0]
 
     def better_right(self, left: Tensor, right: Tensor, steps: int) -> Tensor:
         """Conjugate gradient steps on A for fixed B, shape (rank, in)."""

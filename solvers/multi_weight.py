@@ -1,24 +1,24 @@
-r"""Multi-weight removal: masks and weights that reckon with removals that interact.
+r"""Multi-weight removal: masks and weights that account for interacting removals.
 
-Two choices, each of them for single weights or for many at once.
+Mask and update each have two versions: for single weights, or for many at once.
 
-Mask. ``single`` scores every weight alone, ``w^2 / [G^-1]_jj``, and looks once at the whole
-layer. ``multi`` goes from left to right in parts, a group of an n:m pattern or a block of
-columns. With the columns to the left of a part B fixed and those to the right free, what
-matters is the inverse of the trailing gram; with ``G^-1 = U^T U``, U upper triangular, it
-is ``U_BB^T U_BB`` on the part, the same for all rows. So
+Mask. ``single`` scores every weight alone, by ``w^2 / [G^-1]_jj``, once for the whole
+layer. ``multi`` goes from left to right in parts: groups of an n:m pattern or blocks of
+columns. The columns to the left of a part B are fixed and those to the right are free, so
+the losses follow from the inverse of the trailing gram. With ``G^-1 = U^T U``, U upper
+triangular, it is ``U_BB^T U_BB`` on the part, the same for all rows. So
 
-- a group of n:m takes the pattern whose joint removal costs least, of all there are;
-- a block of columns removes its share of the smallest scores of all columns that are left.
+- an n:m group takes the pattern with the least joint loss of all patterns;
+- a block of columns removes its share of the smallest scores of all remaining columns.
 
-The part's weights are removed jointly and the columns to the right compensate,
+The weights of the part are removed jointly and the columns to the right compensate,
 
 .. math:: W_R \leftarrow W_R - w_P \big[(U_{BB}^\top U_{BB})_{PP}\big]^{-1}
           (U_{BB}^\top)_{P,:} \, U_{BR} .
 
-Update. On the final mask, ``single`` sweeps the columns as SparseGPT does, ``joint`` takes
-the best weights: the closed form of :mod:`~layerwise.solvers.refit.joint_removal` where few
-weights are removed, else the least squares problem of the kept ones.
+Update. On the final mask, ``single`` sweeps the columns as SparseGPT does. ``joint`` takes
+the best weights: by the closed form of :mod:`~layerwise.solvers.refit.joint_removal` if few
+weights are removed, else by the least squares problem of the kept ones.
 
 References
 ----------
@@ -29,10 +29,11 @@ References
 
 Notes
 -----
-Deviations: (1) an unstructured ``multi`` mask goes by blocks, as in [2], since the paper's
-exact choice is over all subsets of a row, and scores removals by their cost where [2] takes
-the weight times the input norm; (2) mask and update are separate steps, so ``single``
-scores are those before any update; (3) any gram and cross-gram, by starting from W_ls.
+Deviations: (1) an unstructured ``multi`` mask is chosen by blocks, as in [2]_, because the
+paper's exact choice is over all subsets of a row; it scores removals by their cost, where
+[2]_ takes the weight times the input norm; (2) mask and update are separate steps, so
+``single`` scores are computed before any update; (3) any gram and cross-gram, by starting
+from W_ls.
 """
 
 from dataclasses import dataclass
@@ -52,9 +53,9 @@ from layerwise.solvers.options import check_at_least, check_one_of
 from layerwise.solvers.refit.joint_removal import multipliers, remove_jointly
 from layerwise.solvers.sparsegpt import SparseGPT, least_squares_weight
 
-MOST_PATTERNS = 70  # of a group, those of 4:8; 8:16 has 12870
-PANEL = 128  # columns of n:m groups whose effect on the rest is one product
-BLOCKS, LARGEST_BLOCK = 16, 32  # more blocks, or smaller ones, gain next to nothing
+MOST_PATTERNS = 70  # of a group: 4:8 has 70, 8:16 has 12870
+PANEL = 128  # columns of n:m groups that update the rest by one product
+BLOCKS, LARGEST_BLOCK = 16, 32  # more or smaller blocks gain next to nothing
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class MultiWeight:
     Parameters
     ----------
     mask
-        ``"single"`` or ``"multi"``: losses that the mask is chosen by.
+        ``"single"`` or ``"multi"``: the losses that choose the mask.
     update
         ``"single"``, one sweep over the columns, or ``"joint"``, optimal on the mask.
     block_size
@@ -91,11 +92,11 @@ class MultiWeight:
 
     @property
     def guarantee(self) -> str:
-        """What is certified."""
+        """Guarantee of the answer, in words."""
         return "certified refit" if self.update == "joint" else "none"
 
     def can_solve(self, problem: LayerProblem) -> bool:
-        """Unstructured, fixed, n:m; ``"multi"`` up to 70 patterns a group."""
+        """Unstructured, fixed, and n:m; with ``"multi"`` up to 70 patterns per group."""
         pattern = problem.pattern
         if isinstance(pattern, NM) and self.mask == "multi":
             return comb(pattern.m, pattern.n) <= MOST_PATTERNS
@@ -134,7 +135,7 @@ class MultiWeight:
         return _choose_blocks(problem.pattern, root, start, size, self.memory_budget)
 
     def _refit(self, problem: LayerProblem, kept: Tensor) -> Answer:
-        """Optimal weights on a mask; what the closed form missed is solved again."""
+        """Optimal weights on a mask; the refit corrects the error of the closed form."""
         most_kept, most_removed = (int(m.sum(dim=1).amax()) for m in (kept, ~kept))
         weight = problem.weight
         if most_removed < most_kept and direct_pays(problem, kept):
@@ -149,22 +150,22 @@ class MultiWeight:
 
 
 def multi_weight_ss() -> MultiWeight:
-    """Mask from scores of single weights, which a sweep then removes one by one."""
+    """Mask from the losses of single weights; a sweep removes them one by one."""
     return MultiWeight(name="multi-weight-ss", mask="single", update="single")
 
 
 def multi_weight_sm() -> MultiWeight:
-    """Mask from scores of single weights, all of which are removed at once."""
+    """Mask from the losses of single weights; all are removed at once."""
     return MultiWeight(name="multi-weight-sm", mask="single", update="joint")
 
 
 def multi_weight_ms() -> MultiWeight:
-    """Mask from exact losses of several removals, which a sweep makes one by one."""
+    """Mask from exact losses of joint removals; a sweep removes them one by one."""
     return MultiWeight(name="multi-weight-ms", mask="multi", update="single")
 
 
 def multi_weight_mm() -> MultiWeight:
-    """Mask from exact losses of several removals, all of which are made at once."""
+    """Mask from exact losses of joint removals; all are removed at once."""
     return MultiWeight(name="multi-weight-mm", mask="multi", update="joint")
 
 
@@ -222,10 +223,10 @@ def _choose_blocks(
     block_size: int,
     memory_budget: int,
 ) -> Tensor:  # (out, in) bool
-    """Removals block by block, out of one budget for all columns.
+    """Mask chosen block by block, with one budget for all columns.
 
-    Before every block the columns that are left are scored anew, and the block removes
-    those of its weights that the pattern would remove now. Columns that are done keep their
+    Before every block, the remaining columns are scored anew. The block removes those of
+    its weights that the pattern removes by the current scores. Finished columns keep their
     decision by a score below or above all others, which makes the counts exact.
     """
     current, width = start.clone(), len(root)

@@ -2,10 +2,10 @@ r"""Greedy optimal brain surgeon: one weight at a time, the rest refitted exactl
 
 With ``A = (G_SS)^-1`` the inverse of the damped gram on the support of a row and v the
 weights that are optimal there, removing j costs ``v_j^2 / A_jj``
-(:mod:`layerwise.solvers.refit.supports`). The cheapest entry goes, weights and inverse
-follow, and so on. Rows are independent: each has a path of removals, and the pattern
-decides how far along its path a row goes. With one budget for the layer, the next removal
-is always taken from the row in which it is cheapest.
+(:mod:`layerwise.solvers.refit.supports`). The cheapest entry is removed, weights and
+inverse are updated, and so on. Rows are independent: each has a path of removals, and the
+pattern decides how many steps of its path a row takes. With one budget for the layer, the
+next removal is always taken from the row in which it is cheapest.
 
 References
 ----------
@@ -30,7 +30,7 @@ from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.refit.supports import Supports
 
 CACHE = 32 << 20  # bytes
-COMPACT_EVERY = 8  # times on the way to an empty row
+COMPACTIONS = 8  # times that free slots are dropped on the way to an empty row
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class OBS:
     memory_budget: int = LeastSquares.memory_budget
 
     def can_solve(self, problem: LayerProblem) -> bool:
-        """Unstructured and n:m; a mask that is fixed is only refitted."""
+        """Unstructured and n:m; a fixed mask is only refitted."""
         return isinstance(problem.pattern, Unstructured | NM | FixedMask)
 
     def solve(
@@ -69,15 +69,15 @@ class OBS:
             budget = min(budget, max(CACHE, Supports.row_bytes(width)))
         chunk = Supports.chunk(width, budget)
         every = torch.arange(len(problem.weight), device=problem.weight.device)
-        paths = [_path(problem, rows) for rows in torch.split(every, chunk)]
-        order = torch.cat([path.order for path in paths])
-        costs = torch.cat([path.costs for path in paths])
-        mask = _walk(problem, order, costs)
+        parts = [_removal_paths(problem, rows) for rows in torch.split(every, chunk)]
+        order = torch.cat([part.order for part in parts])
+        costs = torch.cat([part.costs for part in parts])
+        mask = _mask_along(problem, order, costs)
         return refit.refit(problem, problem.weight, mask)
 
 
 @dataclass(frozen=True, eq=False)
-class Path:
+class RemovalPaths:
     """Removals of some rows in their order.
 
     Parameters
@@ -85,15 +85,15 @@ class Path:
     order
         Column removed at each step, shape (rows, steps).
     costs
-        What the removal added to the objective, shape (rows, steps).
+        Increase of the objective by each removal, shape (rows, steps).
     """
 
     order: Tensor
     costs: Tensor
 
 
-def _path(problem: LayerProblem, rows: Tensor) -> Path:
-    """Greedy removals of some rows, as many as the pattern can ask for."""
+def _removal_paths(problem: LayerProblem, rows: Tensor) -> RemovalPaths:
+    """Greedy removals of some rows, as many as the pattern may need."""
     pattern, width = problem.pattern, problem.shape[1]
     full = torch.ones(len(rows), width, dtype=torch.bool, device=rows.device)
     supports = Supports(problem, rows, full)
@@ -110,16 +110,16 @@ def _path(problem: LayerProblem, rows: Tensor) -> Path:
         order.append(supports.index[every, slot])
         costs.append(cost)
         supports.remove(every, slot)
-        if (step + 1) % max(width // COMPACT_EVERY, 1) == 0:
+        if (step + 1) % max(width // COMPACTIONS, 1) == 0:
             supports.compact()
     if not order:
         nothing = torch.zeros(len(rows), 0, dtype=torch.long, device=rows.device)
-        return Path(nothing, nothing.double())
-    return Path(torch.stack(order, dim=1), torch.stack(costs, dim=1))
+        return RemovalPaths(nothing, nothing.double())
+    return RemovalPaths(torch.stack(order, dim=1), torch.stack(costs, dim=1))
 
 
 def _most_removed(problem: LayerProblem) -> int:
-    """Steps of the longest path that may be needed."""
+    """Largest number of steps that the pattern may need."""
     pattern, width = problem.pattern, problem.shape[1]
     if isinstance(pattern, NM):
         return width // pattern.m * (pattern.m - pattern.n)
@@ -129,8 +129,8 @@ def _most_removed(problem: LayerProblem) -> int:
     return min(width, pattern.removed(width * len(problem.weight)))
 
 
-def _walk(problem: LayerProblem, order: Tensor, costs: Tensor) -> Tensor:
-    """Mask after every row went as far as the pattern says."""
+def _mask_along(problem: LayerProblem, order: Tensor, costs: Tensor) -> Tensor:
+    """Mask after the steps of each path that the pattern requires."""
     pattern, (rows, width) = problem.pattern, problem.shape
     counts = torch.full((rows, 1), order.shape[1], device=order.device)
     if isinstance(pattern, Unstructured) and pattern.group == "layer":
@@ -143,7 +143,7 @@ def _walk(problem: LayerProblem, order: Tensor, costs: Tensor) -> Tensor:
 
 
 def _cheapest(costs: list[list[float]], total: int) -> list[int]:
-    """How many steps each row takes if the cheapest next step is taken `total` times."""
+    """Number of steps of each row if the cheapest next step is taken `total` times."""
     counts = [0] * len(costs)
     queue = [(path[0], row) for row, path in enumerate(costs) if path]
     heapq.heapify(queue)

@@ -1,4 +1,4 @@
-"""Checks of hyper-parameters, in one line each."""
+"""Checks of hyper-parameters."""
 
 from collections.abc import Collection
 
@@ -13,7 +13,7 @@ def check_at_least(solver: object, **least: float) -> None:
     solver
         Object whose attributes are the options.
     **least
-        Smallest value of each option; NaN is below every bound.
+        Smallest value of each option; NaN fails every check.
     """
     for name, bound in least.items():
         value = getattr(solver, name)

@@ -127,9 +127,9 @@ def test_problem_hands_the_gradients_on() -> None:
     [
         (torch.ones(6, 15), r"gradient_norm is \(6, 15\), expected a tensor of shape"),
         ([1.0], "gradient_norm is list, expected"),
-        (torch.full((6, 16), -1e-9), "holds -.* at row 0, column 0; a norm is"),
-        (torch.full((6, 16), float("nan")), "holds nan at row 0"),
-        (torch.full((6, 16), float("inf")), "holds inf at row 0"),
+        (torch.full((6, 16), -1e-9), "contains -.* at row 0, column 0; a norm must"),
+        (torch.full((6, 16), float("nan")), "contains nan at row 0"),
+        (torch.full((6, 16), float("inf")), "contains inf at row 0"),
     ],
     ids=["shape", "list", "negative", "nan", "inf"],
 )
