@@ -8,9 +8,8 @@ References
 
 Notes
 -----
-Deviations: (1) the channel permutation that the paper adds for n:m is left out: it
-renumbers the channels of the model around a layer, which a problem of one layer cannot;
-(2) ties go by index.
+Deviations: (1) the paper's channel permutation for n:m is left out, because it renumbers
+channels outside the layer; (2) ties go by index.
 """
 
 from dataclasses import dataclass

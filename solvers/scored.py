@@ -1,4 +1,4 @@
-"""Masks from scores, weights unchanged: what such methods share."""
+"""Base class of the solvers that choose a mask from scores and keep the weights."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -12,7 +12,7 @@ from layerwise.solver import OnIteration
 
 
 class ScoreSolver(ABC):
-    """A solver that only scores: the pattern keeps the largest scores.
+    """A solver that only scores weights: the pattern keeps the largest scores.
 
     A subclass is a frozen dataclass of hyper-parameters with a `name`.
     """
@@ -25,7 +25,7 @@ class ScoreSolver(ABC):
         """Score of every weight, shape (out, in), in the working precision."""
 
     def can_solve(self, problem: LayerProblem) -> bool:
-        """Every pattern is chosen from scores."""
+        """Every pattern."""
         return True
 
     def solve(

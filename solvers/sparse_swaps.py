@@ -6,9 +6,9 @@ objective of a row by exactly
 
 .. math:: 2 w_u g_u - 2 w_q g_q + w_u^2 G_{uu} + w_q^2 G_{qq} - 2 w_u w_q G_{uq}.
 
-All pairs are compared, and every row takes its best one while that lowers the objective.
-They are compared tile by tile: some lines of the gram against many rows, so that no pair is
-ever stored and a round reads the gram once.
+All pairs are compared, and every row makes its best swap as long as that lowers the
+objective. The comparison goes tile by tile, some lines of the gram against many rows, so
+that only the pairs of a tile are in memory and a round reads the gram once.
 
 References
 ----------
@@ -35,9 +35,9 @@ from layerwise.solvers.options import check_at_least
 from layerwise.solvers.wanda import wanda_mask
 
 GAIN = 1e-9  # smallest improvement worth a swap, relative to the energy of the row
-ARRAYS_PER_ROW = 12  # (in,) vectors of float64 that a row needs
+ARRAYS_PER_ROW = 12  # (in,) vectors of float64 per row
 TILE = {"cpu": 2 << 20, "cuda": 256 << 20}  # bytes of the pairs that are compared at once
-LINES = 8  # of the gram in a tile, where rows are many
+LINES = 8  # of the gram in a tile, at least
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class SparseSwaps:
     Parameters
     ----------
     rounds
-        Most swaps per row.
+        Largest number of swaps per row.
     memory_budget
         Bytes for the rows that are worked on together.
     """
@@ -64,7 +64,7 @@ class SparseSwaps:
         check_at_least(self, rounds=0)
 
     def can_solve(self, problem: LayerProblem) -> bool:
-        """Unstructured and n:m; a mask that is fixed is left alone."""
+        """Unstructured and n:m; a fixed mask is returned unchanged."""
         return isinstance(problem.pattern, Unstructured | NM | FixedMask)
 
     def solve(
@@ -124,9 +124,9 @@ class Pairs:
     problem
         The rows, on a fixed mask.
     size
-        Of the groups in which entries are exchanged.
+        Size of the groups in which entries are exchanged.
     tile
-        Bytes of the pairs that are compared at once; None for what suits the device.
+        Bytes of the pairs that are compared at once; None for the default of the device.
     """
 
     def __init__(self, problem: LayerProblem, size: int, tile: int | None = None) -> None:
@@ -144,7 +144,7 @@ class Pairs:
         return chosen
 
     def best(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (rows,) each
-        """Change by the best swap of every row, what it prunes, what it restores."""
+        """Best swap of every row: its change, the pruned and the restored entry."""
         weight, size = self.problem.weight.double(), self._size
         gradient = residual(self.problem, torch.where(mask, weight, 0))
         own = weight.square() * self._diagonal
@@ -187,5 +187,5 @@ class Pairs:
 
 
 def _with_partners(gram: Tensor, pruned: Tensor, restored: Tensor, add: Tensor) -> Tensor:
-    """Change by each restored entry, and by what it shares with the pruned one."""
+    """Change by restoring each entry, with its interaction with the pruned one."""
     return (gram * restored).mul_(-2 * pruned).add_(add)

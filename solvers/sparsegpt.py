@@ -7,10 +7,10 @@ squares weight (the dense weight if Xhat = X). The objective above its minimum i
 
 .. math:: \hat W_j = W_j + A_j / V_{jj}
 
-that makes it zero, and a removed one costs ``(W_j + A_j / V_jj)^2 V_jj^2``. These are the
-weights of the published sweep, without the inverse Hessian: ``V_jj`` is the reciprocal of
-its diagonal factor, and the published "current weight" of a block B is
-``W_B + A_B V_BB^-1``.
+that makes this column zero, and a removed weight costs ``(W_j + A_j / V_jj)^2 V_jj^2``.
+These are the weights of the published sweep, computed without the inverse Hessian: ``V_jj``
+is the reciprocal of the diagonal of its factor, and the published "current weight" of a
+block B is ``W_B + A_B V_BB^-1``.
 
 References
 ----------
@@ -39,7 +39,7 @@ from layerwise.problem import LayerProblem
 from layerwise.solution import Answer, Start
 from layerwise.solver import OnIteration
 
-WIDEST_FUSED = 128  # columns of a block whose errors fit into the registers of a GPU
+WIDEST_FUSED = 128  # columns of a block whose errors fit in the registers of a GPU
 PANEL = 16  # columns swept one by one before their effect is applied as a product
 
 
@@ -50,8 +50,8 @@ class SparseGPT:
     Parameters
     ----------
     block_size
-        Columns whose mask is chosen together (unstructured patterns), from the weights
-        that are current when the block begins. It has no effect on the weights of a fixed
+        Columns whose mask is chosen together (unstructured patterns), from the current
+        weights at the beginning of the block. It has no effect on the weights of a fixed
         mask, and n:m groups are chosen one by one.
     """
 
@@ -98,7 +98,7 @@ class SparseGPT:
         result, error = torch.empty_like(start), torch.empty_like(start)
         carry = torch.zeros_like(start)  # A^T
         mask = torch.ones_like(start, dtype=torch.bool)
-        pivots = upper.diagonal().tolist()  # once: a GPU is waited for
+        pivots = upper.diagonal().tolist()  # once, because it synchronises with a GPU
         fused = _fused_sweep(start, problem.pattern, block_size)
         for begin in range(0, width, block_size):
             end = min(begin + block_size, width)
@@ -134,7 +134,7 @@ class SparseGPT:
 
 
 def least_squares_weight(problem: LayerProblem, factor: Factor) -> Tensor:  # (out, in)
-    """W_ls, the damped minimiser without any constraint, by a reversed factor."""
+    """W_ls, the damped unconstrained minimiser, from a reversed factor."""
     start = problem.weight.to(problem.dtype)
     if problem.shift is None:
         return start
@@ -145,9 +145,9 @@ def least_squares_weight(problem: LayerProblem, factor: Factor) -> Tensor:  # (o
 def _fused_sweep(
     like: Tensor, pattern: Pattern, block_size: int
 ) -> Callable[..., None] | None:
-    """One kernel for a block, on GPUs with Triton; None for the loop over its columns.
+    """One kernel for a block, on GPUs with Triton; None to loop over its columns.
 
-    n:m groups choose their masks on the way, which the kernel cannot.
+    The kernel cannot choose the masks of n:m groups during the sweep.
     """
     if not like.is_cuda or block_size > WIDEST_FUSED or isinstance(pattern, NM):
         return None
@@ -168,7 +168,7 @@ def _sweep_columns(
     mask: Tensor,
     columns: slice,
 ) -> None:
-    """Fix the weights of a few neighbouring columns, one after the other."""
+    """Compute the final weights of a few neighbouring columns, one after the other."""
     stop = columns.stop
     for index in range(columns.start, stop):
         torch.add(start[index], carry[index], alpha=1 / pivots[index], out=result[index])
@@ -201,9 +201,9 @@ def _sweep_groups(
 def _removal_scores(
     upper: Tensor, start: Tensor, carry: Tensor, columns: slice
 ) -> Tensor:  # (columns, out)
-    """Root of the cost of removing each current weight, ``|W + A V^-1| V_jj``.
+    """Square root of the cost of removing each current weight, ``|W + A V^-1| V_jj``.
 
-    The order is that of the cost, whose square could leave the range of float32.
+    The order is the same, and the cost itself could exceed the range of float32.
     """
     local = upper[columns, columns]
     current: Tensor = torch.linalg.solve_triangular(local.T, carry[columns], upper=False)

@@ -1,15 +1,15 @@
 r"""Swaps: exchange a kept entry for a removed one while that lowers the objective.
 
-Weights are refitted exactly with every swap, so the change of the objective that decides is
-exact (:mod:`layerwise.solvers.refit.supports`). Per row and round, the removed entries with
-the largest ``r_q^2 [G^-1]_qq``, a bound on what adding them can gain, are compared with all
-kept ones, and the best pair is taken if it lowers the objective. Rows that find none are
-finished.
+Weights are refitted exactly with every swap, so swaps are compared by the exact change of
+the objective (:mod:`layerwise.solvers.refit.supports`). The bound ``r_q^2 [G^-1]_qq`` on
+the gain of adding an entry q selects candidates. Per row and round, the removed entries
+with the largest bounds are compared with all kept ones, and the best pair is swapped if
+that lowers the objective. Rows without such a pair are finished.
 
 Two extensions go beyond a local minimum of the rows. With one budget for the layer, a row
-in which a removal costs less than an addition gains elsewhere gives an entry to that row.
-And `tabu` steps [2]_ take the best swap even where it raises the objective, forbid the
-entries that moved to move back for some steps, and return the best mask on the way.
+gives an entry to another row if the removal costs less than the addition gains there.
+And `tabu` steps [2]_ make the best swap even if it raises the objective, forbid the
+exchanged entries to change back for some steps, and return the best mask of all steps.
 
 References
 ----------
@@ -36,34 +36,34 @@ from layerwise.solvers.options import check_at_least
 from layerwise.solvers.refit.supports import Entries, Supports
 from layerwise.solvers.wanda import wanda_mask
 
-SPARE_SLOTS = 8  # entries that a row can win beyond the longest, with one budget for all
-HOLD_ENTERED = (3, 5, 8, 4, 11, 6)  # steps that an entry that came is held, in turn
-HOLD_LEFT = (2, 1, 3)  # steps that an entry that went is held
-PATIENCE = 250  # tabu steps without a better mask after which a row gives up
-NOISE = 1e-12  # of a row's energy: changes below it are rounding
-WORSE = 1e-6  # share of its first objective by which a row may end above it
+SPARE_SLOTS = 8  # entries beyond the longest row, with one budget for the layer
+TABU_ADDED = (3, 5, 8, 4, 11, 6)  # steps that an added entry is tabu, in turn
+TABU_REMOVED = (2, 1, 3)  # steps that a removed entry is tabu, in turn
+PATIENCE = 250  # tabu steps without a better mask after which a row stops
+NOISE = 1e-12  # of a row's energy: smaller changes are rounding
+WORSE = 1e-6  # largest accepted increase of a row, as a share of its first objective
 
 
 @dataclass(frozen=True)
 class Swaps:
     """Local search on the mask with exact refits; counts never change.
 
-    Cost: O(out kept^2 candidates) a round over the rows that still move; memory
-    O(kept^2) a row.
+    Cost: O(rows kept^2 candidates) per round, for the rows that still change; memory
+    O(kept^2) per row.
 
     Parameters
     ----------
     rounds
-        Most swaps of a row in a descent, and most rounds of trade between rows.
+        Largest number of swaps of a row in a descent, and of rounds of trade between rows.
     candidates
-        Removed entries of a row that survive the screening.
+        Removed entries of a row that are compared: those with the largest bounds.
     tolerance
         Smallest improvement worth a swap, relative to the mean objective of the rows that
         are worked on together.
     tabu
         Steps of the search beyond the local minimum.
     memory_budget
-        Bytes for the rows that are worked on together; only these trade entries.
+        Bytes for the rows that are worked on together; only such rows trade entries.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
@@ -79,7 +79,7 @@ class Swaps:
         check_at_least(self, rounds=0, candidates=1, tolerance=0, tabu=0)
 
     def can_solve(self, problem: LayerProblem) -> bool:
-        """Unstructured and n:m; a mask that is fixed is only refitted."""
+        """Unstructured and n:m; a fixed mask is only refitted."""
         return isinstance(problem.pattern, Unstructured | NM | FixedMask)
 
     def solve(
@@ -107,23 +107,23 @@ class Swaps:
             search.run()
             mask[rows] = search.supports.mask
             weight[rows] = search.supports.dense(search.all)
-        found = refit.refit(problem, weight, mask)
-        reached = objective_rows(problem, found.weight, damped=True)
+        answer = refit.refit(problem, weight, mask)
+        reached = objective_rows(problem, answer.weight, damped=True)
         worse = self._worse(problem, reached, begin)
-        if bool(worse.any()):  # on a gram that is singular up to rounding updates drift
+        if bool(worse.any()):  # updates drift if the gram is singular up to rounding
             mask[worse] = start[worse]
             weight = torch.where(mask, problem.weight.double(), 0)
-            found = refit.refit(problem, weight, mask)
+            answer = refit.refit(problem, weight, mask)
         swaps = sum(entry["swaps"] for entry in history)
         return replace(
-            found,
+            answer,
             iterations=len(history),
             history=tuple(history),
-            stats={**found.stats, "swaps": swaps},
+            stats={**answer.stats, "swaps": swaps},
         )
 
     def _worse(self, problem: LayerProblem, reached: Tensor, begin: Tensor) -> Tensor:
-        """Rows that have to go back to where they began, (out,): alone, or all together."""
+        """Rows that must return to their first mask, (out,): single rows, or all."""
         slack = 1 + WORSE
         if _spare(problem.pattern):  # rows have traded entries
             return (reached.sum() > slack * begin.sum()).expand(len(reached))
@@ -131,13 +131,13 @@ class Swaps:
 
 
 def _spare(pattern: Pattern) -> int:
-    """Free slots, where rows can win entries from others."""
+    """Number of free slots, for entries that a row gets from others."""
     shared = isinstance(pattern, Unstructured) and pattern.group == "layer"
     return SPARE_SLOTS if shared else 0
 
 
 class _Search:
-    """Search over some rows of the layer; `supports` are where it stands."""
+    """Search over some rows of the layer; `supports` is its current state."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class _Search:
         self._least = torch.maximum(least, NOISE * problem.energy[rows])
 
     def run(self) -> None:
-        """Descend; then, if asked to, leave the minimum and descend again."""
+        """Descend; with `tabu` steps, search beyond the minimum and descend again."""
         self._descend(self.all)
         self._trade()
         if self._options.tabu:
@@ -169,7 +169,7 @@ class _Search:
             self._trade()
 
     def _descend(self, rows: Tensor) -> None:
-        """Take improving swaps until no row finds one."""
+        """Make improving swaps until no row has one."""
         for _ in range(self._options.rounds):
             entries, change = self._changes(rows)
             best, flat = change.flatten(1).min(dim=1)
@@ -182,7 +182,7 @@ class _Search:
             rows = rows[moving]
 
     def _changes(self, rows: Tensor) -> tuple[Entries, Tensor]:
-        """Candidates, and the change by every swap that the pattern allows."""
+        """Candidates, and the change by every swap; infinite if the pattern forbids it."""
         supports = self.supports
         entries = supports.entries(rows, self._bound, self._options.candidates)
         change = supports.exchanges(rows, entries)
@@ -201,10 +201,10 @@ class _Search:
         )
 
     def _tabu_search(self) -> None:
-        """Take the best swap of every row, uphill too; end at the best masks on the way.
+        """Make the best swap of every row, even uphill; end at the best masks of all steps.
 
-        An entry that moved is tabu: it stays where it is until a step that is noted for
-        it, unless moving it gives a record, an objective below all that its row had.
+        An exchanged entry is tabu: it must not change back for some steps, unless that
+        gives a record, the lowest objective of its row so far.
         """
         supports, rows = self.supports, self.all
         free_at = torch.zeros_like(supports.mask, dtype=torch.long)  # step, (rows, in)
@@ -225,8 +225,8 @@ class _Search:
             moved, before = rows[moving], supports.mask[rows[moving]]
             self._take(rows, entries, moving, flat)
             after, times = supports.mask[moved], free_at[moved]
-            times[after & ~before] = step + 1 + HOLD_ENTERED[step % len(HOLD_ENTERED)]
-            times[before & ~after] = step + 1 + HOLD_LEFT[step % len(HOLD_LEFT)]
+            times[after & ~before] = step + 1 + TABU_ADDED[step % len(TABU_ADDED)]
+            times[before & ~after] = step + 1 + TABU_REMOVED[step % len(TABU_REMOVED)]
             free_at[moved] = times
             current[moved] += lowest[moving]
             record = moved[current[moved] < best[moved] - self._least[moved]]
@@ -237,7 +237,7 @@ class _Search:
         self._report(0)
 
     def _trade(self) -> None:
-        """Move entries from rows that hardly need them to rows that do, while it pays."""
+        """Move entries from rows that lose little to rows that gain more, while it pays."""
         if not self._spare:
             return
         costs, slots = self.supports.removal_costs(self.all).min(dim=1)
@@ -259,7 +259,7 @@ class _Search:
             gains[touched] = self._largest_gains(touched)
 
     def _largest_gains(self, rows: Tensor) -> Tensor:
-        """What the best addition to each row gains; nothing where no slot is free."""
+        """Gain of the best addition to each row; zero if no slot is free."""
         entries = self.supports.entries(rows, self._bound, self._options.candidates)
         full = (self.supports.index[rows] < self.supports.width).all(dim=1)
         return entries.gains.amax(dim=1).masked_fill(full, 0)
@@ -274,7 +274,7 @@ class _Search:
 def match(
     costs: Tensor,  # (rows,) of the cheapest removal
     gains: Tensor,  # (rows,) of the best addition
-    least: Tensor,  # (rows,) that a trade must be worth
+    least: Tensor,  # (rows,) of the smallest gain that is worth a trade
 ) -> tuple[Tensor, Tensor]:  # givers and takers, (pairs,) each
     """Pair the largest gains with the cheapest removals of other rows, while it pays.
 
@@ -291,7 +291,7 @@ def match(
         while cheapest and cheapest[0] in used:
             cheapest.popleft()
         if not cheapest or gain[taker] <= cost[cheapest[0]]:
-            break  # no row that follows gains more
+            break  # the following rows gain even less
         giver = next((row for row in cheapest if row not in used and row != taker), None)
         if giver is not None and gain[taker] - cost[giver] > margin[taker]:
             givers.append(giver)

@@ -1,11 +1,11 @@
 """The column sweep of SparseGPT over one block, as a single Triton kernel for GPUs.
 
-Done operation by operation, a sweep starts five small kernels per column and waits for
-each. Here a program takes a tile of rows of the layer through all columns of the block;
-the errors of the tile stay in registers, and column j reads
-``A_j = carry_j + sum_{i<j} E_i V_ij`` from them. The result is that of the sweep column
-by column up to the order of the sums. Importing this module needs Triton, which comes
-with PyTorch for NVIDIA GPUs.
+A sweep of separate operations launches five small kernels per column and waits for each.
+Here a program processes a tile of rows of the layer for all columns of the block. The
+errors of the tile stay in registers, and column j computes
+``A_j = carry_j + sum_{i<j} E_i V_ij`` from them. The result equals the sweep column by
+column up to the order of the sums. Importing this module needs Triton, which comes with
+PyTorch for NVIDIA GPUs.
 """
 
 from contextlib import nullcontext
@@ -28,7 +28,7 @@ def sweep_block(
     mask: Tensor,
     block: slice,
 ) -> None:
-    """Fix the weights of a block of columns whose mask is known.
+    """Compute the final weights of a block of columns whose mask is known.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ def sweep_block(
     mask
         Same shape, contiguous, True = kept.
     block
-        Columns of the layer; their errors must fit into registers, as those of 128 do.
+        Columns of the layer; their errors must fit in registers, as those of 128 do.
     """
     columns, rows = block.stop - block.start, start.shape[1]
     local = upper[block, block]
@@ -86,16 +86,16 @@ def _sweep(  # type: ignore[no-untyped-def]
     index = tl.arange(0, BLOCK)
     errors = tl.zeros((BLOCK, TILE_ROWS), dtype=start.dtype.element_ty)
     for column in range(columns):
-        place = column * rows + tile
+        offset = column * rows + tile
         above = upper + index * row_stride + column * column_stride
         factors = tl.load(above, mask=index < column, other=0.0)
         pivot = tl.load(upper + column * (row_stride + column_stride))
-        dense = tl.load(start + place, mask=inside, other=0.0)
-        pull = tl.load(carry + place, mask=inside, other=0.0)
+        dense = tl.load(start + offset, mask=inside, other=0.0)
+        pull = tl.load(carry + offset, mask=inside, other=0.0)
         pull += tl.sum(errors * factors[:, None], axis=0)
-        kept = tl.load(mask + place, mask=inside, other=0)
+        kept = tl.load(mask + offset, mask=inside, other=0)
         value = tl.where(kept != 0, dense + pull / pivot, 0.0)
         rest = dense - value
-        tl.store(result + place, value, mask=inside)
-        tl.store(error + place, rest, mask=inside)
+        tl.store(result + offset, value, mask=inside)
+        tl.store(error + offset, rest, mask=inside)
         errors = tl.where(index[:, None] == column, rest[None, :], errors)

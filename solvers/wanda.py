@@ -20,8 +20,9 @@ from layerwise.solvers.scored import ScoreSolver
 class Wanda(ScoreSolver):
     r"""Mask from ``|W_ij| ||Xhat_j||``, weights unchanged. Cost O(out in).
 
-    The score is the exact increase of the objective when the weight is removed alone and
-    inputs are uncorrelated. The paper compares within rows: ``Unstructured(s, "row")``.
+    If Xhat = X, the squared score is the exact increase of the objective when the weight is
+    removed alone, and for uncorrelated inputs these increases add up. The paper compares
+    within rows: ``Unstructured(s, "row")``.
     """
 
     name: str = "wanda"
@@ -38,9 +39,10 @@ def wanda_scores(problem: LayerProblem) -> Tensor:
 
 
 def wanda_mask(problem: LayerProblem, initial: Start | None = None) -> Tensor:
-    """Feasible mask with the entries that `initial` keeps, and Wanda's where it may choose.
+    """Feasible mask that prefers the entries of `initial`, then the largest Wanda scores.
 
-    That is the mask of `initial` if it satisfies the pattern; Wanda's if there is none.
+    It is the mask of `initial` if that satisfies the pattern, and Wanda's mask if there is
+    no `initial`.
     """
     scores = wanda_scores(problem)
     if initial is not None:

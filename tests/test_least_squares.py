@@ -137,7 +137,7 @@ def test_memory_budget_too_small_for_one_row() -> None:
 
 
 def test_only_fixed_masks() -> None:
-    with pytest.raises(InvalidProblemError, match="a mask that is fixed"):
+    with pytest.raises(InvalidProblemError, match="for a fixed mask"):
         lw.solve(PROBLEMS["plain"].problem(Unstructured(0.5)), LeastSquares())
 
 

@@ -131,7 +131,7 @@ def test_in_a_chain_it_takes_the_mask_before_it() -> None:
     problem = PROBLEMS["plain"].problem(lw.NM(2, 4))
     found = lw.solve(problem, lw.chain("wanda", MaskLoRA(rank=2)))
     assert torch.equal(found.mask, lw.solve(problem, "wanda").mask)
-    with pytest.raises(InvalidProblemError, match="mask that is fixed"):
+    with pytest.raises(InvalidProblemError, match="for a fixed mask"):
         lw.solve(problem, MaskLoRA())
 
 

@@ -244,7 +244,7 @@ def test_races_that_cannot_be_run() -> None:
             race("wanda", **given)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="did you mean wanda"):
         race("wnada", layers="4x4")
-    with pytest.raises(InvalidProblemError, match="mask that is fixed"):
+    with pytest.raises(InvalidProblemError, match="for a fixed mask"):
         race("wanda,least-squares", layers="4x4")
     with pytest.raises(UsageError, match="gblm needs the gradient"):
         race("wanda,gblm", layers="4x4")

@@ -435,7 +435,7 @@ def test_another_model(workshop: Path, grams: Path, tmp_path: Path) -> None:
         ({"methods": "wnada"}, UsageError, "did you mean wanda"),
         ({"methods": []}, UsageError, "give a method"),
         ({"methods": ["wanda", "wanda"]}, UsageError, "wanda at 0.5 is asked for twice"),
-        ({"methods": "least-squares"}, InvalidProblemError, "mask that is fixed"),
+        ({"methods": "least-squares"}, InvalidProblemError, "for a fixed mask"),
         ({"methods": "gblm"}, UsageError, "gblm needs the gradient .* layerwise prune"),
         ({"sparsities": 1.5}, InvalidProblemError, "must lie in"),
         ({"sparsities": "2:5"}, InvalidProblemError, "q_proj: pattern 2:5 needs a width"),

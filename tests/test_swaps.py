@@ -19,7 +19,7 @@ from layerwise.problem import LayerProblem
 from layerwise.solution import Solution, Status
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.refit.supports import Supports
-from layerwise.solvers.swaps import HOLD_ENTERED, HOLD_LEFT, SPARE_SLOTS, Swaps, match
+from layerwise.solvers.swaps import SPARE_SLOTS, TABU_ADDED, TABU_REMOVED, Swaps, match
 from tests.support.problems import PROBLEMS, Layer, layers, make_layer, patterns
 from tests.support.reference import Equations
 from tests.support.tolerances import LOCAL_MINIMUM, ROUNDING
@@ -181,7 +181,7 @@ def test_entries_that_moved_stay_for_a_while(monkeypatch: pytest.MonkeyPatch) ->
             gap = later.index(True)
             values = [float(values[row]) for values in objectives[: step + gap + 1]]
             record_low = values[-1] < min(values[:-1])
-            hold = HOLD_ENTERED if now else HOLD_LEFT
+            hold = TABU_ADDED if now else TABU_REMOVED
             assert record_low or gap > hold[(step - 1) % len(hold)]
             returned += 1
     assert returned > 20

@@ -1,13 +1,13 @@
 """The directions of Adapprox: gradients over the roots of second moments, in batches.
 
 Parameters with a dense second moment are updated by foreach operations. Matrices with
-factors are stacked by shape and rank, so that a network of many layers costs few calls.
+factors are stacked by shape and rank, so that a network of many layers needs few calls.
 """
 
 import math
 import zlib
 
-# PyTorch uses its own _foreach functions in its optimizers, and lists them nowhere
+# PyTorch uses its _foreach functions in its own optimizers, but does not export them
 # pyright: reportPrivateImportUsage=false
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from layerwise.solvers.optimizer.second_moment import RankRule, select, update
 
-CHUNK = 1 << 20  # weights that are updated as one batch: larger ones leave the cache
+CHUNK = 1 << 20  # weights that are updated as one batch: larger batches exceed the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +34,8 @@ class Entry:
     def shape(self) -> tuple[int, int]:
         """Shorter and longer side of the matrix that the parameter is flattened to."""
         rows = self.parameter.shape[0] if self.parameter.ndim else 1
-        sides = rows, self.parameter.numel() // rows
-        return min(sides), max(sides)
+        lengths = rows, self.parameter.numel() // rows
+        return min(lengths), max(lengths)
 
     @property
     def is_tall(self) -> bool:
@@ -48,7 +48,7 @@ class Entry:
         return flat.mT if self.is_tall else flat
 
     def unflatten(self, matrix: Tensor) -> Tensor:
-        """A matrix like that of the gradient in the shape of the parameter."""
+        """Reshape a matrix from the form of :meth:`matrix` to the parameter's shape."""
         return (matrix.mT if self.is_tall else matrix).reshape(self.parameter.shape)
 
     def precise_gradient(self) -> Tensor:
@@ -57,12 +57,12 @@ class Entry:
 
 
 def precision(parameter: Tensor) -> torch.dtype:
-    """Of states and of all arithmetic."""
+    """Precision of states and of all arithmetic."""
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
 def prepare(entry: Entry, group: Mapping[str, Any]) -> None:
-    """Count the step, and create the state that a parameter lacks."""
+    """Count the step, and create missing state of a parameter."""
     state, parameter = entry.state, entry.parameter
     if "step" not in state:
         state["step"] = 0
@@ -78,9 +78,9 @@ def _largest_rank(entry: Entry, group: Mapping[str, Any]) -> int:
 
 
 def batches(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
-    """Entries that can be updated together, in pieces of bounded size.
+    """Entries that can be updated together, in batches of bounded size.
 
-    Factored matrices must agree in shape, rank and step, for they become one stack.
+    Factored matrices of a batch have equal shape, rank and step, to form one stack.
     """
     alike: dict[Any, list[Entry]] = {}
     for entry in entries:
@@ -97,7 +97,7 @@ def batches(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
 
 
 def directions(group: Mapping[str, Any], batch: Sequence[Entry]) -> list[Tensor]:
-    """Clipped N of a batch; the second moments move one step on."""
+    """Clipped N of a batch; also updates the second moments."""
     if "exp_avg_sq" in batch[0].state:
         return _dense_directions(group, batch)
     return _factored_directions(group, batch)
@@ -121,7 +121,7 @@ def _dense_directions(group: Mapping[str, Any], batch: Sequence[Entry]) -> list[
 
 
 def _factored_directions(group: Mapping[str, Any], batch: Sequence[Entry]) -> list[Tensor]:
-    """N of matrices, and new factors of V in their states; all matrices are one stack."""
+    """N of matrices in one stack; also updates the factors of V in their states."""
     beta2 = group["betas"][1]
     states = [entry.state for entry in batch]
     G = torch.stack([entry.matrix() for entry in batch])
@@ -145,7 +145,7 @@ def _store_factors(
     V: Tensor,  # (batch, short, long)
     Q: Tensor | None,  # (batch, short, rank)
 ) -> None:
-    """Factor V, with another rank at every `select_every`-th step, and keep the factors."""
+    """Factor V and store the factors; every `select_every` steps, select the rank anew."""
     largest, step = _largest_rank(batch[0], group), batch[0].state["step"]
     rule = RankRule(
         smallest=min(group["initial_rank"], largest),

@@ -1,7 +1,7 @@
-"""Bytes that an optimizer keeps between its steps: measured storages, not a formula.
+"""Bytes that an optimizer keeps between its steps, measured from its tensors.
 
-Names of states are those of ``torch.optim``: ``exp_avg`` is a first moment, ``exp_avg_sq``
-a second one. The factors of Adapprox count as second moments.
+States have the names of ``torch.optim``: ``exp_avg`` is a first moment, ``exp_avg_sq`` a
+second one. The factors of Adapprox count as second moments.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class StateBytes:
     second_moment
         Running averages of squares, dense or as factors.
     total
-        Both, and whatever else there is, such as step counters.
+        Both, and all other states, such as step counters.
     """
 
     first_moment: int

@@ -1,15 +1,15 @@
 """Factors ``Q U^T`` of second moments, with the smallest rank that is accurate enough.
 
 Problem: given a stack of matrices V >= 0 (b, s, t) with s <= t, and factors of the same
-matrices one step ago, find for each the smallest rank k between two bounds whose error rate
-``||V - Q U^T|| / ||V||`` is at most a threshold.
+matrices from the previous step, find for each the smallest rank k between two bounds whose
+error rate ``||V - Q U^T|| / ||V||`` is at most a threshold.
 
-The published rule tries one rank after the other, each from a random start. Here the
-start is ``V^T Q`` with the previous Q, and one iteration does: V changes little from step
-to step. (The previous U costs one product less, but has seen nothing of the new V; its
-error is up to a third larger.) A few random columns more, and a rotation by singular values
-gives the error rate of *every* smaller rank at once, so the rank shrinks without another
-try. It doubles where it must grow.
+The published rule tries one rank after the other, each from a random start. Here the start
+is ``V^T Q`` with the previous Q, and one iteration is enough, because V changes little from
+step to step. (The previous U would save one product, but does not depend on the new V; its
+error is up to a third larger.) With a few random columns more, a rotation by singular
+values gives the error rate of *every* smaller rank at once, so the rank shrinks without
+another try. It doubles where it must grow.
 
 References
 ----------
@@ -36,12 +36,12 @@ from layerwise.solvers.optimizer.subspace import (
 # rate of 0.01, 91 at 0.25, 190 at 1.
 ETA, OMEGA, PHI, TAU = 200.0, 10.0, 2.5, -9.0
 
-Draw = Callable[[int, int, int], Tensor]  # matrix, columns there are, columns needed
+Draw = Callable[[int, int, int], Tensor]  # matrix, columns present, columns needed
 
 
 @dataclass(frozen=True)
 class RankRule:
-    """How ranks are chosen and factors are updated.
+    """Rule for the choice of ranks and the update of factors.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ class RankRule:
 
 def update(
     V: Tensor,  # (b, s, t)
-    Q: Tensor,  # (b, s, k), of the step before
+    Q: Tensor,  # (b, s, k), of the previous step
     rule: RankRule,
     draw: Draw,
 ) -> tuple[Tensor, Tensor]:  # (b, s, k), (b, t, k)
@@ -89,16 +89,16 @@ def update(
 
 def select(
     V: Tensor,  # (b, s, t)
-    Q: Tensor | None,  # (b, s, k), of the step before
+    Q: Tensor | None,  # (b, s, k), of the previous step
     rule: RankRule,
     draw: Draw,
 ) -> list[tuple[Tensor, Tensor]]:  # (s, k), (t, k) of every matrix
     """Factors of the smallest rank that is accurate enough, or of the largest allowed.
 
-    Matrices that need a larger rank are tried again together; one transfer of error rates
-    to the host per try.
+    Matrices that need a larger rank are tried again together. Every try transfers error
+    rates to the host once.
     """
-    found: dict[int, tuple[Tensor, Tensor]] = {}
+    selected: dict[int, tuple[Tensor, Tensor]] = {}
     warm = rule.warm_start and Q is not None
     nothing = V.mT[..., :0]
     known = V.mT @ Q if rule.warm_start and Q is not None else nothing
@@ -112,7 +112,7 @@ def select(
         left, right = subspace_iteration(
             stack, width, oversampling=0, iterations=iterations, start=start
         )
-        # the published rule looks at one rank, for its columns are in no order
+        # the published rule checks one rank, because its columns are not ordered
         ranks: Sequence[int] = [rank]
         if rule.warm_start:
             left, right = by_singular_value(left, right)
@@ -126,23 +126,23 @@ def select(
                 again.setdefault(min(grown, rule.largest), []).append(index)
             else:  # copies, so that the dropped columns are freed
                 factors = left[index, :, :chosen].clone(), right[index, :, :chosen].clone()
-                found[members[index]] = factors
+                selected[members[index]] = factors
         for rank, indices in again.items():
             kept = right[indices] if rule.warm_start else nothing[indices]
             tries.append((rank, [members[index] for index in indices], kept))
         iterations = rule.iterations  # most columns of a grown basis are random
-    return [found[member] for member in range(len(V))]
+    return [selected[member] for member in range(len(V))]
 
 
 def growth(error_rate: float) -> int:
-    """Columns that the published rule adds at an error rate: a sigmoid."""
+    """Number of columns that the published rule adds: a sigmoid of the error rate."""
     return max(1, math.ceil(ETA / (1 + math.exp(PHI - OMEGA * error_rate)) + TAU))
 
 
 def _widened(
     known: Tensor, members: Sequence[int], width: int, draw: Draw
 ) -> Tensor:  # (b, t, width)
-    """Known columns, and drawn ones up to a width."""
+    """Known columns, followed by random ones up to a width."""
     present = known.shape[-1]
     if present >= width:
         return known[..., :width]

@@ -1,13 +1,14 @@
 """Low-rank factors of a matrix, or of a stack of matrices, by subspace iteration.
 
 Problem: given A (m, n) and a rank k, find an orthonormal Q (m, k) for which the projection
-``Q Q^T A`` is close to A. With ``U = A^T Q`` (n, k) it is the product ``Q U^T``, and its
-error needs no residual: ``||A - Q U^T||^2 = ||A||^2 - ||U||^2`` in the Frobenius norm.
+``Q Q^T A`` is close to A. With ``U = A^T Q`` (n, k), the projection is the product
+``Q U^T``. Its error follows without a residual: ``||A - Q U^T||^2 = ||A||^2 - ||U||^2`` in
+the Frobenius norm.
 
 One iteration is ``Q = qr(A U)``, ``U = A^T Q``: 4 m n k operations for the products and
 about 4 m k^2 for the orthonormal basis. Errors shrink like a power of the ratio of the
-singular values behind and before the cut, so a start that is nearly right needs one
-iteration and a random one several. Leading dimensions are a batch everywhere.
+singular values after and before the cut. So a start that is nearly right needs one
+iteration, and a random start several. Leading dimensions are batches everywhere.
 
 References
 ----------
@@ -37,8 +38,8 @@ def subspace_iteration(
     """Orthonormal Q and ``U = A^T Q`` with ``Q U^T`` close to A.
 
     The first `rank` of ``rank + oversampling`` columns are returned, in the order of the QR
-    decomposition: singular vectors come first in it only once the iteration has converged.
-    :func:`by_singular_value` puts them in order.
+    decomposition. This is the order of the singular values only after convergence;
+    :func:`by_singular_value` sorts them.
 
     Parameters
     ----------
@@ -51,10 +52,10 @@ def subspace_iteration(
     iterations
         Number of iterations, at least one.
     start
-        Columns to start from, such as U of a matrix that was nearly the same. Missing
-        columns are drawn from the normal distribution.
+        Columns to start from, such as U of a similar matrix. Missing columns are drawn
+        from the normal distribution.
     generator
-        Where they come from, on the CPU, so that every device sees the same numbers.
+        Generator of these columns, on the CPU, so that every device gets the same numbers.
     """
     rows, columns = A.shape[-2:]
     if not 1 <= rank <= min(rows, columns):
@@ -88,11 +89,11 @@ def scaled(U: Tensor) -> Tensor:
 
 
 def by_singular_value(Q: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product ``Q U^T`` with orthogonal columns of U, the longest first.
+    """Return factors of the same product, with orthogonal columns of U, the longest first.
 
-    Their lengths are the singular values of the product, so that its best approximation of
-    any smaller rank is a truncation. The rotation comes from the eigenvectors of ``U^T U``,
-    k x k, in float64.
+    Their lengths are the singular values of the product, so that a truncation is its best
+    approximation of any smaller rank. The rotation consists of the eigenvectors of
+    ``U^T U``, k x k, in float64.
     """
     small = U.double() / _norm(U)[..., None, None].clamp_min(torch.finfo(U.dtype).tiny)
     rotation = torch.linalg.eigh(small.mT @ small).eigenvectors.flip(-1).to(U.dtype)
@@ -117,6 +118,6 @@ def error_rate(A: Tensor, U: Tensor) -> Tensor:  # (...) float64
 
 
 def _norm(A: Tensor) -> Tensor:
-    """Frobenius norm in float64, for squares of small numbers vanish in float32."""
+    """Frobenius norm in float64, because squares of small numbers vanish in float32."""
     norm: Tensor = torch.linalg.vector_norm(A, dim=(-2, -1), dtype=torch.float64)
     return norm

@@ -1,20 +1,20 @@
 r"""Conjugate gradients on ``d_S G_SS = r_S`` for all rows at once, each with its support.
 
-G is a damped gram and S the support of a row, or G is the inverse of one and S the
-complement (:mod:`.refit_rounds`). What they add to the plain method (:mod:`.polish`), for
-the exact refit of wide layers:
+G is a damped gram and S the support of a row, or G is the inverse of a damped gram and S
+the complement (:mod:`.rounds`). For the exact refit of wide layers, four things are added
+to the plain method (:mod:`.polish`):
 
 - the gram is scaled to unit diagonal, and a model of it (:mod:`.factor_model`) is the
   preconditioner, exactly inverted on every support;
 - products with the gram may run in bfloat16. Only the remainder ``C - U V U^T`` is
-  rounded: its leading directions and its diagonal stay in the working precision, so what
-  is lost is relative to the small part. Every few iterations, and before the first row is
-  believed to be done, the residual is computed again from scratch in the working precision;
+  rounded; the leading directions and the diagonal stay in the working precision, so the
+  error is relative to the small part. The residual is recomputed in the working precision
+  every few iterations, and before the first row counts as done;
 - the direction is made conjugate by the change of the residual, which allows for inexact
   products [1]_;
-- a row is done when what it can still gain is a given share of its objective. It leaves
-  the batch at the next look, which is taken every few iterations on a GPU because looking
-  makes it wait.
+- a row is done when its possible gain is below a given share of its objective. Rows that
+  are done are removed from the batch at the next check. On a GPU a check takes place only
+  every few iterations, because it synchronises.
 
 References
 ----------
@@ -36,11 +36,11 @@ from layerwise.solvers.refit.factor_model import FactorModel
 
 Products = Literal["auto", "bfloat16", "float32"]
 
-LOOK_EVERY = {"cuda": 4}  # iterations between two looks at which rows are done, else 1
+CHECK_EVERY = {"cuda": 4}  # iterations between two checks which rows are done, else 1
 REPLACE_EVERY = 12  # iterations between two exact residuals, with rounded products
 BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")  # of processors
-NARROW = 512  # below it, other work outweighs the products
-FEWEST_DONE = 0.1  # share of the rows that is worth a smaller batch
+NARROW = 512  # width below which other work outweighs the products
+FEWEST_DONE = 0.1  # smallest share of finished rows that is worth a smaller batch
 
 
 class SupportSolver:
@@ -51,10 +51,10 @@ class SupportSolver:
     gram
         Damped gram or its inverse, shape (in, in), in the working precision.
     rank
-        Of the model that preconditions; 0 leaves the diagonal.
+        Rank of the model that preconditions; 0 for the diagonal alone.
     products
-        Precision of the products with the gram, ``"float32"`` for the working precision;
-        ``"auto"`` takes bfloat16 where the device has units for it.
+        Precision of the products with the gram: ``"bfloat16"``, ``"float32"`` for the
+        working precision, or ``"auto"``, bfloat16 if the device has units for it.
     """
 
     def __init__(self, gram: Tensor, rank: int, products: Products = "auto") -> None:
@@ -62,8 +62,8 @@ class SupportSolver:
         self.gram = gram / self.root / self.root[:, None]
         self.model = FactorModel.of(self.gram, rank)
         self._remainder: Tensor | None = None
-        wanted = products == "bfloat16" or (products == "auto" and rounding_pays(gram))
-        if wanted and gram.dtype == torch.float32:
+        rounds = products == "bfloat16" or (products == "auto" and rounding_pays(gram))
+        if rounds and gram.dtype == torch.float32:
             basis, values = self.model.basis, self.model.values
             rest = torch.addmm(self.gram, basis * values, basis.T, alpha=-1)
             self._diagonal = rest.diagonal().clone()
@@ -71,16 +71,16 @@ class SupportSolver:
 
     @property
     def can_round(self) -> bool:
-        """Whether there are products in bfloat16."""
+        """Whether products in bfloat16 are prepared."""
         return self._remainder is not None
 
     def image(self, rows: Tensor) -> Tensor:
-        """Rows (m, in) times the gram as it was given."""
+        """Rows (m, in) times the unscaled gram."""
         scaled = (rows * self.root).to(self.gram.dtype)
         return (scaled @ self.gram) * self.root
 
     def product(self, rows: Tensor, out: Tensor, rounded: bool) -> Tensor:
-        """Rows (m, in) times the gram of unit diagonal; rounded, its remainder only."""
+        """Rows (m, in) times the gram of unit diagonal, its remainder rounded or not."""
         if not rounded:
             return torch.mm(rows, self.gram, out=out)
         assert self._remainder is not None
@@ -113,22 +113,22 @@ class SupportSolver:
         Parameters
         ----------
         mask
-            Support S of each row, True = in it.
+            Support S of each row, True = in S.
         residuals
             ``r_S``, minus half the gradient of the objective.
         objective
-            Where each row begins; it falls by ``<d, r>``.
+            Objective of each row at the start; it falls by ``<d, r>``.
         floor
-            Objectives below it count as this much.
+            Smaller objectives count as this value.
         excess
-            Bound on what the objective can lose where each row begins. It is taken to fall
-            in proportion to ``r M^-1 r``, with M the model of the gram.
+            Bound on the possible decrease of the objective at the start. It is assumed to
+            fall in proportion to ``r M^-1 r``, with M the model of the gram.
         tolerance
             A row is done when its excess is below this share of its objective.
         max_iterations
-            Products with the gram.
+            Largest number of products with the gram.
         rounded
-            Whether they are rounded to bfloat16.
+            Whether the products are rounded to bfloat16.
         rises
             Whether the objective is maximised: it rises by ``<d, r>``.
 
@@ -140,30 +140,30 @@ class SupportSolver:
         dtype = self.gram.dtype
         norms = residuals.norm(dim=1)
         scale = torch.where(norms > 0, norms, 1)  # float32 keeps small rows
-        sides = (residuals / self.root / scale[:, None]).to(dtype)
+        rhs = (residuals / self.root / scale[:, None]).to(dtype)
         value, least, bound = (
             (v / scale.square()).to(dtype) for v in (objective, floor, excess)
         )
-        batch = _Batch(self, mask.to(dtype), sides, value, 1 if rises else -1)
+        batch = _Batch(self, mask.to(dtype), rhs, value, 1 if rises else -1)
         share = tolerance * torch.where(bound > 0, batch.energy / bound, 1)
-        rounding = torch.finfo(dtype).eps ** 2 * batch.energy  # less cannot be seen
-        solution = torch.zeros_like(sides)
-        rows = torch.arange(len(sides), device=sides.device)
-        iteration, look_every = 0, LOOK_EVERY.get(sides.device.type, 1)
-        checked = not rounded  # whether a residual was computed again by now
+        rounding = torch.finfo(dtype).eps ** 2 * batch.energy  # smaller values are rounding
+        solution = torch.zeros_like(rhs)
+        rows = torch.arange(len(rhs), device=rhs.device)
+        iteration, check_every = 0, CHECK_EVERY.get(rhs.device.type, 1)
+        recomputed = not rounded  # whether the residual was computed exactly by now
         while True:
             doubtful = False
-            if iteration % look_every == 0 or iteration == max_iterations:
+            if iteration % check_every == 0 or iteration == max_iterations:
                 enough = share * torch.maximum(batch.value, least)
                 done = ~(batch.energy > torch.maximum(enough, rounding))
                 if iteration == max_iterations:
                     done = torch.ones_like(done)
-                doubtful = not checked and 0 < iteration < max_iterations
+                doubtful = not recomputed and 0 < iteration < max_iterations
                 if float(done.float().mean()) < FEWEST_DONE:
                     doubtful = False
                 elif not doubtful:
-                    solution[rows[done]] = batch.found[done]
-                    more = (~done).nonzero()[:, 0]  # a mask would be counted at each use
+                    solution[rows[done]] = batch.solution[done]
+                    more = (~done).nonzero()[:, 0]  # each use of a mask would synchronise
                     batch = batch.rows(more)
                     rows, share = rows[more], share[more]
                     least, rounding = least[more], rounding[more]
@@ -172,26 +172,26 @@ class SupportSolver:
             iteration += 1
             exact = doubtful or iteration % REPLACE_EVERY == 0
             batch.advance(rounded, exact=exact)
-            checked = checked or exact
+            recomputed = recomputed or exact
         return solution.to(residuals.dtype) * scale[:, None] / self.root, iteration
 
 
 class _Batch:
-    """Rows that still iterate, with the work space of an iteration."""
+    """Rows that still iterate, with the workspace of an iteration."""
 
     def __init__(
         self,
         system: SupportSolver,
         kept: Tensor,  # (rows, in)
-        sides: Tensor,  # (rows, in)
+        rhs: Tensor,  # (rows, in)
         value: Tensor,  # (rows,)
         sign: int,
     ) -> None:
         self._system, self._sign = system, sign
         self._inverse = system.model.restricted(kept)
-        self._sides, self._rest = sides, sides.clone()
+        self._rhs, self._rest = rhs, rhs.clone()
         self.value = value
-        self.found = torch.zeros_like(sides)
+        self.solution = torch.zeros_like(rhs)
         self._allocate()
         self._inverse.solve(self._rest, self._ahead)
         self._direction = self._ahead.clone()
@@ -209,21 +209,21 @@ class _Batch:
         """Return the batch of some rows."""
         other = copy(self)
         other._inverse = self._inverse.rows(selection)
-        for name in ("_sides", "_rest", "_direction", "found", "value", "energy"):
+        for name in ("_rhs", "_rest", "_direction", "solution", "value", "energy"):
             setattr(other, name, getattr(self, name)[selection])
         other._allocate()
         return other
 
     def advance(self, rounded: bool, *, exact: bool) -> None:
-        """Make one step; with rounded products the new residual may be `exact`."""
+        """Make one step; `exact` computes the new residual without rounded products."""
         system, kept = self._system, self._inverse.kept
         self._image = system.product(self._direction, self._image, rounded).mul_(kept)
         curvature = self._dot(self._direction, self._image)
         step = torch.where(curvature > 0, self.energy / curvature, 0)[:, None]
-        self.found.addcmul_(step, self._direction)
+        self.solution.addcmul_(step, self._direction)
         self.value = self.value + self._sign * step[:, 0] * self.energy
         if rounded and exact:
-            torch.addmm(self._sides, self.found, system.gram, alpha=-1, out=self._rest)
+            torch.addmm(self._rhs, self.solution, system.gram, alpha=-1, out=self._rest)
             self._rest.mul_(kept)
         else:
             self._rest.addcmul_(step, self._image, value=-1)
@@ -240,8 +240,8 @@ def rounding_pays(gram: Tensor) -> bool:
         return False
     if gram.device.type == "cuda":
         return torch.cuda.get_device_capability(gram.device) >= (8, 0)
-    ask = getattr(torch.cpu, "get_capabilities", None)  # torch 2.10 cannot tell
-    if gram.device.type != "cpu" or ask is None:
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # not in torch 2.10
+    if gram.device.type != "cpu" or capabilities is None:
         return False
-    units: Mapping[str, object] = ask()
+    units: Mapping[str, object] = capabilities()
     return any(units.get(name) for name in BFLOAT16_UNITS)

@@ -1,7 +1,7 @@
 r"""A gram as a diagonal plus a low rank, inverted exactly on the support of every row.
 
-With ``D = diag(G)`` the gram of unit diagonal is modelled by its leading eigenpairs and
-one level for all others,
+With ``D = diag(G)``, the gram of unit diagonal is modelled by its leading eigenpairs and
+one level for all other eigenvalues,
 
 .. math:: D^{-1/2} G D^{-1/2} \approx U (\Lambda - \delta I) U^T + \delta I .
 
@@ -11,8 +11,8 @@ with one (rank, rank) matrix per row:
 .. math:: M_{SS}^{-1} = \tfrac 1 \delta \Big(I - \tfrac 1 \delta U_S K_S^{-1} U_S^T\Big),
           \quad K_S = (\Lambda - \delta I)^{-1} + \tfrac 1 \delta U_S^T U_S .
 
-Large eigenvalues, which slow conjugate gradients down, are those that a few directions of
-all inputs share; the supports of the rows differ, the directions do not.
+Conjugate gradients are slowed down by large eigenvalues. These belong to a few directions
+that all inputs share, so one model fits all rows although their supports differ.
 
 References
 ----------
@@ -27,7 +27,7 @@ from torch import Tensor
 
 OVERSAMPLING = 16
 SUBSPACE_ITERATIONS = 3
-LEADING = 1.5  # eigenvalues above this multiple of the rest belong to the model
+LEADING = 1.5  # eigenvalues above this multiple of the mean of the others are modelled
 BLOCK = 32  # columns of the (rank, rank) matrices that are built in one product
 
 
@@ -40,9 +40,9 @@ class FactorModel:
     basis
         Orthonormal directions U, shape (in, rank).
     values
-        Their eigenvalues above the level, shape (rank,), positive.
+        Their eigenvalues minus the level, shape (rank,), positive.
     level
-        The eigenvalue that stands for all others.
+        The eigenvalue that represents all others.
     """
 
     basis: Tensor
@@ -56,7 +56,7 @@ class FactorModel:
 
     @classmethod
     def of(cls, gram: Tensor, rank: int) -> "FactorModel":
-        """Model of a gram with unit diagonal, of at most the given rank.
+        """Model of at most the given rank, for a gram with unit diagonal.
 
         Cost: ``SUBSPACE_ITERATIONS + 2`` products of (in, in) and (in, rank).
         """
@@ -90,7 +90,7 @@ class FactorModel:
         if rank == 0:
             return RestrictedModel(self, kept, self.basis.new_empty(rows, 0, 0))
         matrix = self.basis.new_empty(rows, rank, rank)
-        for begin in range(0, rank, BLOCK):  # below the diagonal, all rows in one product
+        for begin in range(0, rank, BLOCK):  # lower triangle, all rows in one product
             end = min(begin + BLOCK, rank)
             pairs = self.basis[:, begin:end, None] * self.basis[:, None, :end]
             product = kept @ pairs.flatten(1)
@@ -98,7 +98,7 @@ class FactorModel:
         matrix /= self.level
         matrix.diagonal(dim1=1, dim2=2).add_(1 / self.values)
         lower, info = torch.linalg.cholesky_ex(matrix)
-        broken = (info > 0)[:, None, None]  # these rows go without the model
+        broken = (info > 0)[:, None, None]  # these rows do not use the model
         lower = torch.where(broken, torch.eye(rank).to(lower), lower)
         inverses = torch.cholesky_inverse(lower).masked_fill_(broken, 0)
         return RestrictedModel(self, kept, inverses)
@@ -111,7 +111,7 @@ class RestrictedModel:
     Parameters
     ----------
     model
-        Shared by all rows.
+        The model, shared by all rows.
     kept
         Supports, shape (rows, in), ones and zeros.
     inverses

@@ -1,13 +1,14 @@
-r"""Many weights of a row removed at once: the closed form of the best compensation.
+r"""Joint removal of many weights of a row: the closed form of the best compensation.
 
-Let w minimise ``(v - w) G (v - w)^T`` without constraint, and let P be the weights of a
-row that must vanish. The best change of the others is
+Let w be the unconstrained minimiser of a row, so that the objective of any v is
+``(v - w) G (v - w)^T`` above its minimum, and let P be the weights to remove. The best
+change of the row is
 
 .. math:: \delta = -w_P \big[(G^{-1})_{PP}\big]^{-1} (G^{-1})_{P,:},
           \qquad \text{loss} = w_P \big[(G^{-1})_{PP}\big]^{-1} w_P^\top .
 
-With a single weight in P this is the optimal brain surgeon. Weights are picked by index,
-never by value, so a weight that is zero by itself counts like any other.
+With a single weight in P, this is the optimal brain surgeon. Weights are selected by index,
+never by value, so a weight that is already zero counts like any other.
 
 References
 ----------
@@ -29,12 +30,12 @@ def remove_jointly(
     mask: Tensor,  # (rows, in)
     memory_budget: int = LeastSquares.memory_budget,
 ) -> tuple[Tensor, Tensor]:  # (rows, in), (rows,)
-    """Weights without the entries off the mask, best compensated, and the loss of each row.
+    """Remove the entries off the mask with the best compensation.
 
     Parameters
     ----------
     weight
-        Minimiser without constraint; the dense weight if both models see the same inputs.
+        Unconstrained minimiser: the dense weight if both models see the same inputs.
     inverse
         Inverse of the damped gram.
     mask
@@ -61,7 +62,7 @@ def multipliers(
 ) -> Tensor:  # (rows, in)
     """``w_P [(G^-1)_PP]^-1`` of every row, zero on kept weights.
 
-    Rows are solved in chunks. Cost: O(removed^3 / 3) a row.
+    Rows are solved in chunks. Cost: O(removed^3 / 3) per row.
 
     Parameters
     ----------
@@ -84,4 +85,4 @@ def multipliers(
         )
         raise MemoryBudgetError(message)
     parts = zip(torch.split(weight, chunk), torch.split(removed, chunk), strict=True)
-    return torch.cat([solve_on_supports(inverse, gone)(part) for part, gone in parts])
+    return torch.cat([solve_on_supports(inverse, off)(part) for part, off in parts])

@@ -1,7 +1,7 @@
 """A fixed number of conjugate gradient steps on a mask, to compare masks fairly.
 
-Rounded weights say little about a mask: a few steps towards its best weights say much
-more, at a small part of the cost of an exact refit. No step reads a number back from the
+The error of rounded weights says little about a mask. A few steps towards its best weights
+say much more, at a small part of the cost of an exact refit. No step synchronises with the
 device, and none allocates more than one array.
 """
 

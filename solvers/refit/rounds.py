@@ -1,17 +1,17 @@
 r"""Rounds of the exact refit: one correction of the rows that are not optimal yet.
 
-With S the support of a row, P its complement, T the target and ``H = G^-1``, the change d
-of the weights satisfies ``d_S G_SS = r_S``. Or, the other way round, the multipliers y of
-the weights that have to be zero satisfy ``y_P H_PP = (T H)_P``, and the weights are
-``T H - y H``. Either system is solved by factorizations (:mod:`.row_systems`) or by
-conjugate gradients (:mod:`.conjugate_gradients`):
+Let S be the support of a row, P its complement, T the target and ``H = G^-1``. The change d
+of the weights satisfies ``d_S G_SS = r_S``. Dually, the multipliers y of the weights that
+have to be zero satisfy ``y_P H_PP = (T H)_P``, and the weights are ``T H - y H``. Either
+system is solved by factorizations (:mod:`.row_systems`) or by conjugate gradients
+(:mod:`.conjugate_gradients`):
 
-- on supports: the diagonal and a low-rank model of G precondition (:mod:`.factor_model`);
-- on complements: G need not be well conditioned for it. The small eigenvalues of H_PP are
-  those of directions that many inputs share, and there are few of them; the large ones are
-  level, at the inverse of the damping, so that the diagonal alone preconditions.
+- on supports, the diagonal and a low-rank model of G precondition (:mod:`.factor_model`);
+- on complements, the diagonal alone preconditions, even if G is ill-conditioned. H_PP has
+  only a few small eigenvalues, from directions that many inputs share; the large ones are
+  nearly equal, at the inverse of the damping.
 
-Fewer unknowns mean fewer iterations; :mod:`.spread` says which side has the advantage.
+Fewer unknowns mean fewer iterations; :mod:`.spread` estimates which side is faster.
 """
 
 from collections.abc import Callable
@@ -32,23 +32,23 @@ from layerwise.solvers.refit.row_systems import (
 
 Side = Literal["support", "complement"]
 
-FAR = 100.0  # times the tolerance: what is nearer is the rounding of the weights themselves
-AIM = 0.6  # share of the tolerance at which conjugate gradients believe to be done
+FAR = 100.0  # times the tolerance: a smaller excess may be the rounding of the weights
+AIM = 0.6  # share of the tolerance at which conjugate gradients stop
 
 
 class Correction(NamedTuple):
-    """What a round found for some rows, float64, shape (picked, in)."""
+    """Result of a round for some rows, float64, shape (picked, in)."""
 
     change: Tensor
     multipliers: Tensor | None = None  # None for the natural ones of the new weights
 
 
 class Round(NamedTuple):
-    """One way to correct rows, and how far from the tolerance they must be for it."""
+    """One way to correct rows, and the excess from which it is used."""
 
-    # of the state of some rows and their indices in the chunk, in order
+    # from the state of some rows, and their indices in the chunk in ascending order
     correct: Callable[[RefitState, Tensor], Correction]
-    above: float = 1.0  # of the tolerance: rows below it are left as they are
+    above: float = 1.0  # times the tolerance: rows with a smaller excess are not changed
 
 
 def inner_precision(problem: LayerProblem) -> torch.dtype:
@@ -58,17 +58,14 @@ def inner_precision(problem: LayerProblem) -> torch.dtype:
 
 
 def inverse_of(problem: LayerProblem, precision: torch.dtype) -> Tensor:
-    """Inverse of the damped gram.
-
-    It errs by the rounding of the factor at worst, which is that of the inverse itself.
-    """
+    """Inverse of the damped gram, as accurate as the rounded factor allows."""
     return torch.cholesky_inverse(problem.factor(torch.float64).lower.to(precision))
 
 
 def direct_rounds(problem: LayerProblem, kept: Tensor, side: Side) -> list[Round]:
-    """Solve the system of every row by a factorization of its own.
+    """Rounds that factor the system of every row.
 
-    Where float32 turns out not to be enough, the rows are factored again in float64.
+    Rows for which float32 is not enough are factored again in float64.
     """
     precision = inner_precision(problem)
     correct = _row_solve(problem, kept, side, precision)
@@ -80,7 +77,8 @@ def direct_rounds(problem: LayerProblem, kept: Tensor, side: Side) -> list[Round
 
     def precise(state: RefitState, picked: Tensor) -> Correction:
         parts = []
-        for part in torch.arange(len(picked), device=picked.device).chunk(2):  # as large
+        # half of the rows in float64 need as much memory as all in float32
+        for part in torch.arange(len(picked), device=picked.device).chunk(2):
             on = kept[picked[part]]
             solved = _row_solve(problem.rows(picked[part]), on, side, torch.float64)
             parts.append(solved(torch.where(on, state.residual[part], 0)))
@@ -102,9 +100,9 @@ def _row_solve(
 
 
 class ConjugateRounds:
-    """Rounds by conjugate gradients on one side of the masks.
+    """Rounds by conjugate gradients, on supports or on complements.
 
-    On complements, the first one begins at the dense weight and at zero multipliers
+    On complements, the first round begins at the dense weight and at zero multipliers
     (:func:`layerwise.certificates.dense_state`).
 
     Parameters
@@ -114,15 +112,15 @@ class ConjugateRounds:
     kept
         Their masks, shape (rows, in).
     side
-        Where the systems are posed.
+        Unknowns of the systems, see :class:`~layerwise.solvers.LeastSquares`.
     rank
-        Of the model of the gram, for supports.
+        Rank of the model of the gram, for supports.
     products
         Precision of the products.
     tolerance
-        Of the refit.
+        Tolerance of the refit.
     max_iterations
-        Per round.
+        Largest number of iterations per round.
     """
 
     def __init__(
@@ -151,24 +149,24 @@ class ConjugateRounds:
             gram = problem.damped_gram(precision)
             return SupportSolver(gram, self._rank, self._products)
 
-        key = (self._side, problem.damping, precision, self._rank, self._products)
-        found: SupportSolver = problem.moments.shared(("conjugate gradients", *key), make)
-        return found
+        kind = ("conjugate gradients", self._side, self._rank, self._products)
+        return problem.moments.shared((*kind, problem.damping, precision), make)
 
     def rounds(self) -> list[Round]:
-        """Rounds with rounded products, if there are any, with exact ones, and in float64.
+        """Rounds with rounded products if possible, with exact products, and in float64.
 
-        A gram that does not factor in float32 is often solved in it all the same.
+        Float32 is tried even for a gram that does not factor in it, because it is often
+        enough for conjugate gradients.
         """
         step = self._on_support if self._side == "support" else self._on_complement
         precision, factor = self._problem.dtype, self._problem.factor(torch.float64)
         system = self._system(precision if factor.fits(precision) else torch.float64)
         choices = (True, False) if system.can_round else (False,)
-        found = [Round(partial(step, system=system, rounded=one)) for one in choices]
+        rounds = [Round(partial(step, system=system, rounded=one)) for one in choices]
         if system.gram.dtype != torch.float64:
             enough = inner_precision(self._problem) != torch.float64
-            found.append(Round(partial(self._precise, step), FAR if enough else 1.0))
-        return found
+            rounds.append(Round(partial(self._precise, step), FAR if enough else 1.0))
+        return rounds
 
     def _precise(
         self, step: Callable[..., Correction], state: RefitState, picked: Tensor
@@ -179,23 +177,23 @@ class ConjugateRounds:
         self, state: RefitState, picked: Tensor, *, system: SupportSolver, rounded: bool
     ) -> Correction:
         kept = self._kept[picked]
-        right = torch.where(kept, state.residual, 0)
-        change = self._solve(system, kept, right, state.objective, state, rounded=rounded)
+        rhs = torch.where(kept, state.residual, 0)
+        change = self._solve(system, kept, rhs, state.objective, state, rounded=rounded)
         return Correction(change)
 
     def _on_complement(
         self, state: RefitState, picked: Tensor, *, system: SupportSolver, rounded: bool
     ) -> Correction:
         removed = ~self._kept[picked]
-        if self._at_dense and self._problem.shift is None:  # no need to solve for it
+        if self._at_dense and self._problem.shift is None:  # the step is known
             step = torch.where(removed, self._problem.weight[picked].double(), 0)
         else:
             factor = self._problem.factor(torch.float64)
             step = factor.solve_rows(state.residual).contiguous()
         self._at_dense = False
-        right = torch.where(removed, step, 0)
+        rhs = torch.where(removed, step, 0)
         bound = state.objective - state.excess  # the dual objective
-        rise = self._solve(system, removed, right, bound, state, rounded=rounded)
+        rise = self._solve(system, removed, rhs, bound, state, rounded=rounded)
         step -= system.image(rise)
         rise += state.multipliers
         return Correction(step.masked_fill_(removed, 0), rise)
@@ -204,15 +202,15 @@ class ConjugateRounds:
         self,
         system: SupportSolver,
         mask: Tensor,  # (picked, in)
-        right: Tensor,  # (picked, in)
+        rhs: Tensor,  # (picked, in)
         value: Tensor,  # (picked,)
         state: RefitState,
         *,
         rounded: bool,
     ) -> Tensor:  # (picked, in)
-        found, used = system.solve(
+        solution, iterations = system.solve(
             mask,
-            right,
+            rhs,
             value,
             ENERGY_FLOOR * state.energy,
             state.excess,
@@ -221,5 +219,5 @@ class ConjugateRounds:
             rounded=rounded,
             rises=self._side == "complement",
         )
-        self.iterations += used
-        return found
+        self.iterations += iterations
+        return solution

@@ -1,7 +1,7 @@
 """Systems ``d_S G_SS = r_S`` of many rows by batched Cholesky factorizations.
 
-A row is solved on its support S, or, where fewer weights are gone than kept, on the
-complement P by the closed form of a joint removal: with ``y = r G^-1`` the answer is
+A row is solved on its support S, or on the complement P if fewer weights are removed than
+kept. The latter is the closed form of a joint removal: with ``y = r G^-1`` the answer is
 ``y - y_P [(G^-1)_PP]^-1 (G^-1)_P``.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 RowSolve = Callable[[Tensor], Tensor]  # residual (rows, in) -> change (rows, in)
 
-LARGE_SYSTEM = 1024  # unknowns of a row
+LARGE_SYSTEM = 1024  # unknowns from which a GPU factors systems one by one
 
 
 def solve_on_supports(
@@ -21,7 +21,8 @@ def solve_on_supports(
 ) -> RowSolve:
     """Solver of ``d_S G_SS = r_S`` for all rows, each with its own support S.
 
-    Batched Cholesky of the gathered systems; shorter rows are padded with identity.
+    A batched Cholesky factorization of the gathered systems; shorter rows are padded with
+    the identity.
     """
     width = len(gram)
     counts = mask.sum(dim=1)
@@ -30,7 +31,7 @@ def solve_on_supports(
     padding = torch.arange(size, device=mask.device) >= counts[:, None]
     index = order.masked_fill(padding, width)
     bordered = torch.nn.functional.pad(gram, (0, 1, 0, 1))
-    # one index: of two, a GPU makes copies of the size of the systems
+    # a single index: with two, a GPU makes copies of the size of the systems
     systems = bordered.take(index[:, :, None] * (width + 1) + index[:, None, :])
     systems.diagonal(dim1=1, dim2=2).add_(padding.to(gram.dtype))
     lower, info = _factors(systems)
@@ -40,8 +41,8 @@ def solve_on_supports(
     del systems
 
     def correct(residuals: Tensor) -> Tensor:
-        sides = torch.nn.functional.pad(residuals, (0, 1)).gather(1, index)
-        solved = torch.cholesky_solve(sides[:, :, None].to(lower.dtype), lower)[:, :, 0]
+        rhs = torch.nn.functional.pad(residuals, (0, 1)).gather(1, index)
+        solved = torch.cholesky_solve(rhs[:, :, None].to(lower.dtype), lower)[:, :, 0]
         change = residuals.new_zeros(len(residuals), width + 1)
         change.scatter_(1, index, solved.to(residuals.dtype))
         inside: Tensor = change[:, :width]
@@ -51,9 +52,9 @@ def solve_on_supports(
 
 
 def _factors(systems: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky factors, and which failed; large ones one by one on a GPU.
+    """Cholesky factors, and which failed; on a GPU large systems are factored one by one.
 
-    Its routine for many systems at once is made for small ones.
+    The batched routine of a GPU is made for small systems.
     """
     if systems.device.type != "cuda" or systems.shape[1] < LARGE_SYSTEM:
         lower, info = torch.linalg.cholesky_ex(systems)
@@ -74,7 +75,7 @@ def solve_on_complements(
     inverse: Tensor,  # (in, in)
     mask: Tensor,  # (rows, in)
 ) -> RowSolve:
-    """The same answers from the inverse of the gram: O(removed^3 / 3) a row."""
+    """Solver of the same systems from the inverse of the gram, O(removed^3 / 3) per row."""
     pull = solve_on_supports(inverse, ~mask)
 
     def correct(residuals: Tensor) -> Tensor:

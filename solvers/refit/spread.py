@@ -1,4 +1,4 @@
-r"""Which side of the masks needs fewer iterations, from the spread of eigenvalues.
+r"""Choice of supports or complements for fewer iterations, by the spread of eigenvalues.
 
 The spread of a positive definite matrix A of size n is its mean squared eigenvalue over
 its squared mean eigenvalue,
@@ -6,9 +6,9 @@ its squared mean eigenvalue,
 .. math:: s(A) = n \operatorname{tr} A^2 / (\operatorname{tr} A)^2 \ge 1 ,
 
 one if all are equal. The iterations of conjugate gradients on a share u of the unknowns
-grow with s(A) and with u; the ratio of ``s(A) u^1.5`` on the two sides is close to the
-ratio of their iterations on captured spectra: ``python -m tests.benchmarks.refit_race
---sides`` prints both.
+grow with s(A) and with u. On captured spectra, the ratio of ``s(A) u^1.5`` on the two sides
+is close to the ratio of their iterations: ``python -m tests.benchmarks.refit_race --sides``
+prints both.
 """
 
 import torch
@@ -18,26 +18,26 @@ from layerwise.problem import LayerProblem
 from layerwise.solvers.refit.factor_model import FactorModel
 
 EXPONENT = 1.5
-MODEL_COST = 1.25  # of an iteration with the model of the gram, to one without
+MODEL_COST = 1.25  # of an iteration with the model of the gram, over one without
 
 
 def complement_is_easier(problem: LayerProblem, mask: Tensor, rank: int) -> bool:
-    """Whether the systems of the removed weights are expected to take less time."""
+    """Whether the systems on complements are expected to take less time."""
     cost = MODEL_COST if rank > 0 else 1.0
     return cost * ratio_of_iterations(problem, mask, rank) >= 1
 
 
 def ratio_of_iterations(problem: LayerProblem, mask: Tensor, rank: int) -> float:
-    """Iterations expected on the supports over those on the complements.
+    """Expected iterations on the supports over those on the complements.
 
     Parameters
     ----------
     problem
-        At the damping at which its gram factors.
+        The layer, at the damping at which its gram factors.
     mask
-        Which weights are kept, shape (out, in), not all of them.
+        True = kept, shape (out, in), not all True.
     rank
-        Of the model that preconditions on the supports.
+        Rank of the model that preconditions on the supports.
     """
     kept = float(mask.sum()) / mask.numel()
     shares: float = (kept / (1 - kept)) ** EXPONENT
@@ -45,9 +45,9 @@ def ratio_of_iterations(problem: LayerProblem, mask: Tensor, rank: int) -> float
 
 
 def spread_on_supports(problem: LayerProblem, rank: int) -> float:
-    """Spread of the gram of unit diagonal without the directions of its model; shared.
+    """Spread of the gram of unit diagonal without the directions of its model; cached.
 
-    Cost: that of the model, see :meth:`FactorModel.of`.
+    Cost: as :meth:`FactorModel.of`.
     """
 
     def make() -> float:
@@ -68,6 +68,6 @@ def spread_on_supports(problem: LayerProblem, rank: int) -> float:
 
 
 def spread_on_complements(problem: LayerProblem) -> float:
-    """Spread of the inverse of the gram of unit diagonal; shared with its factor."""
+    """Spread of the inverse of the gram of unit diagonal; cached with its factor."""
     trace, squares = problem.factor(torch.float64).unit_inverse
     return problem.shape[1] * squares / trace**2

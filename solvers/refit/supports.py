@@ -1,7 +1,7 @@
 r"""Rows of a layer whose supports change one entry at a time, always refitted exactly.
 
-For a row with support S, let ``A = (G_SS)^-1`` (damped gram), w the weights that are
-optimal on S, and ``r = T - w G`` the residual. Then, exactly,
+For a row with support S, let ``A = (G_SS)^-1`` with the damped gram G, let w be the optimal
+weights on S, and ``r = T - w G`` the residual. Then, exactly,
 
 - removing j costs ``w_j^2 / A_jj``;
 - adding q gains ``r_q^2 / s`` with ``v = A G_Sq`` and ``s = G_qq - G_qS v``;
@@ -25,18 +25,18 @@ from torch import Tensor
 from layerwise.errors import MemoryBudgetError
 from layerwise.problem import LayerProblem
 
-COPIES = 4  # of the inverses that an update holds at the same time
-ARRAYS = 6  # of (candidates, slots) that a comparison of exchanges holds
+COPIES = 4  # of the inverses, in memory at the same time during an update
+ARRAYS = 6  # of shape (candidates, slots), in memory during a comparison of exchanges
 
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """Entries that could be added to every row, with what that would do.
+    """Candidate entries to add to every row, with the effect of adding them.
 
     Parameters
     ----------
     index
-        Shape (rows, candidates): their columns.
+        Columns of the candidates, shape (rows, candidates).
     effect
         ``v``, shape (rows, candidates, slots).
     schur
@@ -58,12 +58,12 @@ class Entries:
 
     @property
     def gains(self) -> Tensor:
-        """What adding each entry alone takes off the objective, (rows, candidates)."""
+        """Decrease of the objective by adding each entry alone, (rows, candidates)."""
         return self.rest.square() / self.schur
 
 
 class Supports:
-    """Supports of many rows in slots: a slot holds a column, or is free.
+    """Supports of many rows in slots; a slot contains a column or is free.
 
     Parameters
     ----------
@@ -78,9 +78,9 @@ class Supports:
 
     Notes
     -----
-    Weights and inverses of free slots are zero up to rounding, and their column is `in`,
-    one past the end, where the gram has a border of zeros.
-    Everything is float64: errors of many updates add up.
+    Weights and inverses of free slots are zero up to rounding. Their column is `in`, one
+    past the end, where the gram has a border of zeros. Everything is float64, because the
+    errors of many updates add up.
     """
 
     def __init__(
@@ -102,11 +102,11 @@ class Supports:
         self.inverse = self._inverses(free)
         self.weight = torch.nn.functional.pad(self._dense, (0, 1)).gather(1, self.index)
         every = torch.arange(len(mask), device=mask.device)
-        sides = torch.nn.functional.pad(self.residual(every), (0, 1)).gather(1, self.index)
-        self.weight = self.weight + (self.inverse @ sides[:, :, None])[:, :, 0]
+        rhs = torch.nn.functional.pad(self.residual(every), (0, 1)).gather(1, self.index)
+        self.weight = self.weight + (self.inverse @ rhs[:, :, None])[:, :, 0]
 
     def _inverses(self, free: Tensor) -> Tensor:
-        """Inverse of the gram on every support; one for all where all are full."""
+        """Inverse of the gram on every support, computed once if all supports are full."""
         same = self.index.shape[1] == self.width and not bool(free.any())
         index = self.index[:1] if same else self.index
         padding = free[: len(index)].double()
@@ -118,12 +118,12 @@ class Supports:
 
     @staticmethod
     def row_bytes(slots: int, candidates: int = 0) -> int:
-        """Memory of one row, with the arrays of its exchanges."""
+        """Bytes of one row, with the arrays of its exchanges."""
         return 8 * slots * (COPIES * slots + ARRAYS * candidates)
 
     @staticmethod
     def chunk(slots: int, memory_budget: int, candidates: int = 0) -> int:
-        """Rows that fit a memory budget."""
+        """Number of rows that fit a memory budget."""
         per_row = Supports.row_bytes(slots, candidates)
         if per_row > memory_budget:
             message = (
@@ -156,7 +156,7 @@ class Supports:
         return result if self._shift is None else result + self._shift[rows]
 
     def _every(self, rows: Tensor) -> bool:
-        """Whether these are all rows in order, so that no inverse must be copied."""
+        """Whether these are all rows in order: then no inverse needs to be copied."""
         return len(rows) == len(self.inverse) and bool((rows.diff() > 0).all())
 
     def _diagonal(self, rows: Tensor) -> Tensor:
@@ -164,13 +164,13 @@ class Supports:
         return diagonal.masked_fill(self.index[rows] == self.width, 0)
 
     def removal_costs(self, rows: Tensor) -> Tensor:
-        """What removing each kept entry costs, (rows, slots); infinite for free slots."""
+        """Cost of removing each kept entry, (rows, slots); infinite for free slots."""
         diagonal = self._diagonal(rows)
         cost = self.weight[rows].square() / diagonal
         return torch.where(diagonal > 0, cost, torch.inf)
 
     def entries(self, rows: Tensor, bound: Tensor, count: int) -> Entries:
-        """Removed entries of some rows that promise most, with what adding them does.
+        """Removed entries of some rows with the largest bounds on their gains.
 
         Parameters
         ----------
@@ -179,7 +179,7 @@ class Supports:
         bound
             Upper bound on ``1 / s`` of every column, shape (in,).
         count
-            Entries per row.
+            Number of entries per row.
         """
         residual = self.residual(rows)
         promise = residual.square() * bound
@@ -215,17 +215,17 @@ class Supports:
         Parameters
         ----------
         rows
-            Rows that change; `entries` is about the same rows.
+            Rows that change; `entries` belongs to the same rows.
         entries
             From :meth:`entries`.
         chosen, slot
-            Candidate that enters and slot that it takes over, per row.
+            Candidate to add, and slot of the entry that it replaces, per row.
         """
         at = torch.arange(len(rows), device=rows.device)
         entering, schur = entries.index[at, chosen], entries.schur[at, chosen][:, None]
         effect, step = entries.effect[at, chosen], entries.rest[at, chosen][:, None] / schur
         inverse, weight = self.inverse[rows], self.weight[rows] - effect * step
-        # the inverse bordered by the entry, whose own column there is -effect / schur
+        # the inverse bordered by the entry, whose column of the inverse is -effect / schur
         pivot_row = inverse[at, slot] + effect * (effect[at, slot][:, None] / schur)
         pivot, border = pivot_row[at, slot][:, None], -effect / schur
         crossing = border[at, slot][:, None]
@@ -269,7 +269,7 @@ class Supports:
         scaled = pivot_row / pivot_row[at, slot][:, None]
         weight = weight - weight[at, slot][:, None] * scaled
         inverse.baddbmm_(scaled[:, :, None], pivot_row[:, None, :], alpha=-1)
-        weight[at, slot] = 0  # what the inverse has there is rounding
+        weight[at, slot] = 0  # exactly; the inverse keeps some rounding in this slot
         self.mask[rows, self.index[rows, slot]] = False
         self.index[rows, slot] = self.width
         self.weight[rows] = weight
