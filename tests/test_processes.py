@@ -65,7 +65,7 @@ def test_results_of_two_workers() -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
+    """Whether a process exists and is not a zombie."""
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -107,7 +107,7 @@ def test_what_one_worker_says() -> None:
 
 
 def test_ctrl_c_cannot_break_a_worker_that_starts() -> None:
-    """Python would raise in the middle of its imports, where nobody can tell it not to."""
+    """Python would raise in the middle of its imports, where no handler is set yet."""
     backend = LocalBackend(worker_jobs.squares)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     worker = backend.launch(Place(0, "cpu", 1))
@@ -203,7 +203,7 @@ def test_the_end_of_the_driver_is_the_end_of_its_workers(tmp_path: Path, end: in
         assert driver.stderr.read().count("KeyboardInterrupt") == (end == signal.SIGINT)
 
 
-# --- the pool, on workers that say what they are told ------------------------------------
+# --- the pool, on scripted workers -------------------------------------------------------
 
 
 class Puppets:

@@ -13,6 +13,7 @@ from typer.main import get_command
 from layerwise import errors
 from layerwise.adapters import ADAPTERS
 from layerwise.cli import EXIT_INTERRUPTED, app
+from layerwise.run.pipeline.removal import BlockStep, Prepared, Removal
 from layerwise.solvers import SOLVERS
 
 ROOT = Path(__file__).parents[1]
@@ -156,6 +157,12 @@ def test_exit_codes_are_those_of_the_exceptions() -> None:
     for code, _, names in rows:
         for name in re.findall(r"`(\w+)`", names):
             assert getattr(errors, name).exit_code == int(code), name
+
+
+def test_the_page_on_removals_names_the_whole_protocol() -> None:
+    named = set(re.findall(r"`(\w+)`", text_of("docs/adding-a-removal.md")))
+    for protocol in (Removal, Prepared, BlockStep):
+        assert {name for name in vars(protocol) if not name.startswith("_")} <= named
 
 
 def test_every_adr_is_numbered_and_has_its_sections() -> None:

@@ -194,7 +194,7 @@ def test_killed_run_resumes_and_ends_with_the_same_bytes(
     after: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Killed behind its first, second or third state, in a rate or between two."""
+    """Killed after its first, second or third state, within a rate or between two."""
     options: dict[str, Any] = {"objective": objective, "learning_rate": (1e-2, 2e-2)}
     retrained(workshop, tmp_path / "whole", **options)
     count = 0

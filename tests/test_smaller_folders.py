@@ -117,7 +117,7 @@ class Killed(BaseException):
 
 
 class KillAt:
-    """Callback that ends the run behind a layer."""
+    """Callback that ends the run after a layer."""
 
     def __init__(self, name: str) -> None:
         self._name = name

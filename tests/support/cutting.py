@@ -63,7 +63,7 @@ def random_cuts(
 
 @torch.no_grad()
 def masked(model: Any, adapter: Adapter, cuts: Sequence[Cut]) -> Any:
-    """Copy of a model in which nothing reads the channels that leave."""
+    """Copy of a model in which nothing reads the removed channels."""
     result = copy.deepcopy(model)
     for cut in cuts:
         coupling = get_coupling(adapter, cut.coupling)
