@@ -34,7 +34,7 @@ QUESTIONS = [
     *("import os\nimport", "def f(self):\n    return", "x = []\nfor y in x:\n    if"),
     *("class A:\n    def", "try:\n    pass\nexcept", "from os", "assert not", "raise"),
 ]
-DOCUMENTS = [
+DOCUMENTS: list[dict[str, Any]] = [
     {"question": question, "choices": WORDS[i : i + 4], "answer": i % 4}
     for i, question in enumerate(QUESTIONS)
 ]
@@ -146,6 +146,7 @@ def test_scores_are_those_of_the_model(
     model.train()
     before = state_of_the_process()
     manager = find_tasks(["words"], task_folder)
+    assert manager.all_tasks == ["both", "lost", "words", "writing"]
     found = score_tasks(model, tokenizer, ["words"], manager=manager)
     assert state_of_the_process() == before
     assert model.training
@@ -156,12 +157,13 @@ def test_scores_are_those_of_the_model(
     assert 0 < expected < 1
     stderr = (expected * (1 - expected) / (len(DOCUMENTS) - 1)) ** 0.5
     (score,) = found.scores
+    assert score.stderr == pytest.approx(stderr)
     assert score == Score(
         task="words",
         metric="acc",
         filter="none",
         value=expected,
-        stderr=pytest.approx(stderr),
+        stderr=score.stderr,
         higher_is_better=True,
         n_examples=len(DOCUMENTS),
         n_shots=0,
