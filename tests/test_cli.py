@@ -288,8 +288,8 @@ def test_unfinished_run_with_other_flags(
     ("arguments", "code", "expected"),
     [
         (["prun"], 2, "No such command 'prun'"),
-        (["evaluate", "llama"], 2, "give --dataset, --speed, or both"),
-        (["evaluate", "llama", "--compare", "odd"], 2, "give --dataset, --speed"),
+        (["evaluate", "llama"], 2, "give --dataset, --tasks or --speed"),
+        (["evaluate", "llama", "--compare", "odd"], 2, "give --dataset, --tasks"),
         (
             ["evaluate", "llama", "--dataset", "text.txt", "--compare", "odd"],
             2,

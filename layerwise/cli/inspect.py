@@ -26,20 +26,33 @@ def evaluate(
     compare: Annotated[
         str | None, typer.Option(help="Another model, measured in turns with this one.")
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, with commas between them.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples per task, at most.")] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="Folder of your own tasks, YAML files of lm-eval.")
+    ] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Of tasks: file for all scores.")
+    ] = None,
 ) -> None:
-    """Token perplexity over non-overlapping windows, and what the model costs to run."""
+    """Perplexity over non-overlapping windows, benchmark tasks, and the cost to run."""
     from layerwise.run.settings import choose_device
 
-    if dataset is None and not speed:
-        message = "nothing to evaluate: give --dataset, --speed, or both"
+    if dataset is None and tasks is None and not speed:
+        message = "nothing to evaluate: give --dataset, --tasks or --speed, or several"
         raise UsageError(message)
     if compare is not None and not speed:
         message = "--compare compares speeds: give --speed as well"
         raise UsageError(message)
+    names, manager = _find_tasks(tasks, limit, task_folder, json_)
     chosen = choose_device(device)
     checkpoint, network = _load(model, chosen)
     if dataset is not None:
         _perplexity(model, checkpoint, network, dataset, sequence_length)
+    if names:
+        _tasks(model, checkpoint, network, names, manager, limit, json_)
     if speed:
         _speed(model, network, compare, chosen)
 
@@ -62,14 +75,61 @@ def _perplexity(
     from layerwise.run.settings import CalibrationData
 
     length = CalibrationData(None, sequence_length=sequence_length).length_for(network)
-    tokenizer = load_tokenizer(checkpoint)
-    if tokenizer is None:
-        message = f"{model} has no tokenizer, which a text needs"
-        raise DataError(message)
+    tokenizer = _tokenizer(model, checkpoint)
     tokens = encode(evaluation_text(dataset), tokenizer, embedding_rows(network))
     value = perplexity(network, tokens, sequence_length=length)
     windows = len(tokens) // length
     typer.echo(f"perplexity {value:.4f}  ({dataset}, {windows} windows of {length} tokens)")
+
+
+def _tokenizer(model: str, checkpoint: Any) -> Any:
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer is None:
+        message = f"{model} has no tokenizer, which a text needs"
+        raise DataError(message)
+    return tokenizer
+
+
+def _find_tasks(
+    tasks: str | None, limit: int | None, folder: Path | None, json_: Path | None
+) -> tuple[list[str], Any]:
+    """Names and their manager, after all checks that need no model."""
+    from layerwise.run.data.tasks import find_tasks
+
+    if tasks is None:
+        given = {"--limit": limit, "--task-folder": folder, "--json": json_}
+        for flag, value in given.items():
+            if value is not None:
+                message = f"{flag} is about tasks: give --tasks as well"
+                raise UsageError(message)
+        return [], None
+    names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+    if not names:
+        message = f"--tasks takes names with commas between them, got {tasks!r}"
+        raise UsageError(message)
+    if limit is not None and limit < 1:
+        message = f"--limit must be at least 1, got {limit}"
+        raise UsageError(message)
+    return names, find_tasks(names, folder)
+
+
+def _tasks(
+    model: str,
+    checkpoint: Any,
+    network: Any,
+    names: list[str],
+    manager: Any,
+    limit: int | None,
+    json_: Path | None,
+) -> None:
+    from layerwise.reports.tables import print_scores
+    from layerwise.run.data.tasks import score_tasks
+
+    tokenizer = _tokenizer(model, checkpoint)
+    found = score_tasks(network, tokenizer, names, manager=manager, limit=limit)
+    print_scores(found)
+    if json_ is not None:
+        found.write(json_, model)
 
 
 def _speed(model: str, network: Any, compare: str | None, device: Any) -> None:

@@ -1,4 +1,4 @@
-"""Tables on the terminal: solvers, the demonstration, speed, stages of a run, contests."""
+"""Tables on the terminal: solvers, the demonstration, tasks, speed, stages, contests."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,6 +8,7 @@ from rich.table import Table
 from layerwise.experiments.demo import Comparison
 from layerwise.grams.sweep import Sweep
 from layerwise.reports.catalogue import Entry
+from layerwise.run.data.tasks import TaskScores
 from layerwise.run.pipeline.records import in_percent
 from layerwise.timing.bench import Bench
 from layerwise.timing.race import Race
@@ -46,6 +47,26 @@ def print_comparison(comparison: Comparison) -> None:
                 end_section=last,
             )
         _console().print(table)
+
+
+def print_scores(found: TaskScores) -> None:
+    """One line per metric of a task."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("task", overflow="fold")
+    table.add_column("metric", overflow="fold")
+    for heading in ("score", "standard error", "examples", "shots"):
+        table.add_column(heading, justify="right")
+    for index, score in enumerate(found.scores):
+        again = index > 0 and found.scores[index - 1].task == score.task
+        table.add_row(
+            "" if again else score.task,
+            score.metric if score.filter == "none" else f"{score.metric} ({score.filter})",
+            f"{score.value:.4f}",
+            "" if score.stderr is None else f"{score.stderr:.4f}",
+            "" if again else str(score.n_examples),
+            "" if again else str(score.n_shots),
+        )
+    _console().print(table)
 
 
 def print_speed(names: Sequence[str], speeds: Sequence[Speed]) -> None:
