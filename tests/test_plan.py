@@ -191,7 +191,7 @@ def test_widths_that_m_does_not_divide_are_refused_by_name(tmp_path: Path) -> No
         ({"targets": ["q_proj"]}, "targets entry 'q_proj' matches nothing"),
         ({"ignore": ["k_proj"]}, "ignore entry 'k_proj' matches nothing"),
         ({"ignore": ["re:.*_proj"]}, "nothing is left to prune"),
-        ({"n_sequences": 0}, "n_sequences must be at least 1"),
+        ({"n_sequences": 0}, "n_sequences is 0: at least 1 window is needed"),
         ({"sequence_length": 33}, "exceeds the 32 positions"),
         ({"workers": 0}, "workers must be at least 1"),
         ({"workers": 2, "error_correction": "full"}, "a block waits for the one before it"),
@@ -200,7 +200,11 @@ def test_widths_that_m_does_not_divide_are_refused_by_name(tmp_path: Path) -> No
         ({"error_correction": "some"}, "error_correction is one of"),
         ({"method": "wander"}, "unknown method 'wander'"),
         ({"sparsity": None}, "say how much to prune"),
-        ({"method": "fasp", "sparsity": 0.3}, "would make a smaller model"),
+        ({"sequence_length": 1}, "at least 2 tokens are needed"),
+        ({"seed": -1}, "seed is -1"),
+        ({"calibration": "wikitext"}, "did you mean 'wikitext2'"),
+        ({"calibration": ["a text", "in a list"], "seed": -1}, "seed is -1"),
+        ({"method": "fasp", "sparsity": 0.3}, "`plan` covers only runs that zero weights"),
     ],
 )
 def test_impossible_arguments(
@@ -415,8 +419,12 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], 2, "missing --sparsity"),
         (["--sparsity", "0.5", "--targets", "q"], 2, "matches nothing"),
-        (["--sparsity", "2:4", "--group", "layer"], 2, "--group layer leaves open"),
-        (["--sparsity", "0.5", "--group", "column"], 2, "--group is row or layer"),
+        (["--sparsity", "2:4", "--group", "layer"], 2, "group layer cannot be combined"),
+        (
+            ["--sparsity", "0.5", "--group", "column"],
+            2,
+            "group: Input should be 'row' or 'layer'",
+        ),
         (["--sparsity", "1:5"], 2, "needs a width divisible by 5"),
     ],
 )
