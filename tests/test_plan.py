@@ -203,7 +203,6 @@ def test_widths_that_m_does_not_divide_are_refused_by_name(tmp_path: Path) -> No
         ({"sequence_length": 1}, "at least 2 tokens are needed"),
         ({"seed": -1}, "seed is -1"),
         ({"calibration": "wikitext"}, "did you mean 'wikitext2'"),
-        ({"calibration": ["a text", "in a list"], "seed": -1}, "seed is -1"),
         ({"method": "fasp", "sparsity": 0.3}, "`plan` covers only runs that zero weights"),
     ],
 )
