@@ -249,7 +249,7 @@ def test_source_is_left_as_it_was(sources: Path, tmp_path: Path) -> None:
         (["--method", "fasp", "--sparsity", "2:4"], "takes a fraction"),
         (["--method", "fasp", "--sparsity", "0.3", "--format", "gguf"], "stock"),
         (["--method", "fasp", "--sparsity", "0.99"], "can be pruned"),
-        (["--method", "wanda", "--sparsity", "0.3", "--multiple", "4"], "for smaller models"),
+        (["--method", "wanda", "--sparsity", "0.3", "--multiple", "4"], "smaller models"),
         (["--method", "fasp", "--sparsity", "0.3", "--pattern", "rows"], "pattern"),
         (["--method", "flap", "--sparsity", "0.3", "--allocation", "al-am"], "native"),
     ],
