@@ -171,7 +171,7 @@ def test_widths_that_m_does_not_divide_are_refused_by_name(tmp_path: Path) -> No
         ({"targets": ["q_proj"]}, "targets entry 'q_proj' matches nothing"),
         ({"ignore": ["k_proj"]}, "ignore entry 'k_proj' matches nothing"),
         ({"ignore": ["re:.*_proj"]}, "nothing is left to prune"),
-        ({"n_sequences": 0}, "n_sequences must be at least 1"),
+        ({"n_sequences": 0}, "n_sequences is 0: at least 1 window is needed"),
         ({"sequence_length": 33}, "exceeds the 32 positions"),
         ({"workers": 0}, "workers must be at least 1"),
         ({"workers": 2, "error_correction": "full"}, "a block waits for the one before it"),
@@ -180,7 +180,10 @@ def test_widths_that_m_does_not_divide_are_refused_by_name(tmp_path: Path) -> No
         ({"error_correction": "some"}, "error_correction is one of"),
         ({"method": "wander"}, "unknown method 'wander'"),
         ({"sparsity": None}, "say how much to prune"),
-        ({"method": "fasp", "sparsity": 0.3}, "removes channels"),
+        ({"sequence_length": 1}, "at least 2 tokens are needed"),
+        ({"seed": -1}, "seed is -1"),
+        ({"calibration": "wikitext"}, "did you mean 'wikitext2'"),
+        ({"method": "fasp", "sparsity": 0.3}, "`plan` covers only runs that zero weights"),
     ],
 )
 def test_impossible_arguments(

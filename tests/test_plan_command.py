@@ -65,7 +65,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([], 2, "missing --sparsity"),
         (["--sparsity", "0.5", "--targets", "q"], 2, "matches nothing"),
         (["--sparsity", "2:4", "--group", "layer"], 2, "group layer cannot be combined"),
-        (["--sparsity", "0.5", "--group", "column"], 2, "group must be 'row' or 'layer'"),
+        (
+            ["--sparsity", "0.5", "--group", "column"],
+            2,
+            "group: Input should be 'row' or 'layer'",
+        ),
         (["--sparsity", "1:5"], 2, "needs a width divisible by 5"),
     ],
 )

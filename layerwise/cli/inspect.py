@@ -5,21 +5,17 @@ from typing import Annotated, Any
 
 import typer
 
-from layerwise.cli.common import Folder
+from layerwise.cli import options
 from layerwise.errors import DataError, UsageError, VerificationError
-from layerwise.run.models.loading import load_tokenizer
-from layerwise.run.models.opening import load_model
-
-Model = Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the hub.")]
 
 
 def evaluate(
-    model: Model,
+    model: options.Model,
     dataset: Annotated[
         str | None, typer.Option(help="wikitext2, c4, FILE.txt, FILE.jsonl:field.")
     ] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    sequence_length: options.WindowLength = None,
+    device: options.Device = "auto",
     speed: Annotated[
         bool, typer.Option("--speed", help="Size, memory, latency and tokens per second.")
     ] = False,
@@ -37,7 +33,7 @@ def evaluate(
         Path | None, typer.Option("--json", help="Of tasks: file for all scores.")
     ] = None,
 ) -> None:
-    """Perplexity over non-overlapping windows, benchmark tasks, and the cost to run."""
+    """Measure the perplexity of a model, its scores on tasks, its size and its speed."""
     from layerwise.run.settings import choose_device
 
     if dataset is None and tasks is None and not speed:
@@ -60,6 +56,7 @@ def evaluate(
 def _load(model: str, device: Any) -> tuple[Any, Any]:
     """Checkpoint and its model on a device."""
     from layerwise.run.checkpoints.storage import Checkpoint
+    from layerwise.run.models.opening import load_model
 
     checkpoint = Checkpoint.open(model)
     return checkpoint, load_model(checkpoint, device)
@@ -83,6 +80,8 @@ def _perplexity(
 
 
 def _tokenizer(model: str, checkpoint: Any) -> Any:
+    from layerwise.run.models.loading import load_tokenizer
+
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer is None:
         message = f"{model} has no tokenizer, which a text needs"
@@ -142,8 +141,11 @@ def _speed(model: str, network: Any, compare: str | None, device: Any) -> None:
     print_speed(names, measure_speed(networks))
 
 
-def verify(folder: Folder) -> None:
-    """Check zeros, pattern, untouched bytes, and that stock transformers opens it."""
+def verify(folder: options.PrunedFolder) -> None:
+    """Check what `layerwise prune` has written.
+
+    Zeros, pattern, untouched bytes, and that stock transformers opens the folder.
+    """
     from layerwise.run.outputs.verify import verify as check_folder
 
     checks = check_folder(folder)
@@ -160,8 +162,11 @@ def verify(folder: Folder) -> None:
 
 
 def report(
-    folder: Folder,
-    output: Annotated[Path | None, typer.Option(help="HTML file to write.")] = None,
+    folder: options.PrunedFolder,
+    output: Annotated[
+        Path | None,
+        options.output("FILE", default="FOLDER/layerwise/report.html"),
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page about a pruned model."""
     from layerwise.reports.report import run_page, write_report
@@ -172,7 +177,7 @@ def report(
 
 
 def solvers() -> None:
-    """List the methods: what each requires and handles."""
+    """List the methods: what each needs, and what it can do."""
     from layerwise.reports.catalogue import catalogue
     from layerwise.reports.tables import print_solvers
 

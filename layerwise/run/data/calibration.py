@@ -121,21 +121,26 @@ def evaluation_text(source: TextSource) -> str:
     return read_text(source, "evaluation").joined()
 
 
+def check_windows(n_sequences: int, length: int, seed: int) -> None:
+    """Refuse impossible numbers with a UsageError."""
+    if n_sequences < 1:
+        message = f"n_sequences is {n_sequences}: at least 1 window is needed"
+        raise UsageError(message)
+    if length < 2:
+        message = f"sequence_length is {length}: at least 2 tokens are needed"
+        raise UsageError(message)
+    if not 0 <= seed < 2**63:
+        message = f"seed is {seed}: choose one from 0 to 2**63 - 1"
+        raise UsageError(message)
+
+
 class _Request:
     """What is asked for, checked, with the generator that draws it."""
 
     def __init__(
         self, n_sequences: int, length: int, seed: int, vocab_size: int | None
     ) -> None:
-        if n_sequences < 1:
-            message = f"n_sequences is {n_sequences}: at least 1 window is needed"
-            raise UsageError(message)
-        if length < 2:
-            message = f"sequence_length is {length}: at least 2 tokens are needed"
-            raise UsageError(message)
-        if not 0 <= seed < 2**63:
-            message = f"seed is {seed}: choose one from 0 to 2**63 - 1"
-            raise UsageError(message)
+        check_windows(n_sequences, length, seed)
         self.n_sequences = n_sequences
         self.length = length
         self.vocab_size = vocab_size

@@ -61,17 +61,45 @@ def read_text(source: str | os.PathLike[str] | Sequence[str], part: Part) -> Tex
     if not isinstance(source, (str, os.PathLike)):
         return Text(_checked_documents(source), PARAGRAPH, "the list of strings")
     name = os.fspath(source)
-    if name == "wikitext2":
-        return _wikitext2(part)
-    if name == "c4":
-        return _c4(part)
-    if name.lower().endswith(".txt"):
-        return Text([_read_utf8(Path(name))], PARAGRAPH, name)
+    if name in DATASETS:
+        return _wikitext2(part) if name == "wikitext2" else _c4(part)
+    path, field = _file_of(name)
+    documents = [_read_utf8(path)] if field is None else _read_json_lines(path, field)
+    return Text(documents, PARAGRAPH, name)
+
+
+def check_source(source: str | os.PathLike[str]) -> None:
+    """Refuse a source that :func:`read_text` would refuse before it reads it.
+
+    Raises
+    ------
+    UsageError
+        The name is unknown, or a field is not named.
+    DataError
+        The file cannot be opened.
+    """
+    name = os.fspath(source)
+    if name in DATASETS:
+        return
+    path, field = _file_of(name)
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if field == "":
+        message = f"{path} needs a field, as in {path}:field"
+        raise UsageError(message)
+
+
+def _file_of(name: str) -> tuple[Path, str | None]:
+    """Text file that a name means, and the field of its JSON lines if it has such."""
     file, _, field = name.rpartition(":")
+    if name.lower().endswith(".txt"):
+        return Path(name), None
     if file.lower().endswith(".jsonl"):
-        return Text(_read_json_lines(Path(file), field), PARAGRAPH, name)
+        return Path(file), field
     if name.lower().endswith(".jsonl"):
-        return Text(_read_json_lines(Path(name), ""), PARAGRAPH, name)
+        return Path(name), ""
     close = difflib.get_close_matches(name, DATASETS, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(DATASETS)}"
     message = (
@@ -125,8 +153,7 @@ def _read_utf8(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        message = f"cannot read {path}: {error.strerror or error}; check the path"
-        raise DataError(message) from error
+        raise _unreadable(path, error) from error
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -136,6 +163,10 @@ def _read_utf8(path: Path) -> str:
         message = f"{path} is empty: give a file with text"
         raise DataError(message)
     return text
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"cannot read {path}: {error.strerror or error}; check the path")
 
 
 def _read_json_lines(path: Path, field: str) -> list[str]:
