@@ -137,7 +137,7 @@ def _prune(recipe: Any, output: Path | None, machine: dict[str, Any]) -> None:
             raise UsageError(message)
     from layerwise.reports.progress import PlainProgress, RichProgress
     from layerwise.run.prune import prune_model
-    from layerwise.run.workers.ranks import Place
+    from layerwise.run.workers.ranks import RankEnvironment
 
     with progress_on(PlainProgress, RichProgress) as progress:
         report = prune_model(
@@ -148,7 +148,7 @@ def _prune(recipe: Any, output: Path | None, machine: dict[str, Any]) -> None:
             callbacks=(progress,),
         )
     assert report.output_dir is not None
-    if Place.of_environment().rank == 0:
+    if RankEnvironment.read().rank == 0:
         _write_run_report(report.output_dir)
 
 
