@@ -300,10 +300,10 @@ def test_impossible_arguments_touch_nothing(workshop: Path, tmp_path: Path) -> N
     cases: list[tuple[dict[str, Any], str]] = [
         ({"parameters": "lora"}, "parameters are joined from"),
         ({"parameters": "head"}, "choose the objective tokens"),
-        ({"objective": "layer"}, "objective is one of"),
+        ({"objective": "layer"}, "objective must be one of"),
         ({"steps": -1}, "steps is at least 0"),
         ({"learning_rate": 0}, "learning rates lie above 0"),
-        ({"rank": 0}, "rank is at least 1"),
+        ({"rank": 0}, "rank must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"batch_size": 16}, "at least two batches"),
         ({"optimizer": "sgd"}, "optimizer is one of"),

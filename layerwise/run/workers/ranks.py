@@ -124,8 +124,8 @@ class SharingRanks(Ranks):
             count = int(self._store.add(key, amount))
         except RuntimeError as error:
             message = (
-                "the store of the ranks cannot be reached: the rank that hosts it has ended; "
-                "see its output"
+                "the store of the ranks cannot be reached: the rank that hosts it has "
+                "ended; see its output"
             )
             raise WorkerError(message) from error
         if failed:

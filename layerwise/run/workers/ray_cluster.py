@@ -1,8 +1,8 @@
 """Workers that are Ray actors, on this machine or on a cluster.
 
-Ray places every worker and reports when one dies. Retries are left to the scheduler, by the
-same rules as for processes. Only file names and small values go through Ray, so the machines
-must share the file system of the run.
+Ray places every worker and reports when one dies. Retries are left to the scheduler, by
+the same rules as for processes. Only file names and small values go through Ray, so the
+machines must share the file system of the run.
 """
 
 import contextlib
@@ -134,9 +134,9 @@ def _check_token(address: str) -> None:
     token = bool(os.environ.get("RAY_AUTH_TOKEN")) or Path(path).is_file()
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" or not token:
         message = (
-            f"Ray at {address} must require a token, or anyone who reaches its port can run "
-            f"code: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, here "
-            f"and on the cluster"
+            f"Ray at {address} must require a token, or anyone who reaches its port can "
+            f"run code: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or "
+            f"RAY_AUTH_TOKEN_PATH, here and on the cluster"
         )
         raise UsageError(message)
 
