@@ -18,7 +18,7 @@ def digests(model: nn.Module) -> dict[str, str]:
 
 
 def bytes_of(tensor: Tensor) -> Any:
-    """Bytes of a tensor on the CPU, as a file holds them."""
+    """Bytes of a tensor on the CPU, as they are stored in a file."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
