@@ -298,7 +298,7 @@ TEXT_FAILURES = [
     ("missing.jsonl:text", DataError, "line 2 has no field 'text'; found: 'body'"),
     ("list.jsonl:text", DataError, "line 2 holds a list"),
     ("number.jsonl:text", DataError, "line 2, field 'text' has type int"),
-    ("surrogate.jsonl:text", DataError, "line 1, field 'text' holds half a surrogate"),
+    ("surrogate.jsonl:text", DataError, "line 1, field 'text' has an unpaired surrogate"),
     ("file.parquet", UsageError, "unknown text source"),
 ]
 

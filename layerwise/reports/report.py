@@ -37,15 +37,15 @@ RECIPE = "recipe.yaml"
 RELATIVE_ERROR = """is ‖<var>W</var><var>X</var> &minus; <var>Ŵ</var><var>X̂</var>‖ /
 ‖<var>W</var><var>X</var>‖ on the calibration text, with the weights <var>W</var> before
 and <var>Ŵ</var> after pruning, and the inputs of the layer in the dense model,
-<var>X</var>, and in the pruned one, <var>X̂</var>. 0: its outputs did not change. 1: they
-are as far off as if the layer returned nothing."""
+<var>X</var>, and in the pruned one, <var>X̂</var>. 0: its outputs did not change. 1: the
+error is as large as if the layer returned zeros."""
 
 EXPLANATION = f"""<div class="beside">
 <p><b>Perplexity</b> is measured on text that was not used for calibration: the model is as
-unsure of the next token as if it guessed among that many. Lower is better; the increase is
-relative to the dense model.</p>
+uncertain about the next token as if it guessed among that many. Lower is better. The
+increase is relative to the dense model.</p>
 <p><b>Relative error</b> of a layer {RELATIVE_ERROR} Every method here tries to keep it
-small; what is left adds up through the model, so perplexity decides.</p></div>
+small. The remaining errors add up through the model, so perplexity decides.</p></div>
 """
 
 RUN_EXPLANATION = f"""<div class="beside">
@@ -57,8 +57,8 @@ rank, channels that are always zero.</p></div>
 """
 
 GAP_EXPLANATION = """<p class="soft"><b>Proven gap</b>: the share of the damped objective of
-the stored weights that any other zeros and weights could save at most; a large one says
-nothing against the answer.</p>"""
+the stored weights that any other zeros and weights could save at most. A large gap does not
+mean that the answer is poor.</p>"""
 
 GAP_COLUMN, BEFORE_GAP = "proven gap", "damping"
 METHOD_COLUMNS = ("method", "perplexity", "increase %", "mean relative error", "seconds")
