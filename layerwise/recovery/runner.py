@@ -31,7 +31,7 @@ class Callback(Protocol):
     """Called as a retraining progresses."""
 
     def on_start(self, total: int, per_unit: int) -> None:
-        """All checks passed; the arguments are upper limits on the number of updates."""
+        """All checks passed; at most so many updates follow, in total and per unit."""
 
     def on_step(self, learning_rate: float, step: int, loss: float) -> None:
         """One update is done."""

@@ -99,7 +99,7 @@ def page(title: str, body: str) -> str:
 
 
 def decimal(value: float, places: int) -> str:
-    """Value with fixed decimals, or in scientific notation if they would round it to 0."""
+    """Value with fixed decimals, or in scientific notation if it is tiny or huge."""
     if not math.isfinite(value):
         return str(value)
     if value and not 0.5 * 10.0**-places <= abs(value) < 1e7:

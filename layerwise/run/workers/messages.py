@@ -1,4 +1,4 @@
-"""The loop of every worker: build the context once, then answer payloads.
+"""The two steps of every worker: build the context once, then answer payloads.
 
 Values and errors are pickled here, so that an error of pickling is an error of the job. In
 the transport it would look like a lost worker.

@@ -138,7 +138,7 @@ class Pool(Generic[Handle]):
     def _receive(self, handle: Handle, message: Message) -> Iterator[Event]:
         slot = next((slot for slot in self._slots if slot.handle is handle), None)
         if slot is None:
-            return  # the worker was stopped meanwhile
+            return  # this worker was already stopped
         attempt = slot.attempt
         match message:
             case Ready():

@@ -58,10 +58,10 @@ class Ranks:
         return text
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Add tensors over the ranks, in environment; all ranks have the same shapes."""
+        """Add tensors over the ranks, in place; all ranks have the same shapes."""
 
     def broadcast(self, tensors: Sequence[Tensor], owner: int) -> None:
-        """Give the tensors of one rank to all others, in environment."""
+        """Give the tensors of one rank to all others, in place."""
 
 
 ALONE = Ranks()
@@ -160,11 +160,8 @@ class SharingRanks(Ranks):
             _copy_back(moved, tensor)
 
     def _movable(self, tensor: Tensor) -> Tensor:
-        return (
-            tensor
-            if self._collective_device is None
-            else tensor.to(self._collective_device)
-        )
+        device = self._collective_device
+        return tensor if device is None else tensor.to(device)
 
     def fail(self, error: BaseException) -> None:
         """Report a failure to the other ranks; they all raise the first one."""

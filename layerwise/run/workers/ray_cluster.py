@@ -62,8 +62,8 @@ def ray_workers(
     Returns
     -------
     Pool
-        Executor for `run_jobs`, which closes it: a Ray or a connection that was started
-        here ends, an earlier one stays.
+        Executor for `run_jobs`, which closes it. This ends a Ray or a connection that was
+        started here, and keeps an earlier one.
 
     Raises
     ------
