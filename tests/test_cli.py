@@ -101,7 +101,7 @@ BAD: Mapping[str, tuple[Mapping[str, Any], int, str]] = {
     "bad recipe": ({"--recipe": "bad.yaml"}, 2, "unknown name 'methods'; known: model"),
     "source": ({"--calibration": "wikitext"}, 2, "did you mean 'wikitext2'"),
     "field": ({"--calibration": "text.jsonl"}, 2, "needs a field, as in text.jsonl:field"),
-    "no tokenizer": ({"MODEL": "mute"}, 2, "a tokenizer is needed"),
+    "no tokenizer": ({"MODEL": "mute"}, 2, "needs a tokenizer"),
     "experts": ({"MODEL": "mixture"}, 2, "model.layers.0.mlp.experts.gate_up_proj (a par"),
     "budget": (
         {"--method": "wanda+least-squares", "--memory-budget": "10"},
@@ -225,8 +225,12 @@ def test_unfinished_run_with_other_flags(
         (["evaluate", "nan", "--speed"], 6, "holds nan at [2, 3]"),
         (["evaluate", "llama", "--speed", "--compare", "cut"], 6, "not a usable safetens"),
         (["evaluate", "llama", "--speed", "--device", "abacus"], 2, "device 'abacus'"),
-        (["bench"], 2, "give a model folder or a shape"),
-        (["bench", "llama", "--shape", "opt-125m"], 2, "give a model folder or a shape"),
+        (["bench"], 2, "give either a model folder or a shape"),
+        (
+            ["bench", "llama", "--shape", "opt-125m"],
+            2,
+            "give either a model folder or a shape",
+        ),
         (["bench", "--shape", "opt"], 2, "unknown shape 'opt'; known: opt-125m"),
         (["bench", "llama", "--blocks", "1"], 2, "number of blocks of a shape"),
         (["bench", "--shape", "opt-125m", "--blocks", "0"], 2, "at least 1; got 0"),

@@ -93,8 +93,8 @@ REFUSED: Mapping[str, Case] = {
     ),
     "shard is a link": early(link_outside("model-00001*"), "leaves the folder"),
     "shard is a device": early(link_to_device, "leaves the folder"),
-    "shard is a pipe": early(pipe, "is no file"),
-    "shard is a folder": early(folder_as_shard, "is no file"),
+    "shard is a pipe": early(pipe, "is not a file"),
+    "shard is a folder": early(folder_as_shard, "is not a file"),
     "config is a link": early(link_outside("config.json"), "leaves the folder"),
     "tokenizer is a link": early(link_outside("tokenizer.json"), "leaves the folder"),
     "licence is a link": early(link_outside("LICENSE"), "leaves the folder"),
@@ -112,13 +112,13 @@ REFUSED: Mapping[str, Case] = {
     "overlap": early(with_header(shift(-4)), "not a usable safetensors file"),
     "hole": early(with_header(shift(4)), "not a usable safetensors file"),
     "negative size": early(with_header(negative_size), "not a usable safetensors file"),
-    "1e5 empty tensors": early(with_header(empty_tensors("{}", 10**5)), "by a header of"),
+    "1e5 empty tensors": early(with_header(empty_tensors("{}", 10**5)), "with a header of"),
     "5e3 empty layers": late(
         with_header(empty_tensors("model.decoder.layers.9{}.fc1.weight", 5000)),
         "4997 more",
     ),
     "shard missing": early(lambda f: first_shard(f).unlink(), "is missing"),
-    "tensor missing in shard": early(remove_tensor, "which the index promises"),
+    "tensor missing in shard": early(remove_tensor, "which the index lists"),
     "tensor missing": late(unlisted_tensor_gone, "lacks tensors of the model"),
     "tensor in two shards": early(
         tensor_in_two_shards, "is in model-00001.* and in model-00002"
@@ -128,7 +128,7 @@ REFUSED: Mapping[str, Case] = {
         r"'model.decoder.layers.1.fc2.weight' of .* nan at \[3, 5\]",
     ),
     "weight infinite": late(weight_with(float("inf")), r"holds inf at \[3, 5\]"),
-    "pickles": early(pickles_only, r"pickled weights only \(pytorch_model.bin\)"),
+    "pickles": early(pickles_only, r"only pickled weights \(pytorch_model.bin\)"),
     "no weights": early(no_weights, "choose a safetensors model"),
     # index and configuration
     "duplicate key": early(duplicate_key, "'model_type' appears twice"),

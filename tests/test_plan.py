@@ -149,7 +149,7 @@ def test_experts_are_refused_as_a_run_refuses_them_until_they_are_ignored(
     assert str(caught.value) == str(raised.value)
     refused = [g for g in plan.groups if g.status == "refused"]
     assert refused
-    assert all("of no linear layer" in group.reason for group in refused)
+    assert all("outside linear layers" in group.reason for group in refused)
     left = planned(folder, ignore=["lm_head", EXPERTS])
     left.check()
     reasons = [g.reason for g in left.groups if "experts" in g.name]

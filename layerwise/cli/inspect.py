@@ -29,11 +29,9 @@ def evaluate(
     task_folder: Annotated[
         Path | None, typer.Option(help="Folder of your own tasks, YAML files of lm-eval.")
     ] = None,
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="Of tasks: file for all scores.")
-    ] = None,
+    json_: options.Json = None,
 ) -> None:
-    """Measure the perplexity of a model, its scores on tasks, its size and its speed."""
+    """Measure perplexity, task scores, size and speed of a model."""
     from layerwise.run.settings import choose_device
 
     if dataset is None and tasks is None and not speed:

@@ -192,7 +192,7 @@ _OUTPUT = output("FOLDER")
 Output = Annotated[Path, _OUTPUT]
 AnyOutput = Annotated[Path | None, _OUTPUT]
 Json = Annotated[
-    Path | None, option(OUTPUT, "FILE", "Also write all figures to this file.", "--json")
+    Path | None, option(OUTPUT, "FILE", "Also write the figures as JSON.", "--json")
 ]
 Resume = Annotated[
     bool, option(OUTPUT, None, "Continue an unfinished run from OUTPUT.partial.")

@@ -22,11 +22,11 @@ def prune(run: RunRequest) -> None:
     output = run.needed("--output", run.flags.output)
     from layerwise.reports.progress import PlainProgress, RichProgress
     from layerwise.run.prune import prune_model
-    from layerwise.run.workers.ranks import Place
+    from layerwise.run.workers.ranks import RankEnvironment
 
     with progress_on(PlainProgress, RichProgress) as progress:
         prune_model(model, **run.arguments(), callbacks=(progress,))
-    if Place.of_environment().rank == 0:
+    if RankEnvironment.read().rank == 0:
         _write_run_report(output)
 
 

@@ -1,4 +1,4 @@
-"""Tables on the terminal: solvers, the demonstration, tasks, speed, stages, contests."""
+"""Tables on the terminal: solvers, the demonstration, tasks, speed, stages, races."""
 
 from collections.abc import Mapping, Sequence
 
@@ -70,7 +70,7 @@ def print_scores(found: TaskScores) -> None:
 
 
 def print_speed(names: Sequence[str], speeds: Sequence[Speed]) -> None:
-    """One line per figure; for two models, how much better the second one is."""
+    """One line per figure; for two models, with the ratio in favour of the second."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("")
     for name in (*names, *(["ratio"] if len(speeds) == 2 else [])):
@@ -102,8 +102,8 @@ def _speed_rows(speeds: Sequence[Speed]) -> list[tuple[str, list[str], str]]:
     for batch in first.prefill:
         timings = [speed.prefill[batch] for speed in speeds]
         faster = _factor(timings[0].speedup(timings[-1]))
-        what = f"prefill {batch} x {first.length}"
-        rows.append((what, [f"{1e3 * t.latency:.2f} ms" for t in timings], faster))
+        heading = f"prefill {batch} x {first.length}"
+        rows.append((heading, [f"{1e3 * t.latency:.2f} ms" for t in timings], faster))
         rows.append(("", [f"{t.tokens_per_second:,.0f} tokens/s" for t in timings], ""))
     decodes = [speed.decode for speed in speeds]
     cells = [f"{decode.tokens_per_second:,.1f} tokens/s" for decode in decodes]
@@ -208,6 +208,6 @@ def _mib(size: int) -> str:
 
 
 def _console() -> Console:
-    """As wide as tables need where nobody folds lines."""
+    """Console of the terminal, or of a fixed width for pipes and files."""
     console = Console()
     return console if console.is_terminal else Console(width=120)
