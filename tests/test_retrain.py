@@ -298,15 +298,15 @@ def test_impossible_arguments_touch_nothing(workshop: Path, tmp_path: Path) -> N
     before = values(model)
     dense = tiny_model("llama")
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"parameters": "lora"}, "parameters are joined from"),
+        ({"parameters": "lora"}, "parameters must be joined from"),
         ({"parameters": "head"}, "choose the objective tokens"),
-        ({"objective": "layer"}, "objective is one of"),
-        ({"steps": -1}, "steps is at least 0"),
-        ({"learning_rate": 0}, "learning rates lie above 0"),
-        ({"rank": 0}, "rank is at least 1"),
+        ({"objective": "layer"}, "objective must be one of"),
+        ({"steps": -1}, "steps must be at least 0"),
+        ({"learning_rate": 0}, "learning rates must be finite and above 0"),
+        ({"rank": 0}, "rank must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"batch_size": 16}, "at least two batches"),
-        ({"optimizer": "sgd"}, "optimizer is one of"),
+        ({"optimizer": "sgd"}, "optimizer must be one of"),
         ({"error_correction": "block"}, "error_correction of a reconstruction"),
         ({"masks": None}, "give masks=report.masks"),
         ({"masks": {"x": torch.ones(2, dtype=torch.bool)}}, "no such parameter"),

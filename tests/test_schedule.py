@@ -190,7 +190,7 @@ def test_lost_job_is_tried_again_and_noted() -> None:
     script = Script(1, [[Lost(A, "of a power cut")], [Done(A_AGAIN, 1)], [Done(B, 2)]])
     assert run_script(script, "ab", on_note=notes.append) == [("a", 1), ("b", 2)]
     assert script.starts == [A, A_AGAIN, B]
-    assert notes == ["job a lost its worker (of a power cut): tried again"]
+    assert notes == ["job a lost its worker (of a power cut): retrying"]
 
 
 def test_result_of_a_lost_attempt_saves_the_second() -> None:
