@@ -84,7 +84,7 @@ def test_prune_verify_report_evaluate(
 
 
 def test_speed(in_workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Alone, beside another model, and behind the perplexity."""
+    """Alone, beside another model, and after the perplexity."""
     assert run(["evaluate", "llama", "--speed"]) == 0
     alone = capsys.readouterr().out
     assert "prefill 16 x 32" in alone

@@ -49,7 +49,7 @@ def test_a_block_without_memory_needs_what_a_real_one_does(family: str) -> None:
         peak = max(peak, live.peak)
     length, size = working_set(skeleton(family), adapter, POSITIONS)[-1]
     assert length == POSITIONS
-    # without numbers nobody sees that a mask of ones can be left out
+    # without numbers a mask of ones cannot be recognised and left out
     assert peak <= size <= peak + 8 * WIDTH * POSITIONS**2
 
 

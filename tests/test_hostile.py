@@ -1,6 +1,7 @@
 """Damaged and hostile checkpoints: one line that says what is wrong, and nothing is left.
 
-Whatever opens a model folder is a line of `COMMANDS`; each meets every case of `REFUSED`.
+Every command that opens a model folder is a line of `COMMANDS`, and meets every case of
+`REFUSED`.
 """
 
 import shutil

@@ -39,7 +39,7 @@ class Killed(BaseException):
 
 
 class KillAt:
-    """Callback that ends the run behind a layer, and counts the layers it sees."""
+    """Callback that ends the run after a layer, and counts the layers it sees."""
 
     def __init__(self, name: str | None = None) -> None:
         self.name, self.seen = name, list[str]()
@@ -375,7 +375,7 @@ def test_replaced_output_gets_its_name_back(source: Path, tmp_path: Path) -> Non
 def test_end_that_was_killed_is_made_up_for(
     source: Path, tmp_path: Path, force: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Finished, but what a resumed run would need is still there."""
+    """Finished, but the files that a resumed run would need still exist."""
 
     def die(path: Path, **options: Any) -> None:
         raise Killed

@@ -185,7 +185,7 @@ def test_closed_form_of_a_joint_removal(data: st.DataObject) -> None:
 
 
 def spoil_iterations(monkeypatch: pytest.MonkeyPatch, weight: float = 1e3) -> None:
-    """Make cg return one weight for all, whatever is asked."""
+    """Make cg return the same weight for every system."""
     monkeypatch.setattr(
         SupportSolver,
         "solve",

@@ -72,7 +72,7 @@ def test_large_arrays_go_back_to_the_system() -> None:
 
 
 def test_the_capture_by_hand() -> None:
-    """The output head is not there: nothing behind the blocks is computed."""
+    """The output head is not loaded: nothing after the blocks is computed."""
     found = items_of(memory_of(MODEL, RUN), "capture of the embeddings")
     assert found == {
         "Python, PyTorch, transformers": 7_000_000,
@@ -88,7 +88,7 @@ def test_the_check_by_hand() -> None:
 
 
 def test_inputs_of_stages_leave_one_by_one() -> None:
-    """Two stages: while the first is summed both are there, at the end none."""
+    """Two stages: while the first is summed both are in memory, at the end none."""
     memory = memory_of(replace(MODEL, blocks=(BlockShape(10, (MLP, ATTENTION)),)), RUN)
     inputs = [
         items_of(memory, name).get("inputs of the stages that are left", 0)

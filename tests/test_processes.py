@@ -207,7 +207,7 @@ def test_the_end_of_the_driver_is_the_end_of_its_workers(tmp_path: Path, end: in
 
 
 class Puppets:
-    """Backend whose workers are numbers, and say what a test puts into their mouths."""
+    """Backend whose workers are numbers, with messages from a script."""
 
     def __init__(self) -> None:
         self.launched: list[WorkerSpec] = []

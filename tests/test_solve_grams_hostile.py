@@ -1,4 +1,4 @@
-"""Grams that a stranger or a bad disk may hand us: refused by name, or harmless."""
+"""Hostile and damaged gram folders: refused by name, or harmless."""
 
 from collections.abc import Callable
 from pathlib import Path

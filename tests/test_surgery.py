@@ -275,7 +275,7 @@ def test_heads_of_opt_have_no_place_in_the_stock_format() -> None:
 
 
 def test_numbers_of_heads_that_transformers_refuses() -> None:
-    """LLaMA wants a hidden size that is a multiple of the number of heads."""
+    """LLaMA requires a hidden size that is a multiple of the number of heads."""
     model, adapter = model_of("llama", num_key_value_heads=4)
     assert [holds_width(model, adapter, "heads", n) for n in (1, 2, 3, 4)] == [
         *(True, True, False, True)

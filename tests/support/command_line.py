@@ -1,4 +1,4 @@
-"""A workshop for commands: models, texts and recipes, good and bad."""
+"""The workshop, a folder for commands: models, texts and recipes, good and bad."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Damage done to a checkpoint folder: what a stranger or a bad download may hand us."""
+"""Damages of a checkpoint folder, by a hostile author or a bad download."""
 
 import json
 import os

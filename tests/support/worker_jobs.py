@@ -27,7 +27,7 @@ class Unreadable:
 
 
 def squares(spec: WorkerSpec) -> Work:
-    """Square numbers, and tell where."""
+    """Square numbers, and say on which worker."""
     opened = os.getpid()
 
     def work(payload: int) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def squares(spec: WorkerSpec) -> Work:
 
 
 def troubles(spec: WorkerSpec) -> Work:
-    """Raise or return what is asked for."""
+    """Raise or return as the payload says."""
 
     def work(payload: Any) -> Any:
         match payload:
@@ -61,7 +61,7 @@ def troubles(spec: WorkerSpec) -> Work:
 
 
 def first_time(flag: str) -> bool:
-    """Whether nobody called this with the same path before."""
+    """Whether this is the first call with this path."""
     try:
         Path(flag).touch(exist_ok=False)
     except FileExistsError:

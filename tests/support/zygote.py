@@ -78,7 +78,7 @@ class Points(Stopwatch):
 
 
 def watch(points: Points) -> None:
-    """Make reads of tensors and renamings of files pass points in this process, permanently."""
+    """Make reads of tensors and renamings of files pass points, until the process ends."""
     tensors, fsync = Checkpoint.tensors, os.fsync
     written: list[str] = []  # stage of the file that is being written
 
