@@ -1,8 +1,8 @@
 """The adapters, one architecture family per file.
 
 ``ADAPTERS`` maps ``config.model_type`` to a declaration, as ``"module:NAME"``, so that
-listing the families imports none of them. Other decoders are served by
-:func:`layerwise.adapters.auto.discover`, which runs the model and writes the declaration.
+listing the families imports none of them. For other decoders,
+:func:`layerwise.adapters.auto.discover` runs the model and writes the declaration.
 """
 
 import difflib
@@ -41,7 +41,7 @@ ADAPTERS: Mapping[str, str] = MappingProxyType(
 
 
 def get_adapter(model_type: str) -> Adapter:
-    """Declared adapter of a model type; an unknown one is answered with the known ones."""
+    """Declared adapter of a model type; the error for an unknown type lists the known."""
     if model_type not in ADAPTERS:
         close = difflib.get_close_matches(model_type, ADAPTERS, n=2)
         hint = f" (close: {', '.join(close)})" if close else ""
@@ -55,7 +55,7 @@ def get_adapter(model_type: str) -> Adapter:
 
 
 def get_coupling(adapter: Adapter, name: str) -> Coupling:
-    """Coupling of an adapter by name; an unknown one is answered with what there is."""
+    """Coupling of an adapter by name; the error for an unknown name lists the known."""
     for coupling in adapter.couplings:
         if coupling.name == name:
             return coupling

@@ -1,11 +1,11 @@
 """The adapter of any other decoder, found by running the model once on a few tokens.
 
 The decoder blocks are the longest list of modules that hold linear layers and run one
-after the other. Inside a block, linears that receive the very same tensor form a stage,
+after the other. Inside a block, linears that receive the same tensor object form a stage,
 and stages are ordered by their first call. Blocks may differ: each has its own stages.
 
-What cannot be pruned is named, never skipped: linears that are not called exactly once,
-and matrices that belong to no linear layer, such as the fused experts of a mixture.
+Weights that cannot be pruned are reported, never skipped: linears that are not called
+exactly once, and matrices outside linear layers, such as the fused experts of a mixture.
 """
 
 from collections import Counter
@@ -24,16 +24,16 @@ from layerwise.errors import UnsupportedModelError
 
 @dataclass
 class _Trace:
-    """What happened in one forward pass, in the order of time."""
+    """Calls of blocks and linears in one forward pass, in order."""
 
     blocks: list[str] = field(default_factory=list)  # full names
     calls: list[tuple[str, Tensor, int]] = field(default_factory=list)
     # per call of a linear: its full name, its input, the version of the input; the
-    # tensors stay alive, so that no two of them have the same identity
+    # tensors stay alive, so that no two of them have the same id()
 
 
 def discover(model: nn.Module, tokens: Tensor) -> Adapter:
-    """Declaration of a model, written from one forward pass.
+    """Declaration of a model, derived from one forward pass.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ def discover(model: nn.Module, tokens: Tensor) -> Adapter:
     Raises
     ------
     UnsupportedModelError
-        If there is no single list of decoder blocks, or it cannot be run.
+        If there is no single list of decoder blocks, or the model cannot be run.
     """
     lists = lists_of_blocks(model)
     trace = _run(model, lists, tokens)
@@ -72,13 +72,13 @@ def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def lists_of_blocks(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Module lists with linears inside; lists inside their members do not count."""
-    found: dict[str, nn.ModuleList] = {}
+    """Module lists that contain linears, without lists nested in other lists."""
+    lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        nested = any(name.startswith(f"{other}.") for other in found)
+        nested = any(name.startswith(f"{other}.") for other in lists)
         if isinstance(module, nn.ModuleList) and not nested and any(_linears(module)):
-            found[name] = module
-    return found
+            lists[name] = module
+    return lists
 
 
 @torch.no_grad()
@@ -129,8 +129,9 @@ def _decoder(model: nn.Module, lists: Mapping[str, nn.ModuleList], trace: _Trace
         kinds = ", ".join(sorted({type(m).__name__ for _, m in model.named_children()}))
         found = ", ".join(f"{name} ({size} blocks)" for name, size in sizes.items())
         message = (
-            f"this {type(model).__name__} has no single list of decoder blocks with "
-            f"linear layers; found: {found or f'none in {kinds or type(model).__name__}'}"
+            f"this {type(model).__name__} has no single list of decoder blocks with linear "
+            f"layers, so it needs an adapter of its own; found: "
+            f"{found or f'none in {kinds or type(model).__name__}'}"
         )
         raise UnsupportedModelError(message)
     name = longest[0]
@@ -164,7 +165,7 @@ def _stages(
 def _large_parameters(
     block_name: str, block: nn.Module, linears: Mapping[str, nn.Module]
 ) -> dict[str, str]:
-    """Matrices of no linear layer that are as large as the smallest linear of the block.
+    """Matrices outside linear layers, at least as large as the block's smallest linear.
 
     Routers, state matrices and depthwise filters are smaller and stay dense, as norms do.
     """
@@ -172,7 +173,7 @@ def _large_parameters(
     sizes = [module.get_parameter("weight").numel() for module in linears.values()]
     smallest = min(sizes, default=1)
     return {
-        name: f"a parameter of shape {tuple(parameter.shape)} of no linear layer"
+        name: f"a parameter of shape {tuple(parameter.shape)} outside linear layers"
         for short, parameter in block.named_parameters()
         if (name := f"{block_name}.{short}") not in own
         and parameter.dim() > 1

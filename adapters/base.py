@@ -1,10 +1,9 @@
-"""What the run must know about an architecture: where its blocks and linears are.
+"""Declaration of an architecture: the names of its blocks and linears.
 
-An adapter is a declaration and nothing else. It names the list of decoder blocks and, for
-a block, the *stages* in the order in which data flow through them: a stage is a group of
-linear layers that read the same inputs, and so share one gram. An adapter knows nothing
-of methods, and how a block is called is taken from the model itself (see
-:mod:`layerwise.run.activations.streams`).
+An adapter is only a declaration. It names the list of decoder blocks and, for a block, the
+*stages* in the order of the data flow. A stage is a group of linear layers that read the
+same inputs, and so share one gram. An adapter does not depend on methods, and the call of a
+block is recorded from the model (see :mod:`layerwise.run.activations.streams`).
 """
 
 from collections.abc import Collection, Mapping
@@ -21,8 +20,8 @@ from layerwise.errors import UnsupportedModelError
 class OutputSlice:
     """Inputs that are the first channels of the output of another module of the block.
 
-    For a linear whose weight is used without calling the layer, so that a hook on it never
-    fires. As many channels are taken as the linear has inputs.
+    Needed if a model uses the weight of a linear without calling the layer, because then a
+    hook on the layer never runs. The number of channels is that of the linear's inputs.
 
     Parameters
     ----------
@@ -42,7 +41,7 @@ class Stage:
     linears
         Names relative to the block.
     source
-        Where the inputs are seen; None: where the first linear is called.
+        Source of the inputs; None: the call of the first linear.
     """
 
     linears: tuple[str, ...]
@@ -61,20 +60,21 @@ class Adapter:
     Parameters
     ----------
     name
-        The family, for messages.
+        Name of the family, for messages.
     blocks
         Dotted name of the ``ModuleList`` of decoder blocks.
     stages
         Stages of a block in the order of the data flow.
     by_block
-        Stages of blocks that have others, by the full name of the block.
+        Stages of blocks that differ from `stages`, by the full name of the block.
     unserved
-        Weights inside the blocks that cannot be pruned, by full name, and why. A run
-        is refused unless the user leaves them out on purpose.
+        Reason for every weight inside the blocks that cannot be pruned, by full name. A
+        run is refused unless the user excludes these weights.
     found
-        Whether this was written by running a model, see :mod:`layerwise.adapters.auto`.
+        Whether the adapter was derived by running a model, see
+        :mod:`layerwise.adapters.auto`.
     couplings
-        Channels that can leave a block, see :mod:`layerwise.adapters.couplings`.
+        Channels that can be removed from a block, see :mod:`layerwise.adapters.couplings`.
     """
 
     name: str
@@ -103,14 +103,14 @@ class Adapter:
                 f"but this {type(model).__name__} has none there"
             )
             raise UnsupportedModelError(message)
-        found = {f"{self.blocks}.{index}": block for index, block in enumerate(blocks)}
-        for block_name, block in found.items():
+        by_name = {f"{self.blocks}.{index}": block for index, block in enumerate(blocks)}
+        for block_name, block in by_name.items():
             for stage in self.stages_of(block_name):
                 for linear in stage.linears:
                     self.linear(block, linear, block_name)
                 if stage.source is not None:
                     self._check_source(block, stage.source, block_name)
-        return found
+        return by_name
 
     def stages_of(self, block_name: str) -> tuple[Stage, ...]:
         """Stages of a block by its full name."""
@@ -139,8 +139,8 @@ class Adapter:
         if _submodule(block, source.module) is None:
             message = (
                 f"the {self.name} adapter expects a module at "
-                f"{block_name}.{source.module}, found nothing: this version of "
-                f"transformers computes it otherwise"
+                f"{block_name}.{source.module}, found nothing: use a version of "
+                f"transformers that has it"
             )
             raise UnsupportedModelError(message)
 

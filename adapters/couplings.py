@@ -1,11 +1,12 @@
-"""Which rows and columns of a block leave together when channels are removed.
+"""Couplings: rows and columns of a block that are removed together with its channels.
 
-A *channel* is an intermediate number that some modules make (producers) and linear layers
-read (consumers). Where the columns of the consumers are zero, the rows of the producers
-are useless and leave for free. Channels that can leave only together form a *unit*.
+A *channel* is an intermediate value that some modules compute (producers) and linear layers
+read (consumers). If its columns in the consumers are zero, its rows in the producers have
+no effect, and can be removed at no cost. Channels that can only be removed together form a
+*unit*.
 
-Like the stages of an adapter this is a declaration. Sizes are read from the block, so that
-it also holds for a block that was cut before.
+Like the stages of an adapter, a coupling is a declaration. Sizes are read from the block,
+so that it also holds for a block that is already smaller.
 """
 
 from collections.abc import Mapping
@@ -31,9 +32,9 @@ class BiasFlag:
     field
         Name in the configuration.
     linears
-        All linears of a block that it concerns.
+        All linears of a block that the field affects.
     attribute
-        Attribute of a module of the block that repeats the field, if there is one.
+        Attribute of a module of the block with the same value, or None.
     """
 
     field: str
@@ -48,18 +49,18 @@ class Channels:
     Parameters
     ----------
     name
-        That of the coupling.
+        Name of the coupling.
     units
         Number of units.
     groups
         Unit of each column of the main consumer, shape (in,).
     balance
-        Head of each unit where all heads should keep equally many, shape (units,).
+        Head of each unit if all heads must keep equally many, shape (units,); else None.
     members
         Parameter name relative to the block -> (axis, unit of each index of that axis);
-        -1 marks indices that stay.
+        -1 marks indices that are always kept.
     cost
-        Parameters that leave with one unit, biases included.
+        Number of parameters that are removed with one unit, biases included.
     """
 
     name: str
@@ -74,43 +75,45 @@ class Channels:
         return Columns(keep, self.groups, self.balance)
 
     def stays(self, kept: Tensor) -> dict[str, tuple[int, Tensor]]:
-        """Boolean form of `members`: which indices stay if the units `kept` do."""
-        staying = torch.zeros(self.units, dtype=torch.bool, device="cpu")
-        staying[kept] = True
+        """Boolean form of `members`: the indices that are kept with the units `kept`."""
+        is_kept = torch.zeros(self.units, dtype=torch.bool, device="cpu")
+        is_kept[kept] = True
         return {
-            name: (axis, staying[labels.clamp(min=0)] | (labels < 0))
+            name: (axis, is_kept[labels.clamp(min=0)] | (labels < 0))
             for name, (axis, labels) in self.members.items()
         }
 
 
 @dataclass(frozen=True)
 class Coupling:
-    """Declaration of channels that can leave a block.
+    """Declaration of channels that can be removed from a block.
 
     Parameters
     ----------
     name
-        How users call it: ``"mlp"``, ``"inner"``, ``"heads"``, ``"values"``.
+        Name for users: ``"mlp"``, ``"inner"``, ``"heads"``, ``"values"``.
     consumers
-        Linears whose columns are the channels. Channels are chosen on the last one.
+        Linears whose columns are the channels. Channels are chosen on the last one, the
+        main consumer.
     producers
-        Modules, or parameters of no module, whose leading axis holds the channels.
+        Modules or parameters whose leading axis holds the channels.
     unit
         ``"channel"``: every channel on its own. ``"head"``: a head of keys and values
         with its query heads. ``"value"``: a channel of the values of such a head, which
-        every query head of the group reads at the same place.
+        every query head of the group reads at the same position.
     stretches
-        Producers that hold the channels several times, one stretch after the other.
+        Number of copies of the channels, one after the other, by the name of a producer.
     head_dim
         Attribute of a module of the block with the size of a head.
     stock
-        Fields of the stock configuration that hold the width, and what they count; empty
-        where the stock format has no place for another width.
+        Fields of the stock configuration with the width, and the quantity that each
+        counts; empty if the stock format does not allow another width.
     attributes
-        Attributes of modules of the block that ``forward`` reads, and what they count.
+        Attributes that ``forward`` reads from modules of the block, and the quantity that
+        each counts.
     bias
-        The flag that gives the main consumer a bias; None where it has one without a flag
-        or where the stock format has no place for one.
+        The flag that gives the main consumer a bias; None if it has one without a flag,
+        or if the stock format does not allow one.
     """
 
     name: str
@@ -151,7 +154,8 @@ class Coupling:
             if labels is None:
                 message = (
                     f"{block_name}.{name} has {size} entries along axis {axis}, which do "
-                    f"not divide into the {units} units of {self.name!r}"
+                    f"not divide into the {units} units of {self.name!r}: choose other "
+                    f"channels"
                 )
                 raise UnsupportedModelError(message)
             members[name] = (axis, labels)
@@ -162,7 +166,7 @@ class Coupling:
         return Channels(self.name, units, members[main][1], balance, members, cost)
 
     def counts(self, block: nn.Module, channels: Channels, units: int) -> dict[Count, int]:
-        """What the configuration and the attributes count, if `units` units stay."""
+        """Values of the configuration and the attributes when `units` units are kept."""
         if self.unit == "channel":
             return {"units": units}
         size = self._head_dim(block)
@@ -172,16 +176,16 @@ class Coupling:
     def _parameters(
         self, block: nn.Module, member: str, block_name: str
     ) -> list[tuple[str, int, nn.Parameter]]:
-        """Name, axis of the channels and parameter, of everything a member holds."""
+        """Name, axis of the channels and value of every parameter of a member."""
         axis = 1 if member in self.consumers else 0
-        found = _find(block, member)
-        if isinstance(found, nn.Parameter):
-            return [(member, axis, found)]
-        if axis == 0 and not (_is_plain_linear(found) or _is_depthwise(found)):
+        owner = _find(block, member)
+        if isinstance(owner, nn.Parameter):
+            return [(member, axis, owner)]
+        if axis == 0 and not (_is_plain_linear(owner) or _is_depthwise(owner)):
             expected = "a Linear, a depthwise Conv1d or a parameter"
             raise UnsupportedModelError(self._expected(expected, block, member, block_name))
-        assert isinstance(found, nn.Module)
-        own = found.named_parameters(recurse=False)
+        assert isinstance(owner, nn.Module)
+        own = owner.named_parameters(recurse=False)
         return [(f"{member}.{n}", axis, p) for n, p in own if n == "weight" or axis == 0]
 
     def _units(
@@ -190,13 +194,13 @@ class Coupling:
         parameters: Mapping[str, tuple[int, nn.Parameter]],
         block_name: str,
     ) -> int:
-        """Channels, heads of keys and values, or channels of their values."""
+        """Number of channels, of heads of keys and values, or of channels of values."""
         if self.unit == "channel":
             return parameters[f"{self.consumers[-1]}.weight"][1].shape[1]
         if _find(block, self.head_dim or "") is None:
             message = (
-                f"no attribute {block_name}.{self.head_dim}, which gives the size of a "
-                f"head: this version of transformers names it otherwise"
+                f"no attribute {block_name}.{self.head_dim} with the size of a head: use a "
+                f"version of transformers that has it"
             )
             raise UnsupportedModelError(message)
         values = parameters[f"{self.producers[-1]}.weight"][1].shape[0]
@@ -205,7 +209,7 @@ class Coupling:
     def labels(
         self, block: nn.Module, name: str, axis: int, size: int, units: int
     ) -> Tensor | None:
-        """Unit of each index of an axis of that size; None if the size does not fit."""
+        """Unit of each index of an axis with `size` entries; None if they do not divide."""
         index = torch.arange(size, device="cpu")
         if self.unit == "channel":
             times = self.stretches.get(name.rpartition(".")[0], 1)
@@ -232,10 +236,10 @@ class Coupling:
 
 def _find(block: nn.Module, name: str) -> object:
     """Module, parameter or attribute by its dotted name; None if there is none."""
-    found: object = block
+    value: object = block
     for part in name.split("."):
-        found = getattr(found, part, None)
-    return found
+        value = getattr(value, part, None)
+    return value
 
 
 def _is_plain_linear(module: object) -> bool:

@@ -1,18 +1,18 @@
 """Linear layers and their weights as matrices (out, in), however they are stored.
 
 ``torch.nn.Linear`` stores (out, in). The ``Conv1D`` of transformers, which GPT-2 uses, is a
-linear layer whose parameter is the transpose, (in, out). Problems, masks and n:m groups
-always live in (out, in): groups run along the inputs.
+linear layer whose parameter is the transpose, (in, out). Problems, masks and n:m groups are
+always (out, in): groups run along the inputs.
 """
 
 from torch import Tensor, nn
 
 
 def is_linear(module: nn.Module | None) -> bool:
-    """Whether a module is a linear layer whose weight is a parameter of its own.
+    """Whether a module is a linear layer that owns its weight parameter.
 
-    A weight that is computed from others (``torch.nn.utils.parametrize``) does not count:
-    writing to it would change nothing.
+    A weight that is computed from others (``torch.nn.utils.parametrize``) does not count,
+    because writing to it would change nothing.
     """
     kind = isinstance(module, nn.Linear) or is_transposed(module)
     return kind and module is not None and "weight" in module._parameters
@@ -28,6 +28,6 @@ def is_transposed(module: nn.Module | None) -> bool:
 
 
 def matrix(linear: nn.Module) -> Tensor:
-    """Weight of a linear layer, shape (out, in): what is written to it is in the layer."""
+    """Weight of a linear layer, shape (out, in); writing to it writes to the layer."""
     weight: Tensor = linear.get_parameter("weight").detach()
     return weight.T if is_transposed(linear) else weight

@@ -1,8 +1,9 @@
 """LLaMA and the families whose blocks have the same linears: Mistral, Qwen2, Qwen3.
 
-Grouped-query attention only changes the number of rows of k and v, sliding windows only
-the mask that the model hands to the block, and the head norms of Qwen3 lie after q and k
-and are shared by all heads. What differs is where the stock format has a place for biases.
+Grouped-query attention changes only the number of rows of k and v. Sliding windows change
+only the mask that the model passes to the block. The head norms of Qwen3 come after q and
+k, and all heads share them. The families differ in the biases that their stock formats
+allow.
 """
 
 from dataclasses import replace

@@ -1,18 +1,18 @@
 """Mamba, Falcon Mamba and Mamba-2: state space models whose blocks hold one mixer.
 
 Transformers multiplies by ``dt_proj.weight`` without calling ``dt_proj``, so a hook on it
-never fires. Its inputs are the first ``time_step_rank`` channels of what ``x_proj``
-returns; Falcon Mamba normalises them before. Mamba-2 has no ``dt_proj``: its time steps
-are channels of ``in_proj``. The depthwise convolution and the state matrices hold few
+never runs. Its inputs are the first ``time_step_rank`` channels of the output of
+``x_proj``; Falcon Mamba normalises them first. Mamba-2 has no ``dt_proj``: its time steps
+are channels of ``in_proj``. The depthwise convolution and the state matrices have few
 weights and stay dense.
 
-The other three are called, in evaluation mode only: fused training kernels take the raw
-weights.
+The other three linears are called, but only in evaluation mode: fused training kernels use
+the raw weights.
 
-The inner channels of Mamba and Falcon Mamba run through convolution, scan and gate each on
-its own, and only ``x_proj`` and ``out_proj`` read across them: any of them can leave. No
-channels are declared for Mamba-2, whose gated norm before ``out_proj`` divides by a mean
-over all of them, so that a channel without weight in ``out_proj`` still counts.
+The inner channels of Mamba and Falcon Mamba pass separately through convolution, scan and
+gate; only ``x_proj`` and ``out_proj`` combine them. So any channel can be removed. No
+channels are declared for Mamba-2. Its gated norm before ``out_proj`` divides by a mean over
+all channels, so a channel with zero weights in ``out_proj`` still has an effect.
 
 References
 ----------
@@ -28,7 +28,7 @@ INNER = Coupling(
     "inner",
     ("mixer.x_proj", "mixer.out_proj"),
     ("mixer.in_proj", "mixer.conv1d", "mixer.dt_proj", "mixer.A_log", "mixer.D"),
-    stretches={"mixer.in_proj": 2},  # what enters the scan, then the gate
+    stretches={"mixer.in_proj": 2},  # the input of the scan, then the gate
     stock={"intermediate_size": "units"},
     attributes={"mixer.intermediate_size": "units"},
     bias=BiasFlag("use_bias", ("mixer.in_proj", "mixer.out_proj"), "mixer.use_bias"),

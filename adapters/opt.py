@@ -1,10 +1,10 @@
 """OPT: attention with biases, then two linears around a ReLU.
 
-The 350M variant normalises after the residual and projects its embeddings; both happen
+The 350M variant normalises after the residual and projects its embeddings. Both happen
 outside the linears of a block, so the declaration is the same.
 
-Transformers computes the size of a head from the hidden size, so that the stock format has
-no place for fewer heads; the attention module itself has.
+Transformers computes the size of a head from the hidden size. So the stock format does not
+allow fewer heads, although the attention module does.
 """
 
 from layerwise.adapters.base import Adapter, Stage

@@ -1,12 +1,11 @@
-"""The recurrence of Mamba, fast enough on a processor to train a model.
+"""The recurrence of Mamba, fast enough on a CPU to train a model.
 
 For every sequence, channel and state ::
 
     h[t] = exp(dt[t] A) h[t - 1] + dt[t] B[t] x[t],    y[t] = C[t] h[t]
 
-One sequence at a time fits into the cache, and its backward pass is written out, so
-that no step is recorded or copied, as the recurrence of transformers does. The numbers
-are the same.
+One sequence at a time fits into the cache. The backward pass is explicit, so no step is
+recorded or copied, as in the recurrence of transformers. The results are the same.
 
 References
 ----------
@@ -27,8 +26,8 @@ from torch.nn import functional
 class Scan(torch.autograd.Function):
     """Outputs y of one sequence, shape (time, channel), and their derivatives.
 
-    The shapes are (time, channel) for x and dt, (state, channel) for A, (time, state)
-    for B and C; the memory is three times (time, state, channel).
+    Shapes: (time, channel) for x and dt, (state, channel) for A, (time, state) for B and
+    C. Memory: three tensors (time, state, channel).
     """
 
     @staticmethod
@@ -73,7 +72,7 @@ def selective_scan(
     delta_bias: Tensor,  # (channel,)
     **_: Any,
 ) -> Tensor:
-    """Take the place of ``modeling_mamba.mamba_selective_scan``; float32 inside."""
+    """Replace ``modeling_mamba.mamba_selective_scan``; float32 inside."""
     dt = functional.softplus(dt + delta_bias[:, None])
     inputs = [tensor.mT.float().contiguous() for tensor in (x, dt, B, C)]
     scan: Any = Scan.apply  # untyped in torch
@@ -83,9 +82,9 @@ def selective_scan(
 
 @contextmanager
 def fast_scan(model: object, device: torch.device) -> Iterator[None]:
-    """Train a Mamba model on a CPU by :func:`selective_scan`; others are left alone.
+    """Use :func:`selective_scan` for a Mamba model on a CPU; other models do not change.
 
-    So are calls that ask for the last state, or for the package mambapy.
+    Calls that request the last state or the package mambapy do not change either.
     """
     module = sys.modules[type(model).__module__]
     original = getattr(module, "mamba_selective_scan", None)

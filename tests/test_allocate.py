@@ -1,4 +1,4 @@
-"""Allocation: the optimum by enumeration and by HiGHS, exact budgets, loud refusals."""
+"""Allocation: the optimum by enumeration and by HiGHS, exact budgets, clear refusals."""
 
 import itertools
 import math
@@ -231,7 +231,7 @@ def test_at_least_one_unit_or_one_multiple_stays() -> None:
 
 
 def test_a_fraction_of_the_whole_is_met_exactly() -> None:
-    """0.2 times a total is no binary number: rounding must not cost a unit."""
+    """0.2 times a total is not a binary number: rounding must not cost a unit."""
     curves = [Curve(f"{i}", "mlp", [0, 1, 2, 3, 4, 5], 0.1) for i in range(7)]
     for tenths in range(8):
         budget = tenths / 10 * sum(c.units * c.cost for c in curves)

@@ -241,7 +241,7 @@ def test_an_object_may_refuse_a_pattern() -> None:
 
 
 def test_a_solver_may_return_a_solution() -> None:
-    """Its own grades are not believed, and its bias is computed here."""
+    """Its own grades are ignored, and its bias is computed here."""
 
     class Graded(LeastSquares):
         def solve(self, problem: LayerProblem, **options: Any) -> Any:

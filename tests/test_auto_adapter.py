@@ -43,7 +43,7 @@ STAGES = {
         Stage(("mlp.dense_h_to_4h",)),
         Stage(("mlp.dense_4h_to_h",)),
     ),
-    "phi": (  # attention and MLP side by side, behind one norm
+    "phi": (  # attention and MLP side by side, after one norm
         Stage(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1")),
         Stage(("self_attn.dense",)),
         Stage(("mlp.fc2",)),
@@ -216,7 +216,7 @@ def test_inner_lists_are_no_blocks() -> None:
     adapter = found(Decoder(Experts))
     assert adapter.blocks == "layers"
     assert adapter.stages_of("layers.0") == (Stage(("experts.0", "first")),)
-    assert len(adapter.unserved) == 3 * 9  # eight experts were not asked, nor was second
+    assert len(adapter.unserved) == 3 * 9  # eight experts and `second` were never called
 
 
 def test_list_that_does_not_run_is_not_taken() -> None:

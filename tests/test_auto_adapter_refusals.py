@@ -61,7 +61,7 @@ class Repeated(Block):
 
 
 class Raw(Block):
-    """Holds a large matrix that is no linear layer, in two dimensions."""
+    """Holds a large matrix that is not a linear layer, in two dimensions."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -298,7 +298,7 @@ TEXT_FAILURES = [
     ("missing.jsonl:text", DataError, "line 2 has no field 'text'; found: 'body'"),
     ("list.jsonl:text", DataError, "line 2 holds a list"),
     ("number.jsonl:text", DataError, "line 2, field 'text' has type int"),
-    ("surrogate.jsonl:text", DataError, "line 1, field 'text' holds half a surrogate"),
+    ("surrogate.jsonl:text", DataError, "line 1, field 'text' has an unpaired surrogate"),
     ("file.parquet", UsageError, "unknown text source"),
 ]
 
@@ -349,9 +349,9 @@ def test_too_little_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> 
     [
         ([], DataError, "is empty"),
         (torch.zeros(0, 9, dtype=torch.int64), DataError, "is empty"),
-        (["text"], UsageError, "a tokenizer is needed"),
-        (["text", 5], DataError, "document 1 has type int, a string is needed"),
-        (5, UsageError, "object of type int is no calibration source"),
+        (["text"], UsageError, "needs a tokenizer"),
+        (["text", 5], DataError, "document 1 has type int, not string"),
+        (5, UsageError, "type int is not a calibration source"),
         (ROWS, DataError, "there are 3 token sequences, 4 are needed"),
         ([*ROWS, [1, 2]], DataError, "sequence 3 has 2 tokens, 8 are needed"),
         (range(5), DataError, "stream has 5 tokens, a window needs 8"),

@@ -190,7 +190,7 @@ def test_singular_gram_proves_nothing() -> None:
 
 
 def test_a_factor_that_is_rounding_proves_nothing() -> None:
-    """It factors at the damping that was asked for, but its last pivot is rounding."""
+    """It factors at the requested damping, but its last pivot is rounding."""
     eps = torch.finfo(torch.float64).eps
     gram = torch.tensor([[1.0, 1.0], [1.0, 1.0 + 4 * eps]], dtype=torch.float64)
     weight = torch.tensor([[1.0, 2.0]], dtype=torch.float64)

@@ -1,123 +1,46 @@
 """Command line: one line for every bad input, the right exit code, and nothing left."""
 
-import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
 
 import layerwise
 from layerwise.cli import run
 from layerwise.reports.catalogue import catalogue
-from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.data.perplexity import perplexity
-from layerwise.run.data.tokens import encode
-from layerwise.run.models.loading import load_tokenizer
-from layerwise.run.models.opening import load_model
-from layerwise.run.pipeline.journal import read_layers
 from layerwise.solution import Answer
 from layerwise.solvers import SOLVERS
 from layerwise.solvers.magnitude import Magnitude
+from tests.support.command_line import (
+    LINEARS,
+    fill_workshop,
+    flags,
+    kept_in_order,
+    one_line,
+)
 from tests.support.models import (
     POSITIONS,
-    SHARD,
-    edit_shard,
-    mixture_of_experts,
-    save_checkpoint,
     shard_hashes,
-    tiny_model,
-    tiny_text,
 )
-
-LINEARS = 14
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with models, texts and recipes, good and bad."""
-    folder = tmp_path_factory.mktemp("workshop")
-    save_checkpoint(folder / "llama", tiny_model("llama", dtype=torch.bfloat16))
-    save_checkpoint(folder / "odd", tiny_model("llama", inner=26))
-    save_checkpoint(folder / "mixture", mixture_of_experts())
-    save_checkpoint(folder / "mute", tiny_model("llama"), tokenizer=False)
-    for name, damage in DAMAGES.items():
-        damage(shutil.copytree(folder / "llama", folder / name))
-    (folder / "text.txt").write_text(tiny_text())
-    (folder / "empty.txt").write_text(" \n")
-    (folder / "short.txt").write_text("a b")
-    (folder / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    (folder / "text.jsonl").write_text(json.dumps({"text": tiny_text()}) + "\n")
-    (folder / "bad.jsonl").write_text('{"text": "a"}\n{\n')
-    (folder / "recipe.yaml").write_text("method: wanda\nsparsity: 2:4\nn_sequences: 4\n")
-    (folder / "bad.yaml").write_text("methods: wanda\n")
-    return folder
+    return fill_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 @pytest.fixture
 def in_workshop(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Work in the workshop; afterwards it must hold what it held before."""
     monkeypatch.chdir(workshop)
-    before = sorted(workshop.rglob("*"))
-    yield workshop
-    for name in ("out", "out.partial", "again"):
-        shutil.rmtree(workshop / name, ignore_errors=True)
-    assert sorted(workshop.rglob("*")) == before
-
-
-def put_nan(folder: Path) -> None:
-    def edit(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.layers.1.mlp.up_proj.weight"][2, 3] = torch.nan
-
-    edit_shard(folder / SHARD, edit)
-
-
-def cut_shard(folder: Path) -> None:
-    content = (folder / SHARD).read_bytes()
-    (folder / SHARD).write_bytes(content[: len(content) // 2])
-
-
-DAMAGES: Mapping[str, Callable[[Path], Any]] = {
-    "nan": put_nan,
-    "cut": cut_shard,
-}
-
-GOOD: Mapping[str, Any] = {
-    "--method": "wanda",
-    "--sparsity": "0.5",
-    "--calibration": "text.txt",
-    "--n-sequences": "4",
-    "--sequence-length": "12",
-    "--output": "out",
-}
-
-
-def flags(changes: Mapping[str, Any]) -> list[str]:
-    """Flags of a small good run with some of them changed; None drops one."""
-    merged = {**GOOD, **changes}
-    model = merged.pop("MODEL", "llama")
-    pairs = [[name, str(value)] for name, value in merged.items() if value is not None]
-    return [
-        "prune",
-        *([model] if model else []),
-        *(item for pair in pairs for item in pair),
-    ]
-
-
-def one_line(error: str) -> str:
-    assert error.count("\n") == 1, error
-    assert error.startswith("layerwise: "), error
-    assert "Traceback" not in error
-    return error
+    with kept_in_order(workshop):
+        yield workshop
 
 
 # --- bad input ---------------------------------------------------------------------------
@@ -135,7 +58,11 @@ BAD: Mapping[str, tuple[Mapping[str, Any], int, str]] = {
         2,
         "model.layers.0.mlp.down_proj: pattern 2:4 needs a width divisible by 4",
     ),
-    "group of a pattern": ({"--sparsity": "2:4", "--group": "layer"}, 2, "--group layer"),
+    "group of a pattern": (
+        {"--sparsity": "2:4", "--group": "layer"},
+        2,
+        "group layer cannot be combined with the pattern 2:4: leave one of them out",
+    ),
     "group": ({"--group": "column"}, 2, "group: Input should be 'row' or 'layer'"),
     "method": ({"--method": "sparsgpt"}, 2, "did you mean sparsegpt"),
     "method unlike any": ({"--method": "zzz"}, 2, "Known: magnitude, wanda"),
@@ -174,7 +101,7 @@ BAD: Mapping[str, tuple[Mapping[str, Any], int, str]] = {
     "bad recipe": ({"--recipe": "bad.yaml"}, 2, "unknown name 'methods'; known: model"),
     "source": ({"--calibration": "wikitext"}, 2, "did you mean 'wikitext2'"),
     "field": ({"--calibration": "text.jsonl"}, 2, "needs a field, as in text.jsonl:field"),
-    "no tokenizer": ({"MODEL": "mute"}, 2, "a tokenizer is needed"),
+    "no tokenizer": ({"MODEL": "mute"}, 2, "needs a tokenizer"),
     "experts": ({"MODEL": "mixture"}, 2, "model.layers.0.mlp.experts.gate_up_proj (a par"),
     "budget": (
         {"--method": "wanda+least-squares", "--memory-budget": "10"},
@@ -288,8 +215,8 @@ def test_unfinished_run_with_other_flags(
     ("arguments", "code", "expected"),
     [
         (["prun"], 2, "No such command 'prun'"),
-        (["evaluate", "llama"], 2, "give --dataset, --speed, or both"),
-        (["evaluate", "llama", "--compare", "odd"], 2, "give --dataset, --speed"),
+        (["evaluate", "llama"], 2, "give --dataset, --tasks or --speed"),
+        (["evaluate", "llama", "--compare", "odd"], 2, "give --dataset, --tasks"),
         (
             ["evaluate", "llama", "--dataset", "text.txt", "--compare", "odd"],
             2,
@@ -298,8 +225,12 @@ def test_unfinished_run_with_other_flags(
         (["evaluate", "nan", "--speed"], 6, "holds nan at [2, 3]"),
         (["evaluate", "llama", "--speed", "--compare", "cut"], 6, "not a usable safetens"),
         (["evaluate", "llama", "--speed", "--device", "abacus"], 2, "device 'abacus'"),
-        (["bench"], 2, "give a model folder or a shape"),
-        (["bench", "llama", "--shape", "opt-125m"], 2, "give a model folder or a shape"),
+        (["bench"], 2, "give either a model folder or a shape"),
+        (
+            ["bench", "llama", "--shape", "opt-125m"],
+            2,
+            "give either a model folder or a shape",
+        ),
         (["bench", "--shape", "opt"], 2, "unknown shape 'opt'; known: opt-125m"),
         (["bench", "llama", "--blocks", "1"], 2, "number of blocks of a shape"),
         (["bench", "--shape", "opt-125m", "--blocks", "0"], 2, "at least 1; got 0"),
@@ -308,7 +239,7 @@ def test_unfinished_run_with_other_flags(
         (["bench", "llama", "--sparsity", "5:4"], 2, "got 5:4"),
         (["bench", "llama", "--n-sequences", "0"], 2, "n_sequences is 0"),
         (["bench", "./none"], 6, "there is no folder ./none"),
-        (["evaluate"], 2, "Missing argument 'model'"),
+        (["evaluate"], 2, "Missing argument 'MODEL'"),
         (["evaluate", "mute", "--dataset", "text.txt"], 6, "mute has no tokenizer"),
         (["evaluate", "nan", "--dataset", "text.txt"], 6, "holds nan at [2, 3]"),
         (["evaluate", "llama", "--dataset", "none.txt"], 6, "cannot read none.txt"),
@@ -343,171 +274,6 @@ def test_bad_input_of_other_commands(
     captured = capsys.readouterr()
     assert expected in one_line(captured.err)
     assert captured.out == ""
-
-
-# --- good runs ---------------------------------------------------------------------------
-
-
-def test_prune_verify_report_evaluate(
-    in_workshop: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    threads = torch.get_num_threads()
-    assert run(flags({"--method": "wanda+least-squares", "--threads": threads})) == 0
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    lines = captured.err.splitlines()
-    assert lines[0] == f"pruning {LINEARS} layers"
-    for index, record in enumerate(read_layers(Path("out")), start=1):
-        rows, width = record.shape
-        expected = (
-            rf"\[{index}/{LINEARS}\]  {re.escape(record.name)}  {rows}x{width}  "
-            rf"sparsity 0\.5000  relative error {record.relative_error:.4f}  feasible  "
-            rf"refit <= \d\.\de-\d\d  damping 0\.01  rank {record.rank}/{width}  "
-            rf"\d+\.\d\d s"
-        )
-        assert re.fullmatch(expected, lines[index]), lines[index]
-    assert lines[LINEARS + 1].startswith(
-        f"{LINEARS} layers, sparsity 0.5000, mean relative"
-    )
-    assert len(lines) == LINEARS + 2
-    assert run(["verify", "out"]) == 0
-    assert capsys.readouterr().out.count("ok  ") == 8
-
-    page = Path("out/layerwise/report.html")
-    written = page.read_text()
-    assert "wanda+least-squares" in written.replace("<wbr>", "")
-    page.unlink()
-    assert run(["report", "out"]) == 0
-    assert capsys.readouterr().out == f"wrote {page}\n"
-    assert page.read_text() == written
-    assert run(["report", "out", "--output", "out/other.html"]) == 0
-    assert Path("out/other.html").read_text() == written
-    capsys.readouterr()
-
-    arguments = ["evaluate", "out", "--dataset", "text.txt", "--sequence-length", "16"]
-    assert run(arguments) == 0
-    checkpoint = Checkpoint.open("out")
-    tokenizer = load_tokenizer(checkpoint)
-    assert tokenizer is not None
-    tokens = encode(Path("text.txt").read_text(), tokenizer)
-    expected_value = perplexity(load_model(checkpoint), tokens, sequence_length=16)
-    assert capsys.readouterr().out == (
-        f"perplexity {expected_value:.4f}  (text.txt, {len(tokens) // 16} windows of 16 "
-        f"tokens)\n"
-    )
-
-
-def test_speed(in_workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Alone, beside another model, and behind the perplexity."""
-    assert run(["evaluate", "llama", "--speed"]) == 0
-    alone = capsys.readouterr().out
-    assert "prefill 16 x 32" in alone
-    assert "ratio" not in alone
-    arguments = ["evaluate", "llama", "--dataset", "text.txt", "--speed"]
-    assert run([*arguments, "--compare", "odd"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("perplexity ")
-    assert lines[1].split() == ["llama", "odd", "ratio"]
-    assert lines[2].split()[0] == "parameters"
-
-
-def test_bench(in_workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    threads = torch.get_num_threads()
-    arguments = ["bench", "llama", "--method", "sparsegpt", "--sparsity", "2:4"]
-    arguments += ["--n-sequences", "2", "--sequence-length", "12", "--device", "cpu"]
-    assert run([*arguments, "--threads", str(threads)]) == 0
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    assert captured.out.startswith("llama: sparsegpt 2:4, 2 x 12 tokens")
-    for name in ("load", "capture", "forward", "gram", "solve", "write", "all"):
-        assert any(line.split()[:1] == [name] for line in captured.out.splitlines())
-
-
-def test_recipe_repeats_the_run(in_workshop: Path) -> None:
-    arguments = flags(
-        {
-            "--method": "wanda+least-squares",
-            "--sparsity": "2:4",
-            "--error-correction": "full",
-            "--seed": "3",
-            "--damping": "0.02",
-            "--set": "tolerance=1e-4",
-            "--targets": "re:.*_proj",
-            "--ignore": "re:.*k_proj",
-            "--calibration": "text.jsonl:text",
-        }
-    )
-    assert run(arguments) == 0
-    recipe = yaml.safe_load(Path("out/recipe.yaml").read_text())
-    assert recipe["options"] == {"least-squares.tolerance": 1e-4}
-    assert run(["prune", "--recipe", "out/recipe.yaml", "--output", "again"]) == 0
-    assert shard_hashes(Path("out")) == shard_hashes(Path("again"))
-    assert Path("out/recipe.yaml").read_bytes() == Path("again/recipe.yaml").read_bytes()
-
-
-def test_effort_is_an_option_of_the_method(in_workshop: Path) -> None:
-    assert run(flags({"--method": "best", "--effort": "fast"})) == 0
-    recipe = yaml.safe_load(Path("out/recipe.yaml").read_text())
-    assert recipe["options"] == {"effort": "fast"}
-
-
-@pytest.mark.parametrize(
-    ("method", "flag", "proven"),
-    [
-        ("wanda", "--certify", True),
-        ("best", None, True),
-        ("best", "--no-certify", False),
-    ],
-)
-def test_gaps_are_proven_if_asked_for_or_thorough(
-    method: str, flag: str | None, proven: bool, in_workshop: Path
-) -> None:
-    effort = "thorough" if method == "best" else None
-    few = {"--targets": "re:.*1.*q_proj", "--method": method, "--effort": effort}
-    assert run([*flags(few), *([flag] if flag else [])]) == 0
-    for record in read_layers(Path("out")):
-        assert (record.proven_gap is not None) == proven
-    assert ("proven gap" in Path("out/layerwise/report.html").read_text()) == proven
-
-
-def test_flags_win_over_the_recipe(in_workshop: Path) -> None:
-    changes = {"--recipe": "recipe.yaml", "--sparsity": None, "--n-sequences": None}
-    assert run(flags({**changes, "--method": "magnitude"})) == 0
-    recipe = yaml.safe_load(Path("out/recipe.yaml").read_text())
-    assert (recipe["method"], recipe["sparsity"]) == ("magnitude", "2:4")
-    assert recipe["n_sequences"] == 4
-    assert {record.pattern for record in read_layers(Path("out"))} == {"2:4"}
-
-
-def test_group_reaches_the_pattern(in_workshop: Path) -> None:
-    assert run(flags({"--group": "layer", "--method": "magnitude"})) == 0
-    weight = load_file(Path("out") / SHARD)["model.layers.0.mlp.up_proj.weight"]
-    zeros = (weight == 0).sum(dim=1)
-    assert int(zeros.sum()) == weight.numel() // 2
-    assert len(set(zeros.tolist())) > 1
-    assert run(["verify", "out"]) == 0
-
-
-def test_targets_may_repeat(in_workshop: Path) -> None:
-    more = ["--targets", "re:.*q_proj", "--targets", "re:.*up_proj", "--ignore", "lm_head"]
-    assert run([*flags({}), *more]) == 0
-    names = {record.name.rpartition(".")[2] for record in read_layers(Path("out"))}
-    assert names == {"q_proj", "up_proj"}
-
-
-def test_force_replaces(in_workshop: Path) -> None:
-    assert run(flags({})) == 0
-    assert run([*flags({"--sparsity": "2:4"}), "--force"]) == 0
-    assert {record.pattern for record in read_layers(Path("out"))} == {"2:4"}
-
-
-def test_report_is_optional(
-    in_workshop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert run(flags({})) == 0
-    assert "report.html was not written" in capsys.readouterr().err
-    assert run(["verify", "out"]) == 0
 
 
 # --- what needs no model -----------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Error curves: every point is what the solver reaches when it is asked for it alone."""
+"""Error curves: every point equals the answer of the solver for that count alone."""
 
 from itertools import product
 

@@ -56,7 +56,7 @@ def corrected(
     *,
     rounded: bool,
 ) -> tuple[RefitState, RefitState, int]:
-    """Before and behind one correction of the masked weight."""
+    """Before and after one correction of the masked weight."""
     weight = torch.where(mask, problem.weight, 0).double()
     state = refit_state(problem, weight, mask)
     change, iterations = system.solve(
@@ -177,7 +177,7 @@ def test_image_is_that_of_the_matrix_as_given() -> None:
 
 
 def test_converged_rows_stay_converged() -> None:
-    """Iterations behind the last digit of the precision do no harm."""
+    """Iterations beyond the last digit of the precision do no harm."""
     problem, mask = spiked()
     weight = torch.where(mask, problem.weight, 0).double()
     system = SupportSolver(problem.damped_gram(torch.float32), 8, "float32")

@@ -1,4 +1,4 @@
-"""Couplings: the declared rows and columns are exactly those that leave together."""
+"""Couplings: the declared rows and columns are exactly those to remove together."""
 
 from typing import Any
 

@@ -30,7 +30,7 @@ from layerwise.solvers.columns import ColumnPruning
 LIMIT = 4 * 10**6  # bytes of a packaged model
 LENGTH = 256  # the context that they were trained with
 WINDOWS = 12
-TRAINED = 50  # perplexity; a model that knows nothing has that of its 1024 tokens
+TRAINED = 50  # perplexity; a uniform guess among the 1024 tokens has 1024
 HARM = 1.2  # perplexity of half the weights over that of all
 
 
@@ -222,7 +222,7 @@ def test_methods_are_all_solvers_and_possible() -> None:
     methods = all_methods()
     assert set(MAIN_METHODS) <= set(methods)
     assert len(set(methods)) == len(methods)
-    assert "multi-weight" in methods  # of which multi-weight-mm is another name
+    assert "multi-weight" in methods  # multi-weight-mm is another name for it
     for name in SOLVERS.keys() - {"multi-weight-mm"}:
         whole_columns = isinstance(SOLVERS[name](), ColumnPruning)
         assert (name in methods or f"wanda+{name}" in methods) is not whole_columns

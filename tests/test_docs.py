@@ -9,7 +9,7 @@ from numpydoc.validate import validate
 import layerwise
 from layerwise.solvers import SOLVERS
 
-# Not asked for: examples and see-also sections in every docstring, types repeated from
+# Not required: examples and see-also sections in every docstring, types repeated from
 # annotations, a Returns section where the summary says what is returned, the order of
 # keywords, and SS05, which takes "Moments" for a verb in the third person.
 CHECKS = {

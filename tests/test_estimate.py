@@ -17,7 +17,7 @@ from tests.support.models import blocks_name, random_tokens, tiny_model
 
 LENGTH, SEQUENCES, LAYERS = 12, 8, 3
 TOKENS = random_tokens(SEQUENCES, LENGTH)
-PROBE = 2  # tokens for which the first block is asked what it returns
+PROBE = 2  # tokens of the pass that shows what the first block returns
 
 
 def shapes_of(model: nn.Module) -> Mapping[str, tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Loss gradients of a model: against automatic differentiation, and what is left behind."""
+"""Loss gradients of a model: against automatic differentiation, and the model unchanged."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,10 +1,9 @@
 """Damaged and hostile checkpoints: one line that says what is wrong, and nothing is left.
 
-Whatever opens a model folder is a line of `COMMANDS`; each meets every case of `REFUSED`.
+Every command that opens a model folder is a line of `COMMANDS`, and meets every case of
+`REFUSED`.
 """
 
-import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +13,40 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from layerwise.cli import run
 from layerwise.errors import DataError, LayerwiseError, UnsupportedModelError
 from layerwise.run.checkpoints.storage import Checkpoint
-from tests.support.checkpoints import INDEX, edit_json, write_checkpoints
+from tests.support.checkpoints import INDEX, write_checkpoints
+from tests.support.damages import (
+    absolute,
+    config_with,
+    duplicate_header_key,
+    duplicate_key,
+    edit_index,
+    empty_tensors,
+    endless_header,
+    first_shard,
+    folder_as_shard,
+    foreign_code,
+    foreign_tokenizer,
+    link_outside,
+    link_to_device,
+    negative_size,
+    no_weights,
+    pickles_only,
+    pipe,
+    remove,
+    remove_tensor,
+    shift,
+    tensor_in_two_shards,
+    traverse,
+    truncate,
+    unlisted_tensor_gone,
+    weight_with,
+    with_header,
+    write,
+)
 from tests.support.models import tiny_text
 
 SECONDS = 5.0  # of the processor, for any refusal
@@ -31,200 +57,6 @@ COMMANDS: Mapping[str, Sequence[str]] = {
     ).split(),
     "evaluate": "evaluate MODEL --dataset text.txt --sequence-length 8".split(),
 }
-
-
-# --- what can be wrong -------------------------------------------------------------------
-
-
-def edit_index(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    index = json.loads((folder / INDEX).read_text())
-    edit(index["weight_map"])
-    (folder / INDEX).write_text(json.dumps(index))
-
-
-def first_shard(folder: Path) -> Path:
-    return min(folder.glob("model-*.safetensors"))
-
-
-def redirect(folder: Path, old: str, new: str) -> None:
-    edit_index(folder, lambda m: m.update({n: new for n, s in m.items() if s == old}))
-
-
-def traverse(folder: Path) -> None:
-    shard = first_shard(folder)
-    secret = folder.parent / "secret"
-    secret.mkdir()
-    shutil.move(shard, secret / shard.name)
-    redirect(folder, shard.name, f"../secret/{shard.name}")
-
-
-def absolute(folder: Path) -> None:
-    shard = first_shard(folder)
-    redirect(folder, shard.name, str(shard))
-
-
-def link_outside(pattern: str) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        inside = min(folder.glob(pattern))
-        outside = inside.rename(folder.parent / "outside")
-        inside.symlink_to(outside)
-
-    return damage
-
-
-def link_to_device(folder: Path) -> None:
-    shard = first_shard(folder)
-    shard.unlink()
-    shard.symlink_to("/dev/zero")
-
-
-def pipe(folder: Path) -> None:
-    """Reading it would wait forever."""
-    shard = first_shard(folder)
-    shard.unlink()
-    os.mkfifo(shard)
-
-
-def folder_as_shard(folder: Path) -> None:
-    shard = first_shard(folder)
-    shard.unlink()
-    shard.mkdir()
-
-
-def truncate(folder: Path) -> None:
-    shard = first_shard(folder)
-    shard.write_bytes(shard.read_bytes()[:-7])
-
-
-def with_header(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    """Change the header of a shard and leave its data."""
-
-    def damage(folder: Path) -> None:
-        shard = max(folder.glob("model-*.safetensors"))  # of several tensors
-        data = shard.read_bytes()
-        end = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:end])
-        edit(header)
-        write_shard(shard, json.dumps(header).encode(), data[end:])
-
-    return damage
-
-
-def write_shard(path: Path, header: bytes, data: bytes) -> None:
-    header += b" " * (-len(header) % 8)
-    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
-
-
-def entries_of(header: dict[str, Any]) -> list[dict[str, Any]]:
-    return [entry for name, entry in header.items() if name != "__metadata__"]
-
-
-def shift(by: int) -> Callable[[dict[str, Any]], None]:
-    """Move the last tensor, so that it overlaps or leaves a hole."""
-
-    def edit(header: dict[str, Any]) -> None:
-        last = max(entries_of(header), key=lambda entry: entry["data_offsets"])
-        last["data_offsets"] = [offset + by for offset in last["data_offsets"]]
-
-    return edit
-
-
-def empty_tensors(name: str, count: int) -> Callable[[dict[str, Any]], None]:
-    """Tensors without bytes, all at the same place."""
-    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    return lambda header: header.update({name.format(i): entry for i in range(count)})
-
-
-def negative_size(header: dict[str, Any]) -> None:
-    entry = entries_of(header)[0]
-    entry["shape"] = [-size for size in entry["shape"]]
-
-
-def endless_header(folder: Path) -> None:
-    data = first_shard(folder).read_bytes()
-    first_shard(folder).write_bytes((2**62).to_bytes(8, "little") + data[8:])
-
-
-def duplicate_header_key(folder: Path) -> None:
-    entry = b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
-    write_shard(first_shard(folder), b"{" + entry + b"," + entry + b"}", b"1")
-
-
-def unlisted_tensor_gone(folder: Path) -> None:
-    """Index and shard agree that there is no such tensor."""
-    state = load_file(first_shard(folder))
-    gone = min(state)
-    state.pop(gone)
-    save_file(state, first_shard(folder), metadata={"format": "pt"})
-    edit_index(folder, lambda weight_map: weight_map.pop(gone))
-
-
-def remove_tensor(folder: Path) -> None:
-    state = load_file(first_shard(folder))
-    state.pop(min(state))
-    save_file(state, first_shard(folder), metadata={"format": "pt"})
-
-
-def tensor_in_two_shards(folder: Path) -> None:
-    shards = sorted(folder.glob("model-*.safetensors"))
-    state = load_file(shards[0])
-    extra = dict(sorted(load_file(shards[1]).items())[:1])
-    save_file(state | extra, shards[0], metadata={"format": "pt"})
-
-
-def weight_with(value: float) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        name = "model.decoder.layers.1.fc2.weight"
-        shard = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
-        state = load_file(shard)
-        state[name][3, 5] = state[name][4, 0] = value
-        save_file(state, shard, metadata={"format": "pt"})
-
-    return damage
-
-
-def no_weights(folder: Path) -> None:
-    for path in [*folder.glob("*.safetensors"), folder / INDEX]:
-        path.unlink()
-
-
-def pickles_only(folder: Path) -> None:
-    no_weights(folder)
-    torch.save({}, folder / "pytorch_model.bin")
-
-
-def duplicate_key(folder: Path) -> None:
-    text = (folder / "config.json").read_text().rstrip().removesuffix("}")
-    (folder / "config.json").write_text(text + ', "model_type": "llama"}')
-
-
-def config_with(**values: Any) -> Callable[[Path], None]:
-    return lambda folder: edit_json(folder / "config.json", **values)
-
-
-def write(name: str, content: bytes) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes(content)
-
-
-def remove(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).unlink()
-
-
-def foreign_tokenizer(folder: Path) -> None:
-    """Its class comes with the checkpoint."""
-    (folder / "evil.py").write_text("raise SystemExit('executed')")
-    (folder / "tokenizer.json").unlink()
-    edit_json(
-        folder / "tokenizer_config.json",
-        tokenizer_class="Evil",
-        auto_map={"AutoTokenizer": ["evil.Evil", None]},
-    )
-
-
-def foreign_code(folder: Path) -> None:
-    (folder / "evil.py").write_text("raise SystemExit('executed')")
-    values = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-    edit_json(folder / "config.json", model_type="nope", auto_map=values)
 
 
 # --- the table ---------------------------------------------------------------------------
@@ -262,8 +94,8 @@ REFUSED: Mapping[str, Case] = {
     ),
     "shard is a link": early(link_outside("model-00001*"), "leaves the folder"),
     "shard is a device": early(link_to_device, "leaves the folder"),
-    "shard is a pipe": early(pipe, "is no file"),
-    "shard is a folder": early(folder_as_shard, "is no file"),
+    "shard is a pipe": early(pipe, "is not a file"),
+    "shard is a folder": early(folder_as_shard, "is not a file"),
     "config is a link": early(link_outside("config.json"), "leaves the folder"),
     "tokenizer is a link": early(link_outside("tokenizer.json"), "leaves the folder"),
     "licence is a link": early(link_outside("LICENSE"), "leaves the folder"),
@@ -281,13 +113,13 @@ REFUSED: Mapping[str, Case] = {
     "overlap": early(with_header(shift(-4)), "not a usable safetensors file"),
     "hole": early(with_header(shift(4)), "not a usable safetensors file"),
     "negative size": early(with_header(negative_size), "not a usable safetensors file"),
-    "1e5 empty tensors": early(with_header(empty_tensors("{}", 10**5)), "by a header of"),
+    "1e5 empty tensors": early(with_header(empty_tensors("{}", 10**5)), "with a header of"),
     "5e3 empty layers": late(
         with_header(empty_tensors("model.decoder.layers.9{}.fc1.weight", 5000)),
         "4997 more",
     ),
     "shard missing": early(lambda f: first_shard(f).unlink(), "is missing"),
-    "tensor missing in shard": early(remove_tensor, "which the index promises"),
+    "tensor missing in shard": early(remove_tensor, "which the index lists"),
     "tensor missing": late(unlisted_tensor_gone, "lacks tensors of the model"),
     "tensor in two shards": early(
         tensor_in_two_shards, "is in model-00001.* and in model-00002"
@@ -297,7 +129,7 @@ REFUSED: Mapping[str, Case] = {
         r"'model.decoder.layers.1.fc2.weight' of .* nan at \[3, 5\]",
     ),
     "weight infinite": late(weight_with(float("inf")), r"holds inf at \[3, 5\]"),
-    "pickles": early(pickles_only, r"pickled weights only \(pytorch_model.bin\)"),
+    "pickles": early(pickles_only, r"only pickled weights \(pytorch_model.bin\)"),
     "no weights": early(no_weights, "choose a safetensors model"),
     # index and configuration
     "duplicate key": early(duplicate_key, "'model_type' appears twice"),

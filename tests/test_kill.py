@@ -86,7 +86,7 @@ class Workshop:
     def run(
         self, family: str, mode: str, out: Path, fatal: int | None = None, **more: Any
     ) -> dict[str, Any]:
-        """Prune in a process of its own, which dies at a point if told so."""
+        """Prune in a process of its own, which dies at the fatal point, if there is one."""
         arguments = {
             "model_or_path": str(self.source(family)),
             "method": "sparsegpt",

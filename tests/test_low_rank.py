@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import UsageError
 from layerwise.recovery.low_rank import KINDS, LowRank, Masked
-from layerwise.recovery.trainable import Choice, Trainable, in_float32, is_norm
+from layerwise.recovery.trainable import ParameterSets, Trainable, in_float32, is_norm
 from tests.support.models import random_tokens, tiny_model
 from tests.support.retraining import pruned_model, values, zeros_kept
 from tests.support.tolerances import MERGED
@@ -97,7 +97,7 @@ def test_masked_holds_zeros() -> None:
 def test_merged_model_computes_what_the_trained_one_did(family: str, sets: str) -> None:
     """Also with weights that are stored as (in, out) or used without their layer."""
     model, masks = pruned_model(family)
-    trainable = Trainable(model, Choice(tuple(sets.split("+")), 2), masks)
+    trainable = Trainable(model, ParameterSets(tuple(sets.split("+")), 2), masks)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in trainable.parameters:
@@ -122,7 +122,7 @@ def test_release_leaves_no_trace(sets: str, tied: bool) -> None:
     model, masks = pruned_model("llama", tied=tied)
     kinds = [type(module) for module in model.modules()]
     before = values(model)
-    trainable = Trainable(model, Choice((sets,), 2), masks)
+    trainable = Trainable(model, ParameterSets((sets,), 2), masks)
     with torch.no_grad():
         for parameter in trainable.parameters:
             parameter.add_(1.0)
@@ -140,8 +140,8 @@ def test_release_leaves_no_trace(sets: str, tied: bool) -> None:
 def test_head_changes_the_embedding_that_it_is_tied_to(tied: bool) -> None:
     model, masks = pruned_model("llama", tied=tied)
     before = model.get_input_embeddings().weight.detach().clone()
-    trainable = Trainable(model, Choice(("head",), 2), masks)
-    assert trainable.numbers == 2 * (16 + 288)
+    trainable = Trainable(model, ParameterSets(("head",), 2), masks)
+    assert trainable.n_parameters == 2 * (16 + 288)
     with torch.no_grad():
         for parameter in trainable.parameters:
             parameter.add_(0.1)
@@ -154,14 +154,15 @@ def test_head_changes_the_embedding_that_it_is_tied_to(tied: bool) -> None:
 def test_full_trains_everything_and_norms_norms() -> None:
     model, masks = pruned_model("llama")
     total = sum(p.numel() for p in model.parameters())
-    both = Trainable(model, Choice(("full", "head"), 2), masks)
-    assert both.numbers == total - 288 * 16 + 2 * (288 + 16)  # the head by its change alone
+    both = Trainable(model, ParameterSets(("full", "head"), 2), masks)
+    # the head is trained by its change alone
+    assert both.n_parameters == total - 288 * 16 + 2 * (288 + 16)
     both.release()
-    full = Trainable(model, Choice(("full",)), masks)
-    assert full.numbers == total
+    full = Trainable(model, ParameterSets(("full",)), masks)
+    assert full.n_parameters == total
     full.release()
-    norms = Trainable(model, Choice(("norms",)), masks)
-    assert norms.numbers == sum(
+    norms = Trainable(model, ParameterSets(("norms",)), masks)
+    assert norms.n_parameters == sum(
         p.numel() for name, p in model.named_parameters() if "norm" in name
     )
     norms.release()
@@ -171,12 +172,12 @@ def test_full_trains_everything_and_norms_norms() -> None:
 def test_impossible_choices() -> None:
     for names in (("norm",), ("norms", "norms"), ("masklora", "full"), ("",)):
         with pytest.raises(UsageError, match="parameters"):
-            Choice(names)
-    with pytest.raises(UsageError, match="rank is at least 1"):
-        Choice(("masklora",), 0)
+            ParameterSets(names)
+    with pytest.raises(UsageError, match="rank must be at least 1"):
+        ParameterSets(("masklora",), 0)
     model, masks = pruned_model("llama")
     with pytest.raises(UsageError, match="nothing to train: biases"):
-        Trainable(model, Choice(("biases",)), masks)
+        Trainable(model, ParameterSets(("biases",)), masks)
     assert all(p.requires_grad for p in model.parameters())
 
 

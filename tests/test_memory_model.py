@@ -1,4 +1,4 @@
-"""The memory model: sums by hand, how they grow, and what real tensors say."""
+"""The memory model: sums by hand, how they grow, and the costs of methods as counted."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,39 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerwise.adapters import get_adapter
 from layerwise.evaluate import relative_error
 from layerwise.moments import Moments
 from layerwise.patterns import Unstructured
-from layerwise.planning.dry import (
-    LiveBytes,
-    adapter_without_memory,
-    without_memory,
-    working_set,
-)
+from layerwise.planning.dry import LiveBytes
 from layerwise.planning.memory_model import Memory, memory_of
-from layerwise.planning.model_shape import model_shape
-from layerwise.planning.scaling import LLAMAS, llama_working, tables
+from layerwise.planning.scaling import LLAMAS, tables
 from layerwise.planning.shapes import BlockShape, ModelShape, RunShape, StageShape
 from layerwise.planning.solver_costs import COSTS, POSED, cost_of, workspace_of
 from layerwise.planning.workspace import Peak, Workspace
 from layerwise.problem import LayerProblem
-from layerwise.run.activations.streams import capture
-from layerwise.run.models.architecture import adapter_of, embedding_rows
 from layerwise.solve import chain, resolve, solve
 from layerwise.solvers import SOLVERS
 from layerwise.solvers.fista import Fista
 from layerwise.solvers.sparsegpt import SparseGPT
 from layerwise.timing.operations import OperationCount
 from layerwise.timing.random_layers import random_gram, random_weight
-from tests.support.models import (
-    FAMILIES,
-    INNER,
-    POSITIONS,
-    WIDTH,
-    mixture_of_experts,
-    tiny_model,
-)
 
 ROOT = Path(__file__).parents[1]
 GIB = 1 << 30
@@ -89,7 +72,7 @@ def test_large_arrays_go_back_to_the_system() -> None:
 
 
 def test_the_capture_by_hand() -> None:
-    """The output head is not there: nothing behind the blocks is computed."""
+    """The output head is not loaded: nothing after the blocks is computed."""
     found = items_of(memory_of(MODEL, RUN), "capture of the embeddings")
     assert found == {
         "Python, PyTorch, transformers": 7_000_000,
@@ -105,7 +88,7 @@ def test_the_check_by_hand() -> None:
 
 
 def test_inputs_of_stages_leave_one_by_one() -> None:
-    """Two stages: while the first is summed both are there, at the end none."""
+    """Two stages: while the first is summed both are in memory, at the end none."""
     memory = memory_of(replace(MODEL, blocks=(BlockShape(10, (MLP, ATTENTION)),)), RUN)
     inputs = [
         items_of(memory, name).get("inputs of the stages that are left", 0)
@@ -268,105 +251,6 @@ def test_a_workspace_is_its_largest_peak_and_rows_fit_the_budget() -> None:
     many = Workspace((Peak(rows=2.0),))
     assert many.bytes(1000, 100) == 8 * 2 * 512 * 100
     assert many.bytes(1000, 100, accelerator=True) == 8 * 2 * 1000 * 100
-
-
-def skeleton(family: str, **more: Any) -> Any:
-    """Model of a family on the meta device."""
-    from transformers import AutoModelForCausalLM
-
-    config = tiny_model(family, **more).config
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).eval()
-
-
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"falcon_mamba", "mistral"}))
-def test_a_block_without_memory_needs_what_a_real_one_does(family: str) -> None:
-    model = tiny_model(family)
-    adapter = adapter_of(model)
-    blocks = list(adapter.blocks_of(model).values())
-    stream = capture(model, blocks, [torch.zeros(1, POSITIONS, dtype=torch.long)])
-    peak = 0
-    for calls, block in zip(stream.calls, blocks, strict=True):
-        with torch.no_grad(), LiveBytes() as live:
-            calls[0].run(block, stream.hidden[0], torch.device("cpu"))
-        peak = max(peak, live.peak)
-    length, size = working_set(skeleton(family), adapter, POSITIONS)[-1]
-    assert length == POSITIONS
-    # without numbers nobody sees that a mask of ones can be left out
-    assert peak <= size <= peak + 8 * WIDTH * POSITIONS**2
-
-
-def test_working_set_of_a_llama_by_hand() -> None:
-    model = skeleton("llama", inner=64)
-    found = dict(working_set(model, get_adapter("llama"), 16))
-    assert set(found) == {4, 16}
-    assert found[16] == 16 * llama_working(WIDTH, 64, 4)
-
-
-def test_blocks_that_go_token_by_token_are_not_run_on_long_sequences() -> None:
-    found = dict(working_set(skeleton("mamba"), get_adapter("mamba"), 4096))
-    assert set(found) == {32, 64}
-    assert found[64] == pytest.approx(2 * found[32], rel=0.05)
-
-
-def test_experts_of_another_type_are_counted_in_the_type_that_runs() -> None:
-    from transformers import AutoModelForCausalLM
-
-    config = mixture_of_experts().config
-    with torch.device("meta"):
-        models = [
-            AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-            for dtype in (torch.float32, torch.bfloat16)
-        ]
-    adapter = adapter_without_memory(models[0])
-    single, half = (working_set(model, adapter, 16)[-1][1] for model in models)
-    assert single == 2 * half
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_adapters_are_found_without_memory(family: str) -> None:
-    assert adapter_without_memory(skeleton(family)) == adapter_of(tiny_model(family))
-
-
-def test_experts_are_found_without_memory() -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = mixture_of_experts()
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(model.config).eval()
-    assert adapter_without_memory(empty) == adapter_of(model)
-
-
-def test_a_model_is_as_it_was_after_a_run_without_memory() -> None:
-    model = skeleton("llama", tied=True)
-    before = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
-    with without_memory(model):
-        assert embedding_rows(model)
-        assert model.lm_head.weight is model.get_input_embeddings().weight
-        assert not model.lm_head.weight.is_meta
-    after = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
-    assert after == before
-
-
-def test_shapes_of_a_model() -> None:
-    model = skeleton("llama")
-    shapes = {"model.layers.1.mlp.down_proj": (WIDTH, INNER)}
-    found = model_shape(model, get_adapter("llama"), shapes, 16)
-    assert [block.stages for block in found.blocks] == [
-        (),
-        (StageShape(INNER, (WIDTH,)),),
-    ]
-    assert found.parameters == sum(p.numel() for p in model.parameters())
-    assert found.head == model.lm_head.weight.numel()
-    assert found.hidden == WIDTH
-    assert found.itemsize == 4
-
-
-def test_a_tied_head_is_no_head_of_its_own() -> None:
-    model = skeleton("llama", tied=True)
-    found = model_shape(model, get_adapter("llama"), {}, 16)
-    assert found.head == 0
-    assert found.parameters == sum(p.numel() for p in model.parameters())
 
 
 def data_of(rows: int, width: int, *, pair: bool) -> tuple[Tensor, Moments, Tensor | None]:

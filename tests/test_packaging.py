@@ -168,12 +168,9 @@ def test_one_version() -> None:
 def test_every_package_is_declared() -> None:
     declared = set(PROJECT["tool"]["setuptools"]["packages"])
     found = {
-        name.replace("/", ".") if folder != "layerwise" else "layerwise"
+        ".".join((*name.split("/"), *path.parent.relative_to(ROOT / folder).parts))
         for name, folder in FOLDERS.items()
-    }
-    found |= {
-        ".".join(path.parent.relative_to(ROOT).parts)
-        for path in (ROOT / "layerwise").rglob("__init__.py")
+        for path in (ROOT / folder).rglob("__init__.py")
     }
     assert declared == found
 

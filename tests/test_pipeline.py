@@ -97,7 +97,7 @@ def block_and_stage(name: str) -> tuple[int, int]:
 
 
 def models_of(run: Run, mode: str, name: str) -> tuple[Any, Any]:
-    """Models that X and Xhat of a layer come from, as section 5 of the design says."""
+    """Models that X and Xhat of a layer come from, as docs/problem.md defines the modes."""
     block, stage = block_and_stage(name)
 
     def earlier_block(other: str) -> bool:
@@ -344,7 +344,7 @@ def test_stored_inputs_are_gone_when_their_stage_is_solved(
 def test_stored_inputs_are_those_that_the_linear_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A block that goes on in place, behind its linears."""
+    """A block that continues in place after its linears."""
 
     def shrink(_: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
         args[0].mul_(0.5)

@@ -18,13 +18,13 @@ from layerwise.errors import DataError, SolveError, UsageError, WorkerError
 from layerwise.run.workers import pool as pool_module
 from layerwise.run.workers.executor import Attempt, Done, Event, Failed, Job, Lost
 from layerwise.run.workers.messages import (
-    Gone,
+    Died,
     Message,
     NotReady,
-    Place,
     Raised,
     Ready,
     Returned,
+    WorkerSpec,
 )
 from layerwise.run.workers.pool import LONGEST_START, Pool
 from layerwise.run.workers.processes import LocalBackend, LocalWorker, _cause, local_workers
@@ -59,13 +59,13 @@ def test_results_of_two_workers() -> None:
     results = run_all(executor, range(12), rules=patient)
     assert [result["value"] for result in results] == [number**2 for number in range(12)]
     assert all(result["same"] and result["threads"] == 2 for result in results)
-    pids = {result["place"].index: result["pid"] for result in results}
+    pids = {result["spec"].index: result["pid"] for result in results}
     assert len(set(pids.values()) - {os.getpid()}) == len(pids) == 2
     assert not any(alive(pid) for pid in pids.values())
 
 
 def alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
+    """Whether a process exists and is not a zombie."""
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -107,10 +107,10 @@ def test_what_one_worker_says() -> None:
 
 
 def test_ctrl_c_cannot_break_a_worker_that_starts() -> None:
-    """Python would raise in the middle of its imports, where nobody can tell it not to."""
+    """Python would raise in the middle of its imports, where no handler is set yet."""
     backend = LocalBackend(worker_jobs.squares)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    worker = backend.launch(Place(0, "cpu", 1))
+    worker = backend.launch(WorkerSpec(0, "cpu", 1))
     try:
         status = Path(f"/proc/{worker.process.pid}/status").read_text()
         (blocked,) = re.findall(r"^SigBlk:\s*(\w+)$", status, re.MULTILINE)
@@ -203,14 +203,14 @@ def test_the_end_of_the_driver_is_the_end_of_its_workers(tmp_path: Path, end: in
         assert driver.stderr.read().count("KeyboardInterrupt") == (end == signal.SIGINT)
 
 
-# --- the pool, on workers that say what they are told ------------------------------------
+# --- the pool, on scripted workers -------------------------------------------------------
 
 
 class Puppets:
-    """Backend whose workers are numbers, and say what a test puts into their mouths."""
+    """Backend whose workers are numbers, with messages from a script."""
 
     def __init__(self) -> None:
-        self.launched: list[Place] = []
+        self.launched: list[WorkerSpec] = []
         self.handles: dict[str, str] = {}
         self.sent: list[tuple[str, Any]] = []
         self.stopped: list[str] = []
@@ -218,8 +218,8 @@ class Puppets:
         self.says: list[list[tuple[str, Message]]] = []
         self.n_closed = 0
 
-    def launch(self, place: Place) -> str:
-        self.launched.append(place)
+    def launch(self, spec: WorkerSpec) -> str:
+        self.launched.append(spec)
         name = f"worker {len(self.launched)}"
         self.handles[name] = name
         return name
@@ -241,22 +241,22 @@ class Puppets:
         self.n_closed += 1
 
 
-PLACES = [Place(index, "cpu", 1) for index in range(2)]
+SPECS = [WorkerSpec(index, "cpu", 1) for index in range(2)]
 
 
 def test_a_worker_is_started_when_a_job_needs_it_and_used_again() -> None:
     puppets = Puppets()
-    executor = Pool(puppets, PLACES)
+    executor = Pool(puppets, SPECS)
     executor.start(A, "x")
-    assert puppets.launched == PLACES[:1]
+    assert puppets.launched == SPECS[:1]
     assert puppets.sent == []
     puppets.says = [[("worker 1", Ready())], [("worker 1", Returned(7))]]
     assert executor.wait(None) == [Done(A, 7)]
     executor.start(B, "y")
-    assert puppets.launched == PLACES[:1]
+    assert puppets.launched == SPECS[:1]
     assert puppets.sent == [("worker 1", "x"), ("worker 1", "y")]
     executor.start(A, "z")
-    assert puppets.launched == PLACES
+    assert puppets.launched == SPECS
     executor.close()
     executor.close()
     assert puppets.stopped == ["worker 1", "worker 2"]
@@ -265,9 +265,9 @@ def test_a_worker_is_started_when_a_job_needs_it_and_used_again() -> None:
 
 def test_lost_worker_is_replaced_and_its_attempt_is_not() -> None:
     puppets = Puppets()
-    executor = Pool(puppets, PLACES[:1])
+    executor = Pool(puppets, SPECS[:1])
     executor.start(A, "x")
-    puppets.says = [[("worker 1", Ready())], [("worker 1", Gone("it burns"))]]
+    puppets.says = [[("worker 1", Ready())], [("worker 1", Died("it burns"))]]
     assert executor.wait(None) == [Lost(A, "it burns")]
     assert puppets.stopped == ["worker 1"]
     executor.start(B, "y")
@@ -278,11 +278,11 @@ def test_lost_worker_is_replaced_and_its_attempt_is_not() -> None:
 
 def test_idle_worker_that_is_lost_costs_nothing() -> None:
     puppets = Puppets()
-    executor = Pool(puppets, PLACES)
+    executor = Pool(puppets, SPECS)
     executor.start(A, "x")
     puppets.says = [[("worker 1", Ready())], [("worker 1", Returned(1))]]
     assert executor.wait(None) == [Done(A, 1)]
-    puppets.says = [[("worker 1", Gone("it burns"))]]
+    puppets.says = [[("worker 1", Died("it burns"))]]
     assert executor.wait(0) == []
     executor.start(B, "y")
     assert len(puppets.launched) == 2
@@ -290,15 +290,15 @@ def test_idle_worker_that_is_lost_costs_nothing() -> None:
 
 def test_worker_that_does_not_start_is_no_loss_and_not_tried_for_ever() -> None:
     puppets = Puppets()
-    executor = Pool(puppets, PLACES[:1])
+    executor = Pool(puppets, SPECS[:1])
     executor.start(A, "x")
     broken = DataError("the model folder is gone")
     puppets.says = [
         [("worker 1", NotReady(broken))],
-        [("worker 2", Gone("it burns"))],
+        [("worker 2", Died("it burns"))],
         [("worker 2", Ready())],  # from the grave
         [("worker 3", Ready())],
-        [("worker 3", Gone("it burns"))],
+        [("worker 3", Died("it burns"))],
     ]
     assert executor.wait(None) == [Lost(A, "it burns")]
     assert puppets.sent == [("worker 3", "x")]
@@ -314,7 +314,7 @@ def test_worker_that_does_not_start_is_no_loss_and_not_tried_for_ever() -> None:
 
 def test_worker_that_is_never_ready_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     puppets, clock = Puppets(), iter(range(0, 1_000_000, 500))
-    executor = Pool(puppets, PLACES[:1])
+    executor = Pool(puppets, SPECS[:1])
     monkeypatch.setattr(Pool, "now", lambda self: float(next(clock)))
     executor.start(A, "x")
     with pytest.raises(WorkerError, match=r"did not start 3 times: .* ready after 1800 s"):
@@ -325,7 +325,7 @@ def test_worker_that_is_never_ready_is_given_up(monkeypatch: pytest.MonkeyPatch)
 
 def test_words_of_a_worker_without_a_job_mean_nothing() -> None:
     puppets = Puppets()
-    executor = Pool(puppets, PLACES)
+    executor = Pool(puppets, SPECS)
     executor.start(A, "x")
     puppets.says = [[("worker 1", Ready())], [("worker 1", Returned(1))]]
     assert executor.wait(None) == [Done(A, 1)]
@@ -341,7 +341,7 @@ def test_no_workers_are_refused() -> None:
 
 def test_opening_that_cannot_be_sent_is_refused_at_once() -> None:
     with pytest.raises((pickle.PicklingError, AttributeError)):
-        local_workers(lambda place: lambda payload: None, 1)
+        local_workers(lambda spec: lambda payload: None, 1)
 
 
 @pytest.mark.parametrize(
@@ -357,4 +357,4 @@ def test_every_worker_has_a_device(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     executor = local_workers(worker_jobs.squares, 3, device=device)
-    assert [slot.place.device for slot in executor._slots] == expected
+    assert [slot.spec.device for slot in executor._slots] == expected

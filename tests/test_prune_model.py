@@ -1,18 +1,14 @@
-"""prune_model end to end: what is promised of the model, the folder and the caller."""
+"""prune_model end to end: what is promised of the model and the caller."""
 
-import random
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from layerwise.errors import (
@@ -23,16 +19,10 @@ from layerwise.errors import (
 )
 from layerwise.patterns import NM, Columns, Pattern, Unstructured
 from layerwise.problem import LayerProblem
-from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.data.perplexity import perplexity
-from layerwise.run.models.loading import load_tokenizer
 from layerwise.run.models.opening import open_model
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.pipeline import walk
 from layerwise.run.pipeline.blocks import advance, advance_dense
-from layerwise.run.pipeline.journal import read_layers, read_masks
-from layerwise.run.pipeline.task import ERROR_CORRECTIONS
-from layerwise.run.prune import prune_model
 from layerwise.run.report import PruneReport
 from layerwise.run.settings import Settings
 from layerwise.solve import solve
@@ -43,46 +33,17 @@ from tests.support.models import (
     FAMILIES,
     POSITIONS,
     VOCABULARY,
-    differing,
     random_tokens,
     save_checkpoint,
     shard_hashes,
     tiny_model,
-    tiny_text,
-    tiny_tokenizer,
 )
-
-LENGTH = 12
-TEXT = [tiny_text()]
-SETTINGS: Mapping[str, Any] = {
-    "calibration": TEXT,
-    "n_sequences": 6,
-    "sequence_length": LENGTH,
-}
+from tests.support.text_runs import LENGTH, by_path, in_memory, sharded_llama
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two blocks in bfloat16, in several shards."""
-    model = tiny_model("llama", dtype=torch.bfloat16)
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    return save_checkpoint(folder, model, max_shard_size="9KB")
-
-
-def by_path(
-    source: Path, output: Path, method: Any = "wanda", **options: Any
-) -> PruneReport:
-    return prune_model(
-        source, method, **{"sparsity": 0.5, "output_dir": output, **SETTINGS, **options}
-    )
-
-
-def in_memory(model: Any = None, method: Any = "wanda", **options: Any) -> PruneReport:
-    return prune_model(
-        model or tiny_model("llama"),
-        method,
-        **{"sparsity": 0.5, "tokenizer": tiny_tokenizer(), **SETTINGS, **options},
-    )
+    return sharded_llama(tmp_path_factory.mktemp("models") / "llama")
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -90,16 +51,6 @@ def linear_names(model: nn.Module) -> list[str]:
     kinds = (nn.Linear, Conv1D)
     linears = [name for name, module in named if isinstance(module, kinds)]
     return [name for name in linears if name not in ("lm_head", "embed_out")]
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {
-        n: t for path in folder.glob("*.safetensors") for n, t in load_file(path).items()
-    }
-
-
-def perplexity_of(model: Any) -> float:
-    return perplexity(model, random_tokens(1, 60)[0], sequence_length=LENGTH)
 
 
 # --- the model and its masks -------------------------------------------------------------
@@ -257,119 +208,6 @@ def test_columns_of_opt_start_from_wanda() -> None:
         ignore=["re:.*fc2"],
     )
     assert all(bool((mask.sum(dim=1) == 8).all()) for mask in report.masks.values())
-
-
-# --- the folder --------------------------------------------------------------------------
-
-
-def test_untouched_tensors_keep_their_bytes(llama: Path, tmp_path: Path) -> None:
-    report = by_path(llama, tmp_path / "out", "sparsegpt")
-    before, after = tensors_of(llama), tensors_of(tmp_path / "out")
-    assert list(after) == list(before)
-    for name, tensor in after.items():
-        same = torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8))
-        assert same == (name not in report.masks), name
-        assert tensor.dtype == before[name].dtype
-    shards = sorted(path.name for path in llama.glob("*.safetensors"))
-    assert len(shards) > 2
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == shards
-    for path in llama.iterdir():
-        if path.suffix == ".json":
-            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
-
-
-def test_folder_says_what_was_done(llama: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    report = by_path(llama, out, "wanda+least-squares", seed=5)
-    assert report.output_dir == out
-    assert {path.name for path in (out / "layerwise").iterdir()} == {
-        "layers.jsonl",
-        "manifest.json",
-        "masks.safetensors",
-    }
-    assert tuple(read_layers(out)) == report.records
-    masks = read_masks(out)
-    assert not differing(
-        {name: mask.tolist() for name, mask in masks.items()},
-        {name: mask.tolist() for name, mask in report.masks.items()},
-    )
-    recipe = Recipe.read(out / "recipe.yaml")
-    assert (recipe.method, recipe.sparsity, recipe.seed) == ("wanda+least-squares", 0.5, 5)
-    card = (out / "README.md").read_text()
-    assert "wanda+least-squares" in card
-    assert card.startswith("---\nbase_model:")
-    assert not (tmp_path / "out.partial").exists()
-    assert "sparsity" not in (out / "config.json").read_text()
-
-
-def test_reloaded_folder_is_the_reported_model(llama: Path, tmp_path: Path) -> None:
-    report = by_path(llama, tmp_path / "out", "sparsegpt")
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert reloaded.dtype == torch.bfloat16
-    for name, tensor in reloaded.state_dict().items():
-        assert torch.equal(tensor, report.model.state_dict()[name]), name
-    assert perplexity_of(reloaded) == perplexity_of(report.model)
-    original = AutoModelForCausalLM.from_pretrained(llama)
-    assert perplexity_of(reloaded) != perplexity_of(original)
-
-
-@pytest.mark.parametrize("from_object", [True, False])
-def test_tied_embeddings_stay_tied(tmp_path: Path, from_object: bool) -> None:
-    model = tiny_model("qwen2", tied=True)
-    if from_object:
-        report = in_memory(model, output_dir=tmp_path / "out")
-    else:
-        save_checkpoint(tmp_path / "source", model)
-        report = by_path(tmp_path / "source", tmp_path / "out")
-    pruned: Any = report.model
-    assert pruned.lm_head.weight is pruned.model.embed_tokens.weight
-    assert "lm_head.weight" not in tensors_of(tmp_path / "out")
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
-    assert perplexity_of(reloaded) == perplexity_of(report.model)
-
-
-def test_model_object_can_be_saved(tmp_path: Path) -> None:
-    report = in_memory(tiny_model("opt"), output_dir=tmp_path / "out")
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert perplexity_of(reloaded) == perplexity_of(report.model)
-    assert load_tokenizer(Checkpoint.open(tmp_path / "out")) is not None
-    assert set(read_masks(tmp_path / "out")) == set(report.masks)
-
-
-@pytest.mark.parametrize("shards", ["1GB", "9KB"])
-def test_path_and_object_give_the_same_weights(tmp_path: Path, shards: str) -> None:
-    source = save_checkpoint(
-        tmp_path / "source", tiny_model("mistral"), max_shard_size=shards
-    )
-    report = by_path(source, tmp_path / "out", "sparsegpt")
-    other = in_memory(tiny_model("mistral"), "sparsegpt")
-    for name, tensor in report.model.state_dict().items():
-        assert torch.equal(tensor, other.model.state_dict()[name]), name
-
-
-# --- determinism -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ERROR_CORRECTIONS)
-def test_same_seed_same_bytes(llama: Path, tmp_path: Path, mode: str) -> None:
-    by_path(llama, tmp_path / "a", "sparsegpt", error_correction=mode)
-    torch.manual_seed(123)
-    by_path(llama, tmp_path / "b", "sparsegpt", error_correction=mode)
-    assert shard_hashes(tmp_path / "a") == shard_hashes(tmp_path / "b")
-    by_path(llama, tmp_path / "c", "sparsegpt", error_correction=mode, seed=1)
-    assert shard_hashes(tmp_path / "a") != shard_hashes(tmp_path / "c")
-
-
-def test_global_generators_are_not_touched(llama: Path, tmp_path: Path) -> None:
-    def states() -> list[str]:
-        numbers = np.random.get_state(legacy=False)
-        return [str(torch.get_rng_state().tolist()), str(random.getstate()), str(numbers)]
-
-    before = states()
-    by_path(llama, tmp_path / "out", "sparsegpt")
-    in_memory(tiny_model("opt").train(), "fista", options={"max_rounds": 2})
-    assert states() == before
 
 
 # --- methods -----------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_one_unit_stays() -> None:
 
 @pytest.mark.parametrize(("asked", "raised"), [(0.1, 12), (0.2, 24), (0.3, 36)])
 def test_fasp_on_opt(asked: float, raised: int) -> None:
-    """A block has 12 h^2 parameters of which q and k hold two."""
+    """q and k hold 2 h^2 of the 12 h^2 parameters of a block."""
     h = 100
     values = Units("v", "0", "values", torch.ones(h), 2.0 * h)
     mlp = Units("m", "0", "mlp", torch.ones(4 * h), 2.0 * h)
@@ -223,7 +223,7 @@ def test_standardised_scores_ignore_scale_and_shift() -> None:
 
 
 def test_compat_removes_the_unit_at_the_threshold_and_its_ties() -> None:
-    """Kept strictly above: asked for 2 of 8, the three units that share a score go."""
+    """Only scores above the threshold stay: for 2 of 8, three units with one score go."""
     units = [neurons(0, [1.0, 2.0, 2.0, 2.0, 3.0, 4.0, 5.0, 6.0])]
     assert al_am(units, 2 / 8) == {"0.mlp": 2}
     assert al_am(units, 2 / 8, compat=True) == {"0.mlp": 4}

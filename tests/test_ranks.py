@@ -18,7 +18,7 @@ from layerwise.errors import UsageError
 from layerwise.run.outputs.output import Manifest
 from layerwise.run.outputs.verify import verify
 from layerwise.run.pipeline.journal import read_layers, read_masks
-from layerwise.run.workers.ranks import ALONE, Place, owners
+from layerwise.run.workers.ranks import ALONE, RankEnvironment, owners
 from tests.support.models import save_checkpoint, tiny_model
 from tests.support.rank_runs import CRASH
 from tests.support.tolerances import RANKS, RANKS_ERROR
@@ -175,7 +175,7 @@ def test_a_rank_that_dies_is_not_waited_for(run: Run) -> None:
     """Rank 0 keeps the store here; torchrun keeps one itself, and ends the others."""
     done = run("stalls", {"dies": 0}, {"dies": 0})
     assert done["codes"] == [CRASH, WORKER]
-    assert "the store of the ranks is gone" in done["answers"][1]["error"]
+    assert "the store of the ranks cannot be reached" in done["answers"][1]["error"]
     assert done["seconds"] < PROMPT
 
 
@@ -247,12 +247,12 @@ def test_owners_share_the_costs() -> None:
 def test_the_environment_says_which_rank_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert Place.of_environment() == Place()
+    assert RankEnvironment.read() == RankEnvironment()
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert Place.of_environment() == Place()
+    assert RankEnvironment.read() == RankEnvironment()
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(UsageError, match="RANK, MASTER_ADDR, MASTER_PORT is not set"):
-        Place.of_environment()
+        RankEnvironment.read()
     for name, value in {
         "RANK": "5",
         "LOCAL_RANK": "1",
@@ -261,10 +261,10 @@ def test_the_environment_says_which_rank_this_is(monkeypatch: pytest.MonkeyPatch
         "MASTER_PORT": "1234",
     }.items():
         monkeypatch.setenv(name, value)
-    assert Place.of_environment() == Place(5, 8, 1, 4)
+    assert RankEnvironment.read() == RankEnvironment(5, 8, 1, 4)
     monkeypatch.setenv("WORLD_SIZE", "many")
-    with pytest.raises(UsageError, match="WORLD_SIZE is 'many', which is no number"):
-        Place.of_environment()
+    with pytest.raises(UsageError, match="WORLD_SIZE is 'many': it must be a number"):
+        RankEnvironment.read()
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_a_rank_takes_the_gpu_of_its_number(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert Place(5, 8, 1, 4).own_gpu(device) == own
+    assert RankEnvironment(5, 8, 1, 4).own_gpu(device) == own
 
 
 def test_a_process_alone_shares_nothing() -> None:

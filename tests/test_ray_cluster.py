@@ -61,7 +61,7 @@ def _run_all(opening: Opening, count: int, payloads: Sequence[Any], **options: A
 def _check_results() -> None:
     results = _run_all(worker_jobs.squares, 2, range(12))
     assert [result["value"] for result in results] == [number**2 for number in range(12)]
-    assert all(result["same"] and result["place"].device == "cpu" for result in results)
+    assert all(result["same"] and result["spec"].device == "cpu" for result in results)
     assert os.getpid() not in {result["pid"] for result in results}
 
 

@@ -1,6 +1,7 @@
 """The documentation: its code runs, its links lead somewhere, its tables are complete."""
 
 import dataclasses
+import importlib
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -13,6 +14,7 @@ from typer.main import get_command
 from layerwise import errors
 from layerwise.adapters import ADAPTERS
 from layerwise.cli import EXIT_INTERRUPTED, app
+from layerwise.run.pipeline.removal import BlockStep, Prepared, Removal
 from layerwise.solvers import SOLVERS
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +22,10 @@ PAGES = sorted(
     path.relative_to(ROOT).as_posix()
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 )
+HISTORY = {  # says what was there once
+    "CHANGELOG.md",
+    "docs/adr/0014-packages-of-the-run.md",
+}
 UNITS = {"GiB": 1 << 30}
 
 
@@ -81,6 +87,55 @@ def test_links_lead_somewhere(page: str) -> None:
             titles = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE)
             slugs = [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
             assert heading in slugs, target
+
+
+def mentioned(page: str) -> set[str]:
+    """Dotted names of the package on a page, also those that it imports one by one."""
+    names = set(re.findall(r"(?<![\w./])layerwise(?:\.[A-Za-z_]\w*)+", text_of(page)))
+    imports = r"from (layerwise[.\w]*) import (\([^)]*\)|[^\n`]*)"
+    for module, imported in re.findall(imports, text_of(page)):
+        for part in imported.strip("()").split(","):
+            if part.strip():
+                names.add(f"{module}.{part.split()[0]}")
+    return names
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module, or something that a module has."""
+    module, _, rest = name.partition(".")
+    found: Any = importlib.import_module(module)
+    for part in filter(None, rest.split(".")):
+        module = f"{module}.{part}"
+        try:  # first, for a function may hide a module of its name
+            found = importlib.import_module(module)
+        except ModuleNotFoundError:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+    return True
+
+
+WITH_NAMES = [page for page in PAGES if page not in HISTORY and mentioned(page)]
+
+
+@pytest.mark.parametrize("page", WITH_NAMES)
+def test_names_of_the_package_exist(page: str) -> None:
+    assert [name for name in sorted(mentioned(page)) if not exists(name)] == []
+
+
+def test_names_are_found() -> None:
+    assert "layerwise.demo.model_path" in mentioned("README.md")
+    assert exists("layerwise.solvers.fista.Fista.solve")
+    assert not exists("layerwise.solvers.fista.fist")
+    assert not exists("layerwise.solver.fista")
+
+
+@pytest.mark.parametrize("page", sorted({*PAGES} - HISTORY))
+def test_files_of_the_package_exist(page: str) -> None:
+    """Python files, and folders that are written with a slash at the end."""
+    folder = r"(?<![\w/])(?:layerwise|solvers|adapters|tests)(?:/[\w*-]+)*"
+    for path in re.findall(rf"{folder}(?:\.py\b|/(?![\w*]))", text_of(page)):
+        assert any(ROOT.glob(path)), path
 
 
 def test_readme_lists_every_solver_and_model() -> None:
@@ -156,6 +211,12 @@ def test_exit_codes_are_those_of_the_exceptions() -> None:
     for code, _, names in rows:
         for name in re.findall(r"`(\w+)`", names):
             assert getattr(errors, name).exit_code == int(code), name
+
+
+def test_the_page_on_removals_names_the_whole_protocol() -> None:
+    named = set(re.findall(r"`(\w+)`", text_of("docs/adding-a-removal.md")))
+    for protocol in (Removal, Prepared, BlockStep):
+        assert {name for name in vars(protocol) if not name.startswith("_")} <= named
 
 
 def test_every_adr_is_numbered_and_has_its_sections() -> None:

@@ -1,4 +1,4 @@
-"""Kinds of removal: the two there are, and a third that is one class in one place."""
+"""Kinds of removal: zeros, channels, and a third kind that is one class."""
 
 import inspect
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ DATA: Any = {"calibration": random_tokens(4, 12), "n_sequences": 4, "sequence_le
 
 @dataclass(frozen=True)
 class Halve:
-    """Toy: every linear gives half of what it gave, so nothing is removed at all."""
+    """Toy that halves the weight of every linear and removes nothing."""
 
     method: Method
     pattern: ClassVar[Pattern | None] = None

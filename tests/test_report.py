@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from html import unescape
-from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -20,90 +18,13 @@ from layerwise.errors import DataError, UsageError
 from layerwise.experiments.results import MethodResult
 from layerwise.reports import page as page_module
 from layerwise.reports import plots, report
-from layerwise.reports.plots import COLOURS, MAX_TICKS, kinds_figure, methods_figure
 from layerwise.reports.report import comparison_page, run_page, write_report
 from layerwise.run.outputs.output import MANIFEST, Manifest
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.pipeline.destination import FOLDER
 from layerwise.run.pipeline.journal import LAYERS
 from layerwise.run.pipeline.records import LayerRecord
-
-VOID = {"meta", "wbr", "br", "link", "img", "input", "hr"}
-KINDS = {"self_attn.q_proj": (64, 64), "mlp.up_proj": (176, 64), "mlp.down_proj": (64, 176)}
-HOSTILE = '<script>alert("x")</script>&amp;\' $x_1$ --><img src=http://e.org/a.png>'
-
-
-class Document(HTMLParser):
-    """A page read strictly: what is open must be closed, in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.rows: list[list[str]] = []
-        self.marked: list[str] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        names = [name for name, _ in attrs]
-        assert len(names) == len(set(names)), f"an attribute of {tag} is given twice"
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "script" in self.open or "style" in self.open:
-            return
-        self.text += data
-        if {"td", "th"} & set(self.open):
-            self.rows[-1][-1] += data
-            if "best" in (self.tags[-1][1].get("class") or ""):
-                self.marked.append(data)
-
-    def attributes(self, name: str) -> list[str]:
-        return [value for _, found in self.tags if (value := found.get(name)) is not None]
-
-
-def record(name: str, error: float, shape: tuple[int, int] = (64, 64)) -> LayerRecord:
-    return LayerRecord(
-        name=name,
-        shape=shape,
-        method="wanda",
-        pattern="2:4",
-        sparsity=0.5,
-        relative_error=error,
-        status="feasible",
-        certificate=None,
-        certificate_kind=None,
-        damping=0.01,
-        damping_raised=False,
-        rank=shape[1],
-        dead_channels=0,
-        n_tokens=4096,
-        iterations=0,
-        seconds=0.0125,
-    )
-
-
-def layers(scale: float = 1.0, blocks: int = 3) -> tuple[LayerRecord, ...]:
-    return tuple(
-        record(f"model.layers.{block}.{kind}", scale * (0.05 + 0.07 * i + 0.01 * block), s)
-        for block in range(blocks)
-        for i, (kind, s) in enumerate(KINDS.items())
-    )
+from tests.support.reports import HOSTILE, Document, layers, record
 
 
 def result(method: str, perplexity: float, pattern: str = "0.5") -> MethodResult:
@@ -300,85 +221,6 @@ def test_data_block_is_strict_json(tmp_path: Path) -> None:
     assert rows[0] == {**records[0].to_dict(), "shape": [64, 64]}
     assert rows[1]["relative_error"] is None
     assert Document(text).rows[2][3] == "nan"
-
-
-def drawn_points(figure: str, colour: str) -> list[tuple[float, float]]:
-    """Corners of the line of one colour."""
-    path = re.search(rf'<path d="([^"]*)" clip-path[^>]*stroke: {colour};', figure)
-    assert path
-    pairs = re.findall(r"[ML] ([\d.]+) ([\d.]+)", path[1])
-    return [(float(x), float(y)) for x, y in pairs]
-
-
-def check_heights(points: list[tuple[float, float]], errors: list[float]) -> None:
-    """Heights must be one linear function of the logarithms."""
-    heights, logs = [-y for _, y in points], [math.log(error) for error in errors]
-    assert len(heights) == len(logs)
-    slope = (heights[1] - heights[0]) / (logs[1] - logs[0])
-    assert slope > 0
-    expected = [heights[0] + slope * (value - logs[0]) for value in logs]
-    assert heights == pytest.approx(expected, abs=0.01)
-
-
-def test_methods_figure_draws_the_errors_in_order() -> None:
-    records = {"wanda": layers(2.0), "fista": layers()}
-    figure = methods_figure(records, "k")
-    for colour, own in zip(COLOURS, records.values(), strict=False):
-        points = drawn_points(figure, colour)
-        check_heights(points, [one.relative_error for one in own])
-        steps = [right[0] - left[0] for left, right in pairwise(points)]
-        assert steps == pytest.approx([steps[0]] * len(steps), abs=0.01)
-    assert "Inside a block, from left to right: q_proj, up_proj, down_proj." in figure
-    assert re.findall(r"<li>.*?</svg>(.*?)</li>", figure) == ["wanda", "fista"]
-
-
-def test_kinds_figure_draws_one_line_per_kind() -> None:
-    figure = kinds_figure(layers(), "k")
-    for index, colour in enumerate(COLOURS[:3]):
-        own = [one.relative_error for one in layers()[index::3]]
-        check_heights(drawn_points(figure, colour), own)
-    kinds = re.findall(r"<li>.*?</svg>(.*?)</li>", figure)
-    assert kinds == ["q_proj", "up_proj", "down_proj"]
-
-
-def test_errors_that_cannot_be_drawn_are_counted() -> None:
-    odd = [0.1, 0.0, math.inf, math.nan, 0.2]
-    records = [record(f"layers.{i}.fc1", error) for i, error in enumerate(odd)]
-    assert "3 of 5 errors are zero or not finite and not drawn." in kinds_figure(
-        records, "k"
-    )
-    empty = methods_figure({"dense": records[1:4]}, "k")
-    assert "3 of 3 errors" in empty
-    assert "<svg" not in empty
-
-
-@pytest.mark.parametrize("layout", ["no blocks", "experts", "many blocks", "many methods"])
-def test_unusual_models_are_drawn(layout: str) -> None:
-    names = {
-        "no blocks": ["first", "second"],
-        "experts": [f"layers.{i}.experts.{j}.w1" for i in range(2) for j in range(3)],
-        "many blocks": [f"layers.{i}.fc{j}" for i in range(90) for j in range(3)],
-        "many methods": ["layers.0.fc1", "layers.1.fc1"],
-    }[layout]
-    records = [record(name, 0.1 + 0.001 * i) for i, name in enumerate(names)]
-    count = 30 if layout == "many methods" else 2
-    figure = methods_figure({f"method {i}": records for i in range(count)}, "k")
-    figure += kinds_figure(records, "l")
-    Document(figure)
-    assert figure.count("<svg viewBox") == 2
-    looks = re.findall(r"<li>(<svg.*?</svg>)", figure)[:count]
-    assert len(set(looks)) == count
-    assert re.findall(r"<text[^>]*>block", figure)
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(0.1, 0.1), (0.11, 0.19), (0.04, 0.9), (1e-9, 3.0), (1e-300, 1e300)]
-)
-def test_ticks_enclose_the_data(low: float, high: float) -> None:
-    ticks = plots.log_ticks(low, high)
-    assert 1 <= len(ticks) <= MAX_TICKS
-    assert ticks == sorted(ticks)
-    assert ticks[0] <= low
 
 
 def test_matplotlib_is_imported_late_and_its_absence_explained(

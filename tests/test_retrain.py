@@ -194,7 +194,7 @@ def test_killed_run_resumes_and_ends_with_the_same_bytes(
     after: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Killed behind its first, second or third state, in a rate or between two."""
+    """Killed after its first, second or third state, within a rate or between two."""
     options: dict[str, Any] = {"objective": objective, "learning_rate": (1e-2, 2e-2)}
     retrained(workshop, tmp_path / "whole", **options)
     count = 0
@@ -298,15 +298,15 @@ def test_impossible_arguments_touch_nothing(workshop: Path, tmp_path: Path) -> N
     before = values(model)
     dense = tiny_model("llama")
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"parameters": "lora"}, "parameters are joined from"),
+        ({"parameters": "lora"}, "parameters must be joined from"),
         ({"parameters": "head"}, "choose the objective tokens"),
-        ({"objective": "layer"}, "objective is one of"),
-        ({"steps": -1}, "steps is at least 0"),
-        ({"learning_rate": 0}, "learning rates lie above 0"),
-        ({"rank": 0}, "rank is at least 1"),
+        ({"objective": "layer"}, "objective must be one of"),
+        ({"steps": -1}, "steps must be at least 0"),
+        ({"learning_rate": 0}, "learning rates must be finite and above 0"),
+        ({"rank": 0}, "rank must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"batch_size": 16}, "at least two batches"),
-        ({"optimizer": "sgd"}, "optimizer is one of"),
+        ({"optimizer": "sgd"}, "optimizer must be one of"),
         ({"error_correction": "block"}, "error_correction of a reconstruction"),
         ({"masks": None}, "give masks=report.masks"),
         ({"masks": {"x": torch.ones(2, dtype=torch.bool)}}, "no such parameter"),

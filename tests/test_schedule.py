@@ -10,7 +10,7 @@ import pytest
 from layerwise.errors import DataError, Interrupted, SolveError, UsageError, WorkerError
 from layerwise.run.workers.executor import Attempt, Done, Event, Failed, Job, Key, Lost
 from layerwise.run.workers.schedule import Rules, run_jobs
-from tests.support.simulation import Habits, Simulation
+from tests.support.simulation import Faults, Simulation
 
 N_WORKERS, N_JOBS = 64, 500
 SEEDS = range(20)
@@ -53,11 +53,11 @@ def ideal(seconds: dict[Key, float]) -> float:
 
 
 def simulate(
-    seed: int, habits: Habits, rules: Rules, produce_seconds: float = 0.05
+    seed: int, faults: Faults, rules: Rules, produce_seconds: float = 0.05
 ) -> tuple[Simulation, dict[Key, float]]:
     seconds = heavy_tail(seed)
     simulation = Simulation(
-        N_WORKERS, seconds, square, seed=seed, horizon=50 * ideal(seconds), habits=habits
+        N_WORKERS, seconds, square, seed=seed, horizon=50 * ideal(seconds), faults=faults
     )
     producer = Producer(simulation, list(seconds), produce_seconds)
     run_jobs(producer.jobs(), simulation, on_done=producer.on_done, rules=rules)
@@ -72,7 +72,7 @@ def simulate(
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_good_workers_run_every_job_once(seed: int) -> None:
-    simulation, seconds = simulate(seed, Habits(), PATIENT)
+    simulation, seconds = simulate(seed, Faults(), PATIENT)
     assert len(simulation.starts) == N_JOBS
     produced = 0.05 * N_JOBS
     assert simulation.now() <= ideal(seconds) + produced
@@ -81,8 +81,8 @@ def test_good_workers_run_every_job_once(seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_dying_workers(seed: int) -> None:
     """Each dies every ten minutes, and all of them within one minute as well."""
-    habits = Habits(death_rate=1 / 600, massacre=(60, 120), repeats=0.2, undead=0.3)
-    simulation, seconds = simulate(seed, habits, Rules(retries=10))
+    faults = Faults(death_rate=1 / 600, mass_death=(60, 120), repeats=0.2, late=0.3)
+    simulation, seconds = simulate(seed, faults, Rules(retries=10))
     assert simulation.n_deaths >= N_WORKERS
     assert simulation.now() <= 3 * ideal(seconds)
 
@@ -90,27 +90,27 @@ def test_dying_workers(seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_stragglers_fifty_times_slower(seed: int) -> None:
     slow = {index: 50.0 for index in range(6)}
-    simulation, seconds = simulate(seed, Habits(slow=slow, repeats=0.1), Rules())
+    simulation, seconds = simulate(seed, Faults(slow=slow, repeats=0.1), Rules())
     assert simulation.now() <= 1.5 * ideal(seconds)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_everything_at_once(seed: int) -> None:
-    habits = Habits(
+    faults = Faults(
         death_rate=1 / 300,
-        massacre=(30, 90),
+        mass_death=(30, 90),
         slow={index: 50.0 for index in range(6)},
         repeats=0.3,
-        undead=0.5,
+        late=0.5,
     )
-    simulation, seconds = simulate(seed, habits, Rules(retries=20))
+    simulation, seconds = simulate(seed, faults, Rules(retries=20))
     assert simulation.now() <= 3 * ideal(seconds)
 
 
 def test_without_second_starts_stragglers_decide_the_time() -> None:
     """The bound of the test above is not met by chance."""
     slow = {index: 50.0 for index in range(6)}
-    simulation, seconds = simulate(1, Habits(slow=slow), PATIENT)
+    simulation, seconds = simulate(1, Faults(slow=slow), PATIENT)
     assert simulation.now() > 2 * ideal(seconds)
 
 
@@ -118,7 +118,7 @@ def test_without_second_starts_stragglers_decide_the_time() -> None:
 
 
 class Script:
-    """Executor that is told what happens: one list of events per call of `wait`."""
+    """Executor with scripted events: one list per call of `wait`."""
 
     def __init__(self, slots: int, script: Sequence[list[Event] | BaseException]) -> None:
         self._slots, self._script = slots, list(script)
@@ -190,7 +190,7 @@ def test_lost_job_is_tried_again_and_noted() -> None:
     script = Script(1, [[Lost(A, "of a power cut")], [Done(A_AGAIN, 1)], [Done(B, 2)]])
     assert run_script(script, "ab", on_note=notes.append) == [("a", 1), ("b", 2)]
     assert script.starts == [A, A_AGAIN, B]
-    assert notes == ["job a lost its worker (of a power cut): tried again"]
+    assert notes == ["job a lost its worker (of a power cut): retrying"]
 
 
 def test_result_of_a_lost_attempt_saves_the_second() -> None:
@@ -234,11 +234,11 @@ def test_jobs_that_run_are_finished_before_a_lost_cause_is_raised() -> None:
 
 
 def test_workers_that_die_without_any_progress_end_the_run() -> None:
-    """64 workers that die at once are no reason, and 64 that die again and again are."""
+    """64 workers may die at once; 64 that die again and again end the run."""
     seconds: dict[Key, float] = dict.fromkeys(range(N_JOBS), 100.0)
-    habits = Habits(death_rate=1 / 10, seconds_down=0)
-    simulation = Simulation(N_WORKERS, seconds, square, horizon=1e4, habits=habits)
-    with pytest.raises(WorkerError, match=r"129 workers in a row.*the machine burns"):
+    faults = Faults(death_rate=1 / 10, seconds_down=0)
+    simulation = Simulation(N_WORKERS, seconds, square, horizon=1e4, faults=faults)
+    with pytest.raises(WorkerError, match=r"129 workers in a row.*the machine failed"):
         run_jobs(
             map(Job, seconds), simulation, on_done=lambda *_: None, rules=Rules(retries=20)
         )

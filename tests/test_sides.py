@@ -26,7 +26,7 @@ from tests.support.models import blocks_of, random_tokens, tiny_model
 WIDTH, LENGTH = 4, 12
 TOKENS = random_tokens(BATCH + 3, LENGTH)  # two batches of unequal size
 BATCHES = 2
-PROBE = 1  # what blocks return is asked of the first one, before the capture
+PROBE = 1  # a pass through the first block shows what blocks return, before the capture
 OUT, DOWN = Stage(("attention.o",)), Stage(("down",))
 
 
@@ -38,7 +38,7 @@ class Named(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Ends with its last linear, unless it is told to do something behind it."""
+    """Returns the output of its last linear, or something computed from it."""
 
     def __init__(self, behind: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ def test_what_is_kept_changes_no_bit(
 
 
 def test_eager_attention_is_computed_again() -> None:
-    """It returns its weights as well, so what the block does with them is not known."""
+    """It returns its weights as well, so it is not a pass-through module."""
     model = tiny_model("llama", layers=1)
     model.set_attn_implementation("eager")
     with counted(type(blocks_of(model)[0].self_attn), "forward") as calls:
@@ -216,7 +216,7 @@ def test_eager_attention_is_computed_again() -> None:
 
 @torch.no_grad()
 def test_what_is_settled_is_replayed() -> None:
-    """Batch by batch, again and again, also if the block goes on in place."""
+    """Batch by batch, again and again, also if the block continues in place."""
     block, hidden = Block(lambda states: (states, None)), list(torch.randn(3, 2, WIDTH))
     calls = [Call((), {})] * 3
     inputs = BlockInputs("block", block, (OUT, DOWN), calls, hidden, hidden)
@@ -245,7 +245,7 @@ def test_what_is_settled_is_replayed() -> None:
 def test_there_is_more_room_on_an_accelerator(
     monkeypatch: pytest.MonkeyPatch, free: int, cached: int, expected: int
 ) -> None:
-    """An eighth of what is free, and of what PyTorch holds free, but no less than here."""
+    """An eighth of the free memory, with PyTorch's cache, but no less than on the host."""
     gib, own = 1 << 30, 2
     told = {
         "mem_get_info": (free * gib, 200 * gib),

@@ -1,4 +1,4 @@
-"""Signals: a command that is told to stop ends in order, and the same one continues."""
+"""Signals: a command that gets one ends in order, and the same command continues."""
 
 import os
 import shutil

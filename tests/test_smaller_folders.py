@@ -101,7 +101,7 @@ def test_folder_tells_what_was_done(sources: Path, tmp_path: Path) -> None:
 def test_recipe_repeats_the_run(sources: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(tiny_text())
     arguments = ["prune", str(sources / "llama"), "--method", "flap", "--sparsity", "0.3"]
-    arguments += ["--unit", "1", "--calibration", str(tmp_path / "text.txt")]
+    arguments += ["--multiple", "1", "--calibration", str(tmp_path / "text.txt")]
     arguments += ["--n-sequences", "6", "--sequence-length", "12"]
     out, again = tmp_path / "out", tmp_path / "again"
     assert run([*arguments, "--output", str(out)]) == 0
@@ -117,7 +117,7 @@ class Killed(BaseException):
 
 
 class KillAt:
-    """Callback that ends the run behind a layer."""
+    """Callback that ends the run after a layer."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -249,7 +249,7 @@ def test_source_is_left_as_it_was(sources: Path, tmp_path: Path) -> None:
         (["--method", "fasp", "--sparsity", "2:4"], "takes a fraction"),
         (["--method", "fasp", "--sparsity", "0.3", "--format", "gguf"], "stock"),
         (["--method", "fasp", "--sparsity", "0.99"], "can be pruned"),
-        (["--method", "wanda", "--sparsity", "0.3", "--unit", "4"], "for smaller models"),
+        (["--method", "wanda", "--sparsity", "0.3", "--multiple", "4"], "smaller models"),
         (["--method", "fasp", "--sparsity", "0.3", "--pattern", "rows"], "pattern"),
         (["--method", "flap", "--sparsity", "0.3", "--allocation", "al-am"], "native"),
     ],

@@ -1,4 +1,4 @@
-"""Structured runs in memory: the smaller model is the masked one, and as small as asked."""
+"""Structured runs in memory: the smaller model is the masked one, and of the right size."""
 
 from typing import Any
 

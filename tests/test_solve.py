@@ -1,4 +1,4 @@
-"""The front door: users' own solvers, chains, and names."""
+"""layerwise.solve: users' own solvers, chains, and names."""
 
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -135,7 +135,7 @@ def test_users_own_solver_in_a_chain() -> None:
 
 @dataclass(frozen=True)
 class Recorder:
-    """Notes what each step of a chain is asked, then answers like magnitude pruning."""
+    """Records the calls of each step of a chain, then answers like magnitude pruning."""
 
     asked: list[tuple[Pattern, Start | None]]
     requires: frozenset[str] = frozenset({"gram"})

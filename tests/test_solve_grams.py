@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from layerwise.cli import run
 from layerwise.errors import DataError, InvalidProblemError, UsageError
@@ -19,7 +19,6 @@ from layerwise.grams.collect_grams import collect_grams
 from layerwise.grams.layer_jobs import LayerJob, forget_files, solve_layer
 from layerwise.grams.solve_grams import solve_grams
 from layerwise.patterns import Unstructured
-from layerwise.run.checkpoints.hashes import file_sha256
 from layerwise.run.outputs.verify import verify
 from layerwise.run.pipeline import matrix
 from layerwise.run.pipeline.journal import read_layers, read_masks
@@ -28,30 +27,17 @@ from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.zeros import ZeroWeights
 from layerwise.run.prune import prune_model
 from layerwise.solvers import get_solver
+from tests.support.gram_folders import FIRST, LAYERS, MODELS, TOKENS, collected, edit_file
 from tests.support.models import save_checkpoint, shard_hashes, tiny_model
-from tests.support.pruning import CALIBRATION
-
-MODELS = {"llama": torch.bfloat16, "gpt2": torch.float32, "opt": torch.float16}
-FIRST = "00000-00.safetensors"
-LAYERS = 14
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints by family, and their grams."""
     folder = tmp_path_factory.mktemp("solve")
-    for family, dtype in MODELS.items():
-        model = tiny_model(family, dtype=dtype)
-        save_checkpoint(folder / family, model, tokenizer=False)
-        collect_grams(folder / family, folder / f"{family}-grams", **TOKENS)
+    for family in MODELS:
+        collected(folder, family)
     return folder
-
-
-TOKENS: dict[str, Any] = {
-    "calibration": CALIBRATION,
-    "n_sequences": len(CALIBRATION),
-    "sequence_length": CALIBRATION.shape[1],
-}
 
 
 @pytest.fixture(scope="module")
@@ -310,110 +296,6 @@ def test_a_solve_that_fails_at_once_leaves_nothing(
 
 
 # --- hostile folders -------------------------------------------------------------------
-
-
-def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads((folder / "manifest.json").read_text())
-    edit(content)
-    (folder / "manifest.json").write_text(json.dumps(content))
-
-
-def trust(folder: Path, name: str = FIRST) -> None:
-    """Give the manifest the hash that a file has now."""
-    digest = file_sha256(folder / name)
-    edit_manifest(folder, lambda content: content["files"][name].update(sha256=digest))
-
-
-def edit_file(folder: Path, file: str = FIRST, **changes: torch.Tensor | None) -> None:
-    tensors: dict[str, Any] = load_file(folder / file) | changes
-    kept = {name: value for name, value in tensors.items() if value is not None}
-    save_file(kept, folder / file)
-    trust(folder, file)
-
-
-def cut(folder: Path) -> None:
-    content = (folder / FIRST).read_bytes()
-    (folder / FIRST).write_bytes(content[: len(content) // 2])
-
-
-def cut_and_trust(folder: Path) -> None:
-    cut(folder)
-    trust(folder)
-
-
-def flip(folder: Path) -> None:
-    content = bytearray((folder / FIRST).read_bytes())
-    content[-1] ^= 1
-    (folder / FIRST).write_bytes(content)
-
-
-def rename(folder: Path, name: str) -> None:
-    def edit(content: dict[str, Any]) -> None:
-        content["files"] = {name: content["files"][FIRST]}
-
-    edit_manifest(folder, edit)
-
-
-def link_away(folder: Path) -> None:
-    (folder / FIRST).rename(folder.parent / "elsewhere")
-    (folder / FIRST).symlink_to(folder.parent / "elsewhere")
-
-
-def rename_layer(content: dict[str, Any]) -> None:
-    layers = content["files"][FIRST]["layers"]
-    layers["other"] = layers.pop("model.layers.0.self_attn.q_proj")
-
-
-def repeat_layer(content: dict[str, Any]) -> None:
-    content["files"]["00009-00.safetensors"] = content["files"][FIRST]
-
-
-NAN = torch.eye(16, dtype=torch.float64)
-NAN[2, 3] = torch.nan
-
-DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated": (cut, rf"{FIRST} has the sha256"),
-    "truncated, hash adjusted": (cut_and_trust, rf"{FIRST} is not a usable safetensors"),
-    "one bit": (flip, rf"{FIRST} has the sha256 .* the manifest says"),
-    "no gram": (lambda f: edit_file(f, gram=None), rf"{FIRST} has no gram of layer"),
-    "NaN": (lambda f: edit_file(f, gram=NAN), rf"{FIRST}: gram contains nan at \(2, 3\)"),
-    "no file": (lambda f: (f / FIRST).unlink(), rf"{FIRST} is missing"),
-    "no manifest": (lambda f: (f / "manifest.json").unlink(), "holds no manifest.json"),
-    "leaves by name": (lambda f: rename(f, f"../{FIRST}"), "manifest.json names the file"),
-    "absolute name": (lambda f: rename(f, f"/tmp/{FIRST}"), "manifest.json names the file"),
-    "hidden name": (lambda f: rename(f, f".{FIRST}"), "manifest.json names the file"),
-    "leaves by link": (link_away, rf"{FIRST} is a link that leaves the folder"),
-    "another layer": (
-        lambda f: edit_manifest(f, rename_layer),
-        rf"{FIRST} holds other layers",
-    ),
-    "a layer twice": (lambda f: edit_manifest(f, repeat_layer), "names the layer .* twice"),
-    "no layers": (lambda f: edit_manifest(f, lambda c: c.update(files={})), "no layer"),
-    "another format": (
-        lambda f: edit_manifest(f, lambda c: c.update(format=2)),
-        "format 2, only 1 is known",
-    ),
-    "unknown key": (
-        lambda f: edit_manifest(f, lambda c: c.update(more=1)),
-        "manifest.json is damaged: more",
-    ),
-    "no JSON": (lambda f: (f / "manifest.json").write_text("{"), "not usable JSON"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_damaged_folders(name: str, grams: Path, tmp_path: Path) -> None:
-    damage, words = DAMAGES[name]
-    folder = tmp_path / "grams"
-    folder.mkdir()
-    for path in grams.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    assert len(solve_grams(folder, "magnitude", 0.5).records) == LAYERS
-    damage(folder)
-    with pytest.raises(DataError, match=words):
-        solve_grams(folder, "magnitude", 0.5, output_dir=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.partial").exists()
 
 
 def test_another_model(workshop: Path, grams: Path, tmp_path: Path) -> None:

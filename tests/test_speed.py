@@ -82,7 +82,7 @@ def test_peak_of_a_forward_pass_is_seen() -> None:
 def test_memory_is_not_guessed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where the kernel does not tell, there is no figure and no line."""
+    """If the kernel does not report it, there is no figure and no line."""
 
     def refuse(self: Path, text: str) -> int:
         raise PermissionError(text)

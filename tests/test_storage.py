@@ -259,8 +259,8 @@ def test_missing_format_is_added(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensor", "match"),
     [
-        (torch.zeros(24, 16, dtype=torch.float16), "F32.*replacement F16"),
-        (torch.zeros(16, 24), r"replacement F32 \(16, 24\)"),
+        (torch.zeros(24, 16, dtype=torch.float16), "F32.*replacement is F16"),
+        (torch.zeros(16, 24), r"replacement is F32 \(16, 24\)"),
         (None, "no tensor 'nothing'"),
     ],
 )

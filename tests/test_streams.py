@@ -44,7 +44,7 @@ def uneven_batches() -> list[Tensor]:
 
 
 def final_states(model: Any, batches: Sequence[Tensor]) -> list[Tensor]:
-    """Hidden states behind the last block, before the final norm."""
+    """Hidden states after the last block, before the final norm."""
     names = dict(model.named_modules())
     norm = next(name for name in FINAL_NORMS if name in names)
     with torch.no_grad(), recorded_inputs(model, [norm]) as seen:

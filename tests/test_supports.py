@@ -61,7 +61,7 @@ def flipped(mask: Tensor, row: int, *columns: int) -> Tensor:
 
 
 def assert_same(supports: Supports, layer: Layer) -> None:
-    """Equal to a state that is computed from the same mask anew."""
+    """Equal to a state that is computed again from the same mask."""
     rows = every(layer)
     fresh = make(layer, supports.mask)
     scale = float(fresh.weight.abs().amax()) if fresh.weight.numel() else 1.0

@@ -17,11 +17,11 @@ from tests.support.tolerances import SURVEY
 
 
 class Found(Exception):
-    """Carries what the survey of a run said."""
+    """Carries the findings of a survey."""
 
 
 def findings(model: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
-    """Sites and findings of a run that ends behind its survey."""
+    """Sites and findings of a run that ends after its survey."""
 
     def spy(run: Any, method: Any, sites: Any, **kwargs: Any) -> None:
         raise Found(sites, original(run, method, sites, **kwargs))

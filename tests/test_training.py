@@ -111,13 +111,13 @@ def test_a_rate_that_diverges_is_left_out_and_all_of_them_an_error() -> None:
 
 
 class Stop(Exception):
-    """Ends a training behind a state."""
+    """Ends a training after a state."""
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("stop", range(1, 7))
 def test_interrupted_training_ends_as_it_would_have(optimizer: Any, stop: int) -> None:
-    """Behind every state on disk: in the middle of a rate and between two."""
+    """After every state on disk: in the middle of a rate and between two."""
     training = Training(12, (0.05, 0.1), optimizer, seed=1, save_every=4)
     whole = Line()
     expected = whole.train(training)

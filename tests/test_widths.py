@@ -1,4 +1,4 @@
-"""How many channels stay at every place: rules counted by hand, and sensitivities."""
+"""How many channels stay at every site: rules counted by hand, and sensitivities."""
 
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ from layerwise.run.channels.widths import (
 
 
 def site(block: int, name: str, units: int, cost: int, heads: int = 1) -> Site:
-    """A place of a LLaMA whose units cost as much as the test wants."""
+    """A site of a LLaMA with units of a given cost."""
     coupling = get_coupling(get_adapter("llama"), name)
     balance = torch.arange(units) // (units // heads) if heads > 1 else None
     channels = Channels(name, units, torch.arange(units), balance, {}, cost)
@@ -50,7 +50,7 @@ MIXED = [
 
 
 def test_uniform_removes_the_fraction_of_all_from_what_can_leave() -> None:
-    """A quarter of 1600 is 400; 20 units of 10 from each of two places of 400."""
+    """A quarter of 1600 is 400; 20 units of 10 from each of two sites of 400."""
     keep, allocation = choose_widths(structure(), "fasp", MLPS, 1600, {})
     assert keep == {"model.layers.0.mlp": 20, "model.layers.1.mlp": 20}
     assert allocation is None
@@ -75,14 +75,14 @@ def test_channels_fill_what_whole_heads_leave() -> None:
 
 
 def test_heads_keep_equally_many_values() -> None:
-    """Eight values of each of two heads: a quarter leaves in pairs."""
+    """Eight values of each of two heads: a quarter is removed, in pairs."""
     places = [site(0, "values", 16, 5, heads=2)]
     keep, _ = choose_widths(structure(), "fasp", places, 80, {})
     assert keep == {"model.layers.0.values": 6}
 
 
 def test_optimal_follows_errors_times_sensitivities() -> None:
-    """Equal curves: all leaves where the loss gains least per unit of error."""
+    """Equal curves: everything is removed where an error costs the least loss."""
     curve = [float(k) for k in range(41)]
     findings = {
         "model.layers.0.mlp": finding(curve, gain=5.0, probed=10),
@@ -190,13 +190,13 @@ EIGHT = [
 
 
 def test_uniform_takes_no_number_of_heads_that_stock_refuses() -> None:
-    """40 % of eight heads would leave five; four is more than was asked, so all stay."""
+    """40 % would keep five of eight heads; keeping four removes too much, so all stay."""
     keep, _ = choose_widths(structure(sparsity=0.4), "flap", EIGHT, 800, {})
     assert keep == {"model.layers.0.heads": 8, "model.layers.0.mlp": 8}
 
 
 def test_optimal_takes_no_number_of_heads_that_stock_refuses() -> None:
-    """Heads are free here, but only four of them can leave at once."""
+    """Heads are free here, but only four of them can be removed at once."""
     findings = {
         "model.layers.0.heads": finding([0.0, *[1e-6 * k for k in range(1, 9)]]),
         "model.layers.0.mlp": finding([float(k) for k in range(41)]),

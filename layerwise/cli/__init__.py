@@ -12,6 +12,7 @@ import typer
 
 import layerwise
 from layerwise.cli import bench, demo, grams, inspect, plan, prune, retrain
+from layerwise.cli.help import EXAMPLES, GroupedCommand
 from layerwise.cli.signals import stopping_on_sigterm
 from layerwise.errors import LayerwiseError, UsageError
 
@@ -30,6 +31,15 @@ COMMANDS = (  # in the order of --help
     inspect.solvers,
     demo.demo,
 )
+# whose options are too many for one list
+GROUPED = (
+    plan.plan,
+    prune.prune,
+    retrain.retrain,
+    grams.calibrate,
+    grams.solve,
+    bench.bench,
+)
 
 app = typer.Typer(
     name="layerwise",
@@ -41,7 +51,7 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def options(
+def top_level(
     context: typer.Context,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
     version: Annotated[bool, typer.Option(help="Show the version and exit.")] = False,
@@ -56,7 +66,8 @@ def options(
 
 
 for command in COMMANDS:
-    app.command()(command)
+    kind = GroupedCommand if command in GROUPED else None
+    app.command(cls=kind, epilog=EXAMPLES.get(command.__name__))(command)
 
 
 def main() -> None:

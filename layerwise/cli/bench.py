@@ -5,65 +5,72 @@ from typing import Annotated, Any
 
 import typer
 
-from layerwise.cli.common import Device, Threads, set_threads
+from layerwise.cli import options
+from layerwise.cli.common import set_threads, typed_names
+from layerwise.cli.options import MODEL, RACE, option, window_length
 from layerwise.errors import UsageError
+
+OF_PRUNE = (
+    "model",
+    "blocks",
+    "method",
+    "n_sequences",
+    "sequence_length",
+    "error_correction",
+)
+OF_RACE = ("layers", "grams", "damping", "gap", "json_", "plot")
 
 
 def bench(
-    model: Annotated[str | None, typer.Argument(help="Folder or hub name.")] = None,
+    context: typer.Context,
+    model: options.AnyModel = None,
     shape: Annotated[
-        str | None, typer.Option(help="A random model instead: opt-125m, llama-7b, ...")
+        str | None,
+        option(MODEL, "NAME", "A random model of this shape: opt-125m, llama-7b, ..."),
     ] = None,
-    blocks: Annotated[int | None, typer.Option(help="Blocks of the shape.")] = None,
-    method: Annotated[
-        str | None, typer.Option(help="A solver or a chain; wanda by default.")
+    blocks: Annotated[
+        int | None, option(MODEL, "N", "Blocks of the shape.", default="all")
     ] = None,
-    sparsity: Annotated[str, typer.Option(help="Fraction of zeros, or n:m.")] = "0.5",
-    n_sequences: Annotated[int | None, typer.Option(help="Random token windows.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
-    error_correction: Annotated[
-        str | None, typer.Option(help="none, sequential, block or full.")
-    ] = None,
+    method: options.Method = "wanda",
+    sparsity: options.Sparsity = "0.5",
+    error_correction: options.ErrorCorrection = "block",
+    damping: options.Damping = 0.01,
+    n_sequences: options.Windows = 16,
+    sequence_length: Annotated[int | None, window_length(512)] = None,
     methods: Annotated[
-        str | None, typer.Option(help="A race instead: solvers and chains, with commas.")
+        str | None, option(RACE, "NAMES", "Solvers and chains, with commas: race them.")
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="Of a race: random ones, 2048x2048,1024x4096.")
+        str | None, option(RACE, "SIZES", "Random layers: 2048x2048,1024x4096.")
     ] = None,
     grams: Annotated[
-        Path | None, typer.Option(help="Of a race: stored layers, a file or a folder.")
+        Path | None, option(RACE, "PATH", "Stored layers: a file or a folder.")
     ] = None,
-    damping: Annotated[float | None, typer.Option(help="Of a race: ridge.")] = None,
     gap: Annotated[
-        bool, typer.Option("--gap", help="Of a race: prove how far answers can be off.")
+        bool, option(RACE, None, "Prove how far each answer is from the best.", "--gap")
     ] = False,
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="Of a race: file for all figures.")
-    ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Of a race: picture, error against time.")
+        Path | None, option(RACE, "FILE", "Picture of error against time.")
     ] = None,
-    device: Device = "auto",
-    threads: Threads = None,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    json_: options.Json = None,
 ) -> None:
-    """Time the stages of a prune, or race solvers, next to what this machine could do."""
-    of_race = {"layers": layers, "grams": grams, "damping": damping}
-    of_prune = {
-        "model": model,
-        "blocks": blocks,
-        "method": method,
-        "n_sequences": n_sequences,
-        "sequence_length": sequence_length,
-        "error_correction": error_correction,
-    }
+    """Time the stages of a prune, or race several solvers.
+
+    --methods makes it a race on single layers; --damping and --json are for races only.
+    """
+    typed = typed_names(context)
     set_threads(threads)
+    arguments = {"shape": shape, "sparsity": sparsity, "device": device}
     if methods is None:
-        _refuse_given(of_race | {"gap": gap or None, "json": json_, "plot": plot}, "needs")
-        _bench(_given(of_prune) | {"shape": shape, "sparsity": sparsity, "device": device})
+        _refuse_typed(typed.intersection(OF_RACE), "needs")
+        of_prune = {name: context.params[name] for name in OF_PRUNE}
+        _bench(arguments | of_prune)
     else:
-        _refuse_given(of_prune, "does not go with")
-        arguments = _given(of_race) | {"shape": shape, "sparsity": sparsity, "gap": gap}
-        _race(methods, arguments | {"device": device}, json_, plot)
+        _refuse_typed(typed.intersection(OF_PRUNE), "does not go with")
+        of_race = {"layers": layers, "grams": grams, "damping": damping, "gap": gap}
+        _race(methods, arguments | of_race, json_, plot)
 
 
 def _bench(arguments: dict[str, Any]) -> None:
@@ -90,14 +97,10 @@ def _race(
         draw_race(found, plot)
 
 
-def _given(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that are not None."""
-    return {name: value for name, value in arguments.items() if value is not None}
-
-
-def _refuse_given(arguments: dict[str, Any], how: str) -> None:
-    """Raise if a flag of the other kind of bench is given."""
-    if given := sorted(_given(arguments)):
-        name = "MODEL" if given[0] == "model" else f"--{given[0].replace('_', '-')}"
+def _refuse_typed(names: set[str], how: str) -> None:
+    """Raise if there is an option of the other kind of bench."""
+    if names:
+        first = min(names)
+        name = "MODEL" if first == "model" else f"--{first.strip('_').replace('_', '-')}"
         message = f"{name} {how} --methods, which makes a bench a race of solvers"
         raise UsageError(message)

@@ -1,10 +1,9 @@
-"""What several commands share: options, threads, progress, hyper-parameters."""
+"""What several commands share: what was typed, threads, progress, hyper-parameters."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 import yaml
@@ -12,11 +11,13 @@ from rich.console import Console
 
 from layerwise.errors import UsageError
 
-Folder = Annotated[Path, typer.Argument(help="Folder written by `layerwise prune`.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
-Resume = Annotated[bool, typer.Option(help="Continue OUTPUT.partial.")]
-Force = Annotated[bool, typer.Option(help="Replace an existing OUTPUT.")]
+TYPED = "COMMANDLINE"  # source of a parameter, as click names it
+
+
+def typed_names(context: typer.Context) -> set[str]:
+    """Names of the parameters that are on the command line, not left to their default."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source and source.name == TYPED}
 
 
 def set_threads(threads: int | None, workers: int = 1) -> None:

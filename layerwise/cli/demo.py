@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from layerwise.cli import options
 from layerwise.errors import DataError
 
 
@@ -12,12 +13,11 @@ def demo(
     everything: Annotated[
         bool, typer.Option("--all", help="Every solver on every packaged model.")
     ] = False,
-    output: Annotated[
-        Path, typer.Option(help="Folder for report.html and the results of --all.")
-    ] = Path("demo-output"),
+    output: options.Output = Path("demo-output"),
 ) -> None:
-    """Prune a packaged trained model by several methods and compare them.
+    """Prune a small packaged model by several methods.
 
+    Prints a table, and writes it to report.html in the folder of `--output`.
     `--all` takes minutes; what it has finished is kept in the folder and not repeated.
     """
     from layerwise.experiments.demo import (

@@ -5,38 +5,26 @@ from typing import Annotated
 
 import typer
 
-from layerwise.cli.common import (
-    Device,
-    Force,
-    Resume,
-    Threads,
-    method_options,
-    progress_on,
-    set_threads,
-)
+from layerwise.cli import options
+from layerwise.cli.common import method_options, progress_on, set_threads
+from layerwise.cli.options import MODEL, argument, option
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="Folder or hub name.")],
-    calibration: Annotated[
-        str, typer.Option(help="wikitext2, c4, FILE.txt or FILE.jsonl:field.")
-    ],
-    output: Annotated[Path, typer.Option(help="New folder for grams and weights.")],
-    n_sequences: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
-    targets: Annotated[
-        list[str] | None, typer.Option(help="Class, module name or re:...; may repeat.")
-    ] = None,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="The same, to leave out; may repeat.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the calibration windows.")] = 0,
-    device: Device = "auto",
-    threads: Threads = None,
-    resume: Resume = True,
-    force: Force = False,
+    model: options.Model,
+    calibration: options.Calibration,
+    output: options.Output,
+    targets: options.Targets = None,
+    ignore: options.Ignore = None,
+    n_sequences: options.Windows = 128,
+    sequence_length: options.WindowLength = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    resume: options.Resume = True,
+    force: options.Force = False,
 ) -> None:
-    """Store the layer problems of a dense model, to solve them without it."""
+    """Store the layer problems of a model, to solve them later."""
     from layerwise.grams.collect_grams import collect_grams
 
     set_threads(threads)
@@ -70,41 +58,32 @@ def calibrate(
 
 
 def solve(
-    grams: Annotated[Path, typer.Argument(help="Folder of `layerwise calibrate`.")],
-    method: Annotated[list[str], typer.Option(help="A solver or a chain; may repeat.")],
-    sparsity: Annotated[
-        list[str], typer.Option(help="Fraction of zeros, or n:m; may repeat.")
-    ],
-    group: Annotated[str, typer.Option(help="Count zeros per row or per layer.")] = "row",
-    damping: Annotated[float, typer.Option(help="Relative ridge.")] = 0.01,
-    certify: Annotated[
-        bool | None,
-        typer.Option(help="Bound the distance from the best mask and weights."),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Hyper-parameter name=value of all that have it."),
-    ] = None,
-    effort: Annotated[
-        str | None, typer.Option(help="fast, balanced or thorough, for best.")
-    ] = None,
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="File for the figures of all layers.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="New folder for the weights of one method.")
-    ] = None,
+    grams: Annotated[Path, argument("GRAMS", "Folder written by `layerwise calibrate`.")],
+    method: options.Methods,
+    sparsity: options.Sparsities,
+    group: options.Group = "row",
+    damping: options.Damping = 0.01,
+    certify: options.Certify = None,
+    set_: options.Set = None,
+    effort: options.Effort = None,
     model: Annotated[
-        str | None, typer.Option(help="Its checkpoint: OUTPUT becomes a pruned copy.")
+        str | None,
+        option(MODEL, "MODEL", "The model of these layers: writes a pruned copy of it."),
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes that share the layers.")] = 1,
-    device: Device = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads of each worker.")] = None,
-    memory_budget: Annotated[int | None, typer.Option(help="Bytes for refits.")] = None,
-    resume: Resume = True,
-    force: Force = False,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    workers: options.Workers = 1,
+    memory_budget: options.MemoryBudget = None,
+    output: options.AnyOutput = None,
+    json_: options.Json = None,
+    resume: options.Resume = True,
+    force: options.Force = False,
 ) -> None:
-    """Prune stored layers by methods and sparsities, without model and data."""
+    """Prune stored layers by several methods, and compare them.
+
+    --method and --sparsity may repeat; --set is for all methods that have the option.
+    --output takes one method and one sparsity.
+    """
     from layerwise.grams.solve_grams import solve_grams
     from layerwise.reports.progress import PlainProgress, RichProgress
     from layerwise.reports.tables import print_sweep

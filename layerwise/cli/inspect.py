@@ -5,41 +5,48 @@ from typing import Annotated, Any
 
 import typer
 
-from layerwise.cli.common import Folder
+from layerwise.cli import options
 from layerwise.errors import DataError, UsageError, VerificationError
-from layerwise.run.models.loading import load_tokenizer
-from layerwise.run.models.opening import load_model
-
-Model = Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the hub.")]
 
 
 def evaluate(
-    model: Model,
+    model: options.Model,
     dataset: Annotated[
         str | None, typer.Option(help="wikitext2, c4, FILE.txt, FILE.jsonl:field.")
     ] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    sequence_length: options.WindowLength = None,
+    device: options.Device = "auto",
     speed: Annotated[
         bool, typer.Option("--speed", help="Size, memory, latency and tokens per second.")
     ] = False,
     compare: Annotated[
         str | None, typer.Option(help="Another model, measured in turns with this one.")
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, with commas between them.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples per task, at most.")] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="Folder of your own tasks, YAML files of lm-eval.")
+    ] = None,
+    json_: options.Json = None,
 ) -> None:
-    """Token perplexity over non-overlapping windows, and what the model costs to run."""
+    """Measure perplexity, task scores, size and speed of a model."""
     from layerwise.run.settings import choose_device
 
-    if dataset is None and not speed:
-        message = "nothing to evaluate: give --dataset, --speed, or both"
+    if dataset is None and tasks is None and not speed:
+        message = "nothing to evaluate: give --dataset, --tasks or --speed, or several"
         raise UsageError(message)
     if compare is not None and not speed:
         message = "--compare compares speeds: give --speed as well"
         raise UsageError(message)
+    names, manager = _find_tasks(tasks, limit, task_folder, json_)
     chosen = choose_device(device)
     checkpoint, network = _load(model, chosen)
     if dataset is not None:
         _perplexity(model, checkpoint, network, dataset, sequence_length)
+    if names:
+        _tasks(model, checkpoint, network, names, manager, limit, json_)
     if speed:
         _speed(model, network, compare, chosen)
 
@@ -47,6 +54,7 @@ def evaluate(
 def _load(model: str, device: Any) -> tuple[Any, Any]:
     """Checkpoint and its model on a device."""
     from layerwise.run.checkpoints.storage import Checkpoint
+    from layerwise.run.models.opening import load_model
 
     checkpoint = Checkpoint.open(model)
     return checkpoint, load_model(checkpoint, device)
@@ -62,14 +70,63 @@ def _perplexity(
     from layerwise.run.settings import CalibrationData
 
     length = CalibrationData(None, sequence_length=sequence_length).length_for(network)
-    tokenizer = load_tokenizer(checkpoint)
-    if tokenizer is None:
-        message = f"{model} has no tokenizer, which a text needs"
-        raise DataError(message)
+    tokenizer = _tokenizer(model, checkpoint)
     tokens = encode(evaluation_text(dataset), tokenizer, embedding_rows(network))
     value = perplexity(network, tokens, sequence_length=length)
     windows = len(tokens) // length
     typer.echo(f"perplexity {value:.4f}  ({dataset}, {windows} windows of {length} tokens)")
+
+
+def _tokenizer(model: str, checkpoint: Any) -> Any:
+    from layerwise.run.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer is None:
+        message = f"{model} has no tokenizer, which a text needs"
+        raise DataError(message)
+    return tokenizer
+
+
+def _find_tasks(
+    tasks: str | None, limit: int | None, folder: Path | None, json_: Path | None
+) -> tuple[list[str], Any]:
+    """Names and their manager, after all checks that need no model."""
+    from layerwise.run.data.tasks import find_tasks
+
+    if tasks is None:
+        given = {"--limit": limit, "--task-folder": folder, "--json": json_}
+        for flag, value in given.items():
+            if value is not None:
+                message = f"{flag} is about tasks: give --tasks as well"
+                raise UsageError(message)
+        return [], None
+    names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+    if not names:
+        message = f"--tasks takes names with commas between them, got {tasks!r}"
+        raise UsageError(message)
+    if limit is not None and limit < 1:
+        message = f"--limit must be at least 1, got {limit}"
+        raise UsageError(message)
+    return names, find_tasks(names, folder)
+
+
+def _tasks(
+    model: str,
+    checkpoint: Any,
+    network: Any,
+    names: list[str],
+    manager: Any,
+    limit: int | None,
+    json_: Path | None,
+) -> None:
+    from layerwise.reports.tables import print_scores
+    from layerwise.run.data.tasks import score_tasks
+
+    tokenizer = _tokenizer(model, checkpoint)
+    found = score_tasks(network, tokenizer, names, manager=manager, limit=limit)
+    print_scores(found)
+    if json_ is not None:
+        found.write(json_, model)
 
 
 def _speed(model: str, network: Any, compare: str | None, device: Any) -> None:
@@ -82,8 +139,11 @@ def _speed(model: str, network: Any, compare: str | None, device: Any) -> None:
     print_speed(names, measure_speed(networks))
 
 
-def verify(folder: Folder) -> None:
-    """Check zeros, pattern, untouched bytes, and that stock transformers opens it."""
+def verify(folder: options.PrunedFolder) -> None:
+    """Check what `layerwise prune` has written.
+
+    Zeros, pattern, untouched bytes, and that stock transformers opens the folder.
+    """
     from layerwise.run.outputs.verify import verify as check_folder
 
     checks = check_folder(folder)
@@ -100,8 +160,11 @@ def verify(folder: Folder) -> None:
 
 
 def report(
-    folder: Folder,
-    output: Annotated[Path | None, typer.Option(help="HTML file to write.")] = None,
+    folder: options.PrunedFolder,
+    output: Annotated[
+        Path | None,
+        options.output("FILE", default="FOLDER/layerwise/report.html"),
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page about a pruned model."""
     from layerwise.reports.report import run_page, write_report
@@ -112,7 +175,7 @@ def report(
 
 
 def solvers() -> None:
-    """List the methods: what each requires and handles."""
+    """List the methods: what each needs, and what it can do."""
     from layerwise.reports.catalogue import catalogue
     from layerwise.reports.tables import print_solvers
 

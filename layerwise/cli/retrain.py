@@ -1,65 +1,76 @@
 """``layerwise retrain``: train a few parameters of a pruned folder."""
 
-from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from layerwise.cli.common import (
-    Device,
-    Folder,
-    Force,
-    Resume,
-    Threads,
-    progress_on,
-    set_threads,
-)
+from layerwise.cli import options
+from layerwise.cli.common import progress_on, set_threads
+from layerwise.cli.options import MACHINE, METHOD, MODEL, OUTPUT, option
 from layerwise.errors import UsageError
 
 
 def retrain(
-    folder: Folder,
-    calibration: Annotated[
-        str, typer.Option(help="wikitext2, c4, FILE.txt or FILE.jsonl:field.")
-    ],
-    output: Annotated[Path, typer.Option(help="New folder for the result.")],
+    folder: options.PrunedFolder,
+    calibration: options.Calibration,
+    output: options.Output,
+    dense: Annotated[
+        str | None,
+        option(MODEL, "MODEL", "The model before pruning.", default="that of the recipe"),
+    ] = None,
     parameters: Annotated[
         str,
-        typer.Option(
-            help="biases, norms, head, and one of lora-prune, scale-lora, masklora, full; "
-            "joined by +."
+        option(
+            METHOD,
+            "NAMES",
+            "What is trained: biases, norms, head, and one of lora-prune, scale-lora, "
+            "masklora, full; joined by +.",
         ),
     ] = "masklora",
     objective: Annotated[
-        str, typer.Option(help="tokens, or dense outputs of a block, parts or matrix.")
+        str,
+        option(
+            METHOD,
+            "NAME",
+            "What is matched: the tokens, or dense outputs of a block, of its parts or "
+            "of every matrix.",
+        ),
     ] = "block",
-    steps: Annotated[int, typer.Option(help="Updates per learning rate and unit.")] = 100,
+    error_correction: options.ErrorCorrection = "sequential",
+    steps: Annotated[
+        int, option(METHOD, "N", "Updates per learning rate and per trained part.")
+    ] = 100,
     learning_rate: Annotated[
-        str | None, typer.Option(help="One, or several with commas: the best is kept.")
+        str | None,
+        option(
+            METHOD,
+            "X",
+            "One, or several with commas: the best is kept.",
+            default="that of the parameters",
+        ),
     ] = None,
-    rank: Annotated[int, typer.Option(help="Of low-rank changes.")] = 16,
-    scale: Annotated[float, typer.Option(help="Factor of low-rank changes.")] = 2.0,
-    batch_size: Annotated[int, typer.Option(help="Windows per update.")] = 8,
-    optimizer: Annotated[str, typer.Option(help="adamw or adapprox.")] = "adamw",
+    rank: Annotated[int, option(METHOD, "N", "Rank of low-rank changes.")] = 16,
+    scale: Annotated[float, option(METHOD, "X", "Factor of low-rank changes.")] = 2.0,
+    batch_size: Annotated[int, option(METHOD, "N", "Token windows per update.")] = 8,
+    optimizer: Annotated[str, option(METHOD, "NAME", "adamw or adapprox.")] = "adamw",
+    n_sequences: options.Windows = 128,
+    sequence_length: options.WindowLength = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
     checkpointing: Annotated[
-        bool, typer.Option(help="Compute activations twice to save memory (tokens).")
+        bool,
+        option(MACHINE, None, "Save memory, compute activations twice; only for tokens."),
     ] = False,
-    dense: Annotated[
-        str | None, typer.Option(help="Model before pruning, if it is not in its place.")
-    ] = None,
-    n_sequences: Annotated[int, typer.Option(help="Token windows.")] = 128,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
-    error_correction: Annotated[
-        str, typer.Option(help="sequential or full (not for tokens).")
-    ] = "sequential",
-    seed: Annotated[int, typer.Option(help="Of windows, order and factors.")] = 0,
-    save_every: Annotated[int, typer.Option(help="Updates between two states.")] = 50,
-    device: Device = "auto",
-    threads: Threads = None,
-    resume: Resume = True,
-    force: Force = False,
+    save_every: Annotated[
+        int,
+        option(OUTPUT, "N", "Updates between two saved states; only for tokens."),
+    ] = 50,
+    resume: options.Resume = True,
+    force: options.Force = False,
 ) -> None:
-    """Retrain a few parameters of a pruned model; every zero stays."""
+    """Retrain a few parameters of a pruned model; every zero stays.
+
+    --error-correction is sequential or full here, and not used for tokens.
+    """
     from layerwise.recovery.retrain import retrain_model
     from layerwise.reports.retrain_progress import PlainProgress, RichProgress
 

@@ -1,10 +1,10 @@
-"""Three tiny trained language models, and the text they were trained on.
+"""Three tiny trained language models, and their training text.
 
 The models let every command and every test run in seconds without a download. Each is
 a folder in the format of ``transformers``, and they share one tokenizer. Their language
-is Python: the text is the source of the standard library, which is always at hand. The
-modules are named one by one, so that the held-out text is the same everywhere and no
-model ever saw it; only the version of Python makes a difference (they learned 3.11).
+is Python: the text is the source code of the standard library, which is always available.
+The modules are listed one by one, so that the held-out text is the same everywhere and no
+model was trained on it. Only the version of Python matters (the models learned 3.11).
 """
 
 import sysconfig
@@ -68,17 +68,17 @@ def model_path(name: str) -> Path:
 
 
 def calibration_text() -> str:
-    """Source that the models were trained on, about 3 MB."""
+    """Source code that the models were trained on, about 3 MB."""
     return "\n".join(_sources(CALIBRATION))
 
 
 def evaluation_text() -> str:
-    """Source that no model was trained on, about 0.3 MB."""
+    """Source code that no model was trained on, about 0.3 MB."""
     return "\n".join(_sources(EVALUATION))
 
 
 def _sources(modules: Iterable[str]) -> list[str]:
-    """Read `modules`; a missing one is an error, for it would change the text."""
+    """Read `modules`; a missing module is an error, because it would change the text."""
     library = Path(sysconfig.get_paths()["stdlib"])
     texts = []
     for module in modules:

@@ -1,7 +1,7 @@
 """Train the packaged models from scratch: ``python -m layerwise.demo.train llama``.
 
-The packaged models came out of this script with seed 0; the perplexity is that of the
-held-out text, without and with the smallest weights of every row set to zero:
+This script made the packaged models, with seed 0. The last columns are perplexities on the
+held-out text: dense, and with the smallest weights of every row set to zero.
 
 ======  ==========  =====  =======  =====  ==========  ==========
 model   parameters  steps  minutes  dense  50 % zeros  70 % zeros
@@ -11,10 +11,10 @@ llama    1 000 576   4000       38  19.17       24.86       68.90
 mamba      597 632   1200       50  26.94       36.95      107.06
 ======  ==========  =====  =======  =====  ==========  ==========
 
-They are small and trained for long on purpose: a larger model, or one that has seen
-less text, hardly notices the loss of half its weights, and tells no two methods apart.
-The minutes are those of one busy processor core or two; rounding, and with it the last
-digits, depends on the number of threads.
+The models are small and trained for long on purpose. A larger model, or one trained on less
+text, loses little when half its weights are removed, and so shows no difference between
+methods. The minutes are for one or two busy CPU cores. Rounding, and so the last digits,
+depend on the number of threads.
 """
 
 import argparse
@@ -87,7 +87,7 @@ CONFIGS: Final = {
 
 
 def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text can be encoded, and decoding gives it back."""
+    """Byte-level BPE: it encodes any text, and decoding restores the text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -110,8 +110,8 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
 def train(model: Any, tokens: Tensor, steps: int, seed: int) -> None:
     """Minimise the next-token loss over random windows of `tokens`, in place.
 
-    AdamW with a linear warm-up and a cosine decay to zero; weight decay is for matrices
-    only, gradients are clipped to norm one.
+    AdamW with a linear warm-up and a cosine decay to zero. Only matrices have weight decay;
+    gradients are clipped to norm one.
     """
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
@@ -148,7 +148,7 @@ def train(model: Any, tokens: Tensor, steps: int, seed: int) -> None:
 
 @torch.no_grad()
 def perplexity(model: Any, tokens: Tensor) -> float:
-    """Perplexity over consecutive windows of `tokens`; an incomplete one is dropped."""
+    """Perplexity over consecutive windows of `tokens`, without an incomplete last one."""
     model.eval()
     windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     losses = [

@@ -1,1 +1,1 @@
-"""Experiments on the packaged models: prune, measure, keep the figures, compare."""
+"""Experiments on the packaged models: prune, measure, store the results, compare."""

@@ -1,4 +1,4 @@
-"""The demonstration: packaged trained models, pruned by several methods, compared."""
+"""The demonstration: prune packaged models by several methods, and compare."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ RESULTS = "results.jsonl"
 
 @dataclass(frozen=True)
 class Refusal:
-    """An experiment that a method refused, and why."""
+    """An experiment that a method refused, and the reason."""
 
     experiment: Experiment
     reason: str
@@ -32,11 +32,11 @@ class Comparison:
     Parameters
     ----------
     results
-        One per model, pattern and method.
+        One result per model, pattern and method.
     dense_perplexity
-        Of every model before pruning.
+        Perplexity of every model before pruning.
     refused
-        What methods cannot do, such as a pattern that they do not handle.
+        Experiments that a method does not support, for example because of the pattern.
     """
 
     results: tuple[MethodResult, ...]
@@ -45,7 +45,7 @@ class Comparison:
 
 
 def all_methods() -> tuple[str, ...]:
-    """Every solver of single weights once; those that only refit follow Wanda's mask."""
+    """Every solver of single weights once; solvers that only refit use Wanda's mask."""
     sparse = {n: make for n, make in SOLVERS.items() if not prunes_columns_only(make())}
     names = {_without_name(make()): name for name, make in reversed([*sparse.items()])}
     methods = [
@@ -56,7 +56,7 @@ def all_methods() -> tuple[str, ...]:
 
 
 def _without_name(solver: Any) -> Any:
-    """Solver by its options alone, so that two names of the same one are equal."""
+    """Solver without its name, so that two names of the same solver are equal."""
     return replace(solver, name="")
 
 
@@ -80,7 +80,7 @@ def compare(
     on_result
         Called with every result and the dense perplexity of its model.
     store
-        Where results are kept as they come; those that it holds are not computed again.
+        Store for finished results; stored results are not computed again.
     """
     store = ResultStore() if store is None else store
     results: list[MethodResult] = []
@@ -104,7 +104,7 @@ def compare(
 def _answer(
     store: ResultStore, packaged: PackagedModel, experiment: Experiment
 ) -> dict[str, Any]:
-    """Answer from the store, or a new one that is kept there."""
+    """Answer from the store, or a new one, which is added to the store."""
     task, fingerprint = experiment.to_dict(), packaged.fingerprint(experiment.method)
     answer = store.find(task, fingerprint)
     if answer is None:

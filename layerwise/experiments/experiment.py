@@ -1,8 +1,8 @@
 """One experiment on a packaged model: prune it, and measure error and perplexity.
 
 A :class:`PackagedModel` is opened once for many experiments: its texts are encoded once,
-and only when something is computed. Its fingerprints name everything that decides the
-result of an experiment, so that results can be kept.
+and only when needed. Its fingerprints cover everything that decides the result of an
+experiment, so that results can be stored.
 """
 
 import hashlib
@@ -28,27 +28,27 @@ from layerwise.run.models.opening import load_model
 from layerwise.run.pipeline.task import ErrorCorrection
 from layerwise.run.prune import prune_model
 
-DENSE = "dense"  # the method that leaves a model as it is
+DENSE = "dense"  # the method that does not prune
 N_SEQUENCES = 64
-LENGTH = 256  # of the windows; the context of the packaged models
-EVALUATION_TOKENS = 32768  # of the held-out text
+LENGTH = 256  # tokens of a window: the context length of the packaged models
+EVALUATION_TOKENS = 32768  # tokens of the held-out text
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is asked: one packaged model, pruned by one method.
+    """Settings of an experiment: one packaged model, pruned by one method.
 
     Parameters
     ----------
     model
         Name of a packaged model.
     method
-        Name of a solver, names joined by ``+``, or ``"dense"`` for no pruning at all.
+        Name of a solver, names joined by ``+``, or ``"dense"`` for no pruning.
     pattern
         As on the command line.
     error_correction, seed, kind, allocation, format
-        As for `prune_model`; `kind` is its pattern where channels leave, and `pattern`
-        then the sparsity.
+        As for `prune_model`. To remove channels, `kind` is the pattern of `prune_model`
+        and `pattern` the sparsity.
     """
 
     model: str
@@ -61,11 +61,11 @@ class Experiment:
     format: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without what is left out."""
+        """Plain values for JSON, without those that are None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
-    def what(self) -> dict[str, Any]:
-        """Arguments of `prune_model` that say what leaves."""
+    def removal(self) -> dict[str, Any]:
+        """Arguments of `prune_model` that decide what is removed."""
         if self.kind is None:
             return {"pattern": parse_pattern(self.pattern)}
         return {
@@ -77,7 +77,7 @@ class Experiment:
 
 
 class PackagedModel:
-    """A packaged model and the texts it is pruned and measured with.
+    """A packaged model with its calibration and evaluation text.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ class PackagedModel:
 
     @property
     def calibration(self) -> Tensor:
-        """Token ids of the text that the models were trained on."""
+        """Token ids of the training text of the models."""
         return self._tokens[0]
 
     @property
@@ -118,19 +118,19 @@ class PackagedModel:
         }
 
     def fingerprint(self, method: str) -> str:
-        """Hash of all that decides a result and is not in the :class:`Experiment`.
+        """Hash of everything outside the :class:`Experiment` that decides its result.
 
-        Weights, tokenizer, texts, settings, versions, threads, the code of the run and
-        that of the method with its hyper-parameters.
+        This covers weights, tokenizer, texts, settings, versions, threads, the code of
+        the run, and the code of the method with its hyper-parameters.
         """
         modules = ["layerwise.run.prune", "layerwise.run.data.perplexity"]
-        place = ADAPTERS[self.checkpoint.config["model_type"]]
-        modules.append(place.partition(":")[0])
+        adapter = ADAPTERS[self.checkpoint.config["model_type"]]
+        modules.append(adapter.partition(":")[0])
         decisive = {
             **self._data,
             **code_identity(None if method == DENSE else method, modules),
             "settings": [N_SEQUENCES, LENGTH, EVALUATION_TOKENS],
-            "threads": torch.get_num_threads(),  # sums are rounded in another order
+            "threads": torch.get_num_threads(),  # they change the order of rounding
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
@@ -140,8 +140,9 @@ class PackagedModel:
         Returns
         -------
         dict
-            ``perplexity``, and for a pruned model ``mean_relative_error``, ``seconds``
-            and ``records``; or only ``refused``, the reason why the method cannot.
+            ``perplexity``, and for a pruned model ``mean_relative_error``, ``seconds``,
+            ``records`` and ``parameters_left``; or only ``refused``, the reason of a
+            refusal.
 
         Raises
         ------
@@ -156,7 +157,7 @@ class PackagedModel:
             report = prune_model(
                 model,
                 experiment.method,
-                **experiment.what(),
+                **experiment.removal(),
                 calibration=calibration,
                 n_sequences=N_SEQUENCES,
                 sequence_length=LENGTH,

@@ -1,8 +1,8 @@
 """Results of experiments on disk, so that a long comparison can be interrupted.
 
-One JSON object per line: what was asked, the fingerprint of everything that decides the
-answer, and the answer. A result whose fingerprint is another one is not taken: code,
-weights or text have changed since.
+One JSON object per line: the task, the fingerprint of everything that decides the result,
+and the result. A result with another fingerprint is not used: code, weights or text have
+changed since.
 """
 
 import json
@@ -27,7 +27,7 @@ class ResultStore:
     Parameters
     ----------
     path
-        File to continue or to begin; None keeps results in memory only.
+        File to continue or to create; None keeps results in memory only.
 
     Raises
     ------
@@ -42,7 +42,7 @@ class ResultStore:
             for number, line in enumerate(path.read_bytes().splitlines(), start=1):
                 row = parse_json(line, f"{path}, line {number},")
                 if not isinstance(row, dict) or set(row) != FIELDS:
-                    message = f"{path}, line {number}, is no result: delete the file"
+                    message = f"{path}, line {number}, is not a result: delete the file"
                     raise DataError(message)
                 self._rows[_key(row["task"])] = row
 
@@ -50,7 +50,7 @@ class ResultStore:
         return len(self._rows)
 
     def find(self, task: Json, fingerprint: str) -> dict[str, Any] | None:
-        """Result of a task; None if there is none, or only one of another fingerprint."""
+        """Result of a task; None if there is none with this fingerprint."""
         row = self._rows.get(_key(task))
         if row is None or row["fingerprint"] != fingerprint:
             return None
@@ -58,7 +58,7 @@ class ResultStore:
         return result
 
     def add(self, task: Json, fingerprint: str, result: Json) -> None:
-        """Keep a result in place of any other of the same task."""
+        """Store a result; it replaces an earlier one of the same task."""
         row = {"task": dict(task), "fingerprint": fingerprint, "result": dict(result)}
         self._rows[_key(task)] = row
         if self._path is not None:
@@ -77,15 +77,15 @@ class MethodResult:
     Parameters
     ----------
     model, method, pattern
-        What was run.
+        Names from the experiment.
     perplexity
-        Of the pruned model, on held-out text.
+        Perplexity of the pruned model on held-out text.
     mean_relative_error
-        Over the pruned layers.
+        Mean over the pruned layers.
     seconds
-        That the solver took.
+        Wall time of the pruning run.
     records
-        The pruned layers, in order.
+        Records of the pruned layers, in order.
     """
 
     model: str

@@ -1,9 +1,9 @@
-"""Hash of what code does: results of an older version of a method are not taken for new.
+"""Hash of source code, so that results of older code are not mistaken for new ones.
 
 A version number changes at a release; the code changes between releases. The hash covers
-the modules that are named and every module of layerwise that they import. Docstrings,
-comments and layout do not count. Registries do not count either, since ``__init__``
-files only list what there is: a new solver leaves the results of the others valid.
+the named modules and every module of layerwise that they import. Docstrings, comments and
+layout do not count. ``__init__`` files do not count either, since they are only lists: a
+new solver does not invalidate the results of the others.
 """
 
 import ast
@@ -26,14 +26,14 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def code_identity(method: str | None, modules: Iterable[str]) -> dict[str, Any]:
-    """What decides the result of a method besides its input, as plain values.
+    """Plain values that, with the input, decide the result of a method.
 
     Parameters
     ----------
     method
         Name of a solver, or names joined by ``+``; None for code without a solver.
     modules
-        Modules that use it.
+        Modules that use the method.
     """
     names = set(modules)
     steps: tuple[Any, ...] = ()
@@ -59,12 +59,12 @@ def _hash_once(modules: frozenset[str]) -> str:
 
 
 def source_hash(modules: Iterable[str], root: Path = ROOT) -> str:
-    """Hash of modules (dotted names) and of all modules of layerwise behind them.
+    """Hash of modules (dotted names) and of all modules of layerwise that they import.
 
     Parameters
     ----------
     modules
-        Names such as ``"layerwise.solvers.wanda"``; others than ours are left out.
+        Names such as ``"layerwise.solvers.wanda"``; names outside layerwise are ignored.
     root
         Folder of the package.
     """
@@ -84,7 +84,7 @@ def source_hash(modules: Iterable[str], root: Path = ROOT) -> str:
 
 
 def _path(name: str, root: Path) -> Path | None:
-    """File of a module of ours; None for packages and for names inside a module."""
+    """File of a module of layerwise; None for packages and for names inside a module."""
     package, *parts = name.split(".")
     if package != PACKAGE or not parts:
         return None

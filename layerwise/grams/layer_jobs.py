@@ -20,7 +20,7 @@ from layerwise.run.pipeline.matrix import solve_matrix
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.results import PrunedBlock
 from layerwise.run.pipeline.zeros import ZeroWeights
-from layerwise.run.workers.messages import Place
+from layerwise.run.workers.messages import WorkerSpec
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ def solve_layer(job: LayerJob) -> LayerRecord:
     return solved.record
 
 
-def open_layers(place: Place) -> Callable[[LayerJob], LayerRecord]:
+def open_layers(spec: WorkerSpec) -> Callable[[LayerJob], LayerRecord]:
     """Work of a process: jobs, done on the device that it was given."""
-    return partial(_solve_at, place.device)
+    return partial(_solve_at, spec.device)
 
 
 def _solve_at(device: str, job: LayerJob) -> LayerRecord:

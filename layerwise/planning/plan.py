@@ -69,7 +69,8 @@ def plan_run(
     model
         A checkpoint folder or hub name.
     method, sparsity, pattern, arguments
-        As for :func:`layerwise.prune_model`. The calibration text is not read.
+        As for :func:`layerwise.prune_model`. The calibration text is not read and may be
+        left out; a file that is named must be there.
     output_dir, resume, force
         Where the result would go: its free space is checked, and whether it is in the way.
 
@@ -87,14 +88,12 @@ def plan_run(
     settings = Settings.of(method, sparsity, pattern, **arguments)
     destination = Destination.of(output_dir, resume=resume, force=force)
     asked = _pattern_of(settings.removal)
-    _check_counts(n_sequences=settings.calibration.n_sequences)
     source = Checkpoint.open(model)
     headers = Headers.read(source)
     skeleton = headers.model
     streamed = headers.one_to_one and not settings.removal.needs_whole_model
     settings.workers.check(settings.error_correction, streamable=streamed)
-    length = settings.calibration.length_for(skeleton)
-    _check_counts(sequence_length=length)
+    length = settings.calibration.check(skeleton)
     base = own_memory()
     opened = OpenedModel(InMemory(skeleton), adapter_without_memory(skeleton), source)
     settings = settings.for_model(opened)
@@ -175,13 +174,6 @@ def _in_the_way(destination: Destination) -> LayerwiseError | None:
     if output is None or destination.force or not output.exists():
         return None
     return UsageError(f"{output} exists; choose another output, or replace it with --force")
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            message = f"{name} must be at least 1, got {value}"
-            raise UsageError(message)
 
 
 def _selection_error(settings: Settings, opened: OpenedModel) -> LayerwiseError | None:

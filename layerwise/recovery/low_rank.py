@@ -11,9 +11,9 @@ scale-lora   ``W * (B A)``               the same                 ``B A = 1``
 masklora     ``W + s M * (B A)``         the same                 B = 0, A random
 ===========  ==========================  =======================  ===================
 
-All but `lora`, which is for dense weights such as the LM head, end with the zeros of the
-mask. A parametrization replaces the weight wherever it is read, also where a model uses
-it without calling the layer, as Mamba does.
+All kinds but `lora` end with the zeros of the mask; `lora` is for dense weights such as the
+LM head. A parametrization replaces the weight wherever it is read. This includes models
+such as Mamba, which use a weight without calling its layer.
 
 References
 ----------
@@ -43,9 +43,9 @@ class LowRank(nn.Module):
     mask
         Kept entries in the same shape; None: all.
     rank, scale
-        Rank r and factor s.
+        Rank r and scale s.
     generator
-        Of the random factor, on the CPU.
+        Random generator for A, on the CPU.
     """
 
     mask: Tensor
@@ -85,12 +85,12 @@ class LowRank(nn.Module):
         return torch.add(weight, product, alpha=self.scale)
 
     def merged(self, weight: Tensor) -> Tensor:
-        """Weight with the change built in, exactly zero off the mask."""
+        """Weight after merging, exactly zero where the mask is False."""
         return torch.where(self.mask, self(weight), 0)
 
 
 class Masked(nn.Module):
-    """Parametrization that trains a weight itself and holds its zeros.
+    """Parametrization that trains a weight itself and keeps its zeros.
 
     Parameters
     ----------

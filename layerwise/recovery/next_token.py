@@ -1,8 +1,8 @@
-"""Retraining for the next-token loss, through the whole model.
+"""Retraining of the whole model on its next-token loss.
 
-The model is in float32 while it trains, four bytes per parameter, with gradients and
-optimizer state for the trained parameters alone. Checkpointing keeps the activations of one
-block at a time and computes each block twice.
+The model is in float32 while it trains, four bytes per parameter. Only trained parameters
+have gradients and optimizer state. Checkpointing keeps the activations of one block at a
+time, and computes each block twice.
 """
 
 import time
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from layerwise.recovery.records import UnitRecord
-from layerwise.recovery.trainable import Choice, Trainable, in_float32
+from layerwise.recovery.trainable import ParameterSets, Trainable, in_float32
 from layerwise.recovery.training import OnStep, State, Training, split, train
 from layerwise.run.activations.streams import evaluation_mode
 from layerwise.run.data.perplexity import mean_loss
@@ -23,7 +23,7 @@ from layerwise.run.data.perplexity import mean_loss
 
 def retrain_tokens(
     model: Any,
-    choice: Choice,
+    sets: ParameterSets,
     masks: Mapping[str, Tensor],
     batches: Sequence[Tensor],
     training: Training,
@@ -37,8 +37,8 @@ def retrain_tokens(
 
     Parameters
     ----------
-    model, choice, masks
-        The pruned model on its device, what is trained, and its masks by parameter name.
+    model, sets, masks
+        The pruned model on its device, the sets to train, and masks by parameter name.
     batches
         Token ids, each (sequences, length); the last ones are held out.
     training
@@ -46,38 +46,38 @@ def retrain_tokens(
     blocks
         Decoder blocks whose activations are computed again in the backward pass.
     state, save
-        Of an interrupted training.
+        State of an interrupted training, and the function that saves one.
     on_step
-        Told about every step.
+        Called after every step.
 
     Returns
     -------
     tuple
-        New values by parameter name, in the types of the model, and the figures.
+        New values by parameter name, in the types of the model, and the record.
     """
     start = time.perf_counter()
     device = next(model.parameters()).device
     learn, held_out = split(len(batches))
-    judged = torch.cat([batches[index] for index in held_out])
-    length = judged.shape[1]
+    held_out_tokens = torch.cat([batches[index] for index in held_out])
+    length = held_out_tokens.shape[1]
 
     def loss_of(index: int) -> Tensor:
         ids = batches[index].to(device)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
-    def judge() -> float:
-        return mean_loss(model, judged.flatten(), sequence_length=length)
+    def held_out_loss() -> float:
+        return mean_loss(model, held_out_tokens.flatten(), sequence_length=length)
 
     with evaluation_mode(model), in_float32(model):
-        trainable = Trainable(model, choice, masks, seed=training.seed)
+        trainable = Trainable(model, sets, masks, seed=training.seed)
         try:
-            before = judge()  # of the start: a resumed training has not moved yet
-            with _computed_twice(blocks):
-                found = train(
+            before = held_out_loss()  # a resumed training has not restored its values yet
+            with _checkpointed(blocks):
+                final = train(
                     trainable,
                     loss_of,
-                    judge,
+                    held_out_loss,
                     learn,
                     training,
                     state=state or State(best=before),
@@ -87,30 +87,30 @@ def retrain_tokens(
         except BaseException:
             trainable.release()
             raise
-        trained, names = trainable.numbers, []
-        if found.best_rate is None:
+        trained, names = trainable.n_parameters, []
+        if final.best_rate is None:
             trainable.set_values()
             trainable.release()
         else:
             names = list(trainable.merge())
-    after = judge() if names else before
+    after = held_out_loss() if names else before
     own = dict(model.named_parameters())
     record = UnitRecord(
         name="",
         trained=trained,
         before=before,
         after=after,
-        learning_rate=found.best_rate,
+        learning_rate=final.best_rate,
         steps=training.steps,
-        losses=tuple(found.losses),
+        losses=tuple(final.losses),
         seconds=time.perf_counter() - start,
     )
     return {name: own[name].detach().cpu() for name in names}, record
 
 
 @contextmanager
-def _computed_twice(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Let blocks forget their activations until the backward pass."""
+def _checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Drop the activations of blocks, and compute them again in the backward pass."""
     with ExitStack() as stack:
         for block in blocks:
             original = block.forward

@@ -1,4 +1,4 @@
-"""What a retrained folder holds: the pruned folder, some tensors anew, and the figures."""
+"""The retrained folder: a copy of the pruned folder with new tensors and the records."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -36,11 +36,11 @@ def write_retrained(
     journal
         The partial folder.
     pruned
-        The model, and the folder that it came from: masks and layer log are copied.
+        The model and its folder, whose masks and layer log are copied.
     values
         New values by parameter name.
     records, settings
-        What was done.
+        Figures of every unit, and the arguments.
     """
     folder, source, manifest = journal.folder, pruned.source, pruned.manifest
     assert source is not None

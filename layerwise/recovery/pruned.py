@@ -1,6 +1,7 @@
-"""What is retrained: a pruned model, its masks, and the model before pruning.
+"""Inputs of a retraining: a pruned model, its masks, and the model before pruning.
 
-Masks come from the journal of the pruning run, never from the zeros, and must fit them.
+Masks come from the journal of the pruning run. They are never derived from the zeros of the
+weights, but must agree with them.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from layerwise.adapters import Adapter
 from layerwise.errors import UsageError
-from layerwise.recovery.trainable import Choice
+from layerwise.recovery.trainable import ParameterSets
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.models.opening import OpenedModel, load_model, open_model
 from layerwise.run.outputs.output import Manifest
@@ -23,7 +24,7 @@ from layerwise.run.pipeline.journal import read_masks
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned model, its masks, and the folder that it came from."""
+    """A pruned model, its masks, and the manifest of its folder."""
 
     opened: OpenedModel
     masks: Mapping[str, Tensor]
@@ -49,43 +50,43 @@ class Pruned:
         cls,
         model_or_path: Any,
         masks: Mapping[str, Tensor] | None,
-        choice: Choice,
+        sets: ParameterSets,
         output: Path | None,
     ) -> "Pruned":
         """Open a folder, or take a model object with its masks; both are checked."""
         if isinstance(model_or_path, nn.Module):
             if output is not None:
                 message = (
-                    "a model object cannot be written to output_dir, for its folder holds "
-                    "the masks: give the folder of the pruned model"
+                    "a model object cannot be written to output_dir, because the masks are "
+                    "copied from a folder: give the folder of the pruned model"
                 )
                 raise UsageError(message)
-            if masks is None and choice.on_weights:
+            if masks is None and sets.on_weights:
                 message = (
-                    f"{choice.on_weights[0]} needs the masks of the pruning run, which a "
+                    f"{sets.on_weights[0]} needs the masks of the pruning run, which a "
                     f"model object does not have: give masks=report.masks"
                 )
                 raise UsageError(message)
-            found = cls(open_model(model_or_path, streamed=False), dict(masks or {}))
+            pruned = cls(open_model(model_or_path, streamed=False), dict(masks or {}))
         else:
             if masks is not None:
-                message = "masks belong to a model object; a folder has its own"
+                message = "give masks only with a model object; a folder has its own"
                 raise UsageError(message)
             folder = Checkpoint.open(model_or_path).path
             manifest = Manifest.read(folder)
             opened = open_model(folder, streamed=False)
             if manifest.smaller is None:
                 kept = dict(read_masks(folder))
-            else:  # all that is left of a smaller model is dense
-                kept = _everything(opened.model, opened.adapter)
-            found = cls(opened, kept, manifest)
-        found._check_masks()
-        return found
+            else:  # the remaining weights of a smaller model are dense
+                kept = _full_masks(opened.model, opened.adapter)
+            pruned = cls(opened, kept, manifest)
+        pruned._check_masks()
+        return pruned
 
     @property
     def blocks(self) -> dict[str, nn.Module]:
         """Decoder blocks by full name."""
-        return blocks_as_they_are(self.model, self.adapter)
+        return unchecked_blocks(self.model, self.adapter)
 
     def _check_masks(self) -> None:
         own = dict(self.model.named_parameters())
@@ -93,15 +94,15 @@ class Pruned:
             if name not in own or own[name].shape != mask.shape or mask.dtype != torch.bool:
                 shape = tuple(own[name].shape) if name in own else "no such parameter"
                 message = (
-                    f"the mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}, the "
-                    f"model has {shape}: masks of another model?"
+                    f"the mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}, but "
+                    f"the model has {shape}: give the masks of this model"
                 )
                 raise UsageError(message)
             zeros = own[name].detach()[~mask.to(own[name].device)]
             if bool((zeros != 0).any()):
                 message = (
-                    f"{name} has {int((zeros != 0).sum())} weights that its mask removes: "
-                    f"masks of another model, or zeros that were lost"
+                    f"{name} has {int((zeros != 0).sum())} nonzero weights that its mask "
+                    f"removes: give the pruned model and its own masks"
                 )
                 raise UsageError(message)
 
@@ -115,29 +116,32 @@ class Pruned:
             path = Recipe.read(recipe).model if recipe.is_file() else None
         if path is None:
             message = (
-                "a reconstruction compares with the model before pruning: give dense "
-                "(--dense), or choose the objective tokens"
+                "a reconstruction needs the model before pruning: give dense (--dense), or "
+                "choose the objective tokens"
             )
             raise UsageError(message)
         dense = load_model(Checkpoint.open(path))
         ours, theirs = self.model.config, dense.config
         if (ours.model_type, ours.hidden_size) != (theirs.model_type, theirs.hidden_size):
-            message = f"{path} is another architecture than the pruned model"
+            message = (
+                f"{path} and the pruned model differ in architecture: give the model that "
+                f"was pruned"
+            )
             raise UsageError(message)
         return dense
 
 
-def _everything(model: Any, adapter: Adapter) -> dict[str, Tensor]:
+def _full_masks(model: Any, adapter: Adapter) -> dict[str, Tensor]:
     """Masks that keep all weights of all linears of the blocks."""
-    found = {}
-    for block_name, block in blocks_as_they_are(model, adapter).items():
+    masks = {}
+    for block_name, block in unchecked_blocks(model, adapter).items():
         for name in adapter.linear_names(block_name):
             weight = block.get_parameter(f"{name}.weight")
-            found[f"{block_name}.{name}.weight"] = torch.ones_like(weight, dtype=torch.bool)
-    return found
+            masks[f"{block_name}.{name}.weight"] = torch.ones_like(weight, dtype=torch.bool)
+    return masks
 
 
-def blocks_as_they_are(model: Any, adapter: Adapter) -> dict[str, nn.Module]:
-    """Blocks by full name, also with modules for narrow values in the place of linears."""
+def unchecked_blocks(model: Any, adapter: Adapter) -> dict[str, nn.Module]:
+    """Blocks by full name, where a module for narrow values may replace a linear."""
     layers = model.get_submodule(adapter.blocks)
     return {f"{adapter.blocks}.{i}": block for i, block in enumerate(layers)}

@@ -1,13 +1,13 @@
-r"""Reconstruction: a block, its parts or its matrices give the dense outputs again.
+r"""Reconstruction: train a block, its parts or its matrices to the dense outputs.
 
-Blocks are taken in order. With Xhat the inputs that the blocks before, pruned and
-reconstructed, give a unit, and theta its trained parameters:
+Blocks are taken in order. With theta the trained parameters of a unit, and Xhat its inputs
+from the pruned and reconstructed blocks before it, the problem is
 
     min over theta of  ||f_dense(X) - f_theta(Xhat)||^2 / ||f_dense(X)||^2
 
-``sequential``, as published, compares on equal inputs, X = Xhat; ``full`` takes X from the
-dense model, and so also makes up for what the blocks before have lost. One block is in
-float32 on the device at a time, with the optimizer state of one unit.
+``sequential``, as published, compares on equal inputs, X = Xhat. ``full`` takes X from the
+dense model, and so also corrects the errors of the blocks before. One block at a time is on
+the device, in float32, with the optimizer state of one unit.
 
 References
 ----------
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from layerwise.adapters import Stage
 from layerwise.errors import UsageError
 from layerwise.recovery.records import UnitRecord
-from layerwise.recovery.trainable import HALF, Choice, Trainable, in_float32
+from layerwise.recovery.trainable import HALF, ParameterSets, Trainable, in_float32
 from layerwise.recovery.training import OnStep, State, Training, split, train
 from layerwise.recovery.units import Unit, dense_output, output_at, units_of
 from layerwise.run.activations.streams import Call
@@ -39,12 +39,12 @@ MODES = ("sequential", "full")
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What to do to every block.
+    """Settings for the reconstruction of every block.
 
     Parameters
     ----------
-    choice, training
-        What is trained, and how.
+    sets, training
+        Parameter sets, and how they are trained.
     objective
         ``"block"``, ``"parts"`` or ``"matrix"``.
     mode
@@ -53,7 +53,7 @@ class Reconstruction:
         Where to compute.
     """
 
-    choice: Choice
+    sets: ParameterSets
     training: Training
     objective: str
     mode: str
@@ -62,15 +62,15 @@ class Reconstruction:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             message = (
-                f"error_correction of a reconstruction is one of {', '.join(MODES)}, got "
-                f"{self.mode!r}"
+                f"error_correction of a reconstruction must be one of {', '.join(MODES)}, "
+                f"got {self.mode!r}"
             )
             raise UsageError(message)
 
 
 @dataclass
 class RetrainedBlock:
-    """New values of parameters by their name in the block, and the figures."""
+    """New values of parameters by their name in the block, and the records."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
     records: list[UnitRecord] = field(default_factory=list)
@@ -78,7 +78,7 @@ class RetrainedBlock:
 
 @dataclass(frozen=True)
 class Pair:
-    """A block, the dense one, their masks and what goes into both, batch by batch."""
+    """A pruned block, its dense block, their masks, and the inputs of both by batch."""
 
     name: str
     block: nn.Module
@@ -101,9 +101,9 @@ def reconstruct_block(
     Parameters
     ----------
     task, pair
-        What to do, and to what; both blocks are on the task's device.
+        Settings and blocks; both blocks are on the task's device.
     on_step, on_unit
-        Told about every step and every unit.
+        Called after every step and every unit.
     """
     result = RetrainedBlock()
     with in_float32(pair.block), in_float32(pair.dense):
@@ -157,18 +157,18 @@ def _retrain_unit(
         return (output - targets[index].to(output.device)).square().sum() / energy
 
     @torch.no_grad()
-    def judge() -> float:
+    def held_out_error() -> float:
         return math.sqrt(sum(float(error_of(i)) for i in held_out) / len(held_out))
 
     trainable = Trainable(
-        block, task.choice, pair.masks, scope=unit.modules, seed=task.training.seed
+        block, task.sets, pair.masks, scope=unit.modules, seed=task.training.seed
     )
     try:
-        before = judge()
+        before = held_out_error()
         state = train(
             trainable,
             error_of,
-            judge,
+            held_out_error,
             learn,
             task.training,
             state=State(best=before),
@@ -177,7 +177,7 @@ def _retrain_unit(
     except BaseException:
         trainable.release()
         raise
-    trained = trainable.numbers
+    trained = trainable.n_parameters
     values: dict[str, Tensor] = {}
     if state.best_rate is None:
         trainable.set_values()
@@ -185,7 +185,7 @@ def _retrain_unit(
         after = before
     else:
         values = trainable.merge()
-        after = judge()
+        after = held_out_error()
     record = UnitRecord(
         name=unit.name,
         trained=trained,
@@ -200,15 +200,15 @@ def _retrain_unit(
 
 
 def _as_float32(call: Call) -> Call:
-    return Call(_floated(call.args), _floated(call.kwargs))
+    return Call(_to_float32(call.args), _to_float32(call.kwargs))
 
 
-def _floated(value: Any) -> Any:
-    """Half precision tensors inside tuples, lists and mappings as float32."""
+def _to_float32(value: Any) -> Any:
+    """Convert half-precision tensors inside tuples, lists and mappings to float32."""
     if isinstance(value, Tensor):
         return value.float() if value.dtype in HALF else value
     if isinstance(value, tuple | list):
-        return type(value)(_floated(item) for item in value)
+        return type(value)(_to_float32(item) for item in value)
     if isinstance(value, Mapping):
-        return {key: _floated(item) for key, item in value.items()}
+        return {key: _to_float32(item) for key, item in value.items()}
     return value

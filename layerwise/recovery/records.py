@@ -1,4 +1,4 @@
-"""Figures of what was retrained."""
+"""The record of a retrained unit."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -8,23 +8,23 @@ from layerwise.errors import DataError
 
 @dataclass(frozen=True)
 class UnitRecord:
-    """Figures of what was retrained together.
+    """Figures of a unit: parameters that were retrained together.
 
     Parameters
     ----------
     name
         Full name of the block, part or matrix; empty for a whole model.
     trained
-        Numbers that were trained.
+        Number of trained parameters.
     before, after
-        On what is held out: relative error of the outputs, ``||F - Fhat|| / ||F||``, or
-        the mean loss of a token for the objective ``tokens``.
+        Relative error of the outputs on the held-out batches, ``||F - Fhat|| / ||F||``; for
+        the objective ``tokens``, the mean loss per token.
     learning_rate
-        The one that was kept; None: none made it better, and nothing was changed.
+        The best learning rate; None: none improved the unit, and nothing was changed.
     steps
-        Updates with it.
+        Updates per learning rate.
     losses
-        Training losses of the last learning rate that was tried.
+        Training losses of the last learning rate.
     seconds
         Wall time.
     """
@@ -47,6 +47,9 @@ class UnitRecord:
         """Record from the values of :meth:`to_dict`."""
         names = {entry.name for entry in fields(cls)}
         if not isinstance(values, dict) or set(values) != names:
-            message = "a record of a retrained unit has other fields: the file is damaged"
+            message = (
+                "a record of a retrained unit has unknown or missing fields, so the file "
+                "is damaged: start over"
+            )
             raise DataError(message)
         return cls(**{**values, "losses": tuple(values["losses"])})

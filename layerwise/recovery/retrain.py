@@ -1,7 +1,7 @@
-"""retrain_model: a pruned model in, the same model with a few parameters retrained out.
+"""retrain_model: retrain a few parameters of a pruned model, with fixed masks.
 
-Masks come from the journal of the pruning run, never from the zeros. Everything that can be
-refused is refused before a weight is touched.
+Masks come from the journal of the pruning run, never from the zeros. All arguments and
+files are checked before any weight is changed.
 """
 
 import time
@@ -31,7 +31,7 @@ from layerwise.run.settings import CalibrationData, choose_device
 
 @dataclass(frozen=True, eq=False)
 class RetrainReport:
-    """What a retraining did.
+    """Result of a retraining.
 
     Parameters
     ----------
@@ -40,11 +40,11 @@ class RetrainReport:
     records
         Figures of every unit, in order; one for the objective ``tokens``.
     trained
-        Numbers that were trained.
+        Number of trained parameters.
     parameters
-        Numbers in the parameters of the model.
+        Number of parameters of the model.
     output_dir
-        Where it was saved, or None.
+        Folder of the retrained model, or None.
     seconds
         Wall time.
     """
@@ -58,7 +58,7 @@ class RetrainReport:
 
     @property
     def fraction(self) -> float:
-        """Share of the parameters that was trained."""
+        """Fraction of the parameters that was trained."""
         return self.trained / self.parameters
 
 
@@ -91,9 +91,10 @@ def retrain_model(
 ) -> RetrainReport:
     """Retrain a small set of parameters of a pruned model, with its masks fixed.
 
-    Problem: ``min over theta of`` the mean next-token loss of the model, or of the distance
-    of the outputs of its blocks, parts or matrices from the dense ones, where theta are the
-    chosen parameters and no removed weight comes back.
+    The problem is ``min over theta`` of one of two losses, where theta are the parameters
+    in the sets, and removed weights stay zero. The loss is the mean next-token loss of the
+    model, or the distance between the outputs of its blocks, parts or matrices and the
+    dense outputs.
 
     Parameters
     ----------
@@ -103,23 +104,24 @@ def retrain_model(
         Sets joined by ``+``: ``biases``, ``norms``, ``head``, and one of ``lora-prune``,
         ``scale-lora``, ``masklora``, ``full``; see :mod:`layerwise.recovery.trainable`.
     objective
-        ``"tokens"``, or a reconstruction: ``"block"``, ``"parts"`` (attention and MLP on
-        their own) or ``"matrix"``.
+        ``"tokens"``, or a reconstruction: ``"block"``, ``"parts"`` (attention and MLP
+        separately) or ``"matrix"``.
     calibration
         Text or token ids, as for `prune_model`.
     masks
-        Of a model object, by parameter name, True = kept: ``report.masks`` of the pruning
-        run. A folder has its own.
+        Masks of a model object by parameter name, True = kept: ``report.masks`` of the
+        pruning run. A folder has its own.
     dense
-        The model before pruning, for a reconstruction; of a folder by default the one that
-        its recipe names.
+        The model before pruning, for a reconstruction. With a folder, the default is the
+        model named in its recipe.
     steps
-        Updates per learning rate, of the model or of every unit.
+        Updates per learning rate, for the model or for every unit.
     learning_rate
-        Peak value, or several: the best on held-out batches is kept, or the start, if
-        none is better. None: that of the set, which falls as the hidden size grows.
+        One or several peak values: the best on the held-out batches is kept, or the
+        initial values if none improves them. None: the default of the set, which falls
+        as the hidden size grows.
     rank, scale
-        Of low-rank changes ``scale B A``.
+        Rank and scale of low-rank changes ``scale B A``.
     batch_size
         Sequences per update.
     optimizer
@@ -127,27 +129,27 @@ def retrain_model(
     checkpointing
         Compute activations twice to save memory (``tokens``).
     error_correction
-        Of a reconstruction: ``"sequential"`` compares on the inputs that the pruned model
-        gives, ``"full"`` with the outputs of the dense model throughout.
+        Inputs of the dense model in a reconstruction: ``"sequential"`` uses those of the
+        pruned model, ``"full"`` the dense model's own.
     tokenizer, n_sequences, sequence_length, seed, device
         As for `prune_model`.
     save_every
-        Updates between two states on disk (``tokens``).
+        Updates between two saved states (``tokens``).
     output_dir
-        New folder; work happens in ``output_dir.partial``.
+        New folder; unfinished work is in ``output_dir.partial``.
     resume, force
         As for `prune_model`.
     callbacks
-        Told about the progress.
+        Called as the retraining progresses.
 
     Raises
     ------
     UsageError, UnsupportedModelError
-        If an argument is impossible; nothing was touched.
+        If an argument is impossible; nothing was changed.
     DataError
-        If a folder or text is missing or damaged; nothing was touched.
+        If a folder or text is missing or damaged; nothing was changed.
     SolveError
-        If no learning rate gives finite losses; what is finished is kept.
+        If no learning rate gives finite losses; finished blocks are kept.
 
     References
     ----------
@@ -169,34 +171,34 @@ def retrain_model(
         save_every=save_every,
     )
     data = CalibrationData(calibration, n_sequences, sequence_length, seed)
-    chosen = choose_device(device)
+    torch_device = choose_device(device)
     destination = Destination.of(output_dir, resume=resume, force=force)
     destination.check()
     output = destination.output
-    pruned = Pruned.open(model_or_path, masks, settings.choice, output)
+    pruned = Pruned.open(model_or_path, masks, settings.sets, output)
     model, source = pruned.model, pruned.source
     width = int(model.config.hidden_size)
     original = pruned.dense_model(dense) if settings.reconstructs else None
     tokens = data.windows(pruned.opened, tokenizer)
     batches = torch.split(tokens.tokens, batch_size)
-    split(len(batches))  # refuses too few
+    split(len(batches))  # raises if there are too few
     journal = None
     if output is not None:
         assert source is not None
         identity = _identity(
-            settings.to_dict(width, tokens), tokens, source, original, chosen
+            settings.to_dict(width, tokens), tokens, source, original, torch_device
         )
         journal = Journal(output, identity, force=force, resume=resume)
     listeners = tuple(callbacks)
-    run = Runner(pruned, batches, chosen, journal, listeners)
+    run = Runner(pruned, batches, torch_device, journal, listeners)
     try:
-        with fast_scan(model, chosen):
+        with fast_scan(model, torch_device):
             if original is None:
                 values, records = run.tokens(
-                    settings.choice, settings.training(width), checkpointing
+                    settings.sets, settings.training(width), checkpointing
                 )
             else:
-                task = settings.reconstruction(width, chosen)
+                task = settings.reconstruction(width, torch_device)
                 values, records = run.blocks(task, original)
     except BaseException:
         if journal is not None:

@@ -1,4 +1,4 @@
-"""A retraining under way: block by block or in one piece, with a journal and listeners."""
+"""Runs a retraining, block by block or of the whole model, with journal and callbacks."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,33 +18,33 @@ from layerwise.recovery.reconstruct import (
 )
 from layerwise.recovery.records import UnitRecord
 from layerwise.recovery.states import pack, unpack
-from layerwise.recovery.trainable import Choice
+from layerwise.recovery.trainable import ParameterSets
 from layerwise.recovery.training import State, Training
 from layerwise.recovery.units import count_units
 from layerwise.run.activations.streams import behind, capture, evaluation_mode
 from layerwise.run.pipeline.journal import Journal
 
-TRAINING = "training"  # name of the state of a training in the journal
+TRAINING = "training"  # name of the training state in the journal
 
 
 class Callback(Protocol):
-    """Told about a retraining as it happens."""
+    """Called as a retraining progresses."""
 
     def on_start(self, total: int, per_unit: int) -> None:
-        """Everything was checked; at most so many updates, in all and of every unit."""
+        """All checks passed; at most so many updates follow, in total and per unit."""
 
     def on_step(self, learning_rate: float, step: int, loss: float) -> None:
         """One update is done."""
 
     def on_unit(self, record: UnitRecord) -> None:
-        """A unit is done (or was done by the run that is resumed)."""
+        """A unit is done, now or by the interrupted run that is resumed."""
 
     def on_finish(self, report: Any) -> None:
-        """All of it is done and saved; told a `RetrainReport`."""
+        """The retraining is finished and saved; `report` is a `RetrainReport`."""
 
 
 class Runner:
-    """What a retraining needs from start to end.
+    """Runs a retraining on a pruned model.
 
     Parameters
     ----------
@@ -55,9 +55,9 @@ class Runner:
     device
         Where to compute.
     journal
-        Where blocks and states go, if anywhere.
+        Stores finished blocks and training states; None: nothing is stored.
     listeners
-        Who is told.
+        Callbacks.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Runner:
         self._journal, self._listeners = journal, listeners
 
     def tokens(
-        self, choice: Choice, training: Training, checkpointing: bool
+        self, sets: ParameterSets, training: Training, checkpointing: bool
     ) -> tuple[dict[str, Tensor], list[UnitRecord]]:
         """Train the whole model on its next-token loss."""
         model = self._pruned.model
@@ -83,7 +83,7 @@ class Runner:
         blocks = list(self._pruned.blocks.values())
         values, record = retrain_tokens(
             model,
-            choice,
+            sets,
             self._pruned.masks,
             self._batches,
             training,
@@ -108,20 +108,21 @@ class Runner:
         blocks, originals = self._pruned.blocks, adapter.blocks_of(dense)
         if blocks.keys() != originals.keys():
             message = (
-                f"the dense model has {len(originals)} blocks, the pruned one {len(blocks)}"
+                f"the dense model has {len(originals)} blocks but the pruned one has "
+                f"{len(blocks)}: give the model that was pruned"
             )
             raise UsageError(message)
         with evaluation_mode(model), evaluation_mode(dense):
-            return self._walk(task, blocks, originals, dense)
+            return self._reconstruct(task, blocks, originals, dense)
 
-    def _walk(
+    def _reconstruct(
         self,
         task: Reconstruction,
         blocks: Mapping[str, nn.Module],
         originals: Mapping[str, nn.Module],
         dense: nn.Module,
     ) -> tuple[dict[str, Tensor], list[UnitRecord]]:
-        """From the first block to the last."""
+        """Reconstruct the blocks in order."""
         adapter, model = self._pruned.adapter, self._pruned.model
         stream = capture(model, list(blocks.values()), self._batches)
         hidden: Sequence[Tensor] = stream.hidden
@@ -152,9 +153,9 @@ class Runner:
                 inputs=hidden,
                 dense_inputs=hidden if task.mode == "sequential" else dense_hidden,
             )
-            found = self._block(index, task, pair)
-            values |= {prefix + n: value for n, value in found.values.items()}
-            records += found.records
+            retrained = self._block(index, task, pair)
+            values |= {prefix + n: value for n, value in retrained.values.items()}
+            records += retrained.records
             if index < len(blocks) - 1:
                 if task.mode == "full":
                     dense_hidden = list(behind(original, calls, dense_hidden, self._device))
@@ -169,18 +170,18 @@ class Runner:
         if stored is not None:
             tensors, text = stored
             records = [UnitRecord.from_dict(values) for values in json.loads(text)]
-            found = RetrainedBlock(tensors, records)
+            retrained = RetrainedBlock(tensors, records)
             with torch.no_grad():
-                for name, value in found.values.items():
+                for name, value in retrained.values.items():
                     pair.block.get_parameter(name).copy_(value)
             for record in records:
                 self._unit(record)
-            return found
-        found = reconstruct_block(task, pair, self._step, self._unit)
+            return retrained
+        retrained = reconstruct_block(task, pair, self._step, self._unit)
         if self._journal is not None:
-            text = json.dumps([record.to_dict() for record in found.records])
-            self._journal.write_state(state, found.values, text)
-        return found
+            text = json.dumps([record.to_dict() for record in retrained.records])
+            self._journal.write_state(state, retrained.values, text)
+        return retrained
 
     def _start(self, units: int, training: Training) -> None:
         per_unit = training.steps * len(training.learning_rates)

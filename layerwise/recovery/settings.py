@@ -1,4 +1,4 @@
-"""What a retraining is asked, checked as a whole before anything is opened."""
+"""Settings of a retraining, checked together before anything is opened."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 
 from layerwise.errors import UsageError
 from layerwise.recovery.reconstruct import Reconstruction
-from layerwise.recovery.trainable import Choice
+from layerwise.recovery.trainable import ParameterSets
 from layerwise.recovery.training import Training
 from layerwise.recovery.units import OBJECTIVES
 from layerwise.run.data.calibration import Calibration
@@ -22,7 +22,7 @@ LEARNING_RATES: Mapping[str, float] = {
     "masklora": 1e-2,
     "full": 1e-3,
 }
-WIDTH = 128  # of the models on which these rates were measured; they fall with the width
+WIDTH = 128  # hidden size of the models with these rates; wider models use lower rates
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Settings:
     Parameters
     ----------
     parameters, objective, steps, learning_rate, rank, scale, batch_size, optimizer
-        As there.
+        As for `retrain_model`.
     error_correction, seed, save_every
-        As there.
+        As for `retrain_model`.
 
     Raises
     ------
     UsageError
-        If one is impossible, or two contradict each other.
+        If an argument is impossible, or two contradict each other.
     """
 
     parameters: str
@@ -57,37 +57,37 @@ class Settings:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             known = ", ".join(OBJECTIVES)
-            message = f"objective is one of {known}, got {self.objective!r}"
+            message = f"objective must be one of {known}, got {self.objective!r}"
             raise UsageError(message)
         if self.batch_size < 1:
             message = f"batch_size must be at least 1, got {self.batch_size}"
             raise UsageError(message)
-        if self.reconstructs and "head" in self.choice.names:
+        if self.reconstructs and "head" in self.sets.names:
             message = "the set head trains the LM head: choose the objective tokens"
             raise UsageError(message)
         self.reconstruction(WIDTH, torch.device("cpu"))
 
     @property
     def reconstructs(self) -> bool:
-        """Whether dense outputs are to be given again, and the dense model is needed."""
+        """Whether the objective is a reconstruction, which needs the dense model."""
         return self.objective != "tokens"
 
     @property
-    def choice(self) -> Choice:
+    def sets(self) -> ParameterSets:
         """Parameter sets."""
-        return Choice(tuple(self.parameters.split("+")), self.rank, self.scale)
+        return ParameterSets(tuple(self.parameters.split("+")), self.rank, self.scale)
 
     def rates(self, width: int) -> tuple[float, ...]:
-        """Learning rates to try; by default one, in inverse proportion to the width."""
+        """Learning rates to try; by default one, inversely proportional to the width."""
         if self.learning_rate is None:
-            least = min(LEARNING_RATES[name] for name in self.choice.names)
+            least = min(LEARNING_RATES[name] for name in self.sets.names)
             return (least * min(1.0, WIDTH / width),)
         if isinstance(self.learning_rate, int | float):
             return (float(self.learning_rate),)
         return tuple(float(rate) for rate in self.learning_rate)
 
     def training(self, width: int) -> Training:
-        """How a model of this hidden size is trained."""
+        """Training settings for a model of this hidden size."""
         return Training(
             self.steps,
             self.rates(width),
@@ -97,9 +97,9 @@ class Settings:
         )
 
     def reconstruction(self, width: int, device: torch.device) -> Reconstruction:
-        """What to do to every block."""
+        """Settings for the reconstruction of every block."""
         return Reconstruction(
-            self.choice,
+            self.sets,
             self.training(width),
             self.objective,
             self.error_correction,
@@ -108,7 +108,7 @@ class Settings:
 
     def to_dict(self, width: int, tokens: Calibration) -> dict[str, Any]:
         """Plain values of everything that decides the result."""
-        found: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "parameters": self.parameters,
             "objective": self.objective,
             "steps": self.steps,
@@ -123,5 +123,5 @@ class Settings:
             "seed": self.seed,
         }
         if self.reconstructs:
-            found["error_correction"] = self.error_correction
-        return found
+            settings["error_correction"] = self.error_correction
+        return settings

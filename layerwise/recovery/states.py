@@ -1,7 +1,7 @@
-"""A training under way as tensors and text, for a file that cannot run code.
+"""The state of a training as tensors and text, for a file format that cannot run code.
 
 The state of an optimizer is a tree of mappings, lists, numbers and tensors. The text is
-that tree in JSON, with a name in the place of every tensor.
+this tree in JSON, where every tensor is replaced by its name.
 """
 
 import json
@@ -18,7 +18,7 @@ TENSOR, ITEMS = "tensor", "items"
 
 
 def pack(state: State) -> tuple[dict[str, Tensor], str]:
-    """Tensors by name, and the text that says where they belong."""
+    """Tensors by name, and the text with their positions."""
     tensors: dict[str, Tensor] = {}
 
     def plain(value: Any) -> Any:
@@ -37,12 +37,12 @@ def pack(state: State) -> tuple[dict[str, Tensor], str]:
 
 
 def unpack(tensors: Mapping[str, Tensor], text: str) -> State:
-    """State from what :func:`pack` made.
+    """State from the tensors and the text of :func:`pack`.
 
     Raises
     ------
     DataError
-        If they do not belong together.
+        If tensors and text do not belong together.
     """
 
     def tree(value: Any) -> Any:

@@ -1,19 +1,19 @@
-"""Which parameters are trained, and how they get into a model and out of it.
+"""Parameter sets to train, and their installation in a model.
 
 ===========  =========================================================================
 name         parameters
 ===========  =========================================================================
 biases       every bias
 norms        scales and shifts of all normalisations
-head         a low-rank change of the LM head, and of the embedding it is tied to
+head         a low-rank change of the LM head, and of the embedding tied to it
 lora-prune   low-rank changes of the pruned weights: :mod:`layerwise.recovery.low_rank`
 scale-lora   the same
 masklora     the same
-full         everything, with the masks applied: the reference, and the most memory
+full         all parameters, with the masks applied: the reference, with the most memory
 ===========  =========================================================================
 
-Names are joined by ``+``. Masks are given, never read off the zeros: a weight that happens
-to be zero may train, and one that was removed may not.
+Names are joined by ``+``. Masks are arguments, never derived from the zeros: a kept weight
+that happens to be zero may train, a removed weight may not.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,15 +34,15 @@ SETS = ("biases", "norms", "head", *WEIGHTS)
 
 
 @dataclass(frozen=True)
-class Choice:
+class ParameterSets:
     """Parameter sets of a run.
 
     Parameters
     ----------
     names
-        Which, see the module; at most one that changes the pruned weights.
+        Names from the table above; at most one set that changes the pruned weights.
     rank, scale
-        Of low-rank changes.
+        Rank and scale of low-rank changes.
     """
 
     names: tuple[str, ...]
@@ -52,7 +52,7 @@ class Choice:
     def __post_init__(self) -> None:
         for name in self.names:
             if name not in SETS:
-                message = f"parameters are joined from {', '.join(SETS)}; got {name!r}"
+                message = f"parameters must be joined from {', '.join(SETS)}; got {name!r}"
                 raise UsageError(message)
         if len(set(self.names)) < len(self.names) or len(self.on_weights) > 1:
             message = (
@@ -61,7 +61,10 @@ class Choice:
             )
             raise UsageError(message)
         if self.rank < 1 or not self.scale > 0:
-            message = f"rank is at least 1 and scale above 0, got {self.rank}, {self.scale}"
+            message = (
+                f"rank must be at least 1 and scale above 0, got {self.rank} and "
+                f"{self.scale}"
+            )
             raise UsageError(message)
 
     def __str__(self) -> str:
@@ -74,14 +77,14 @@ class Choice:
 
 
 class Trainable:
-    """Parameters under training inside a module, which is frozen otherwise.
+    """The trained parameters of a module; all others are frozen.
 
     Parameters
     ----------
     root
         A model or a block, in float32.
-    choice
-        What is trained.
+    sets
+        Parameter sets to train.
     masks
         Kept entries of the pruned weights, by parameter name inside `root`; these are
         the weights that low-rank sets change.
@@ -89,7 +92,7 @@ class Trainable:
         Names of the submodules whose biases, norms and weights take part; ``("",)`` for
         all of `root`.
     seed
-        Of the random factors.
+        Seed of the random factors.
 
     Raises
     ------
@@ -100,7 +103,7 @@ class Trainable:
     def __init__(
         self,
         root: nn.Module,
-        choice: Choice,
+        sets: ParameterSets,
         masks: Mapping[str, Tensor],
         *,
         scope: tuple[str, ...] = ("",),
@@ -109,13 +112,13 @@ class Trainable:
         self._root = root
         self._learned = [(p, p.requires_grad) for p in root.parameters()]
         own = {n: p for n, p in root.named_parameters() if _inside(n, scope)}
-        self._plain = {n: p for n, p in own.items() if _is_plain(root, n, choice.names)}
+        self._plain = {n: p for n, p in own.items() if _is_plain(root, n, sets.names)}
         for parameter, _ in self._learned:
             parameter.requires_grad_(False)
         self._changes: dict[str, LowRank | Masked] = {}
         generator = torch.Generator().manual_seed(seed)
         inside = {name: mask for name, mask in masks.items() if name in own}
-        for kind in choice.on_weights:
+        for kind in sets.on_weights:
             for name, mask in inside.items():
                 weight = own[name]
                 mask = mask.to(weight.device)
@@ -128,25 +131,27 @@ class Trainable:
                         kind,  # type: ignore[arg-type]
                         weight,
                         mask,
-                        choice.rank,
-                        choice.scale,
+                        sets.rank,
+                        sets.scale,
                         generator,
                     )
                     self._attach(name, change)
-        if "head" in choice.names:
-            self._attach_head(choice, generator)
+        if "head" in sets.names:
+            self._attach_head(sets, generator)
         for parameter in self._plain.values():
             parameter.requires_grad_(True)
         self.parameters = [p for p in root.parameters() if p.requires_grad]
         if not self.parameters:
             self.release()
-            message = f"there is nothing to train: {choice} names no parameter here"
+            message = (
+                f"there is nothing to train: {sets} matches no parameter; choose other sets"
+            )
             raise UsageError(message)
         self._start = [p.detach().clone() for p in self.parameters]
 
     @property
-    def numbers(self) -> int:
-        """How many numbers are trained."""
+    def n_parameters(self) -> int:
+        """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters)
 
     def values(self) -> list[Tensor]:
@@ -155,14 +160,14 @@ class Trainable:
 
     @torch.no_grad()
     def set_values(self, values: list[Tensor] | None = None) -> None:
-        """Take values, by default those of the start."""
+        """Set the trained values, by default to the initial ones."""
         given = self._start if values is None else values
         for parameter, value in zip(self.parameters, given, strict=True):
             parameter.copy_(value)
 
     @torch.no_grad()
     def merge(self) -> dict[str, Tensor]:
-        """Build the changes into the module; new values by parameter name inside it."""
+        """Merge the changes into the module; return new values by parameter name."""
         changed = {}
         for name, change in self._changes.items():
             path, _, own = name.rpartition(".")
@@ -177,7 +182,7 @@ class Trainable:
         }
 
     def release(self) -> None:
-        """Take the parametrizations out, their changes lost, and unfreeze the rest."""
+        """Remove the parametrizations with their changes, and unfreeze the module."""
         for module in list(self._root.modules()):
             if parametrize.is_parametrized(module):
                 for own in list(module.parametrizations):  # type: ignore[arg-type]
@@ -191,8 +196,8 @@ class Trainable:
         parametrize.register_parametrization(self._root.get_submodule(path), own, change)
         self._changes[name] = change
 
-    def _attach_head(self, choice: Choice, generator: torch.Generator) -> None:
-        """One change for the LM head and, where the weight is the same, the embedding."""
+    def _attach_head(self, sets: ParameterSets, generator: torch.Generator) -> None:
+        """Attach one change to the LM head and, if the weight is tied, the embedding."""
         model: Any = self._root
         head = getattr(model, "get_output_embeddings", lambda: None)()
         if head is None:
@@ -200,32 +205,32 @@ class Trainable:
             raise UsageError(message)
         weight = head.weight
         self._plain = {n: p for n, p in self._plain.items() if p is not weight}
-        change = LowRank("lora", weight, None, choice.rank, choice.scale, generator)
+        change = LowRank("lora", weight, None, sets.rank, sets.scale, generator)
         name = next(n for n, p in model.named_parameters() if p is weight)
-        places = [
+        owners = [
             (module, own)
             for module in model.modules()
             for own, parameter in list(module._parameters.items())
             if parameter is weight
         ]
-        for module, own in places:
+        for module, own in owners:
             parametrize.register_parametrization(module, own, change)
         self._changes[name] = change
 
 
 def _detach(module: Any, own: str) -> None:
-    """Remove a parametrization; the stored weight is as it was before it."""
+    """Remove a parametrization and restore the original weight."""
     original = module.parametrizations[own].original
     parametrize.remove_parametrizations(module, own, leave_parametrized=False)
-    module._parameters[own] = original  # the object itself, for weights that are tied
+    module._parameters[own] = original  # the same object, because weights may be tied
 
 
 def _inside(name: str, scope: tuple[str, ...]) -> bool:
-    return any(not place or name.startswith(place + ".") for place in scope)
+    return any(not module or name.startswith(module + ".") for module in scope)
 
 
 def _is_plain(root: nn.Module, name: str, sets: tuple[str, ...]) -> bool:
-    """Whether a parameter is trained as it is."""
+    """Whether a parameter is trained directly, without a low-rank change."""
     if "full" in sets or ("biases" in sets and name.rpartition(".")[2] == "bias"):
         return True
     module = root.get_submodule(name.rpartition(".")[0])
@@ -233,7 +238,7 @@ def _is_plain(root: nn.Module, name: str, sets: tuple[str, ...]) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation with a scale, as far as its class name tells."""
+    """Whether a module is a normalisation with a scale, judged by its class name."""
     weight = getattr(module, "weight", None)
     named = "norm" in type(module).__name__.lower()
     return named and isinstance(weight, Tensor) and weight.dim() == 1
@@ -241,7 +246,7 @@ def is_norm(module: nn.Module) -> bool:
 
 @contextmanager
 def in_float32(module: nn.Module) -> Iterator[None]:
-    """Hold what is stored in half precision in float32; it gets its own type back."""
+    """Convert half-precision parameters and buffers to float32, and back at the end."""
     types: dict[nn.Parameter, torch.dtype] = {}
     for parameter in module.parameters():
         if parameter.dtype in HALF:

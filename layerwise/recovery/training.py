@@ -1,9 +1,8 @@
 """The training loop: AdamW or Adapprox, a linear schedule, several learning rates.
 
-Every learning rate starts from the same values and is judged on batches that are held out.
-The best one is kept, or none: what is returned is never worse there than the start. The
-order of the batches depends on the seed and the step alone, and so a run that is continued
-goes on as it would have.
+Every learning rate starts from the same values and is evaluated on held-out batches. The
+best result is kept, or the initial values if none improves on them. The order of the
+batches depends only on the seed and the step, so a resumed run gives the same result.
 """
 
 import math
@@ -24,7 +23,7 @@ HELD_OUT = 1 / 8  # of the batches, at least one
 
 @dataclass(frozen=True)
 class Training:
-    """How parameters are trained.
+    """Settings of a training.
 
     Parameters
     ----------
@@ -35,9 +34,9 @@ class Training:
     optimizer
         ``"adamw"`` or ``"adapprox"``, without weight decay.
     seed
-        Of the order of the batches.
+        Seed for the order of the batches.
     save_every
-        Steps between two states on disk.
+        Steps between two saved states.
     """
 
     steps: int = 100
@@ -49,17 +48,20 @@ class Training:
     def __post_init__(self) -> None:
         if self.steps < 0 or self.save_every < 1:
             message = (
-                f"steps is at least 0 and save_every at least 1, got {self.steps} and "
+                f"steps must be at least 0 and save_every at least 1, got {self.steps} and "
                 f"{self.save_every}"
             )
             raise UsageError(message)
         rates = self.learning_rates
         if not rates or not all(0 < rate < math.inf for rate in rates):
-            message = f"learning rates lie above 0, got {', '.join(map(str, rates))}"
+            message = (
+                f"learning rates must be finite and above 0, got "
+                f"{', '.join(map(str, rates))}"
+            )
             raise UsageError(message)
         if self.optimizer not in OPTIMIZERS:
             known = ", ".join(OPTIMIZERS)
-            message = f"optimizer is one of {known}, got {self.optimizer!r}"
+            message = f"optimizer must be one of {known}, got {self.optimizer!r}"
             raise UsageError(message)
 
     def rate_at(self, step: int, peak: float) -> float:
@@ -70,7 +72,7 @@ class Training:
         return peak * (self.steps - step) / max(1, self.steps - warm_up)
 
     def make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-        """Optimizer of some parameters."""
+        """Optimizer for some parameters."""
         if self.optimizer == "adapprox":
             from layerwise.solvers.adapprox import Adapprox
 
@@ -79,11 +81,11 @@ class Training:
 
 
 def split(n_batches: int) -> tuple[range, range]:
-    """Batches to train on, and those that are held out: the last ones."""
+    """Training batches, and the held-out ones, which are the last."""
     if n_batches < 2:
         message = (
-            "retraining needs at least two batches, one to train and one to judge: raise "
-            "n_sequences or lower batch_size"
+            "retraining needs at least two batches, one to train and one to hold out: "
+            "raise n_sequences or lower batch_size"
         )
         raise UsageError(message)
     held_out = max(1, int(HELD_OUT * n_batches))
@@ -91,18 +93,18 @@ def split(n_batches: int) -> tuple[range, range]:
 
 
 def batch_at(step: int, batches: range, seed: int) -> int:
-    """Batch of a step: every pass over the batches has its own order."""
-    number, place = divmod(step, len(batches))
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-    return batches[int(torch.randperm(len(batches), generator=generator)[place])]
+    """Batch of a step: every epoch has its own order."""
+    epoch, index = divmod(step, len(batches))
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return batches[int(torch.randperm(len(batches), generator=generator)[index])]
 
 
 class Values(Protocol):
-    """Trained parameters that can be put back: :class:`.trainable.Trainable`."""
+    """Trained parameters that can be reset: :class:`.trainable.Trainable`."""
 
     @property
     def parameters(self) -> Sequence[Tensor]:
-        """What the optimizer moves."""
+        """Parameters that the optimizer updates."""
         ...
 
     def values(self) -> list[Tensor]:
@@ -110,24 +112,24 @@ class Values(Protocol):
         ...
 
     def set_values(self, values: list[Tensor] | None = None) -> None:
-        """Take values, by default those of the start."""
+        """Set the trained values, by default to the initial ones."""
         ...
 
 
 @dataclass
 class State:
-    """Where a training stands: all that is needed to go on.
+    """State of a training: everything needed to resume it.
 
     Parameters
     ----------
     trial, step
-        Learning rate under way, by index, and the next step.
+        Index of the current learning rate, and the next step.
     losses
         Training losses of this trial.
     best, best_rate, best_values
-        Loss held out, learning rate and values of the best so far.
+        Held-out loss, learning rate and values of the best trial so far.
     now, optimizer
-        Values and state of the optimizer in the middle of a trial.
+        Values and optimizer state in the middle of a trial.
     """
 
     trial: int = 0
@@ -146,7 +148,7 @@ OnStep = Callable[[float, int, float], None]  # learning rate, step, loss
 def train(
     values: Values,
     loss_of: Callable[[int], Tensor],
-    judge: Callable[[], float],
+    held_out_loss: Callable[[], float],
     batches: range,
     training: Training,
     *,
@@ -154,33 +156,33 @@ def train(
     save: Callable[[State], None] = lambda state: None,
     on_step: OnStep = lambda rate, step, loss: None,
 ) -> State:
-    """Train by every learning rate and leave the best values in place.
+    """Train with every learning rate and set the best values.
 
     Parameters
     ----------
     values
-        What is trained.
+        The trained parameters.
     loss_of
-        Loss of a batch by its number, with its graph.
-    judge
-        Loss on what is held out.
+        Loss of a batch by its index, with its graph.
+    held_out_loss
+        Loss on the held-out batches.
     batches
-        Numbers of the batches to train on.
+        Indices of the training batches.
     training
         Steps, learning rates, optimizer.
     state
-        Of an interrupted training.
+        State of an interrupted training.
     save
-        Called every so many steps and behind every learning rate.
+        Called every `save_every` steps and after every learning rate.
     on_step
-        Told about every step.
+        Called after every step.
 
     Raises
     ------
     SolveError
         If the loss of every learning rate is NaN or infinite.
     """
-    state = state or State(best=judge())
+    state = state or State(best=held_out_loss())
     if not math.isfinite(state.best):
         message = f"the loss is {state.best} before any training: check the weights"
         raise SolveError(message)
@@ -189,9 +191,9 @@ def train(
         rate = training.learning_rates[state.trial]
         finite = _run(values, loss_of, batches, training, rate, state, save, on_step)
         failed += not finite
-        found = judge() if finite and training.steps else math.inf
-        if found < state.best:
-            state.best, state.best_rate, state.best_values = found, rate, values.values()
+        loss = held_out_loss() if finite and training.steps else math.inf
+        if loss < state.best:
+            state.best, state.best_rate, state.best_values = loss, rate, values.values()
         state.trial, state.step, state.now, state.optimizer = state.trial + 1, 0, None, None
         if state.trial < len(training.learning_rates):
             state.losses = []
@@ -216,7 +218,7 @@ def _run(
     save: Callable[[State], None],
     on_step: OnStep,
 ) -> bool:
-    """One learning rate from where it stands; whether its losses are finite."""
+    """Train with one learning rate from its state; return whether its losses are finite."""
     optimizer = training.make(values.parameters)
     values.set_values(state.now)
     if state.optimizer is not None:
@@ -232,7 +234,7 @@ def _run(
         loss.backward()  # type: ignore[no-untyped-call]
         try:
             optimizer.step()
-        except SolveError:  # a gradient that is not finite, which AdamW would spread
+        except SolveError:  # Adapprox refuses a gradient that is not finite
             return False
         state.losses.append(value)
         on_step(rate, step, value)

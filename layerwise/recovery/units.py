@@ -1,13 +1,13 @@
-"""What is reconstructed at a time: a matrix, attention or the MLP, or the whole block.
+"""Units of a reconstruction: a matrix, attention or the MLP, or the whole block.
 
-A unit has linears, and an *exit*: the module whose output should be that of the dense
-model. The dense output of a unit is what the block would compute there if this unit, and
-no other, had its dense modules. So the same few lines serve matrices, parts and blocks of
-every architecture, whether a part is a module of its own (``mlp``) or not (``fc1`` and
+A *unit* is a group of modules that are retrained together. Its *exit* is the module whose
+output should equal the dense output. The dense output of a unit is computed by the block
+with the dense modules of this unit, and of no other unit. This serves matrices, parts and
+blocks of every architecture, whether a part is one module (``mlp``) or several (``fc1`` and
 ``fc2`` of OPT).
 
-Reference: arXiv:2510.14444 compares these granularities and finds attention and MLP on
-their own the best.
+Reference: arXiv:2510.14444 compares these granularities and finds that separate units for
+attention and MLP are the best.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,16 +28,16 @@ OBJECTIVES: tuple[str, ...] = get_args(Objective)
 
 @dataclass(frozen=True)
 class Unit:
-    """Something to reconstruct.
+    """Modules of a block that are retrained together.
 
     Parameters
     ----------
     name
-        Relative to the block; empty for the block.
+        Name relative to the block; empty for the block.
     modules
-        Submodules that are trained here, and dense for the target.
+        Submodules to train; their dense versions compute the target.
     exit
-        Submodule whose output counts; None: the block's.
+        Submodule whose output is compared; None: the block itself.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Unit:
     exit: str | None
 
 
-class _Seen(Exception):
+class _ExitReached(Exception):
     """Ends a forward pass at the exit."""
 
 
@@ -66,13 +66,14 @@ def units_of(
     objective
         ``"block"``, ``"parts"`` or ``"matrix"``.
     call, hidden, device
-        How to run it once, to see which norm belongs to which part.
+        Arguments of one forward pass, which shows which norm belongs to which part.
     """
     if objective == "block":
         return [Unit("", ("",), None)]
     if objective == "matrix":
         return [
-            Unit(name, (name,), None if stage.source else name)  # else it is never called
+            # a linear of a stage with a source is never called, so it has no output
+            Unit(name, (name,), None if stage.source else name)
             for stage in stages
             for name in stage.linears
         ]
@@ -95,7 +96,7 @@ def count_units(stages: Sequence[Stage], objective: str) -> int:
 
 
 def _parts(stages: Sequence[Stage]) -> dict[str, list[str]]:
-    """Linears by the child of the block that holds them; its own children together."""
+    """Linears grouped by the submodule of the block that holds them; "" for the block."""
     parts: dict[str, list[str]] = {}
     for stage in stages:
         for name in stage.linears:
@@ -125,15 +126,15 @@ def _norms_before(
     finally:
         for handle in handles:
             handle.remove()
-    found: dict[str, list[str]] = {unit.name: [] for unit in units}
+    norms: dict[str, list[str]] = {unit.name: [] for unit in units}
     waiting: list[str] = []
     for name in order:
         if name in exits:
-            found[exits[name]] += waiting
+            norms[exits[name]] += waiting
             waiting = []
         else:
             waiting.append(name)
-    return found
+    return norms
 
 
 @torch.no_grad()
@@ -145,7 +146,7 @@ def dense_output(
     hidden: Tensor,
     device: torch.device,
 ) -> Tensor:
-    """Output at the exit of a unit if its modules were dense, and no others."""
+    """Output at the exit of a unit when only its modules are dense."""
     if unit.modules == ("",):
         return output_at(dense, unit.exit, call, hidden, device)
     with _swapped(block, unit.modules, dense):
@@ -154,7 +155,7 @@ def dense_output(
 
 @contextmanager
 def _swapped(block: nn.Module, modules: Sequence[str], dense: nn.Module) -> Iterator[None]:
-    """Hold the modules of the dense block in a block."""
+    """Replace some modules of a block by those of the dense block."""
     own = {name: block.get_submodule(name) for name in modules}
     try:
         for name in modules:
@@ -168,19 +169,19 @@ def _swapped(block: nn.Module, modules: Sequence[str], dense: nn.Module) -> Iter
 def output_at(
     block: nn.Module, exit: str | None, call: Call, hidden: Tensor, device: torch.device
 ) -> Tensor:
-    """Output of a block, or of one of its submodules, which ends the pass."""
+    """Output of a block, or of a submodule at which the forward pass ends."""
     if exit is None:
         return call.run(block, hidden, device)
-    seen: list[Tensor] = []
+    outputs: list[Tensor] = []
 
-    def look(module: nn.Module, args: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple | list) else output)
-        raise _Seen
+    def keep_output(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple | list) else output)
+        raise _ExitReached
 
-    handle = block.get_submodule(exit).register_forward_hook(look)
+    handle = block.get_submodule(exit).register_forward_hook(keep_output)
     try:
-        with suppress(_Seen):
+        with suppress(_ExitReached):
             call.run(block, hidden, device)
     finally:
         handle.remove()
-    return seen[0]
+    return outputs[0]

@@ -1,1 +1,1 @@
-"""What people read: tables, progress, pages, pictures, model cards."""
+"""Output for people: tables, progress, pages and plots."""

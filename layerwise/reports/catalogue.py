@@ -1,4 +1,4 @@
-"""What ``layerwise solvers`` lists, read from the solvers themselves."""
+"""The list of ``layerwise solvers``, read from the solvers themselves."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ class Entry:
 
 
 def catalogue() -> list[Entry]:
-    """Every solver by name, with the patterns it accepts when asked."""
+    """Every solver by name, with the patterns that its `can_solve` accepts."""
     return [_entry(name, make) for name, make in SOLVERS.items()]
 
 
@@ -56,7 +56,7 @@ def _entry(name: str, make: Callable[[], Solver]) -> Entry:
 
 
 def _summary(make: Callable[[], Solver]) -> str:
-    """First line about a preset or a class; about the file if it holds but one class."""
+    """First docstring line: of the file if it has one solver class, else of the object."""
     documented: object = make
     classes = [other for other in SOLVERS.values() if inspect.isclass(other)]
     if sum(other.__module__ == make.__module__ for other in classes) == 1:

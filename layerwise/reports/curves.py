@@ -1,4 +1,4 @@
-"""Picture of a race: relative error against seconds, a panel for every layer."""
+"""Plot of a race: relative error against seconds, one panel per layer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,20 +10,20 @@ from layerwise.timing.race import Race
 
 PANEL = (4.6, 3.4)  # inches
 COLUMNS = 2
-MARGIN = 1.06  # of the axes
+MARGIN = 1.06  # factor by which the axes extend beyond the ticks
 SUFFIXES = (".svg", ".png", ".pdf")
 
 
 def check_picture(path: Path) -> None:
-    """Raise unless a picture of this name can be drawn; before anything is timed."""
+    """Raise unless a plot can be written to this file; called before the race."""
     if path.suffix not in SUFFIXES:
-        message = f"a picture is {', '.join(SUFFIXES)}, got {path.name!r}"
+        message = f"a plot must be one of {', '.join(SUFFIXES)}, got {path.name!r}"
         raise UsageError(message)
     import_matplotlib()
 
 
 def draw_race(race: Race, path: Path) -> None:
-    """Write the picture; a method that reports nothing on its way is one point."""
+    """Write the plot; a method that reports no iterations is one point."""
     check_picture(path)
     matplotlib = import_matplotlib()
     layers = list(dict.fromkeys(lap.layer for lap in race.laps))

@@ -1,6 +1,6 @@
 """Building blocks of a report: the empty page with its styles, numbers, tables.
 
-Every function escapes the text that it is given, unless it is said to be HTML.
+Every function escapes its text arguments, unless its docstring says that they are HTML.
 """
 
 import math
@@ -79,7 +79,7 @@ MISSING = "\N{EN DASH}"
 
 
 def page(title: str, body: str) -> str:
-    """Complete page around `body`, which is HTML; nothing may be loaded from elsewhere."""
+    """Complete page around `body`, which is HTML; the page may load no other resource."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -99,7 +99,7 @@ def page(title: str, body: str) -> str:
 
 
 def decimal(value: float, places: int) -> str:
-    """Value with fixed decimals; in scientific form where they would hide it."""
+    """Value with fixed decimals, or in scientific notation if it is tiny or huge."""
     if not math.isfinite(value):
         return str(value)
     if value and not 0.5 * 10.0**-places <= abs(value) < 1e7:
@@ -138,6 +138,6 @@ def scrollable(label: str, content: str) -> str:
 
 
 def foldable(summary: str, names: Sequence[str]) -> str:
-    """Line that unfolds to a list of names."""
+    """Line that expands to a list of names."""
     items = "".join(f"<li><code>{breakable(name)}</code></li>" for name in names)
     return f"<details><summary>{escape(summary)}</summary><ul>{items}</ul></details>"

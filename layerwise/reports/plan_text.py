@@ -1,4 +1,4 @@
-"""A plan as tables on a terminal, and as lines anywhere else."""
+"""A plan as tables on a terminal, and as plain lines elsewhere."""
 
 import sys
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ GAP = "  "
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, and rows of cells below it; the first column is to the left."""
+    """A heading with a table below it."""
 
     title: str
     columns: tuple[str, ...]
@@ -25,7 +25,7 @@ class Section:
 
 
 def print_plan(plan: Plan) -> None:
-    """Sections one after the other, the reason of a refusal left out."""
+    """Print all sections and notes, without the reason of a refusal."""
     console = Console()
     for section in sections(plan):
         if console.is_terminal:
@@ -40,11 +40,11 @@ def print_plan(plan: Plan) -> None:
 
 
 def sections(plan: Plan) -> Iterator[Section]:
-    """What is pruned and why not, memory, disk, time."""
+    """Sections on the weights, memory, disk and time."""
     yield Section(
         f"{plan.model}: {plan.method}, {plan.pattern}, error correction "
         f"{plan.error_correction}, {plan.n_sequences} x {plan.length} tokens",
-        ("weights", "shape", "fate", "zeros", "why not"),
+        ("weights", "shape", "fate", "zeros", "reason"),
         tuple(
             (
                 f"{group.count} x {group.name}",
@@ -61,14 +61,14 @@ def sections(plan: Plan) -> Iterator[Section]:
         yield _memory(plan, place)
     yield Section(
         f"disk: {in_units(sum(plan.disk.values()))}" + _free(plan.capacity.disk),
-        ("what", "size"),
+        ("item", "size"),
         tuple((name, in_units(size)) for name, size in plan.disk.items()),
     )
     yield _time(plan)
 
 
 def _memory(plan: Plan, place: Place) -> Section:
-    """The items of the largest moment, then the other moments as they are in all."""
+    """The items of the largest moment, then the totals of the other moments."""
     peak = plan.memory.peak(place)
     free = plan.capacity.host if place == "host" else plan.capacity.device
     rows = [
@@ -81,7 +81,7 @@ def _memory(plan: Plan, place: Place) -> Section:
     return Section(
         f"{place} memory: {in_units(peak.total(place))} at its peak, {peak.name}"
         + _free(free),
-        ("what", "size"),
+        ("item", "size"),
         tuple(rows),
     )
 
@@ -110,7 +110,8 @@ def _time(plan: Plan) -> Section:
         )
     known, more = total_seconds(plan.stages)
     floor = sum(stage.floor for stage in plan.stages)
-    rows.append(("all", "", "", in_time(floor), ("over " if more else "") + in_time(known)))
+    prefix = "more than " if more else ""
+    rows.append(("all", "", "", in_time(floor), prefix + in_time(known)))
     return Section(
         f"time on {plan.device}",
         ("stage", "GFLOP", "MB", "floor", "expected"),
@@ -119,11 +120,11 @@ def _time(plan: Plan) -> Section:
 
 
 def summary(plan: Plan) -> Iterator[str]:
-    """Sparsity, the largest gram, and the rates behind the floors."""
+    """Sparsity, the largest gram, and the measured rates of the floors."""
     share = plan.zeros / plan.pruned if plan.pruned else 0.0
     yield (
-        f"{plan.zeros:,} zeros: {share:.4%} of the {plan.pruned:,} weights that are "
-        f"pruned (asked: {plan.pattern}), {plan.zeros / plan.parameters:.4%} of all "
+        f"{plan.zeros:,} zeros: {share:.4%} of the {plan.pruned:,} pruned weights "
+        f"(requested: {plan.pattern}), {plan.zeros / plan.parameters:.4%} of all "
         f"{plan.parameters:,} parameters"
     )
     widest = plan.sizes.widest
@@ -144,7 +145,7 @@ def summary(plan: Plan) -> Iterator[str]:
 
 
 def in_time(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever says most with three digits."""
+    """Seconds, minutes or hours, with three significant digits."""
     if seconds < 100:
         return f"{seconds:.3g} s"
     if seconds < 6000:
@@ -153,21 +154,21 @@ def in_time(seconds: float) -> str:
 
 
 def lines(section: Section) -> list[str]:
-    """Lines with columns of even width; nothing is folded."""
+    """Lines with aligned columns; no line is wrapped."""
     rows = [section.columns, *section.rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(section.columns))]
-    found = [section.title]
+    text = [section.title]
     for row in rows:
         cells = [
-            cell.ljust(width) if _left(column) else cell.rjust(width)
+            cell.ljust(width) if _is_text(column) else cell.rjust(width)
             for cell, width, column in zip(row, widths, section.columns, strict=True)
         ]
-        found.append(GAP + GAP.join(cells).rstrip())
-    return [*found, ""]
+        text.append(GAP + GAP.join(cells).rstrip())
+    return [*text, ""]
 
 
-def _left(column: str) -> bool:
-    return column in ("weights", "what", "stage", "fate", "why not")
+def _is_text(column: str) -> bool:
+    return column in ("weights", "item", "stage", "fate", "reason")
 
 
 def _table(section: Section) -> Table:
@@ -179,7 +180,7 @@ def _table(section: Section) -> Table:
         pad_edge=False,
     )
     for column in section.columns:
-        table.add_column(column, justify="left" if _left(column) else "right")
+        table.add_column(column, justify="left" if _is_text(column) else "right")
     for row in section.rows:
         table.add_row(*row)
     return table

@@ -1,8 +1,8 @@
-"""Plots of relative errors as inline SVG: same records, same bytes, no request.
+"""Plots of relative errors as inline SVG; the same records give the same bytes.
 
-Every plot is a ``<figure>`` for light paper: the axes come from matplotlib, the legend and
-the caption are HTML and wrap on a narrow screen. Nothing inside the axes but numbers and
-the names of the axes, so no name of a layer or method can break a plot.
+Every plot is a ``<figure>`` on a white background. The axes come from matplotlib; the
+legend and the caption are HTML, so they wrap on a narrow screen. The axes show only numbers
+and their own names, so no name of a layer or method can break a plot.
 """
 
 import math
@@ -17,11 +17,11 @@ from typing import Any
 from layerwise.errors import UsageError
 from layerwise.run.pipeline.records import LayerRecord
 
-# M. Okabe, K. Ito, "Color Universal Design", 2008, without the yellow that white swallows.
+# M. Okabe, K. Ito, "Color Universal Design", 2008, without yellow, which is faint on white.
 COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000".split()
 MARKERS = "o s ^ D v P X p <".split()
 DASHES = ("", "4 2", "1 2")
-INCHES = (4.6, 3.0)  # narrow, so that the text is still legible on a telephone
+INCHES = (4.6, 3.0)  # narrow, so that the text is legible on a phone
 SWATCH_MARKER = 22.0  # polygons are rounded to about a unit, so units are small
 MAX_TICKS = 7
 MAX_BLOCKS_LABELLED = 12
@@ -33,7 +33,7 @@ SETTINGS = {
     "axes.labelcolor": "#1c2128",
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "font.family": "DejaVu Sans",  # comes with matplotlib; wider than what browsers use
+    "font.family": "DejaVu Sans",  # comes with matplotlib; wider than the browsers' fonts
     "font.size": 10.0,
     "grid.color": "#dfe3e8",
     "grid.linewidth": 0.6,
@@ -48,19 +48,19 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a plot; errors that a logarithmic axis cannot show leave a gap."""
+    """One line of a plot, with gaps where a logarithmic axis cannot show an error."""
 
     label: str
     positions: Sequence[float]
     errors: Sequence[float]
 
     def drawable(self) -> list[float]:
-        """Errors that are positive and finite; NaN where they are not."""
+        """Errors, with NaN for those that are not positive and finite."""
         return [error if 0 < error < math.inf else math.nan for error in self.errors]
 
 
 def import_matplotlib() -> Any:
-    """Matplotlib, or a usage error that says how to get it."""
+    """Import matplotlib, or raise a usage error with the command that installs it."""
     try:
         import matplotlib
         import matplotlib.figure
@@ -72,7 +72,7 @@ def import_matplotlib() -> Any:
 
 
 def block_of(name: str) -> int | None:
-    """Index of the decoder block that a layer belongs to: the first number in its name."""
+    """Index of a layer's decoder block: the first number in the layer's name."""
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
@@ -144,7 +144,7 @@ def _figure(
     if missing == len(errors):
         return f'<figure class="plot">{caption}</figure>'
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the reader's own settings must not change the bytes
+        matplotlib.rcdefaults()  # the user's own settings must not change the bytes
         matplotlib.rcParams.update({**SETTINGS, "svg.hashsalt": key})
         figure = matplotlib.figure.Figure(figsize=INCHES, layout="constrained")
         axes = figure.subplots()
@@ -228,7 +228,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def _inline(svg: str, key: str, label: str) -> str:
-    """Part of an SVG file that belongs into a page, its ids made unique by `key`."""
+    """SVG file as an element of a page, its ids made unique by `key`."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
     width, height = (72 * inches for inches in INCHES)

@@ -1,7 +1,7 @@
 """Reports: one self-contained HTML page about a run, or about a comparison of methods.
 
-A page makes no request and runs no script: styles and plots are inside it, and a content
-security policy forbids everything else. All text that comes from outside is escaped.
+A page makes no request and runs no script: styles and plots are inline, and a content
+security policy forbids everything else. All text from outside is escaped.
 """
 
 import json
@@ -37,15 +37,15 @@ RECIPE = "recipe.yaml"
 RELATIVE_ERROR = """is ‖<var>W</var><var>X</var> &minus; <var>Ŵ</var><var>X̂</var>‖ /
 ‖<var>W</var><var>X</var>‖ on the calibration text, with the weights <var>W</var> before
 and <var>Ŵ</var> after pruning, and the inputs of the layer in the dense model,
-<var>X</var>, and in the pruned one, <var>X̂</var>. 0: its outputs did not change. 1: they
-are as far off as if the layer returned nothing."""
+<var>X</var>, and in the pruned one, <var>X̂</var>. 0: its outputs did not change. 1: the
+error is as large as if the layer returned zeros."""
 
 EXPLANATION = f"""<div class="beside">
 <p><b>Perplexity</b> is measured on text that was not used for calibration: the model is as
-unsure of the next token as if it guessed among that many. Lower is better; the increase is
-relative to the dense model.</p>
+uncertain about the next token as if it guessed among that many. Lower is better. The
+increase is relative to the dense model.</p>
 <p><b>Relative error</b> of a layer {RELATIVE_ERROR} Every method here tries to keep it
-small; what is left adds up through the model, so perplexity decides.</p></div>
+small. The remaining errors add up through the model, so perplexity decides.</p></div>
 """
 
 RUN_EXPLANATION = f"""<div class="beside">
@@ -57,8 +57,8 @@ rank, channels that are always zero.</p></div>
 """
 
 GAP_EXPLANATION = """<p class="soft"><b>Proven gap</b>: the share of the damped objective of
-the stored weights that any other zeros and weights could save at most; a large one says
-nothing against the answer.</p>"""
+the stored weights that any other zeros and weights could save at most. A large gap does not
+mean that the answer is poor.</p>"""
 
 GAP_COLUMN, BEFORE_GAP = "proven gap", "damping"
 METHOD_COLUMNS = ("method", "perplexity", "increase %", "mean relative error", "seconds")
@@ -84,11 +84,11 @@ def comparison_page(
     Parameters
     ----------
     results
-        In the order in which models, patterns and methods shall appear.
+        Results in the order of models, patterns and methods on the page.
     dense_perplexity
-        By the name of the model.
+        Perplexity before pruning, by the name of the model.
     command
-        What the reader would type to repeat this.
+        Command that repeats the comparison.
 
     Raises
     ------
@@ -96,12 +96,12 @@ def comparison_page(
         There is nothing to show, a dense perplexity is missing, or matplotlib is.
     """
     if not results:
-        message = "no results to report"
+        message = "no results to report: compare at least one method"
         raise UsageError(message)
     models = list(dict.fromkeys(result.model for result in results))
     unknown = [model for model in models if model not in dense_perplexity]
     if unknown:
-        message = f"no dense perplexity for {', '.join(unknown)}"
+        message = f"no dense perplexity for {', '.join(unknown)}: measure it first"
         raise UsageError(message)
     body = [
         "<h1>Pruning methods compared</h1>",
@@ -140,7 +140,7 @@ def _model_section(results: Sequence[MethodResult], dense: float, key: str) -> s
 
 
 def _pattern_rows(results: Sequence[MethodResult], dense: float) -> str:
-    """Body of the table for the results of one pattern, the best of each column marked."""
+    """Table body with the results of one pattern; the best of each column is marked."""
     columns = [
         _marked([r.perplexity for r in results], lambda value: decimal(value, 2)),
         _marked([100 * (r.perplexity / dense - 1) for r in results], _signed),
@@ -170,7 +170,7 @@ def _signed(value: float) -> str:
 
 
 def _describe(pattern: str) -> str:
-    """Pattern in words where the words are known."""
+    """Pattern in words, or unchanged if it has no known form."""
     if kept := re.fullmatch(r"(\d+):(\d+)", pattern):
         return f"{pattern} ({kept[1]} of every {kept[2]} weights kept)"
     if fraction := re.fullmatch(r"(0?\.\d+)(.*)", pattern):
@@ -184,7 +184,7 @@ def run_page(folder: Path) -> str:
     Raises
     ------
     DataError
-        The folder is no output of layerwise, or damaged.
+        The folder is not an output of layerwise, or is damaged.
     UsageError
         Matplotlib is missing.
     """
@@ -192,7 +192,7 @@ def run_page(folder: Path) -> str:
     records = read_layers(folder)
     recipe = Recipe.read(folder / RECIPE)
     if not records:
-        message = f"{folder / FOLDER / LAYERS} is damaged: it lists no layer"
+        message = f"{folder / FOLDER / LAYERS} lists no layer: prune the model again"
         raise DataError(message)
     model = recipe.model or folder.absolute().name
     columns: list[str] = list(LAYER_COLUMNS)
@@ -204,7 +204,7 @@ def run_page(folder: Path) -> str:
     recipe_box = scrollable("recipe", f"<pre>{escape(recipe.to_yaml())}</pre>")
     body = f"""<h1>{breakable(model)}</h1>
 <p class="soft">Pruned by <code>{breakable(recipe.method)}</code>,
-{escape(_asked(manifest))}</p>
+{escape(_sparsity(manifest))}</p>
 <div class="beside"><section><h2>Summary</h2>
 <dl>{_summary(manifest, recipe, records)}</dl></section>
 <section><h2>Relative error by block</h2>
@@ -233,7 +233,7 @@ def _summary(manifest: Manifest, recipe: Recipe, records: Sequence[LayerRecord])
     versions = (f"{name} {version}" for name, version in manifest.versions.items())
     rows = {
         "method": f"<code>{breakable(recipe.method)}</code>",
-        "sparsity": f"{escape(_asked(manifest))}, {100 * zeros:.2f} % zeros found",
+        "sparsity": f"{escape(_sparsity(manifest))}, {100 * zeros:.2f} % zeros found",
         "pruned": f"{len(records)} layers, {sum(sizes):,} weights",
         "calibration": f"{breakable(manifest.calibration)}, {tokens:,} tokens",
         "error correction": escape(recipe.error_correction),
@@ -254,18 +254,18 @@ def _summary(manifest: Manifest, recipe: Recipe, records: Sequence[LayerRecord])
 
 
 def _retrained(manifest: Manifest) -> str:
-    """Remark on tensors that have changed since the layers were measured."""
+    """Note on the tensors that were retrained after the layers were measured."""
     if not manifest.retrained:
         return ""
     count = foldable(f"{len(manifest.retrained)} tensors", manifest.retrained)
     return (
-        f'<div class="soft">{count} were retrained afterwards: the errors are those '
-        f"before, <code>layerwise/retraining.jsonl</code> has the figures.</div>"
+        f'<div class="soft">{count} were retrained after pruning. These errors were '
+        f"measured before; <code>layerwise/retraining.jsonl</code> has those after.</div>"
     )
 
 
-def _asked(manifest: Manifest) -> str:
-    """Sparsity that was asked for; n:m leaves no choice of where zeros are counted."""
+def _sparsity(manifest: Manifest) -> str:
+    """Requested sparsity in words, with the group unless the pattern is n:m."""
     described = _describe(manifest.sparsity)
     return described if ":" in described else f"{described} per {manifest.group}"
 
@@ -281,7 +281,7 @@ def _affected(
 
 
 def _layer_row(record: LayerRecord, proven: bool) -> str:
-    """Row of the table; `proven` where it has a column of proven gaps."""
+    """Row of the table; `proven` if it has a column of proven gaps."""
     rows, width = record.shape
     certificate = MISSING
     if record.certificate is not None:
@@ -320,7 +320,7 @@ def _words(status: str) -> str:
 
 
 def _json(records: Sequence[LayerRecord]) -> str:
-    """Records as JSON that no HTML parser mistakes for a tag; null is not finite."""
+    """Records as JSON without ``<``, which HTML would read as a tag; NaN becomes null."""
     rows = [
         {
             key: None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""Progress of a retraining: a bar with loss and time left, or plain lines."""
+"""Progress of a retraining: a bar with loss and remaining time, or plain lines."""
 
 import time
 from typing import TextIO
@@ -14,13 +14,13 @@ EVERY = 10.0  # seconds between two plain lines about steps
 
 def unit_line(record: UnitRecord) -> str:
     """Figures of a unit in one line."""
-    what = "relative error" if record.name else "loss"
-    kept = "kept as it was"
+    measure = "relative error" if record.name else "loss"
+    result = "unchanged"
     if record.learning_rate is not None:
-        kept = f"learning rate {record.learning_rate:g}"
+        result = f"learning rate {record.learning_rate:g}"
     return (
-        f"{record.name or 'model'}  {record.trained:,} numbers  held-out {what} "
-        f"{record.before:.4f} -> {record.after:.4f}  {kept}  {record.seconds:.1f} s"
+        f"{record.name or 'model'}  {record.trained:,} parameters  held-out {measure} "
+        f"{record.before:.4f} -> {record.after:.4f}  {result}  {record.seconds:.1f} s"
     )
 
 
@@ -39,21 +39,21 @@ class PlainProgress:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._total = self._per_unit = self._done = self._units = self._began_at = 0
-        self._start = self._told = time.monotonic()
+        self._start = self._last_line = time.monotonic()
 
     def on_start(self, total: int, per_unit: int) -> None:
         """Announce the number of updates."""
         self._total, self._per_unit = total, per_unit
-        self._start = self._told = time.monotonic()
+        self._start = self._last_line = time.monotonic()
         self._write(f"retraining, at most {total} updates")
 
     def on_step(self, learning_rate: float, step: int, loss: float) -> None:
-        """Write a line now and then."""
+        """Write a line if the last one is old enough."""
         self._done += 1
         now = time.monotonic()
-        if now - self._told < EVERY:
+        if now - self._last_line < EVERY:
             return
-        self._told = now
+        self._last_line = now
         made = self._done - self._began_at
         left = (now - self._start) / made * (self._total - self._done)
         self._write(
@@ -64,7 +64,7 @@ class PlainProgress:
     def on_unit(self, record: UnitRecord) -> None:
         """Write the line of a unit."""
         self._units += 1
-        if self._done < self._units * self._per_unit:  # of the run that is resumed
+        if self._done < self._units * self._per_unit:  # done by the interrupted run
             self._began_at += self._units * self._per_unit - self._done
         self._done = self._units * self._per_unit
         self._write(unit_line(record))
@@ -99,7 +99,7 @@ class RichProgress:
         self._progress.update(self._task, advance=1, description=text)
 
     def on_unit(self, record: UnitRecord) -> None:
-        """Leave the line of a unit above the bar."""
+        """Print the line of a unit above the bar."""
         self._units += 1
         self._progress.update(self._task, completed=self._units * self._per_unit)
         self._console.print(unit_line(record), markup=False, highlight=False)

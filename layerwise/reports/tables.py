@@ -1,4 +1,4 @@
-"""Tables on the terminal: solvers, the demonstration, speed, stages of a run, contests."""
+"""Tables on the terminal: solvers, the demonstration, tasks, speed, stages, races."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,6 +8,7 @@ from rich.table import Table
 from layerwise.experiments.demo import Comparison
 from layerwise.grams.sweep import Sweep
 from layerwise.reports.catalogue import Entry
+from layerwise.run.data.tasks import TaskScores
 from layerwise.run.pipeline.records import in_percent
 from layerwise.timing.bench import Bench
 from layerwise.timing.race import Race
@@ -48,8 +49,28 @@ def print_comparison(comparison: Comparison) -> None:
         _console().print(table)
 
 
+def print_scores(found: TaskScores) -> None:
+    """One line per metric of a task."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("task", overflow="fold")
+    table.add_column("metric", overflow="fold")
+    for heading in ("score", "standard error", "examples", "shots"):
+        table.add_column(heading, justify="right")
+    for index, score in enumerate(found.scores):
+        again = index > 0 and found.scores[index - 1].task == score.task
+        table.add_row(
+            "" if again else score.task,
+            score.metric if score.filter == "none" else f"{score.metric} ({score.filter})",
+            f"{score.value:.4f}",
+            "" if score.stderr is None else f"{score.stderr:.4f}",
+            "" if again else str(score.n_examples),
+            "" if again else str(score.n_shots),
+        )
+    _console().print(table)
+
+
 def print_speed(names: Sequence[str], speeds: Sequence[Speed]) -> None:
-    """One line per figure; for two models, how much better the second one is."""
+    """One line per figure; for two models, with the ratio in favour of the second."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("")
     for name in (*names, *(["ratio"] if len(speeds) == 2 else [])):
@@ -81,8 +102,8 @@ def _speed_rows(speeds: Sequence[Speed]) -> list[tuple[str, list[str], str]]:
     for batch in first.prefill:
         timings = [speed.prefill[batch] for speed in speeds]
         faster = _factor(timings[0].speedup(timings[-1]))
-        what = f"prefill {batch} x {first.length}"
-        rows.append((what, [f"{1e3 * t.latency:.2f} ms" for t in timings], faster))
+        heading = f"prefill {batch} x {first.length}"
+        rows.append((heading, [f"{1e3 * t.latency:.2f} ms" for t in timings], faster))
         rows.append(("", [f"{t.tokens_per_second:,.0f} tokens/s" for t in timings], ""))
     decodes = [speed.decode for speed in speeds]
     cells = [f"{decode.tokens_per_second:,.1f} tokens/s" for decode in decodes]
@@ -187,6 +208,6 @@ def _mib(size: int) -> str:
 
 
 def _console() -> Console:
-    """As wide as tables need where nobody folds lines."""
+    """Console of the terminal, or of a fixed width for pipes and files."""
     console = Console()
     return console if console.is_terminal else Console(width=120)

@@ -1,4 +1,4 @@
-"""What this machine has left: memory of the host and of a device, space on a disk."""
+"""Free resources of this machine: memory of the host and of a device, disk space."""
 
 import shutil
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from layerwise.run.activations.hidden_store import free_memory
 
 @dataclass(frozen=True)
 class Capacity:
-    """Bytes that a new process can have; None where nobody knows.
+    """Bytes available to a new process; None where unknown.
 
     Parameters
     ----------
@@ -21,7 +21,7 @@ class Capacity:
     device
         Memory of the accelerator; None on a CPU.
     disk
-        Space where the output goes; None without an output.
+        Space on the disk of the output; None without an output.
     """
 
     host: int | None
@@ -30,7 +30,7 @@ class Capacity:
 
 
 def capacity_of(device: torch.device, output: Path | None) -> Capacity:
-    """What is free now, this process given back."""
+    """Return the free resources, counting the memory of this process as free."""
     return Capacity(
         free_host(),
         None if device.type == "cpu" else free_device(device),
@@ -39,37 +39,37 @@ def capacity_of(device: torch.device, output: Path | None) -> Capacity:
 
 
 def free_host() -> int | None:
-    """Bytes of host memory that a process could have in the place of this one."""
+    """Bytes of host memory that would be free if this process had ended."""
     available = free_memory()
     return None if available is None else available + own_memory()
 
 
 def own_memory() -> int:
-    """Bytes that this process has for itself alone; 0 where the system does not say."""
+    """Bytes of memory that only this process uses; 0 if the system does not report it."""
     try:
         with Path("/proc/self/status").open(encoding="ascii") as lines:
-            found = next(line for line in lines if line.startswith("RssAnon:"))
+            line = next(line for line in lines if line.startswith("RssAnon:"))
     except (OSError, StopIteration):
         return 0
-    return int(found.split()[1]) * 1024
+    return int(line.split()[1]) * 1024
 
 
 def free_device(device: torch.device) -> int | None:
-    """Bytes of memory that are free on an accelerator."""
+    """Bytes of free memory on an accelerator."""
     if device.type != "cuda":
         return None
     return int(torch.cuda.mem_get_info(device)[0])
 
 
 def refuse_full_disk(folder: Path, needed: int) -> None:
-    """Raise if what a run will write into a folder is more than its disk has.
+    """Raise if a run will write more into a folder than its disk has free.
 
     Parameters
     ----------
     folder
-        The partial folder; what a run that is continued has written counts.
+        The partial folder; files that an interrupted run has already written count.
     needed
-        Bytes of all that will be there.
+        Bytes of the finished folder.
     """
     present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = free_disk(folder)

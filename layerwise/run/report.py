@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, and what it returns."""
+"""Progress callbacks of a run, and its result."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,39 +14,39 @@ from layerwise.run.pipeline.records import LayerRecord, median_gap
 
 
 class Callback(Protocol):
-    """Told about a run as it happens; every method is optional in effect.
+    """Called as a run progresses; the methods below may do nothing.
 
-    One that has a method ``on_note(text)`` is told what a reader of the log should know.
+    A callback may also have a method ``on_note(text)``, called with lines for the log.
     """
 
     def on_start(self, n_layers: int) -> None:
-        """Everything was checked; `n_layers` matrices will be pruned."""
+        """All checks passed; `n_layers` matrices will be pruned."""
 
     def on_layer(self, record: LayerRecord) -> None:
-        """One matrix is done (or was done by the run that is resumed)."""
+        """One matrix is done, now or by the interrupted run that is resumed."""
 
     def on_finish(self, report: "PruneReport") -> None:
-        """All of it is done and saved."""
+        """The run is finished and saved."""
 
 
 @dataclass(frozen=True, eq=False)
 class PruneReport:
-    """What a run did.
+    """Result of a run.
 
     Parameters
     ----------
     records
         Figures of every pruned matrix, in order.
     masks
-        Mask of every pruned weight, by parameter name and in its shape, True = kept; read
-        from `output_dir` when asked for, if there is one.
+        Mask of every pruned weight, by parameter name and in its shape, True = kept. With
+        an `output_dir`, each mask is read from there on access.
     output_dir
-        Where it was saved, or None.
+        Folder of the pruned model, or None.
     seconds
         Wall time of the run.
     parameters_left
-        Fraction of the parameters of the decoder blocks that is still there; 1 unless
-        channels left.
+        Fraction of the decoder-block parameters that remains; 1 unless channels were
+        removed.
     opened
         The pruned model, if it was in memory.
     """
@@ -87,24 +87,24 @@ class PruneReport:
 
 
 class Listeners:
-    """All callbacks of a run, told together; one without ``on_note`` gets no notes."""
+    """All callbacks of a run, called together; one without ``on_note`` gets no notes."""
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
         self._callbacks = tuple(callbacks)
 
     def on_start(self, n_layers: int) -> None:
-        """Everything was checked."""
+        """All checks passed."""
         for callback in self._callbacks:
             callback.on_start(n_layers)
 
     def on_note(self, text: str) -> None:
-        """Something that a reader of the log should know."""
+        """Pass on a line for the log."""
         for callback in self._callbacks:
             if (on_note := getattr(callback, "on_note", None)) is not None:
                 on_note(text)
 
     def on_notes(self, texts: Iterable[str]) -> None:
-        """Several things that a reader of the log should know."""
+        """Pass on several lines for the log."""
         for text in texts:
             self.on_note(text)
 
@@ -114,6 +114,6 @@ class Listeners:
             callback.on_layer(record)
 
     def on_finish(self, report: PruneReport) -> None:
-        """All of it is done and saved."""
+        """The run is finished and saved."""
         for callback in self._callbacks:
             callback.on_finish(report)

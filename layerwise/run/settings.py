@@ -18,7 +18,8 @@ from layerwise.run.activations.hidden_store import (
 )
 from layerwise.run.channels.removal import RemoveChannels
 from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.data.calibration import Calibration, token_windows
+from layerwise.run.data.calibration import Calibration, check_windows, token_windows
+from layerwise.run.data.texts import check_source
 from layerwise.run.models.architecture import embedding_rows, model_type_of
 from layerwise.run.models.loading import load_tokenizer
 from layerwise.run.models.opening import OpenedModel
@@ -220,6 +221,20 @@ class CalibrationData:
             )
             raise UsageError(message)
         return asked
+
+    def check(self, model: Any) -> int:
+        """Refuse what :meth:`windows` would refuse before it reads a text.
+
+        Returns
+        -------
+        int
+            Length of the windows.
+        """
+        length = self.length_for(model)
+        check_windows(self.n_sequences, length, self.seed)
+        if isinstance(self.source, str | Path):
+            check_source(self.source)
+        return length
 
     def windows(self, opened: OpenedModel, tokenizer: Any = None) -> Calibration:
         """Token windows for a model.

@@ -1,7 +1,7 @@
-"""Wall time of the stages of a run, for those who ask; nothing is measured otherwise.
+"""Wall time of the phases of a run, measured only when requested.
 
-The run names its stages by ``with timed("solve")``. A :class:`Stopwatch` that is entered
-around the run adds up their seconds. A stage inside another one is not counted twice.
+The run names its phases by ``with timed("solve")``. A :class:`Stopwatch` that is entered
+around the run adds up their seconds. A phase inside another one is not counted twice.
 """
 
 import time
@@ -16,12 +16,12 @@ _running: ContextVar["Stopwatch | None"] = ContextVar("stopwatch", default=None)
 
 
 class Stopwatch:
-    """Seconds by stage of everything that runs inside its ``with`` block.
+    """Seconds of every phase inside the ``with`` block, by name.
 
     Parameters
     ----------
     device
-        Where the work is done; a GPU is waited for at every change of stage.
+        Device of the work; a GPU is synchronized at every change of phase.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -40,16 +40,16 @@ class Stopwatch:
         _running.reset(self._token)
 
     def _begin(self, name: str) -> None:
-        self._book()
+        self._add_time()
         self._open.append(name)
         self.seconds.setdefault(name, 0.0)
 
     def _end(self) -> None:
-        self._book()
+        self._add_time()
         self._open.pop()
 
-    def _book(self) -> None:
-        """Give the time since the last change to the innermost stage."""
+    def _add_time(self) -> None:
+        """Add the time since the last change to the innermost phase."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
@@ -60,7 +60,7 @@ class Stopwatch:
 
 @contextmanager
 def timed(name: str) -> Iterator[None]:
-    """Book the time spent inside under a name, if a stopwatch runs."""
+    """Measure the time spent inside under a name, if a stopwatch is running."""
     watch = _running.get()
     if watch is None:
         yield

@@ -1,1 +1,1 @@
-"""Seconds of a run's stages and of solvers, next to the least that a machine could take."""
+"""Seconds of solvers and of the stages of a run, next to the floors of the machine."""

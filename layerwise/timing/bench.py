@@ -1,9 +1,9 @@
-"""Seconds of every stage of a prune, next to the least that this machine could take.
+"""Seconds of every stage of a pruning run, next to the floors of this machine.
 
-The run is that of :func:`layerwise.run.prune.prune_model`, from a folder into a folder,
-on random token ids. A random model that is too large for the memory is pruned in pieces
-of a few blocks, whose times are added up; the inputs of a piece are those of a first
-block, and the output of its last block is not computed.
+:func:`layerwise.run.prune.prune_model` runs from a folder into a folder, on random token
+ids. A random model that is too large for the memory is pruned in pieces of a few blocks,
+and the times are added up. So each piece has the inputs of a first block, and the output of
+its last block is not computed.
 """
 
 import shutil
@@ -34,7 +34,7 @@ STAGES: tuple[str, ...] = (
 )
 REST = "rest"
 DISK_STAGES = ("load", "hash", "write")
-LONGEST = 512  # of the default sequence length
+LONGEST = 512  # largest default sequence length
 N_SEQUENCES = 16
 
 
@@ -45,13 +45,13 @@ class StageTime:
     Parameters
     ----------
     stage
-        Its name.
+        Name of the stage.
     seconds
         Wall time.
     work
-        What is counted of it.
+        Counted work.
     floor
-        Least seconds for that work; zero where nothing is counted.
+        Least seconds for the counted work; zero if nothing is counted.
     """
 
     stage: str
@@ -61,22 +61,22 @@ class StageTime:
 
     @property
     def ratio(self) -> float | None:
-        """Seconds over the floor."""
+        """Seconds divided by the floor."""
         return self.seconds / self.floor if self.floor else None
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Stages of a run, and the rates of the machine behind the floors.
+    """Stages of a run, and the measured rates of the machine.
 
     Parameters
     ----------
     title
-        What was pruned, and how.
+        Model, method and size of the run.
     stages
-        In the order of the run; the last one is the rest.
+        Stages in the order of the run; the last one is the rest.
     gemm_rates
-        Operations per second by type of number.
+        Operations per second by data type.
     copy_rate
         Bytes per second.
     """
@@ -105,7 +105,7 @@ def bench(
     device: str | torch.device = "auto",
     seed: int = 0,
 ) -> Bench:
-    """Prune a model, or a random one of a named shape, and time the stages.
+    """Prune a model, or a random model of a named shape, and time the stages.
 
     Parameters
     ----------
@@ -114,26 +114,31 @@ def bench(
     shape
         Name in :data:`layerwise.timing.shapes.SHAPES`, instead of `model`.
     blocks
-        Blocks of a shape; all of them by default.
+        Number of blocks of a shape; all by default.
     method, sparsity, error_correction
         As for :func:`~layerwise.run.prune.prune_model`.
     n_sequences, sequence_length
-        Size of the random calibration set; by default the positions of the model, at
-        most 512.
+        Size of the random calibration set; the default length is the number of positions
+        of the model, at most 512.
     device
         Where to compute.
     seed
-        Of weights and token ids.
+        Seed of weights and token ids.
     """
     if (model is None) == (shape is None):
-        message = "give a model folder or a shape, one of the two"
+        message = "give either a model folder or a shape: exactly one of the two"
         raise UsageError(message)
     if blocks is not None and (shape is None or blocks < 1):
         message = f"blocks is the number of blocks of a shape, at least 1; got {blocks}"
         raise UsageError(message)
-    chosen = choose_device(device)
     run = _Run(
-        method, sparsity, n_sequences, sequence_length, error_correction, chosen, seed
+        method,
+        sparsity,
+        n_sequences,
+        sequence_length,
+        error_correction,
+        choose_device(device),
+        seed,
     )
     with tempfile.TemporaryDirectory(prefix="layerwise-bench-") as folder:
         if shape is None:
@@ -146,15 +151,15 @@ def bench(
 
 
 def _prune_shape(run: "_Run", shape: str, blocks: int | None, folder: Path) -> str:
-    """Prune a random model piece by piece; its name for the title."""
+    """Prune a random model piece by piece; return its name for the title."""
     if shape not in SHAPES:
         message = f"unknown shape {shape!r}; known: {', '.join(SHAPES)}"
         raise UsageError(message)
     config = SHAPES[shape]()
     dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
-    everything = config.num_hidden_layers
-    left = min(blocks or everything, everything)
-    name = f"{left} of the {everything} blocks of {shape}, random {dtype}"
+    total = config.num_hidden_layers
+    left = min(blocks or total, total)
+    name = f"{left} of the {total} blocks of {shape}, random {dtype}"
     piece = piece_size(config, dtype)
     number = 0
     while left:
@@ -172,7 +177,7 @@ def _prune_shape(run: "_Run", shape: str, blocks: int | None, folder: Path) -> s
 
 
 class _Run:
-    """Settings of the runs, and what they have taken so far."""
+    """Settings of the runs, with their times and work so far."""
 
     def __init__(
         self,
@@ -219,7 +224,7 @@ class _Run:
             self._seconds[stage] += seconds
         self._seconds[REST] += total - sum(watch.seconds.values())
         work = run_work(
-            _as_it_was(report.model, checkpoint),
+            _before_pruning(report.model, checkpoint),
             adapter_of(report.model),
             {record.name: record.shape for record in report.records},
             self._error_correction,
@@ -233,7 +238,7 @@ class _Run:
             self._work[stage] = self._work.get(stage, Work()) + more
 
     def result(self, title: str) -> Bench:
-        """Stages that were there, with their floors."""
+        """Stages that took time or have work, with their floors."""
         machine = Machine(self.device)
         disk = machine if self.device.type == "cpu" else Machine(torch.device("cpu"))
         stages = []
@@ -245,8 +250,8 @@ class _Run:
         return Bench(title, tuple(stages), dict(machine.gemm_rates), machine.copy_rate)
 
 
-def _as_it_was(model: Any, checkpoint: Checkpoint) -> Any:
-    """Model of the source without memory: a run may have made its own smaller."""
+def _before_pruning(model: Any, checkpoint: Checkpoint) -> Any:
+    """Model of the source on the meta device: the run may have made its model smaller."""
     config = type(model.config).from_dict(checkpoint.config)
     return skeleton(model, config).to(model.dtype)
 

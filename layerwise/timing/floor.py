@@ -1,10 +1,9 @@
-"""The least time that stages of a run could take on this machine: counted work over rates.
+"""The floor of a stage: the least time it could take here, counted work over rates.
 
-Counted is what no implementation can avoid: the products of the forward passes, half of
-each symmetric gram, one product per matrix to grade its answer, and the bytes that are
-read and written. The rates are measured in the same process: the fastest matrix product
-of each type, and a copy in memory. A stage that waits for neither is bounded by nothing
-that is counted here.
+The counted work is unavoidable for every implementation: the products of the forward
+passes, half of each symmetric gram, one product per matrix to grade its answer, and the
+bytes that are read and written. The rates are measured in the same process: the fastest
+matrix product of each type, and a copy in memory. A stage without such work has no floor.
 """
 
 import math
@@ -23,12 +22,12 @@ from layerwise.gram import precision_of
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 TRIES = 5
-LEAST_SECONDS = 1.0  # of the tries together, so that a busy machine is met in a good moment
+LEAST_SECONDS = 1.0  # total of the tries: long enough for one without other load
 
 
 @dataclass(frozen=True)
 class Work:
-    """Operations by type of number, and bytes that are read or written."""
+    """Operations by data type, and bytes that are read or written."""
 
     flops: Mapping[torch.dtype, float] = field(default_factory=dict)
     bytes: float = 0.0
@@ -46,18 +45,18 @@ class Work:
 
 
 class Machine:
-    """Rates of a device, measured when they are first asked for.
+    """Rates of a device, measured at their first use.
 
     Parameters
     ----------
     device
         Where the run computes.
     gemm_size
-        Order of the square matrices; by default large ones for the device.
+        Order of the square matrices; the default depends on the device.
     copy_bytes
-        Bytes that are copied; by default many for the device.
+        Bytes that are copied; the default depends on the device.
     least_seconds
-        Of the tries of one rate together; a second by default.
+        Total time of the tries of one rate; a second by default.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class Machine:
         """Operations per second of the fastest of a few square products."""
         if dtype not in self.gemm_rates:
             n = self._gemm_size
-            # not of ones: a GPU is faster where few bits change
+            # random numbers: a GPU is faster where few bits change
             a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
             out = torch.empty_like(a)
             self.gemm_rates[dtype] = 2 * n**3 / self._best(lambda: torch.mm(a, b, out=out))
@@ -86,7 +85,7 @@ class Machine:
 
     @property
     def copy_rate(self) -> float:
-        """Bytes per second of the fastest of a few copies, read and written ones."""
+        """Bytes per second, read plus written, of the fastest of a few copies."""
         if not self._copy_rate:
             size = self._copy_bytes
             a = torch.ones(size, dtype=torch.uint8, device=self.device)
@@ -95,7 +94,7 @@ class Machine:
         return self._copy_rate
 
     def floor(self, work: Work) -> float:
-        """Seconds that the work takes at full rate: products and traffic overlap."""
+        """Seconds of the work at full rate; products and traffic overlap."""
         products = sum(
             count / self.gemm_rate(dtype) for dtype, count in work.flops.items() if count
         )
@@ -110,7 +109,7 @@ class Machine:
                 torch.cuda.synchronize(self.device)
             seconds = time.perf_counter() - start
             tries, spent = tries + 1, spent + seconds
-            if tries > 1:  # the first one warms up
+            if tries > 1:  # the first one is a warm-up
                 best = min(best, seconds)
         return best
 
@@ -122,16 +121,16 @@ def forward_work(
     length: int,
     skipped: Collection[nn.Module] = (),
 ) -> Work:
-    """One pass of a block: products of its linears and of causal attention.
+    """Work of one pass of a block: products of its linears and of causal attention.
 
     Parameters
     ----------
     block
         The block.
     config
-        Of the model, for the heads.
+        Configuration of the model, for the heads.
     tokens, length
-        Tokens in all, and of a sequence.
+        Total number of tokens, and tokens of a sequence.
     skipped
         Linears whose outputs are not needed.
     """
@@ -141,7 +140,7 @@ def forward_work(
     heads = getattr(config, "num_attention_heads", None)
     if heads:
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
-        # scores and their product with the values, half of each
+        # scores, and their product with the values; half of each is masked
         flops += 2 * (2.0 * tokens * length * heads * head) / 2
     weight = next(block.parameters())
     return Work({weight.dtype: flops}, float(sum(p.nbytes for p in block.parameters())))
@@ -153,18 +152,18 @@ def gram_work(
     tokens: int,
     dtype: torch.dtype = torch.float32,
 ) -> Work:
-    """Second moments: half of each gram, and the whole cross-gram of a pair of streams.
+    """Work of the second moments: half of each gram, and all of each cross-gram.
 
     Parameters
     ----------
     widths
-        Inputs of each stage.
+        Number of inputs of each stage.
     pairs
-        Whether the dense and the pruned model give a stage different inputs.
+        Whether a stage has different inputs in the dense and in the pruned model.
     tokens
-        Tokens in all.
+        Total number of tokens.
     dtype
-        In which inputs are multiplied, see :func:`layerwise.gram.precision_of`.
+        Data type of the products, see :func:`layerwise.gram.precision_of`.
     """
     flops = 0.0
     for width, pair in zip(widths, pairs, strict=True):
@@ -173,7 +172,7 @@ def gram_work(
 
 
 def grading_work(shapes: Sequence[tuple[int, int]]) -> Work:
-    """One product of every answer with its gram, in float64: what every method pays."""
+    """Work of grading, for every method: one float64 product of each answer and gram."""
     return Work({torch.float64: sum(2.0 * out * width**2 for out, width in shapes)})
 
 
@@ -191,13 +190,13 @@ def run_work(
     Parameters
     ----------
     model, adapter
-        The model and how it is read.
+        The model and its adapter.
     shapes
-        Shape (out, in) of every matrix that is pruned, by its full name.
+        Shape (out, in) of every pruned matrix, by its full name.
     error_correction
-        Mode of the run, which decides how many passes there are.
+        Mode of the run, which decides the number of passes.
     tokens, length
-        Tokens in all, and of a sequence.
+        Total number of tokens, and tokens of a sequence.
     device
         Where the run computes.
     """
@@ -207,7 +206,7 @@ def run_work(
         ends = [adapter.linear(block, end) for end in adapter.stages_of(name)[-1].linears]
         whole = forward_work(block, model.config, tokens, length)
         inside = forward_work(block, model.config, tokens, length, ends)
-        # behind the last block nothing is read: its last linears need not be computed
+        # the output of the last block is not used: its last linears need not be computed
         through = inside if number == len(blocks) - 1 else whole
         forward += _passes(error_correction, inside, through)
         pruned = [
@@ -226,11 +225,11 @@ def run_work(
 
 
 def _passes(error_correction: str, inside: Work, through: Work) -> Work:
-    """Passes over one block: to see the inputs of its linears, or to its end as well."""
+    """Passes over one block: `inside` collects inputs, `through` computes the output."""
     if error_correction == "none":
         return through  # one pass does both
     if error_correction == "sequential":
         return inside if through is inside else inside + through
     if error_correction == "block":
-        return through + inside  # dense, pruned
+        return through + inside  # the dense, then the pruned stream
     return through + through

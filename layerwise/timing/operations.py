@@ -1,9 +1,9 @@
-"""Operations and bytes of whatever runs: counted at the tensors, not on paper.
+"""Operations and bytes of running code, counted from its tensors.
 
-Every operation of PyTorch inside the context is seen with its tensors. Counted are
-products of matrices, Cholesky factorizations, triangular solves and inverses, in the type
-of their operands, and the bytes of all inputs and outputs, as if nothing stayed in a
-cache. Eigenvalues and kernels of other libraries are not seen.
+The context intercepts every PyTorch operation with its tensors. It counts matrix products,
+Cholesky factorizations, triangular solves and inverses, in the type of their operands. It
+also counts the bytes of all inputs and outputs, as if nothing stayed in a cache.
+Eigenvalues and kernels of other libraries are not counted.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -60,7 +60,7 @@ class OperationCount:
 
     @property
     def work(self) -> Work:
-        """What was counted so far."""
+        """Work counted so far."""
         return Work(dict(self._flops), self._bytes)
 
     def __enter__(self) -> "OperationCount":

@@ -1,10 +1,9 @@
-"""Solvers against each other on the same layers: seconds, error, proof, use of the machine.
+"""Compare solvers on the same layers: seconds, error, certificate, use of the machine.
 
-Every method solves every layer twice, from cold caches: once with every operation counted
-(:mod:`layerwise.timing.operations`), which also warms up the machine, and once on the
-clock.
-The share of a ceiling is the time that the counted work would take at the measured rate
-(:class:`layerwise.timing.floor.Machine`), over the time that it took.
+Every method solves every layer twice, from cold caches. The first run counts the operations
+(:mod:`layerwise.timing.operations`) and warms up the machine; the second is timed. The
+share of a rate is the time of the counted work at the measured rate
+(:class:`layerwise.timing.floor.Machine`), divided by the time it took.
 """
 
 import json
@@ -39,29 +38,29 @@ class Lap:
     Parameters
     ----------
     layer, rows, width
-        Name and shape.
+        Name and shape of the layer.
     method
-        Its name.
+        Name of the method.
     seconds
         Wall time, factorizations and grading included.
     iterations
-        Of its main loop, 0 for direct methods.
+        Iterations of the main loop, 0 for direct methods.
     relative_error, status
         See :class:`~layerwise.Solution`.
     certificate
-        ``kind`` and ``bound`` of the solver's own proof, or None.
+        ``kind`` and ``bound`` of the solver's own certificate, or None.
     gap
         Largest share of the damped objective that any other answer could save, or None
-        if no bound was asked for.
+        if no bound was requested.
     flops
-        Counted operations by type of number.
+        Counted operations by data type.
     bytes
         Counted bytes.
     matmul_share, bandwidth_share
-        Of the measured ceilings.
+        Shares of the measured rates.
     curve
-        Seconds and relative error: those that the solver reports on the way, and last
-        the graded answer.
+        Seconds and relative error at the iterations that the solver reports, then of the
+        graded answer.
     """
 
     layer: str
@@ -83,20 +82,20 @@ class Lap:
 
 @dataclass(frozen=True)
 class Race:
-    """Laps, and what they were run with.
+    """Laps of a race, with its settings and the rates of the machine.
 
     Parameters
     ----------
     title
-        What was raced.
+        Layers, sparsity and damping.
     device, threads
-        Where; threads of a CPU.
+        Device, and number of CPU threads.
     gemm_rates
-        Measured operations per second by type of number.
+        Measured operations per second by data type.
     copy_rate
         Measured bytes per second.
     laps
-        In the order of the layers, then of the methods.
+        Laps in the order of the layers, then of the methods.
     """
 
     title: str
@@ -136,37 +135,36 @@ def race(
     sparsity
         Fraction of zeros of every row, or ``n:m``.
     damping
-        Relative to the mean diagonal of the gram.
+        Damping relative to the mean diagonal of the gram.
     gap
         Whether to prove a lower bound per layer, which costs more than most solvers.
     device
         Where to compute.
     seed
-        Of random layers.
+        Seed of random layers.
     """
     given = [value for value in (layers, shape, grams) if value is not None]
     if len(given) != 1:
-        message = "a race needs layers, a shape or grams: one of the three"
+        message = "a race needs layers, a shape or grams: give exactly one of the three"
         raise UsageError(message)
     names = methods.split(",") if isinstance(methods, str) else methods
     racers = [resolve(one.strip() if isinstance(one, str) else one) for one in names]
     pattern = choose_pattern(sparsity, None)
-    chosen = choose_device(device)
+    torch_device = choose_device(device)
     if layers is not None:
-        entries = layers_of_sizes(layers, chosen, seed)
+        entries = layers_of_sizes(layers, torch_device, seed)
     elif shape is not None:
-        entries = layers_of_shape(shape, chosen, seed)
+        entries = layers_of_shape(shape, torch_device, seed)
     else:
         assert grams is not None
         entries = read_layers(grams)
-    machine = Machine(chosen)
+    machine = Machine(torch_device)
     laps = []
     for entry in entries:
-        found = _race_on(entry.on(chosen), racers, pattern, damping, machine, gap)
-        laps += found
+        laps += _race_on(entry.on(torch_device), racers, pattern, damping, machine, gap)
     return Race(
         f"{given[0]}: {sparsity}, damping {damping:g}",
-        str(chosen),
+        str(torch_device),
         torch.get_num_threads(),
         {_name(dtype): rate for dtype, rate in machine.gemm_rates.items()},
         machine.copy_rate,
@@ -183,8 +181,8 @@ def _race_on(
     gap: bool,
 ) -> list[Lap]:
     problem = layer.problem(pattern, damping)
-    for racer in racers:  # before any of them spends time
-        _refuse(racer, problem)
+    for racer in racers:  # before any of them starts
+        _refuse_unless_solvable(racer, problem)
     runs = [_run(racer, problem) for racer in racers]
     gaps: list[float | None] = [None] * len(runs)
     if gap:
@@ -192,12 +190,12 @@ def _race_on(
         bound = float(lower_bounds(problem, best.weight).sum())
         gaps = [_gap(problem, run[0], bound) for run in runs]
     laps = []
-    for racer, proven, (found, seconds, curve, work) in zip(
+    for racer, proven, (solution, seconds, curve, work) in zip(
         racers, gaps, runs, strict=True
     ):
         matmuls = Work(work.flops)
         traffic = Work(bytes=work.bytes)
-        proof = found.certificate
+        proof = solution.certificate
         laps.append(
             Lap(
                 layer=layer.name,
@@ -205,9 +203,9 @@ def _race_on(
                 width=problem.shape[1],
                 method=racer.name,
                 seconds=seconds,
-                iterations=found.iterations,
-                relative_error=found.relative_error,
-                status=found.status.value,
+                iterations=solution.iterations,
+                relative_error=solution.relative_error,
+                status=solution.status.value,
                 certificate=None if proof is None else _as_json(proof),
                 gap=proven,
                 flops={_name(dtype): count for dtype, count in work.flops.items()},
@@ -223,7 +221,7 @@ def _race_on(
 def _run(
     racer: Any, problem: LayerProblem
 ) -> tuple[Solution, float, tuple[tuple[float, float], ...], Work]:
-    """Answer, seconds, error against time, and counted work."""
+    """Solution, seconds, error against time, and counted work."""
     posed = _cold(problem)
     with OperationCount() as count:
         solve(posed, racer)
@@ -239,19 +237,19 @@ def _run(
             error = (max(entry["objective"], 0.0) / energy) ** 0.5
             points.append((time.perf_counter() - start, error))
 
-    found = solve(posed, racer, on_iteration=note)
+    solution = solve(posed, racer, on_iteration=note)
     _synchronize(problem)
     seconds = time.perf_counter() - start
-    points.append((seconds, found.relative_error))
-    return found, seconds, tuple(points), count.work
+    points.append((seconds, solution.relative_error))
+    return solution, seconds, tuple(points), count.work
 
 
 def _cold(problem: LayerProblem) -> LayerProblem:
-    """Return the same problem without anything that was computed of it."""
+    """Return a copy of the problem without its cached results."""
     return replace(problem, moments=replace(problem.moments))
 
 
-def _refuse(racer: Any, problem: LayerProblem) -> None:
+def _refuse_unless_solvable(racer: Any, problem: LayerProblem) -> None:
     refuse_unless_solvable(racer, problem)
     if missing := missing_statistic(racer, problem.moments):
         message = (
@@ -261,8 +259,8 @@ def _refuse(racer: Any, problem: LayerProblem) -> None:
         raise UsageError(message)
 
 
-def _gap(problem: LayerProblem, found: Solution, bound: float) -> float:
-    value = float(objective_rows(problem, found.weight, damped=True).sum())
+def _gap(problem: LayerProblem, solution: Solution, bound: float) -> float:
+    value = float(objective_rows(problem, solution.weight, damped=True).sum())
     return max(0.0, 1 - bound / value) if value > 0 else 0.0
 
 

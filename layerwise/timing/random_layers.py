@@ -1,7 +1,8 @@
-"""Random layers of given sizes: weights, and grams whose eigenvalues fall by a power law.
+"""Random layers of given sizes: weights, and grams with power-law eigenvalues.
 
 The gram is ``S Q diag(1, 1/2, 1/3, ...) Q^T S`` with a random orthogonal Q and log-normal
-channel scales S, its trace the width. Real layers differ; store one and give the file.
+channel scales S. Its trace is the width. Real layers differ: to race on one, store it and
+give the file.
 """
 
 import re
@@ -18,16 +19,16 @@ from layerwise.moments import Moments
 from layerwise.run.models.architecture import adapter_of
 from layerwise.timing.shapes import SHAPES
 
-SPREAD = 0.5  # of the logarithms of the scales
+SPREAD = 0.5  # standard deviation of the logarithms of the scales
 
 
 def layers_of_sizes(text: str, device: torch.device, seed: int) -> Iterator[StoredLayer]:
-    """Layers from ``2048x2048,1024x4096``: outputs times inputs."""
+    """Layers from sizes such as ``2048x2048,1024x4096``: outputs times inputs."""
     sizes = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*([1-9]\d*)x([1-9]\d*)\s*", part)
         if match is None:
-            message = f"layers are sizes such as 2048x2048,1024x4096, got {part!r}"
+            message = f"layers must be sizes such as 2048x2048,1024x4096, got {part!r}"
             raise UsageError(message)
         sizes.append((int(match[1]), int(match[2])))
     return (
@@ -41,7 +42,7 @@ def layers_of_sizes(text: str, device: torch.device, seed: int) -> Iterator[Stor
 
 
 def layers_of_shape(shape: str, device: torch.device, seed: int) -> Iterator[StoredLayer]:
-    """Matrices of one block of a model of :data:`layerwise.timing.shapes.SHAPES`.
+    """Matrices of one block of a shape in :data:`layerwise.timing.shapes.SHAPES`.
 
     Matrices that read the same inputs share their gram.
     """
@@ -53,7 +54,7 @@ def layers_of_shape(shape: str, device: torch.device, seed: int) -> Iterator[Sto
 
 
 def _stages(shape: str) -> list[list[tuple[str, int, int]]]:
-    """Name, outputs and inputs of every matrix of a block, by the inputs they read."""
+    """Name, outputs and inputs of every matrix of a block, grouped by stage."""
     from transformers import AutoModelForCausalLM
 
     config = SHAPES[shape]()
@@ -64,8 +65,8 @@ def _stages(shape: str) -> list[list[tuple[str, int, int]]]:
     ((name, block),) = adapter.blocks_of(model).items()
     sizes = []
     for stage in adapter.stages_of(name):
-        found = {n: matrix(adapter.linear(block, n)).shape for n in stage.linears}
-        sizes.append([(n, shape[0], shape[1]) for n, shape in found.items()])
+        shapes = {n: matrix(adapter.linear(block, n)).shape for n in stage.linears}
+        sizes.append([(n, shape[0], shape[1]) for n, shape in shapes.items()])
     return sizes
 
 
@@ -88,7 +89,7 @@ def random_weight(rows: int, width: int, device: torch.device, seed: int) -> Ten
 
 
 def random_gram(width: int, device: torch.device, seed: int) -> Tensor:
-    """Gram as in the head of this file, float64. Cost: a QR of a (width, width) matrix."""
+    """Gram as described above, float64. Cost: a QR of a (width, width) matrix."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

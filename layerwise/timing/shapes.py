@@ -1,9 +1,8 @@
-"""Random models of known shapes, for timing: nothing is downloaded, nothing is trained.
+"""Random models of known shapes, for timing: nothing is downloaded or trained.
 
-The weights of a matrix have columns whose sizes fall like a power law, in a random order,
-so that its singular values decay, and so do the eigenvalues of the grams behind it. Only
-the shape of the blocks is that of the model: the vocabulary is short, since embeddings
-are not pruned.
+The column norms of a matrix follow a power law, in a random order. So its singular values
+decay, and so do the eigenvalues of the grams of later layers. Only the blocks have the
+shape of the named model: the vocabulary is small, since embeddings are not pruned.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from layerwise.demo import MODELS, model_path
 
 VOCABULARY = 1024
 DECAY = 0.5  # exponent of the power law of the columns
-PIECE_BYTES = 2 << 30  # of the blocks that are in memory at a time
+PIECE_BYTES = 2 << 30  # largest size of the blocks in memory at a time
 
 
 def _opt(hidden: int, layers: int, heads: int) -> Any:
@@ -78,13 +77,13 @@ def random_model(config: Any, blocks: int, dtype: torch.dtype, seed: int) -> Any
     Parameters
     ----------
     config
-        Of any causal language model.
+        Configuration of any causal language model.
     blocks
         Number of blocks.
     dtype
         Type of the weights.
     seed
-        Of a local generator.
+        Seed of a local generator.
     """
     from transformers import AutoModelForCausalLM
 
@@ -104,7 +103,7 @@ def random_model(config: Any, blocks: int, dtype: torch.dtype, seed: int) -> Any
 
 
 def piece_size(config: Any, dtype: torch.dtype) -> int:
-    """Number of blocks that are in memory at a time: at least one, at most all."""
+    """Number of blocks in memory at a time: at least one, at most all."""
     from transformers import AutoModelForCausalLM
 
     def size(blocks: int) -> int:

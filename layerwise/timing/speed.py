@@ -1,12 +1,12 @@
-"""What a model costs to run: size, memory, latency of a prompt, tokens per second.
+"""Cost of running a model: size, memory, latency of a prompt, tokens per second.
 
 Models are compared within one process. After a warm-up they take turns, so that a change
-of clock or load meets all of them alike, and ratios are medians over the turns.
+of clock or load affects all of them alike. Ratios are medians over the turns.
 
-Memory is what a model holds plus what a forward pass adds at its peak. On a GPU the
-allocator of PyTorch counts it. On Linux the kernel does: unused heap is given back first,
-so that growth cannot hide in it, the peak of the resident size is reset, and one pass is
-run. Elsewhere it is not shown.
+Memory is the size of a model plus the peak growth in a forward pass. On a GPU, PyTorch's
+allocator counts it. On Linux the kernel counts it for one pass, after two steps: unused
+heap is returned first, because growth could reuse it, and the peak of the resident size is
+reset. On other systems memory is not shown.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ BATCHES = (1, 16)
 LENGTH = 128  # tokens of a prompt
 NEW_TOKENS = 32
 REPEATS = 7
-RESET_PEAK = "5"  # written to /proc/self/clear_refs: the peak becomes the present size
+RESET_PEAK = "5"  # written to /proc/self/clear_refs, it resets the peak to the current size
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Timing:
     Parameters
     ----------
     tokens
-        Tokens that one turn computes.
+        Tokens computed in one turn.
     seconds
-        One number per turn.
+        Seconds of every turn.
     """
 
     tokens: int
@@ -57,11 +57,11 @@ class Timing:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of a turn over its median time."""
+        """Tokens of a turn divided by the median seconds."""
         return self.tokens / self.latency
 
     def speedup(self, other: "Timing") -> float:
-        """How many times faster `other` is, turn against turn."""
+        """How many times faster `other` is: median ratio over the turns."""
         pairs = zip(self.seconds, other.seconds, strict=True)
         return median(mine / theirs for mine, theirs in pairs)
 
@@ -73,17 +73,17 @@ class Speed:
     Parameters
     ----------
     parameters
-        Numbers in its parameters, shared ones once.
+        Number of parameters; shared ones count once.
     bytes
-        Bytes of parameters and buffers, shared ones once.
+        Bytes of parameters and buffers; shared ones count once.
     peak_memory
-        Bytes of the model and of the largest prefill at its peak; None if unknown.
+        Bytes of the model plus the peak growth in the largest prefill; None if unknown.
     prefill
         One forward pass over prompts, by batch size.
     length
         Tokens of each prompt.
     decode
-        Generating from one token with a cache, batch 1.
+        Generation from one token with a cache, batch 1.
     """
 
     parameters: int
@@ -109,22 +109,22 @@ def measure_speed(
     Parameters
     ----------
     models
-        Each on its device; run in evaluation mode, which is undone.
+        Models, each on its device; run in evaluation mode, restored afterwards.
     batches
         Numbers of prompts of a prefill.
     length
-        Tokens of a prompt; fewer where a model has fewer positions.
+        Tokens of a prompt; fewer if a model has fewer positions.
     new_tokens
-        Tokens that are generated, greedily and whatever they are.
+        Number of generated tokens; decoding is greedy and ignores end tokens.
     repeats
-        Turns of every model, after one that does not count.
+        Turns of every model, after one warm-up turn.
     seed
-        Of the random token ids, which are the same for all models.
+        Seed of the random token ids, which are the same for all models.
 
     Returns
     -------
     tuple of Speed
-        In the order of the models.
+        Figures in the order of the models.
     """
     for name, value in (
         ("batches", min(batches, default=0)),
@@ -151,12 +151,12 @@ def measure_speed(
         }
         decode = _turns(models, partial(_decode, ids[:1, :1], new_tokens), repeats)
         growth = [_growth(model, partial(_prefill, ids)) for model in models]
-    found = []
+    speeds = []
     for index, model in enumerate(models):
         size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
         more = growth[index]
         timings = {b: Timing(b * length, turns[index]) for b, turns in prefill.items()}
-        found.append(
+        speeds.append(
             Speed(
                 parameters=sum(p.numel() for p in model.parameters()),
                 bytes=size,
@@ -166,7 +166,7 @@ def measure_speed(
                 decode=Timing(new_tokens, decode[index]),
             )
         )
-    return tuple(found)
+    return tuple(speeds)
 
 
 def _prefill(ids: Tensor, model: Any) -> None:
@@ -180,16 +180,16 @@ def _decode(ids: Tensor, new_tokens: int, model: Any) -> None:
         max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     ids = ids.to(_device(model))
-    made = model.generate(
+    generated = model.generate(
         ids, attention_mask=torch.ones_like(ids), generation_config=config
     )
-    assert made.shape[1] == 1 + new_tokens
+    assert generated.shape[1] == 1 + new_tokens
 
 
 def _turns(
     models: Sequence[Any], work: Callable[[Any], None], repeats: int
 ) -> list[tuple[float, ...]]:
-    """Seconds of every turn, per model; the first turn warms up."""
+    """Seconds of every turn, per model; the first turn is a warm-up."""
     seconds: list[list[float]] = [[] for _ in models]
     for turn in range(repeats + 1):
         for model, times in zip(models, seconds, strict=True):
@@ -212,7 +212,7 @@ def _wait(model: nn.Module) -> None:
 
 
 def _growth(model: nn.Module, work: Callable[[Any], None]) -> int | None:
-    """Bytes that `work` needs at its peak beyond those that are there before."""
+    """Peak bytes that `work` needs in addition to those in use before."""
     device = _device(model)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -234,7 +234,7 @@ def _growth(model: nn.Module, work: Callable[[Any], None]) -> int | None:
 
 
 def _resident(figure: str) -> int:
-    """Bytes of this process according to the kernel: now, or at their peak."""
+    """Resident bytes of this process according to the kernel: current or peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     line = next((line for line in lines if line.startswith(figure)), "")
     return int(line.split()[1]) * 1024

@@ -76,7 +76,8 @@ class FactorModel:
         for value in values.tolist():
             found += value
             rest = max(width - found, 0.0) / max(width - count - 1, 1)  # of the trace
-            if value <= LEADING * rest or width - found <= noise:
+            none_left = count + 1 == width or width - found <= noise
+            if value <= LEADING * rest or none_left:  # a level for none is rounding
                 break
             count, level = count + 1, rest
         return cls(basis @ vectors[:, :count], values[:count] - level, level)

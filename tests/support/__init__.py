@@ -1,1 +1,1 @@
-"""What several test files share: problems, models, folders, runs, references."""
+"""Code that several test files share: problems, models, folders, runs, references."""

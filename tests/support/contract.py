@@ -1,7 +1,7 @@
-"""What the tests of all solvers share: their cases, and what to expect of which solver.
+"""The cases of the tests of all solvers, and the properties of each solver.
 
-A solver that is added to ``SOLVERS`` is in every case here the moment it is there. The
-tuples name the solvers that have a property, or lack it.
+Every solver in ``SOLVERS`` is in the cases automatically. The tuples name the solvers that
+have a property, or lack it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -35,7 +35,7 @@ SINGLE_ENTRIES = (
     *("sparsegpt", "obs", "swaps", "sparse-swaps", "dsnot", "frank-wolfe"),
     *MULTI_WEIGHT,
 )
-# The order of the inputs is no part of the method; SparseGPT sweeps from left to right.
+# The order of the inputs is not part of the method; SparseGPT sweeps from left to right.
 ANY_COLUMN_ORDER = (
     *("magnitude", "wanda", "ria", "gblm", "dsnot", "frank-wolfe", "sparse-swaps"),
     *("multi-weight-sm", "fista", "least-squares", "admm", "alps", "obs", "swaps", "best"),
@@ -104,7 +104,8 @@ def solved(solver: str, problem: str, pattern: str) -> Solution:
 def for_solver(solver: str, layer: Layer, pattern: Pattern) -> LayerProblem:
     """Problem with the pattern, or with the nearest one that a solver takes.
 
-    That is one of its masks, or for whole columns as many as a row of it keeps.
+    The nearest one is a mask of the pattern or, for whole columns, as many columns as a row
+    of that mask keeps.
     """
     problem = layer.problem(pattern)
     if get_solver(solver).can_solve(problem):
@@ -117,12 +118,12 @@ def for_solver(solver: str, layer: Layer, pattern: Pattern) -> LayerProblem:
 
 
 def as_measured(layer: Layer, solution: Solution) -> Layer:
-    """Layer whose error is that of a solution: about the means if it has a bias."""
+    """Layer on which a solution is measured: about the means if it has a bias."""
     return layer if solution.bias is None else layer.centered()
 
 
 def posable(solvers: Iterable[str], names: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs for `for_solver`, which finds a mask for a solver but no solver for a mask."""
+    """Pairs of a solver and a pattern that `for_solver` can pose."""
     return [
         (solver, name)
         for solver, name in product(solvers, names)

@@ -12,7 +12,7 @@ from layerwise.adapters import ADAPTERS, Adapter, get_adapter, get_coupling
 from layerwise.demo import MODELS, model_path
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.models.opening import load_model
-from layerwise.run.models.surgery import Cut
+from layerwise.run.models.surgery import Cut, steps_of
 from tests.support.models import random_tokens, tiny_model
 
 COUPLED = [family for family in ADAPTERS if get_adapter(family).couplings]
@@ -63,7 +63,7 @@ def random_cuts(
 
 @torch.no_grad()
 def masked(model: Any, adapter: Adapter, cuts: Sequence[Cut]) -> Any:
-    """Copy of a model in which nothing reads the channels that leave."""
+    """Copy of a model in which nothing reads the removed channels."""
     result = copy.deepcopy(model)
     for cut in cuts:
         coupling = get_coupling(adapter, cut.coupling)
@@ -96,3 +96,13 @@ def distance(one: Tensor, other: Tensor) -> float:
 def size_of(model: Any) -> int:
     """Number of parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def evenly(adapter: Adapter, model: Any, name: str, keep: int) -> list[Cut]:
+    return [Cut(block, name, torch.arange(keep)) for block in adapter.blocks_of(model)]
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    """Everything that a refused call must leave alone."""
+    tensors = {name: (id(p), p._version) for name, p in model.named_parameters()}
+    return {**tensors, "config": model.config.to_dict(), "record": list(steps_of(model))}

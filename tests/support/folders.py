@@ -1,4 +1,4 @@
-"""What folders hold, to compare two of them."""
+"""Contents of folders, to compare two of them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ from layerwise.run.pipeline.records import LayerRecord
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder that does not tell times."""
+    """Content of every file below a folder, except the file with times."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))

@@ -1,7 +1,7 @@
 """Tiny random language models of every family, a tokenizer, and folders that hold them.
 
 The weights are larger than those of a fresh model, so that attention is not flat, every
-layer matters, and half of them cannot be removed without a trace.
+layer matters, and removing half of them has a clear effect.
 """
 
 import hashlib
@@ -83,7 +83,7 @@ def _gpt2(common: Mapping[str, Any], inner: int) -> Any:
 
 
 def _mamba(config: Any, **more: Any) -> Callable[[Mapping[str, Any], int], Any]:
-    """State space models know no heads and no positions."""
+    """State space models have no heads and no positions."""
     absent = {"num_attention_heads", "max_position_embeddings"}
     return lambda common, inner: config(
         **{name: value for name, value in common.items() if name not in absent},
@@ -156,7 +156,7 @@ def tiny_model(
 
 
 def mixture_of_experts() -> Any:
-    """Qwen3 with experts in fused parameters, which nothing prunes yet."""
+    """Qwen3 with experts in fused parameters, which cannot be pruned yet."""
     config = Qwen3MoeConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
@@ -189,7 +189,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """As little of a language model as a run needs."""
+    """The minimal language model that a run accepts."""
 
     def __init__(self, kind: type[nn.Module] = Block, count: int = 3) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class Decoder(nn.Module):
 
 
 def tiny_text(words: int = 3000, seed: int = 0) -> str:
-    """Sentences of random short words, so that there is something to encode."""
+    """Sentences of random short words to encode."""
     draw = random.Random(seed)
     vocabulary = [
         "".join(draw.choices("abcdefgh", k=draw.randint(2, 5))) for _ in range(90)

@@ -1,4 +1,4 @@
-"""Layers with known difficulties, patterns to prune them with, and a strategy.
+"""Layers of known difficulty, patterns, and strategies that draw both.
 
 A layer keeps its inputs, so that every claim about moments can be checked against the
 formula ``||W X - What Xhat||_F^2 / tokens`` itself.
@@ -41,7 +41,7 @@ class Layer:
         return float(outputs.square().sum() / self.inputs.shape[1])
 
     def magnitude(self, weight: Tensor) -> float:
-        """Bound on every term of the objective: no sign in it, so nothing cancels."""
+        """Bound on every term of the objective, without signs that cancel."""
         size = self.inputs.double().square().mean(dim=1).sqrt()
         size = size + self.seen.double().square().mean(dim=1).sqrt()
         terms = (self.weight.double().abs() + weight.double().abs()) @ size
@@ -77,7 +77,7 @@ class Layer:
         return float(self.explicit_rows(weight, bias).sum())
 
     def centered(self) -> "Layer":
-        """Return the layer about its means, in float64: what the best bias leaves."""
+        """Return the layer about its means, in float64, as the best bias makes it."""
         inputs, seen = self.inputs.double(), self.seen.double()
         return Layer(
             self.weight,
@@ -117,8 +117,8 @@ def make_layer(
 ) -> Layer:
     """Random float64 layer, everything drawn from the seed.
 
-    `drift` is the relative size of ``Xhat - X``; `condition` that of the population gram;
-    `correlation` that of neighbouring channels.
+    `drift` is the relative size of ``Xhat - X``, `condition` the condition number of the
+    population gram, `correlation` the correlation of neighbouring channels.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -190,7 +190,7 @@ DOUBLE = [name for name, layer in PROBLEMS.items() if layer.weight.dtype == torc
 
 
 def uneven_mask(layer: Layer, seed: int = 0) -> Tensor:
-    """Mask whose rows remove different numbers; the first nothing, the last all."""
+    """Mask whose rows remove different numbers of weights: the first none, the last all."""
     generator = torch.Generator().manual_seed(seed)
     share = torch.linspace(0.9, 0.1, len(layer.weight))[:, None]
     mask = torch.rand(layer.shape, generator=generator) < share
@@ -200,7 +200,7 @@ def uneven_mask(layer: Layer, seed: int = 0) -> Tensor:
 
 
 def _random_mask(layer: Layer) -> Pattern:
-    """Fixed mask with one full and one empty row, where there are as many rows."""
+    """Fixed mask with one full and one empty row if the layer has three or more."""
     generator = torch.Generator().manual_seed(layer.weight.numel())
     kept = torch.rand(layer.shape, generator=generator) < 0.5
     if len(kept) > 2:
@@ -209,7 +209,7 @@ def _random_mask(layer: Layer) -> Pattern:
 
 
 def _balanced_columns(layer: Layer) -> Pattern:
-    """Units of two columns that are no neighbours, in two heads; an odd one is alone."""
+    """Units of two columns that are not neighbours, in two heads; an odd one is alone."""
     width = layer.shape[1]
     units, half = (width + 1) // 2, (width + 3) // 4
     heads = torch.arange(units) // half
@@ -249,7 +249,7 @@ def fits(pattern: Pattern, layer: Layer) -> bool:
 def layers(
     draw: st.DrawFn, *, max_rows: int = 4, max_width: int = 12, drift: bool = True
 ) -> Layer:
-    """Draw a seed and what makes a layer easy or hard; tensors follow from the seed."""
+    """Draw a seed and the difficulty of a layer; tensors follow from the seed."""
     width = draw(st.integers(1, max_width), label="width")
     return make_layer(
         draw(st.integers(0, 2**32 - 1), label="seed"),

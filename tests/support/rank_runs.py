@@ -24,7 +24,7 @@ from layerwise.solve import solve
 from tests.support.models import random_tokens, tiny_model
 
 SEQUENCES, LENGTH = 10, 12
-CRASH = 3  # exit code of a rank that fails by an error that is none of ours
+CRASH = 3  # exit code of a rank that fails by an error other than a LayerwiseError
 
 
 class FailsOnRank:
@@ -36,7 +36,7 @@ class FailsOnRank:
         self._rank, self._left = rank, after
 
     def solve(self, problem: LayerProblem) -> Solution:
-        """Solve by Wanda while there is something left."""
+        """Solve by Wanda until the count runs out."""
         if int(os.environ.get("RANK", "0")) == self._rank:
             self._left -= 1
             if self._left < 0:
@@ -45,8 +45,8 @@ class FailsOnRank:
         return solve(problem, "wanda")
 
 
-class Told:
-    """Counts what a callback is told."""
+class CallCounter:
+    """Callback that counts its calls."""
 
     def __init__(self) -> None:
         self.layers, self.finished = 0, 0
@@ -62,7 +62,7 @@ class Told:
 
 def prune(arguments: dict[str, Any]) -> dict[str, Any]:
     """Prune a folder, or a model in memory if there is none."""
-    told = Told()
+    calls = CallCounter()
     method = arguments.pop("method", "wanda+least-squares")
     if isinstance(method, dict):
         method = FailsOnRank(**method)
@@ -74,18 +74,18 @@ def prune(arguments: dict[str, Any]) -> dict[str, Any]:
         "sequence_length": LENGTH,
         **arguments,
     }
-    report = prune_model(source, method, callbacks=[told], **arguments)
+    report = prune_model(source, method, callbacks=[calls], **arguments)
     parameters = report.model.parameters()
     return {
-        "layers": told.layers,
-        "finished": told.finished,
+        "layers": calls.layers,
+        "finished": calls.finished,
         "masks": {name: mask.int().tolist() for name, mask in report.masks.items()},
         "weights": float(sum(p.detach().double().abs().sum() for p in parameters)),
     }
 
 
 def moments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Moments of inputs of which every rank has a part; what rank 0 makes of the sums."""
+    """Moments of inputs that are split over the ranks, from the sums over all ranks."""
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(40, 6, generator=generator, dtype=torch.float64)
     pruned = dense + 0.1 * torch.randn(40, 6, generator=generator, dtype=torch.float64)
@@ -106,7 +106,7 @@ def moments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def words(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Everything that ranks do together, twice: runs in one process follow each other."""
+    """All collective operations, twice, because one process can make several runs."""
     found = []
     for number in range(2):
         with ranks_of_environment() as ranks:
@@ -115,7 +115,7 @@ def words(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def exchange(ranks: Ranks, number: int) -> list[Any]:
-    """What one rank has after all of them told, added and copied."""
+    """Results of one rank after broadcasts and an all-reduce."""
     text = ranks.broadcast_text(
         "word", f"word {number}" if ranks.rank == 1 % ranks.size else None
     )
@@ -128,7 +128,7 @@ def exchange(ranks: Ranks, number: int) -> list[Any]:
 
 
 def stalls(arguments: dict[str, Any]) -> dict[str, Any]:
-    """One rank dies without a word while the other waits for it."""
+    """One rank dies silently while the other waits for it."""
     with ranks_of_environment() as ranks:
         ranks.barrier()
         if ranks.rank == arguments["dies"]:

@@ -1,4 +1,4 @@
-"""Answers that owe nothing to the code under test.
+"""Reference answers that share no code with the solvers under test.
 
 Everything starts from W, X and Xhat: the damped objective of a row is the sum of squares
 ``||A v - b||^2`` with the tokens and the ridge stacked as equations. Convex problems go to

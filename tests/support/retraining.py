@@ -50,7 +50,7 @@ def values(model: Any) -> dict[str, Tensor]:
 
 
 class Listener:
-    """Keeps what it is told."""
+    """Records its calls."""
 
     def __init__(self) -> None:
         self.records: list[UnitRecord] = []

@@ -58,7 +58,7 @@ def windows() -> Tensor:
 
 @torch.no_grad()
 def inputs_of(model: Any, name: str) -> Tensor:
-    """What a linear reads in the calibration windows, shape (tokens, in), float64."""
+    """Inputs of a linear on the calibration windows, shape (tokens, in), float64."""
     seen: list[Tensor] = []
     handle = model.get_submodule(name).register_forward_pre_hook(
         lambda _, args: seen.append(args[0].double().flatten(0, -2))

@@ -1,4 +1,4 @@
-"""Workers in virtual time, for tests of the scheduler: they die, crawl and stutter."""
+"""Workers in virtual time, for tests of the scheduler: they die, are slow, and repeat."""
 
 import heapq
 import itertools
@@ -12,15 +12,15 @@ from layerwise.run.workers.executor import Attempt, Done, Event, Failed, Key, Lo
 
 
 @dataclass
-class Habits:
-    """How bad the workers are; rates are per second, the defaults describe good ones."""
+class Faults:
+    """Faults of the workers; rates are per second, and by default there are none."""
 
     death_rate: float = 0.0  # of each worker
     seconds_down: float = 30.0  # on average, until a worker is back
-    massacre: tuple[float, float] | None = None  # all die once between these times
+    mass_death: tuple[float, float] | None = None  # all die once between these times
     slow: dict[int, float] = field(default_factory=dict)  # worker: times slower
     repeats: float = 0.0  # share of the results that come again, later
-    undead: float = 0.0  # share of the lost attempts whose result comes after all
+    late: float = 0.0  # share of the lost attempts whose result arrives nevertheless
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Simulation:
     compute
         What a job returns, or raises.
     horizon
-        Virtual time that nothing may reach: whoever waits until then hangs.
+        Limit of the virtual time; a wait that reaches it counts as a hang.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class Simulation:
         *,
         seed: int = 0,
         horizon: float = 1e6,
-        habits: Habits | None = None,
+        faults: Faults | None = None,
     ) -> None:
         self._slots, self._seconds, self._compute = slots, seconds, compute
-        self._horizon, self._habits = horizon, habits or Habits()
+        self._horizon, self._faults = horizon, faults or Faults()
         self._random = random.Random(seed)
         self._time = 0.0
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
@@ -68,8 +68,8 @@ class Simulation:
         self.closed = False
         for index in range(slots):
             self._schedule_death(index)
-            if self._habits.massacre is not None:
-                self._at(self._random.uniform(*self._habits.massacre), self._die, index)
+            if self._faults.mass_death is not None:
+                self._at(self._random.uniform(*self._faults.mass_death), self._die, index)
 
     # -- the protocol ---------------------------------------------------------------------
 
@@ -106,10 +106,10 @@ class Simulation:
     def close(self) -> None:
         self.closed = True
 
-    # -- what a test does to it -----------------------------------------------------------
+    # -- for the tests --------------------------------------------------------------------
 
     def spend(self, seconds: float) -> None:
-        """Let the driver be busy: things happen, and nobody looks."""
+        """Let the driver be busy while events happen."""
         until = self._time + seconds
         while self._agenda and self._agenda[0][0] <= until:
             self._time, _, happen = heapq.heappop(self._agenda)
@@ -129,9 +129,9 @@ class Simulation:
         self._outbox.append(event)
 
     def _schedule_death(self, index: int) -> None:
-        if self._habits.death_rate:
+        if self._faults.death_rate:
             generation = self._workers[index].generation
-            seconds = self._random.expovariate(self._habits.death_rate)
+            seconds = self._random.expovariate(self._faults.death_rate)
             self._after(seconds, self._die, index, generation)
 
     def _assign(self) -> None:
@@ -141,13 +141,13 @@ class Simulation:
             index, (attempt, payload) = idle.pop(), self._queue.popleft()
             worker = self._workers[index]
             worker.attempt = attempt
-            took = self._seconds[attempt.key] * self._habits.slow.get(index, 1.0)
+            took = self._seconds[attempt.key] * self._faults.slow.get(index, 1.0)
             self._after(took, self._finish, index, worker.generation, attempt, payload)
 
     def _finish(self, index: int, generation: int, attempt: Attempt, payload: Any) -> None:
         worker = self._workers[index]
-        undead = worker.generation != generation
-        if undead and self._random.random() >= self._habits.undead:
+        late = worker.generation != generation
+        if late and self._random.random() >= self._faults.late:
             return
         event: Event
         try:
@@ -155,9 +155,9 @@ class Simulation:
         except Exception as error:
             event = Failed(attempt, error)
         self._deliver(event)
-        if self._random.random() < self._habits.repeats:
+        if self._random.random() < self._faults.repeats:
             self._after(self._random.uniform(0, 60), self._deliver, event)
-        if not undead:
+        if not late:
             worker.attempt = None
             self._assign()
 
@@ -167,11 +167,11 @@ class Simulation:
             return
         self.n_deaths += 1
         if worker.attempt is not None:
-            lost = Lost(worker.attempt, "the machine burns")
+            lost = Lost(worker.attempt, "the machine failed")
             self._after(self._random.random(), self._deliver, lost)
         worker.alive, worker.attempt = False, None
         worker.generation += 1
-        mean = self._habits.seconds_down
+        mean = self._faults.seconds_down
         down = self._random.expovariate(1 / mean) if mean else 0.0
         self._after(down, self._revive, index)
 

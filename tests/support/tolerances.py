@@ -35,7 +35,7 @@ CLARABEL_OPTIONS = {"tol_gap_abs": 1e-13, "tol_gap_rel": 1e-13, "tol_feas": 1e-1
 # the weights around it round. Measured 1e-6 and 3e-2.
 FAST_SCAN = {torch.float32: 1e-5, torch.bfloat16: 1e-1}
 
-# -- iterative methods: the gap that is asked for --------------------------------------
+# -- iterative methods: the requested gap ----------------------------------------------
 
 LASSO_GAP = 1e-9
 LASSO_ITERATIONS = 20_000  # condition 1e8 takes about 3000
@@ -72,8 +72,8 @@ POWER_ITERATION = 0.05
 
 # -- local search ----------------------------------------------------------------------
 
-# What the best single swap may still gain after a search without tolerance: changes below
-# 1e-12 of the energy are rounding to the search, the rest is that of two refits.
+# Gain of the best single swap after a search without tolerance: the search takes changes
+# below 1e-12 of the energy for rounding, the rest is the rounding of two refits.
 LOCAL_MINIMUM = 1e-11
 
 # Mean of the objective after exchanges of columns over that of the best set of columns, ten
@@ -85,7 +85,7 @@ COLUMNS_NEAR_BEST = 1.03
 # the millionth below which it is not made, and rounding.
 COLUMN_EXCHANGE = 1.1e-6
 
-# Costs of moving units after 600 updates at condition 1e8 and next to no damping.
+# Costs of moving units after 600 updates at condition 1e8 and almost no damping.
 LONG_WALK = 1e-3
 
 # -- equivariance ----------------------------------------------------------------------
@@ -121,11 +121,11 @@ RECORDED_ERROR = 1e-6
 GRADIENTS = 1e-6
 
 # Largest difference of logits (of size one) between a masked model in float32 and the one
-# whose channels have left: sums of fewer terms are added in another order. Measured 3e-6.
+# without these channels: sums of fewer terms are added in another order. Measured 3e-6.
 SURGERY = 1e-5
 
-# What a survey measures against the same by hand, relative: losses of float32 passes differ
-# by few digits of theirs. Measured 3e-6.
+# Figures of a survey against the same by hand, relative: the losses of float32 passes are
+# small differences. Measured 3e-6.
 SURVEY = 1e-4
 
 # Logits of a merged model against those of its parametrizations, over the largest: sums of
@@ -137,7 +137,7 @@ MERGED = 1e-5
 RANKS = 1e-13
 
 # Relative errors of a run on two ranks against one process: its forward passes in float32
-# take other batches of sequences, which rounds otherwise.
+# take other batches of sequences, which round differently.
 RANKS_ERROR = 1e-4
 
 # -- allocation ------------------------------------------------------------------------
@@ -158,7 +158,7 @@ FACTORS = {torch.float32: 1e-6, torch.float64: 1e-14}
 # columns on spectra without a gap. Measured 4e-4.
 NEAR_BEST = 0.01
 
-# Mean error rate from the previous factors by one iteration over that of five from a random
+# Mean error rate of one iteration from the previous factors over that of five from a random
 # start, on moments that drift by a hundredth per step.
 WARM_START = 0.01
 
@@ -168,7 +168,7 @@ FULL_RANK = 1e-9
 # -- lower bounds ----------------------------------------------------------------------
 
 # Bound over the optimum of grams without a remainder: D falls short of the gram by the
-# millionth that proves it, times the square of what the direction misses.
+# millionth that proves it, times the squared error of the direction.
 NEARLY_EXACT = 1e-5
 
 # Best bound of a split by CLARABEL at its default tolerances of 1e-8.

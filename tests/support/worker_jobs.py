@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from layerwise.errors import DataError, SolveError
-from layerwise.run.workers.messages import Place, Work
+from layerwise.run.workers.messages import Work, WorkerSpec
 
 
 class Fickle(Exception):
@@ -26,21 +26,21 @@ class Unreadable:
         return int, ("no number",)
 
 
-def squares(place: Place) -> Work:
-    """Square numbers, and tell where."""
+def squares(spec: WorkerSpec) -> Work:
+    """Square numbers, and say on which worker."""
     opened = os.getpid()
 
     def work(payload: int) -> dict[str, Any]:
         same = opened == os.getpid()
-        return {"value": payload**2, "place": place, "pid": opened, "same": same} | {
+        return {"value": payload**2, "spec": spec, "pid": opened, "same": same} | {
             "threads": torch.get_num_threads()
         }
 
     return work
 
 
-def troubles(place: Place) -> Work:
-    """Raise or return what is asked for."""
+def troubles(spec: WorkerSpec) -> Work:
+    """Raise or return as the payload says."""
 
     def work(payload: Any) -> Any:
         match payload:
@@ -61,7 +61,7 @@ def troubles(place: Place) -> Work:
 
 
 def first_time(flag: str) -> bool:
-    """Whether nobody called this with the same path before."""
+    """Whether this is the first call with this path."""
     try:
         Path(flag).touch(exist_ok=False)
     except FileExistsError:
@@ -69,7 +69,7 @@ def first_time(flag: str) -> bool:
     return True
 
 
-def suicides(place: Place) -> Work:
+def suicides(spec: WorkerSpec) -> Work:
     """Die when a flag is raised for the first time, and return the time of death later."""
 
     def work(flag: str) -> float:
@@ -81,7 +81,7 @@ def suicides(place: Place) -> Work:
     return work
 
 
-def sleepers(place: Place) -> Work:
+def sleepers(spec: WorkerSpec) -> Work:
     """Leave the process number in a folder, and sleep."""
 
     def work(folder: str) -> None:
@@ -91,7 +91,7 @@ def sleepers(place: Place) -> Work:
     return work
 
 
-def closed_shop(place: Place) -> Work:
+def closed_shop(spec: WorkerSpec) -> Work:
     """No worker opens."""
     message = "the model folder is gone"
     raise DataError(message)

@@ -78,7 +78,7 @@ class Points(Stopwatch):
 
 
 def watch(points: Points) -> None:
-    """Let reading tensors and naming files pass points, in this process for good."""
+    """Make reads of tensors and renamings of files pass points, until the process ends."""
     tensors, fsync = Checkpoint.tensors, os.fsync
     written: list[str] = []  # stage of the file that is being written
 

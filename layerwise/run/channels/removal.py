@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,11 +64,6 @@ class RemoveChannels:
 
     method: Method
     structure: Structure
-    needs_whole_model: ClassVar[bool] = True  # it is cut as a whole
-    refused_by_ranks: ClassVar[str] = (
-        "a smaller model is chosen and cut as a whole, which ranks do not share: start "
-        "without torchrun"
-    )
 
     @classmethod
     def asked(cls, method: Method, amount: Amount) -> "RemoveChannels | None":
@@ -81,6 +76,19 @@ class RemoveChannels:
     @property
     def pattern(self) -> None:
         """No zeros stay: what is removed is gone."""
+
+    @property
+    def needs_whole_model(self) -> bool:
+        """The model is cut as a whole."""
+        return True
+
+    @property
+    def refused_by_ranks(self) -> str:
+        """Why several ranks cannot share this."""
+        return (
+            "a smaller model is chosen and cut as a whole, which ranks do not share: start "
+            "without torchrun"
+        )
 
     def check_storable(self) -> None:
         """Every smaller model can be written to a folder."""

@@ -1,1 +1,1 @@
-"""Checkpoints as bytes: shards, masks and JSON; validated, hashed, written atomically."""
+"""Files of a checkpoint: shards, masks and JSON, validated and written atomically."""

@@ -1,8 +1,8 @@
-"""Atomic files: a reader sees the old content or the new one, never a part.
+"""Atomic files: a reader sees the old content or the new content, never a part.
 
-The content goes to a hidden temporary file in the same folder, which is flushed to the
-disk and then renamed over the target; the folder is flushed last, so that after a power
-cut the name points at complete content as well.
+The content is written to a hidden temporary file in the same folder, flushed to the disk,
+and then renamed over the target. The folder is flushed last, so that the name points at
+complete content even after a power cut.
 """
 
 import errno
@@ -27,18 +27,18 @@ def atomic_write(path: Path, data: Content, *, size: int | None = None) -> None:
     path
         The file to write; its folder must exist.
     data
-        The content, or a function that writes it to the stream it is given.
+        The content, or a function that writes it to a stream.
     size
-        Bytes that ``data`` will write, for the error message of a full disk; known
-        without being told when ``data`` are bytes.
+        Bytes that ``data`` will write, for the error message of a full disk; not needed
+        if ``data`` are bytes.
 
     Raises
     ------
     DataError
         The file system refuses (full, read-only, no permission, input or output
-        error). The old content is intact and no temporary file is left.
+        error). The old content is intact and no temporary file remains.
     """
-    # machines that share a disk may have processes of one number
+    # processes on machines that share a disk may have the same id
     own = f"{os.getpid()}-{secrets.token_hex(4)}"
     temporary = path.with_name(f".{path.name}.{own}{TEMPORARY_SUFFIX}")
     needed = len(data) if isinstance(data, bytes) else size
@@ -65,13 +65,13 @@ def atomic_write(path: Path, data: Content, *, size: int | None = None) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what killed writers left in a folder and below; no writer may be active."""
+    """Delete temporary files of killed writers in a folder; no writer may be active."""
     for path in folder.rglob(f".*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` durable, where the system can do that."""
+    """Make a rename in ``folder`` durable, if the system supports that."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

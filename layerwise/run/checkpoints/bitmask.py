@@ -29,7 +29,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 
 def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """Boolean mask of ``shape`` from the bytes that :func:`pack_mask` made.
+    """Boolean mask of ``shape`` from the bytes of :func:`pack_mask`.
 
     Raises
     ------
@@ -41,15 +41,15 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
     expected = packed_size(shape)
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (expected,):
         message = (
-            f"packed mask is {packed.dtype} of shape {tuple(packed.shape)}, a mask of "
-            f"shape {tuple(shape)} needs uint8 of shape {(expected,)}: file is damaged"
+            f"packed mask is {packed.dtype} of shape {tuple(packed.shape)}, but a mask of "
+            f"shape {tuple(shape)} needs uint8 of shape {(expected,)}: restore the file"
         )
         raise DataError(message)
     bits = np.unpackbits(packed.cpu().numpy(), bitorder="little")
     if bits[entries:].any():
         message = (
-            f"packed mask of shape {tuple(shape)} has bits set in its padding: "
-            f"the file is damaged or belongs to another shape"
+            f"packed mask of shape {tuple(shape)} has bits set in its padding, so it is "
+            f"damaged or has another shape: restore the file"
         )
         raise DataError(message)
     return torch.from_numpy(bits[:entries].astype(np.bool_)).reshape(tuple(shape))

@@ -1,4 +1,4 @@
-"""Tensors by name that are made when they are asked for, and not kept."""
+"""Tensors by name that are made on every access, and not kept."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -13,7 +13,7 @@ class LazyTensors(Mapping[str, Tensor]):
     names
         The keys, in order.
     make
-        Makes or reads the tensor of a name, every time anew.
+        Function that makes or reads the tensor of a name; called at every access.
     """
 
     def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]) -> None:

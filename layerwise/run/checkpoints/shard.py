@@ -1,8 +1,8 @@
-"""One safetensors file: its header, and copies with some tensors substituted.
+"""One safetensors file: its header, and copies with some tensors replaced.
 
-The format is an 8-byte little-endian length, a JSON header and the data, where every
-tensor is a byte range relative to the start of the data. A substitute has the same type
-and shape, hence the same range: a copy keeps every other byte as it was.
+The format is an 8-byte little-endian length, a JSON header and the data. Every tensor is a
+byte range relative to the start of the data. A replacement has the same type and shape,
+hence the same range, so a copy keeps all other bytes.
 """
 
 import json
@@ -42,7 +42,7 @@ TYPE_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """What the header says of one tensor; ``dtype`` is safetensors' name of it."""
+    """Entry of one tensor in the header; ``dtype`` is the name that safetensors uses."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -67,14 +67,14 @@ class Header:
 def read_header(path: Path) -> Header:
     """Header of a complete, well-formed safetensors file.
 
-    The safetensors library judges the file (size of the header, ranges without holes
-    or overlaps, nothing truncated) before anything is read from it here.
+    The safetensors library checks the file first: size of the header, ranges without holes
+    or overlaps, nothing truncated.
 
     Raises
     ------
     DataError
-        The file is missing, unreadable, truncated or not safetensors, or its large
-        header describes less data than it has bytes itself.
+        The file is missing, unreadable, truncated or not safetensors, or its header is
+        large and longer than the data.
     """
     _check_proportion(path)
     try:
@@ -98,23 +98,23 @@ def read_header(path: Path) -> Header:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Name the file that cannot be read, also where another one is being written."""
+    """Raise read errors with the right file name, even while another file is written."""
     try:
         yield
     except OSError as error:
-        message = f"cannot read {path}: {error.strerror or error}"
+        message = f"cannot read {path}: {error.strerror or error}; check the file"
         raise DataError(message) from error
 
 
 def _check_proportion(path: Path) -> None:
-    """Refuse what is made to waste time: each tensor costs some, even an empty one."""
+    """Refuse a huge header with little data: even an empty tensor costs time to read."""
     with _reading(path), path.open("rb") as stream:
         size = path.stat().st_size
         length = int.from_bytes(stream.read(8), "little")
     n_bytes = size - 8 - length
     if length > LARGE_HEADER and 0 <= n_bytes < length:
         message = (
-            f"{path} describes {n_bytes} bytes of tensors by a header of {length} bytes: "
+            f"{path} describes {n_bytes} bytes of tensors with a header of {length} bytes: "
             f"download it again"
         )
         raise DataError(message)
@@ -128,8 +128,8 @@ def rewrite_shard(
 ) -> None:
     """Copy a safetensors file, with new values for some of its tensors.
 
-    Memory: one substituted tensor. The header is copied as well, completed by
-    ``format: pt`` where that is missing.
+    Memory: one replaced tensor. The header is copied; ``format: pt`` is added if it is
+    missing.
 
     Parameters
     ----------
@@ -138,7 +138,7 @@ def rewrite_shard(
     replaced
         New values by name; type and shape must be those in the file.
     names
-        Which of them belong to this file; by default all.
+        Names of `replaced` that belong to this file; by default all.
 
     Raises
     ------
@@ -177,15 +177,15 @@ def rewrite_shard(
 def check_substitute(
     name: str, tensor: Tensor, entry: TensorEntry | None, where: Path
 ) -> None:
-    """Raise a UsageError unless ``tensor`` fits the place of ``name`` in the file."""
+    """Raise a UsageError unless ``tensor`` has the type and shape of the file's entry."""
     if entry is None:
         message = f"{where} holds no tensor {name!r} to replace: check the name"
         raise UsageError(message)
     given = TYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
     if given != (entry.dtype, entry.shape):
         message = (
-            f"tensor {name!r} is {entry.dtype} {entry.shape} in {where}, its "
-            f"replacement {given[0]} {given[1]}: cast and reshape it first"
+            f"tensor {name!r} is {entry.dtype} {entry.shape} in {where}, but its "
+            f"replacement is {given[0]} {given[1]}: cast and reshape it first"
         )
         raise UsageError(message)
 
@@ -196,7 +196,7 @@ def write_shard(
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a safetensors file whose tensors are made one by one, as it is written.
+    """Write a safetensors file whose tensors are made one by one during writing.
 
     Parameters
     ----------
@@ -205,9 +205,9 @@ def write_shard(
     like
         Type and shape of every tensor.
     read
-        Gives a tensor by its name; asked once for each.
+        Function from a name to its tensor; called once per tensor.
     metadata
-        Text for the header.
+        Metadata of the header.
     """
     entries, start = {}, 0
     for name, (dtype, shape) in sorted(like.items()):
@@ -227,7 +227,7 @@ def write_shard(
 
 
 def _header_bytes(source: Path, header: Header) -> bytes:
-    """Length and header of the copy; the original bytes where they name a format."""
+    """Length and header of the copy: the original bytes if they name a format."""
     if "format" in header.metadata:
         with source.open("rb") as stream:
             return stream.read(header.data_start)
@@ -236,7 +236,7 @@ def _header_bytes(source: Path, header: Header) -> bytes:
 
 
 def _header_text(values: dict[str, object], entries: Mapping[str, TensorEntry]) -> bytes:
-    """Length and text of a header; `values` are what is not about tensors."""
+    """Length and text of a header; `values` are its entries other than tensors."""
     for name, entry in entries.items():
         offsets = [entry.start, entry.stop]
         values[name] = {
@@ -250,7 +250,7 @@ def _header_text(values: dict[str, object], entries: Mapping[str, TensorEntry]) 
 
 
 def _tensor_bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().reshape(-1)  # row-major, copied only if need be
+    flat = tensor.detach().cpu().reshape(-1)  # row-major, copied only if needed
     return flat.view(torch.uint8).numpy().data
 
 
@@ -259,7 +259,7 @@ def _copy_bytes(source: BinaryIO, target: BinaryIO, count: int, where: Path) -> 
         with _reading(where):
             chunk = source.read(min(count, CHUNK_BYTES))
         if not chunk:
-            message = f"{where} became shorter while it was read: restore the file"
+            message = f"{where} was truncated while it was read: restore the file"
             raise DataError(message)
         target.write(chunk)
         count -= len(chunk)

@@ -1,8 +1,8 @@
-"""Checkpoints on disk: safetensors in and out, validated before anything trusts them.
+"""Checkpoints on disk: read and write safetensors, validated before use.
 
-A checkpoint is a folder with ``config.json`` and safetensors shards, see
-:mod:`layerwise.run.checkpoints.validation` for what is refused. A pruned copy differs from
-its source in the bytes of the replaced tensors alone.
+A checkpoint is a folder with ``config.json`` and safetensors shards; see
+:mod:`layerwise.run.checkpoints.validation` for the checks. A pruned copy differs from its
+source only in the bytes of the replaced tensors.
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ class Checkpoint:
 
     @classmethod
     def open(cls, name_or_path: str | os.PathLike[str]) -> Checkpoint:
-        """Validate a local folder, or a model of the hub after downloading it.
+        """Validate a local folder, or download a model from the hub and validate it.
 
         Raises
         ------
         DataError
-            The folder or a file is missing, damaged, pickled, or leaves the folder.
+            The folder or a file is missing, damaged, pickled, or links out of the folder.
         UnsupportedModelError
-            The weights are quantised or the configuration asks for foreign code.
+            The weights are quantised or the configuration requires foreign code.
         """
         path = locate(name_or_path, (*SIDE_FILES, "model*.safetensors"))
         if not (path / "config.json").is_file():
@@ -104,16 +104,16 @@ class Checkpoint:
         return sorted(set(self.weight_map.values()))
 
     def side_files(self) -> list[str]:
-        """Files that travel with the weights: configuration, tokenizer, licence."""
+        """Files that are copied with the weights: configuration, tokenizer, licence."""
         indexed = not (self.path / SINGLE_SHARD).is_file()
-        found = {
+        names = {
             path.relative_to(self.path).as_posix()
             for pattern in SIDE_FILES
             for path in self.path.glob(pattern)
             if path.is_file() and not path.name.startswith(".")
         }
-        stale = {name for name in found if name.endswith(".index.json")}
-        return sorted(found - stale | ({INDEX} if indexed else set()))
+        indexes = {name for name in names if name.endswith(".index.json")}
+        return sorted(names - indexes | ({INDEX} if indexed else set()))
 
     def entries(self) -> dict[str, TensorEntry]:
         """Type, shape and size of every tensor, from the headers alone."""
@@ -139,9 +139,9 @@ class Checkpoint:
                 raise DataError(message) from error
 
     def sha256(self, names: Iterable[str] | None = None) -> dict[str, str]:
-        """Hash of some files, or of every file that belongs to the checkpoint, by name."""
-        chosen = [*self.side_files(), *self.shards] if names is None else names
-        return {name: file_sha256(self.path / name) for name in sorted(chosen)}
+        """Hash of some files, or of every file of the checkpoint, by name."""
+        files = [*self.side_files(), *self.shards] if names is None else names
+        return {name: file_sha256(self.path / name) for name in sorted(files)}
 
 
 def write_checkpoint(
@@ -154,9 +154,9 @@ def write_checkpoint(
     """Write a copy of a checkpoint in which some tensors have new values.
 
     Shards keep their names, headers and every byte of the other tensors; index,
-    configuration, tokenizer and licence are copied. Each file appears atomically, the
-    memory needed is one tensor, and ``config.json`` is last: a folder without it is
-    not complete.
+    configuration, tokenizer and licence are copied. Every file is written atomically, with
+    one tensor in memory. ``config.json`` is written last: a folder without it is
+    incomplete.
 
     Parameters
     ----------
@@ -165,17 +165,17 @@ def write_checkpoint(
     output
         An existing folder without any of the files to be written.
     replaced
-        New values by the name in the checkpoint, of the same type and shape. Each is
-        asked for twice, to be checked and to be written, and not kept.
+        New values by the name in the checkpoint, of the same type and shape. Each is read
+        twice, to check and to write it, and not kept.
     overwrite
-        Replace files that are there already, as a resumed run does.
+        Replace existing files, as a resumed run does.
 
     Raises
     ------
     UsageError
-        A name, type or shape does not fit, or files are in the way.
+        A name, type or shape does not fit, or a file already exists.
     DataError
-        The disk is too small or refuses.
+        The disk is full or cannot be written.
     """
     entries = source.entries()
     for name, tensor in replaced.items():
@@ -199,7 +199,7 @@ def write_checkpoint(
 def _check_output(
     source: Checkpoint, output: Path, names: list[str], overwrite: bool
 ) -> None:
-    """Refuse an output folder that is missing, occupied or too small."""
+    """Refuse an output folder that is missing or occupied, or whose disk is too small."""
     if not output.is_dir():
         message = f"output folder {output} does not exist: create it first"
         raise UsageError(message)
@@ -213,21 +213,21 @@ def _check_output(
     needed = sum((source.path / name).stat().st_size for name in names)
     needed -= sum((output / name).stat().st_size for name in present)
     if needed > (free := shutil.disk_usage(output).free):
-        message = f"{output} needs {needed} bytes but its disk has {free}: free space"
+        message = f"{output} needs {needed} bytes but its disk has {free}: free some space"
         raise DataError(message)
 
 
 def checkpoint_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """Where each parameter of a model is stored: parameter name -> tensor name.
+    """Name of the stored tensor of each parameter of a model.
 
     Names agree, or differ by the prefix of the base model (``model.``) that some
-    checkpoints omit. Parameters that are tied share the tensor that is stored.
+    checkpoints omit. Tied parameters share one stored tensor.
 
     Returns
     -------
     dict
-        One entry per parameter name, tied ones included. Parameters without a tensor
-        of their own (such as those that transformers fuses while loading) are absent.
+        One entry per parameter name, tied parameters included. Parameters without a
+        stored tensor (such as those that transformers fuses while loading) are absent.
     """
     names: dict[str, str] = {}
     first: dict[int, str] = {}  # identity of a parameter -> tensor name
@@ -247,4 +247,4 @@ def stored_name(model: nn.Module, stored: Mapping[str, Any], name: str) -> str |
     """Name under which a parameter or buffer is stored, or None."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     candidates = (name, name.removeprefix(prefix), prefix + name)
-    return next((found for found in candidates if found in stored), None)
+    return next((candidate for candidate in candidates if candidate in stored), None)

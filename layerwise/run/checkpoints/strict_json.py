@@ -1,7 +1,7 @@
-"""JSON from strangers: one value per key, no NaN, and errors that name the file.
+"""JSON from untrusted files: one value per key, no NaN, and errors that name the file.
 
-Python keeps the last of two equal keys where other readers keep the first, so a file
-with duplicates means different things to different programs; it is refused.
+Python keeps the last of two equal keys, other readers keep the first. So a file with
+duplicate keys is ambiguous, and is refused.
 """
 
 import json
@@ -12,11 +12,11 @@ from layerwise.errors import DataError
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file, or raise a DataError with its path and the place in it."""
+    """Parse a JSON file, or raise a DataError with its path and the position."""
     try:
         data = path.read_bytes()
     except OSError as error:
-        message = f"cannot read {path}: {error.strerror or error}"
+        message = f"cannot read {path}: {error.strerror or error}; check the file"
         raise DataError(message) from error
     return parse_json(data, str(path))
 
@@ -58,4 +58,4 @@ def _refuse_nan(constant: str) -> float:
     if constant == "NaN":
         message = "the value NaN"
         raise ValueError(message)
-    return float(constant)  # infinities are legitimate limits in some configurations
+    return float(constant)  # some configurations have infinite limits

@@ -1,8 +1,8 @@
-"""What a checkpoint folder must be before anything else may open it.
+"""Checks of a checkpoint folder before anything else may open it.
 
-Whoever made it may have damaged it or may be hostile: file names are confined to the
-folder, pickles are never read, every header is checked and compared with the index, and
-a configuration that would make transformers fetch code or other files is refused.
+The folder may be damaged or hostile. So file names are confined to the folder, pickles are
+never read, and every header is checked and compared with the index. A configuration that
+would make transformers fetch code or other files is refused.
 """
 
 from __future__ import annotations
@@ -41,15 +41,17 @@ def locate(name_or_path: str | os.PathLike[str], patterns: Iterable[str]) -> Pat
     try:
         snapshot = huggingface_hub.snapshot_download(name, allow_patterns=list(patterns))
     except Exception as error:
-        message = f"no folder {name}, and the hub does not serve it: {one_line(error)}"
+        message = (
+            f"there is no folder {name}, and the hub does not serve it: {one_line(error)}"
+        )
         raise DataError(message) from error
     return Path(snapshot)
 
 
 def confined(path: Path) -> Path:
-    """Return the path itself unless it leads out of its checkpoint folder.
+    """Return the path, or raise if it leads out of its checkpoint folder.
 
-    The download cache of the hub is a folder of links into ``blobs``; these may stay.
+    The download cache of the hub is a folder of links into ``blobs``, which are allowed.
     """
     folder = path.parent
     if folder.name == "additional_chat_templates":
@@ -71,8 +73,8 @@ def confined(path: Path) -> Path:
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
-    """Shard of every tensor, from an index and from headers that agree with it."""
-    if (path / SINGLE_SHARD).is_file():  # transformers prefers it to an index, too
+    """Shard of every tensor, from the headers, which must agree with the index."""
+    if (path / SINGLE_SHARD).is_file():  # like transformers, prefer it to an index
         listed: dict[str, str] = {}
         shards = [SINGLE_SHARD]
     elif (path / INDEX).is_file():
@@ -80,28 +82,34 @@ def read_weight_map(path: Path) -> dict[str, str]:
         shards = sorted(set(listed.values()))
     else:
         raise DataError(_no_weights(path))
-    found: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for shard in shards:
         if not (path / shard).exists():
             message = f"{path / shard} is missing: download the checkpoint again"
             raise DataError(message)
-        if not confined(path / shard).is_file():  # reading a pipe would wait for ever
-            message = f"{path / shard} is no file: download the checkpoint again"
+        if not confined(path / shard).is_file():  # reading a pipe would wait forever
+            message = f"{path / shard} is not a file: download the checkpoint again"
             raise DataError(message)
         for name in read_header(path / shard).tensors:
-            if name in found:
-                message = f"{path}: tensor {name!r} is in {found[name]} and in {shard}"
+            if name in weight_map:
+                message = (
+                    f"{path}: tensor {name!r} is in {weight_map[name]} and in {shard}; "
+                    f"download the checkpoint again"
+                )
                 raise DataError(message)
-            found[name] = shard
+            weight_map[name] = shard
     for name, shard in listed.items():
-        if found.get(name) != shard:
-            message = f"{path / shard} lacks tensor {name!r}, which the index promises"
+        if weight_map.get(name) != shard:
+            message = (
+                f"{path / shard} lacks tensor {name!r}, which the index lists there: "
+                f"download the checkpoint again"
+            )
             raise DataError(message)
-    return dict(sorted(found.items()))
+    return dict(sorted(weight_map.items()))
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Map of an index file, of which every value is a plain file name."""
+    """Weight map of an index file, where every value must be a plain file name."""
     listed = read_object(path).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         message = f"{path} has no weight_map: restore the file"
@@ -110,8 +118,8 @@ def _read_index(path: Path) -> dict[str, str]:
         plain = isinstance(shard, str) and re.fullmatch(r"[\w.-]+\.safetensors", shard)
         if not plain or shard.startswith("."):
             message = (
-                f"{path} sends tensor {name!r} to {shard!r}: shards must be "
-                f"*.safetensors files in the same folder"
+                f"{path} maps tensor {name!r} to {shard!r}: shards must be *.safetensors "
+                f"files in the same folder"
             )
             raise DataError(message)
     return listed
@@ -122,13 +130,13 @@ def _no_weights(path: Path) -> str:
     if not pickled:
         return f"{path} has no {SINGLE_SHARD} and no index: choose a safetensors model"
     return (
-        f"{path} holds pickled weights only ({pickled[0]}), which are never loaded: "
-        f"load them where you trust them and save_pretrained() as safetensors"
+        f"{path} has only pickled weights ({pickled[0]}), which are never loaded: if you "
+        f"trust them, load them elsewhere and save_pretrained() as safetensors"
     )
 
 
 def check_config(config: dict[str, Any], path: Path) -> None:
-    """Refuse what would make transformers read other files or run foreign code."""
+    """Refuse a configuration that makes transformers read other files or foreign code."""
     where = path / "config.json"
     if not isinstance(config.get("model_type"), str):
         message = f"{where} names no model_type: restore the file"
@@ -141,11 +149,11 @@ def check_config(config: dict[str, Any], path: Path) -> None:
         raise DataError(message)
     for key, value in _walk(config):
         if key.endswith("attn_implementation") and "/" in str(value):
-            message = f"{where} asks for code from the hub ({key}: {value}): remove it"
+            message = f"{where} requires code from the hub ({key}: {value}): remove it"
             raise UnsupportedModelError(message)
-    shards = (file.name for file in path.iterdir())
-    if found := [name for name in shards if DISTRIBUTED_SHARD.fullmatch(name)]:
-        message = f"{path} is a distributed checkpoint ({found[0]}): merge its shards"
+    names = (file.name for file in path.iterdir())
+    if shards := [name for name in names if DISTRIBUTED_SHARD.fullmatch(name)]:
+        message = f"{path} is a distributed checkpoint ({shards[0]}): merge its shards"
         raise UnsupportedModelError(message)
 
 

@@ -1,8 +1,8 @@
-"""Calibration: from any text or token ids to token windows, seeded and hashed.
+"""Calibration: token windows from any text or token ids, seeded and hashed.
 
-The statistics of every layer come from a few hundred windows of equal length. They are
-drawn as in the papers: at random positions of one long token stream, or, for C4, at a
-random position of random documents that are longer than a window. The generator is
+The statistics of every layer come from a few hundred windows of equal length. As in the
+papers, they are drawn at random positions of one long token stream. For C4, each is drawn
+at a random position of a random document that is longer than a window. The generator is
 local, and the hash of the tokens identifies the calibration set in a manifest.
 """
 
@@ -35,14 +35,14 @@ TokenSource = Tensor | Iterable[int] | Iterable[Sequence[int]] | Iterable[Tensor
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Token windows and where they come from.
+    """Token windows and their source.
 
     Attributes
     ----------
     tokens
         Token ids, shape (n_sequences, sequence_length), int64.
     source
-        Description for people.
+        Description of the source.
     sha256
         Hash of the ids as little-endian 64-bit integers in row-major order.
     """
@@ -66,28 +66,28 @@ def token_windows(
     Parameters
     ----------
     source
-        ``"wikitext2"``, ``"c4"``, ``"file.txt"``, ``"file.jsonl:field"`` or a list of
-        strings: text. A one-dimensional stream of token ids: windows are drawn from
-        it. Sequences of token ids (two-dimensional): the first ``n_sequences`` of
-        them, each cut to ``sequence_length``; nothing is drawn.
+        Text: ``"wikitext2"``, ``"c4"``, ``"file.txt"``, ``"file.jsonl:field"`` or a list
+        of strings. A one-dimensional stream of token ids: windows are drawn from it.
+        Sequences of token ids (two-dimensional): the first ``n_sequences`` sequences,
+        cut to ``sequence_length``; nothing is drawn.
     tokenizer
         Tokenizer of the model; None for token ids.
     n_sequences, sequence_length
         Shape of the result.
     seed
-        Seed of a local generator; the global one is not touched.
+        Seed of a local generator; the global one is not used.
     vocab_size
         Number of rows of the model's embedding, to check every id.
 
     Returns
     -------
     Calibration
-        The same for the same source, tokenizer and numbers.
+        The same arguments give the same windows.
 
     Raises
     ------
     UsageError
-        A number is impossible, the source unknown or the tokenizer lacking.
+        A number is impossible, the source is unknown or the tokenizer is missing.
     DataError
         The source is missing, damaged, too short, or has impossible token ids.
     """
@@ -95,7 +95,7 @@ def token_windows(
     material = _classify(source)
     if isinstance(material, Text):
         if tokenizer is None:
-            message = f"to use {material.description}, a tokenizer is needed: pass one"
+            message = f"{material.description} needs a tokenizer: pass one"
             raise UsageError(message)
         description = material.description
         if material.windows == "documents":
@@ -121,21 +121,26 @@ def evaluation_text(source: TextSource) -> str:
     return read_text(source, "evaluation").joined()
 
 
+def check_windows(n_sequences: int, length: int, seed: int) -> None:
+    """Refuse impossible numbers with a UsageError."""
+    if n_sequences < 1:
+        message = f"n_sequences is {n_sequences}: at least 1 window is needed"
+        raise UsageError(message)
+    if length < 2:
+        message = f"sequence_length is {length}: at least 2 tokens are needed"
+        raise UsageError(message)
+    if not 0 <= seed < 2**63:
+        message = f"seed is {seed}: choose one from 0 to 2**63 - 1"
+        raise UsageError(message)
+
+
 class _Request:
-    """What is asked for, checked, with the generator that draws it."""
+    """Checked number and length of the windows, with the random generator."""
 
     def __init__(
         self, n_sequences: int, length: int, seed: int, vocab_size: int | None
     ) -> None:
-        if n_sequences < 1:
-            message = f"n_sequences is {n_sequences}: at least 1 window is needed"
-            raise UsageError(message)
-        if length < 2:
-            message = f"sequence_length is {length}: at least 2 tokens are needed"
-            raise UsageError(message)
-        if not 0 <= seed < 2**63:
-            message = f"seed is {seed}: choose one from 0 to 2**63 - 1"
-            raise UsageError(message)
+        check_windows(n_sequences, length, seed)
         self.n_sequences = n_sequences
         self.length = length
         self.vocab_size = vocab_size
@@ -148,12 +153,12 @@ class _Request:
 
 
 def _classify(source: TextSource | TokenSource) -> Text | Iterable[Any]:
-    """Text, or an iterable of token ids or of sequences of them."""
+    """Text, or an iterable of token ids or of sequences of token ids."""
     if isinstance(source, (str, os.PathLike)):
         return read_text(source, "train")
     if not isinstance(source, Iterable):
         kind = type(source).__name__
-        message = f"object of type {kind} is no calibration source: pass text or ids"
+        message = f"type {kind} is not a calibration source: pass text or token ids"
         raise UsageError(message)
     if isinstance(source, Tensor):
         return source

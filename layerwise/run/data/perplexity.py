@@ -1,9 +1,9 @@
 """Perplexity as the pruning papers measure it.
 
-A long token stream is cut into windows of equal length without overlap, the tail is
-dropped, every window is scored on its own, and the perplexity is the exponential of the
-mean over windows of the mean cross entropy of the ``sequence_length`` - 1 predicted
-tokens. It depends strongly on the window length: compare equal lengths only.
+A long token stream is cut into windows of equal length without overlap, and the rest is
+dropped. Every window is scored on its own, by the mean cross entropy of its
+``sequence_length`` - 1 predicted tokens. The perplexity is the exponential of the mean over
+the windows. It depends strongly on the window length: compare only equal lengths.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ def perplexity(
     Parameters
     ----------
     model
-        The model, on its device; scored in evaluation mode, which is undone.
+        The model, on its device; scored in evaluation mode, restored afterwards.
     token_ids
         The tokenised text, shape (tokens,).
     sequence_length
         Tokens per window.
     batch_size
-        Windows per forward pass. Memory grows with it, the result does not change
-        beyond round-off: logits (batch_size, sequence_length, vocabulary) in the
-        model's type, and one window of them in float32.
+        Windows per forward pass; it changes the result only by rounding. Memory: logits
+        (batch_size, sequence_length, vocabulary) in the model's type, and those of one
+        window in float32.
 
     Returns
     -------
     float
-        At least 1; infinite where the mean cross entropy is too large for a float.
+        Perplexity, at least 1; infinite if it is too large for a float.
 
     Raises
     ------
     UsageError
         A number is impossible or exceeds the positions of the model.
     DataError
-        There are too few tokens for one window, or impossible ones.
+        There are too few tokens for one window, or impossible token ids.
     SolveError
         The model computes NaN.
     """
@@ -91,11 +91,11 @@ def mean_loss(
 def _windows(
     model: PreTrainedModel, token_ids: Tensor, length: int, batch_size: int
 ) -> Tensor:
-    """Windows without overlap, shape (windows, length), after all checks."""
+    """Check the arguments; return windows without overlap, shape (windows, length)."""
     if length < 2 or batch_size < 1:
         message = (
-            f"sequence_length is {length} and batch_size {batch_size}: at least 2 and "
-            f"1 are needed"
+            f"sequence_length is {length} and batch_size {batch_size}: they must be at "
+            f"least 2 and 1"
         )
         raise UsageError(message)
     positions = getattr(model.config, "max_position_embeddings", None)
@@ -120,7 +120,7 @@ def _windows(
 
 
 def _mean_cross_entropy(scores: Tensor, following: Tensor) -> Tensor:
-    """Mean over positions in float64 of float32 losses; scores (positions, vocab)."""
+    """Mean over positions, in float64, of float32 losses; scores (positions, vocab)."""
     losses = nn.functional.cross_entropy(scores.float(), following, reduction="none")
     return losses.double().mean()
 

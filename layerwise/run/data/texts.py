@@ -1,8 +1,8 @@
-"""Where text comes from: public data sets, text files, JSON lines, lists of strings.
+"""Sources of text: public data sets, text files, JSON lines, lists of strings.
 
-The same reader serves calibration and evaluation. They differ in the split of a data
-set and in what joins its documents, as in the papers: WikiText-2 is joined by single
-spaces to calibrate and by two newlines to evaluate.
+The same reader serves calibration and evaluation. They differ in the split of a data set
+and in the separator of its documents. As in the papers, WikiText-2 is joined by single
+spaces for calibration and by two newlines for evaluation.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ FIELDS_SHOWN = 8
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """Documents, what joins them into one stream, and a description of their origin.
+    """Documents, their separator in the joined text, and a description of their source.
 
-    ``windows`` is "stream" where windows are drawn from the joined text, "documents"
-    where each is drawn from a document of its own.
+    ``windows`` is "stream" if windows are drawn from the joined text, and "documents" if
+    each window is drawn from another document.
     """
 
     documents: Sequence[str]
@@ -40,7 +40,7 @@ class Text:
     windows: Literal["stream", "documents"] = "stream"
 
     def joined(self) -> str:
-        """All documents as one string, which is not empty."""
+        """All documents as one non-empty string."""
         text = self.separator.join(self.documents)
         if not text.strip():
             message = f"{self.description} holds no text: give a source with content"
@@ -54,29 +54,57 @@ def read_text(source: str | os.PathLike[str] | Sequence[str], part: Part) -> Tex
     Raises
     ------
     UsageError
-        The name says none of these, or a field or package is not named or installed.
+        The name is none of these, no field is named, or a package is not installed.
     DataError
         The file or data set is missing, empty or damaged.
     """
     if not isinstance(source, (str, os.PathLike)):
         return Text(_checked_documents(source), PARAGRAPH, "the list of strings")
     name = os.fspath(source)
-    if name == "wikitext2":
-        return _wikitext2(part)
-    if name == "c4":
-        return _c4(part)
-    if name.lower().endswith(".txt"):
-        return Text([_read_utf8(Path(name))], PARAGRAPH, name)
+    if name in DATASETS:
+        return _wikitext2(part) if name == "wikitext2" else _c4(part)
+    path, field = _file_of(name)
+    documents = [_read_utf8(path)] if field is None else _read_json_lines(path, field)
+    return Text(documents, PARAGRAPH, name)
+
+
+def check_source(source: str | os.PathLike[str]) -> None:
+    """Refuse a source that :func:`read_text` would refuse before it reads it.
+
+    Raises
+    ------
+    UsageError
+        The name is unknown, or a field is not named.
+    DataError
+        The file cannot be opened.
+    """
+    name = os.fspath(source)
+    if name in DATASETS:
+        return
+    path, field = _file_of(name)
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if field == "":
+        message = f"{path} needs a field, as in {path}:field"
+        raise UsageError(message)
+
+
+def _file_of(name: str) -> tuple[Path, str | None]:
+    """Text file that a name means, and the field of its JSON lines if it has such."""
     file, _, field = name.rpartition(":")
+    if name.lower().endswith(".txt"):
+        return Path(name), None
     if file.lower().endswith(".jsonl"):
-        return Text(_read_json_lines(Path(file), field), PARAGRAPH, name)
+        return Path(file), field
     if name.lower().endswith(".jsonl"):
-        return Text(_read_json_lines(Path(name), ""), PARAGRAPH, name)
+        return Path(name), ""
     close = difflib.get_close_matches(name, DATASETS, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(DATASETS)}"
     message = (
-        f"unknown text source {name[:80]!r}: {hint} Else name a file.txt or "
-        f"file.jsonl:field, or give a list of strings"
+        f"unknown text source {name[:80]!r}: {hint} Or give a file.txt, a "
+        f"file.jsonl:field or a list of strings"
     )
     raise UsageError(message)
 
@@ -100,7 +128,7 @@ def _c4(part: Part) -> Text:
 
 
 def _load_column(name: str, *arguments: str, **options: Any) -> Sequence[str]:
-    """Column ``text`` of a data set of the hub, or of its local cache."""
+    """Column ``text`` of a data set from the hub or its local cache."""
     try:
         import datasets
     except ImportError as error:
@@ -125,8 +153,7 @@ def _read_utf8(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        message = f"cannot read {path}: {error.strerror or error}; check the path"
-        raise DataError(message) from error
+        raise _unreadable(path, error) from error
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -138,10 +165,14 @@ def _read_utf8(path: Path) -> str:
     return text
 
 
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"cannot read {path}: {error.strerror or error}; check the path")
+
+
 def _read_json_lines(path: Path, field: str) -> list[str]:
     """Strings under ``field`` of every line that is not blank."""
     documents = []
-    # not splitlines(): JSON strings may contain other line separators than this one
+    # not splitlines(): JSON strings may contain line separators other than "\n"
     for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -155,12 +186,12 @@ def _read_json_lines(path: Path, field: str) -> list[str]:
             kind = type(value).__name__
             message = f"{where} holds a {kind}, not an object {{...}}: correct the line"
             raise DataError(message)
-        found = ", ".join(map(repr, list(value)[:FIELDS_SHOWN])) or "none"
+        present = ", ".join(map(repr, list(value)[:FIELDS_SHOWN])) or "none"
         if not field:
-            message = f"{path} needs a field, as in {path}:field; found: {found}"
+            message = f"{path} needs a field, as in {path}:field; found: {present}"
             raise UsageError(message)
         if field not in value:
-            message = f"{where} has no field {field!r}; found: {found}"
+            message = f"{where} has no field {field!r}; found: {present}"
             raise DataError(message)
         documents.append(_checked(value[field], f"{where}, field {field!r}"))
     return documents
@@ -174,11 +205,13 @@ def _checked(text: Any, where: str) -> str:
     """Return a string that can be encoded, or raise a DataError."""
     if not isinstance(text, str):
         kind = type(text).__name__
-        message = f"{where} has type {kind}, a string is needed: choose another field"
+        message = f"{where} has type {kind}, not string: choose another field"
         raise DataError(message)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        message = f"{where} holds half a surrogate pair (character {error.start})"
+        message = (
+            f"{where} has an unpaired surrogate (character {error.start}): correct the text"
+        )
         raise DataError(message) from error
     return text

@@ -1,7 +1,7 @@
-"""Token ids: text to ids, and the check that a model can look every id up.
+"""Token ids: encode text, and check that every id is in the model's vocabulary.
 
-An id outside the vocabulary is a bare index error deep inside a model, or a crash of
-the device; here it is an error that names the id and its position.
+An id outside the vocabulary causes a bare index error deep inside a model, or a crash of
+the device. The check raises an error with the id and its position.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ def encode(
 ) -> Tensor:
     """Token ids of a whole text, shape (tokens,), int64, checked.
 
-    The text is encoded once and in one piece, so that special tokens which the
-    tokenizer adds stand at its ends only. It may be longer than any model's context.
+    The text is encoded in one piece, so that the tokenizer adds special tokens only at its
+    ends. It may be longer than any model's context.
     """
     try:
         encoded = tokenizer(text, verbose=False)["input_ids"]
         tokens = torch.as_tensor(encoded, dtype=torch.int64)
     except Exception as error:
-        message = f"the tokenizer cannot encode the text: {one_line(error)}"
+        message = (
+            f"the tokenizer cannot encode the text: {one_line(error)}; check the tokenizer"
+        )
         raise DataError(message) from error
     check_token_ids(tokens, vocab_size, "the tokenizer's output")
     return tokens

@@ -32,7 +32,7 @@ from layerwise.run.pipeline.task import ErrorCorrection, task_of
 from layerwise.run.pipeline.walk import walk
 from layerwise.run.stopwatch import timed
 from layerwise.run.workers.executor import Executor, Job
-from layerwise.run.workers.messages import Opening, Place
+from layerwise.run.workers.messages import Opening, WorkerSpec
 from layerwise.run.workers.processes import local_workers
 from layerwise.run.workers.schedule import run_jobs
 
@@ -152,12 +152,12 @@ class BlockWork:
     folder: Path
 
 
-def open_blocks(work: BlockWork, place: Place) -> Callable[[int], None]:
+def open_blocks(work: BlockWork, spec: WorkerSpec) -> Callable[[int], None]:
     """Open the checkpoint in a worker; what is returned prunes a block by its number."""
     opened = open_model(work.source, streamed=True, trusted=True)
     model, residency = opened.model, opened.residency
     selection = work.removal.select(opened, work.targets, work.ignore)
-    device = torch.device(place.device)
+    device = torch.device(spec.device)
     task = task_of(work.removal.method, opened.adapter, work.error_correction, device)
     blocks = list(selection.blocks.items())
     with evaluation_mode(model), residency.entrance(blocks[0][1]):

@@ -1,1 +1,1 @@
-"""Work that is shared: independent jobs on processes or Ray, and ranks of one run."""
+"""Shared work: independent jobs on processes or Ray, and the ranks of one run."""

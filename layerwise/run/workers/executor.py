@@ -1,9 +1,8 @@
-"""Words that the scheduler and what runs its jobs share: jobs, attempts, events.
+"""Types that the scheduler shares with its executors: jobs, attempts, events.
 
-A job is a pure function of files. What it makes is a file named after its content
-that it writes atomically, and what it returns is small. So a job may run twice,
-one after the other or at the same time, and nobody can tell afterwards: a scheduler may
-try again whatever it is not sure about.
+A job is a pure function of files. It writes its result atomically to a file named after
+the content, and returns a small value. So a job may run twice, one after the other or at
+the same time, with the same result: the scheduler may retry whatever it is not sure about.
 """
 
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ class Job:
     key
         Its name, unique within a run.
     payload
-        What the worker gets to do it: small, and to be pickled. Paths, not tensors.
+        Input of the worker: small and picklable. Paths, not tensors.
     """
 
     key: Key
@@ -31,7 +30,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a job: the first is number 0."""
+    """One start of a job; the first has number 0."""
 
     key: Key
     number: int
@@ -55,7 +54,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Lost:
-    """The worker of the attempt is gone; what it did may or may not be finished."""
+    """The worker of the attempt died; its work may or may not be finished."""
 
     attempt: Attempt
     reason: str
@@ -65,23 +64,23 @@ Event = Done | Failed | Lost
 
 
 class Executor(Protocol):
-    """Runs attempts on workers, and replaces workers that are lost.
+    """Runs attempts on workers, and replaces workers that die.
 
-    Every attempt that was started ends in one event. More of them, late ones and those
-    that contradict each other are allowed: the scheduler believes the first result.
+    Every attempt that was started ends in at least one event. Late, repeated and
+    contradictory events are allowed: the scheduler uses the first result.
     """
 
     @property
     def slots(self) -> int:
-        """Number of attempts that may be started and not ended at any time."""
+        """Number of attempts that may run at the same time."""
         ...
 
     def start(self, attempt: Attempt, payload: Any) -> None:
-        """Hand an attempt to a worker; returns at once."""
+        """Hand an attempt to a worker, and return at once."""
         ...
 
     def wait(self, timeout: float | None) -> Sequence[Event]:
-        """Block until something happened or ``timeout`` seconds passed; None: no limit."""
+        """Block until there are events or ``timeout`` seconds passed; None: no limit."""
         ...
 
     def now(self) -> float:

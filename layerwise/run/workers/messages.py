@@ -1,7 +1,7 @@
-"""What a worker does, wherever it runs: build its context once, then answer payloads.
+"""The two steps of every worker: build the context once, then answer payloads.
 
-Values and errors cross as bytes that are pickled here, where a failure to do so belongs to
-the job, and not by the transport, where it would look like a lost worker.
+Values and errors are pickled here, so that an error of pickling is an error of the job. In
+the transport it would look like a lost worker.
 """
 
 import pickle
@@ -18,17 +18,17 @@ Work = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a worker runs.
+class WorkerSpec:
+    """Number, device and threads of a worker.
 
     Parameters
     ----------
     index
-        Number of the worker, from 0; one that replaces a lost one has the same.
+        Number of the worker, from 0; a replacement has the number of the lost worker.
     device
-        PyTorch device that it has to itself, or "cpu".
+        PyTorch device that no other worker uses, or "cpu".
     threads
-        Threads of PyTorch on the CPU, already set.
+        PyTorch threads on the CPU, already set.
     """
 
     index: int
@@ -36,8 +36,8 @@ class Place:
     threads: int
 
 
-# Opens what all jobs need, and returns the function that does a job, given its payload.
-Opening = Callable[[Place], Work]
+# Builds the context that all jobs need; returns the function from a payload to a result.
+Opening = Callable[[WorkerSpec], Work]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class NotReady:
-    """The context could not be built; the worker is of no use."""
+    """The context could not be built; the worker cannot be used."""
 
     error: BaseException
 
@@ -67,27 +67,27 @@ class Raised:
 
 
 @dataclass(frozen=True)
-class Gone:
-    """The worker is no more: not said by it, but by whoever watches it."""
+class Died:
+    """The worker died; reported by its backend, not by the worker."""
 
     reason: str
 
 
-Message = Ready | NotReady | Returned | Raised | Gone
+Message = Ready | NotReady | Returned | Raised | Died
 
 
-def open_work(opening: bytes, place: Place) -> tuple[Work | None, bytes]:
-    """Build the context of a worker, and the message that tells how that went."""
+def open_work(opening: bytes, spec: WorkerSpec) -> tuple[Work | None, bytes]:
+    """Build the context of a worker; return its work function and `Ready` or `NotReady`."""
     try:
-        torch.set_num_threads(place.threads)
-        work: Work = pickle.loads(opening)(place)
+        torch.set_num_threads(spec.threads)
+        work: Work = pickle.loads(opening)(spec)
         return work, pickle.dumps(Ready())
     except Exception as error:
         return None, pickle.dumps(NotReady(_portable(error)))
 
 
 def do_work(work: Work, payload: bytes) -> bytes:
-    """Message with what a job returned or raised."""
+    """Message with the result or the error of a job."""
     try:
         return pickle.dumps(Returned(work(pickle.loads(payload))))
     except Exception as error:
@@ -105,7 +105,7 @@ def read_message(data: bytes) -> Message:
 
 
 def _portable(error: Exception) -> Exception:
-    """Return the error as the driver will see it, with its traceback as a note."""
+    """Return a picklable copy of an error, with its traceback as a note."""
     note = "".join(traceback.format_exception(error))
     try:
         copy = pickle.loads(pickle.dumps(error))

@@ -1,8 +1,8 @@
-"""Workers in slots: started when a job needs one, replaced when they are gone.
+"""Workers in slots: started when a job needs one, replaced when they die.
 
-This is the part that local processes and Ray have in common. A backend knows how to start
-one worker, to send it a payload and to hear from it; the pool knows which worker has which
-attempt, and what it means when one is gone.
+Local processes and Ray share this part. A backend starts one worker, sends it payloads and
+receives its messages. The pool keeps the attempt of each worker, and decides what follows
+from a worker's death.
 """
 
 import time
@@ -13,20 +13,20 @@ from typing import Any, Generic, Protocol, TypeVar
 from layerwise.errors import UsageError, WorkerError
 from layerwise.run.workers.executor import Attempt, Done, Event, Failed, Lost
 from layerwise.run.workers.messages import (
-    Gone,
+    Died,
     Message,
     NotReady,
-    Place,
     Raised,
     Ready,
     Returned,
+    WorkerSpec,
 )
 
-# A worker that cannot start is started again this often; twice is bad luck.
+# Starts of a worker before the run stops: two failures in a row may be bad luck.
 STARTS = 3
 
-# Seconds after which a worker that is not ready has failed to start: opening a large model
-# over a network takes minutes, and a cluster may have to find a machine first.
+# Seconds until a worker must be ready: opening a large model over a network takes minutes,
+# and a cluster may have to find a machine first.
 LONGEST_START = 1800.0
 
 Handle = TypeVar("Handle")
@@ -35,18 +35,18 @@ Handle = TypeVar("Handle")
 class Backend(Protocol[Handle]):
     """Workers of one kind."""
 
-    def launch(self, place: Place) -> Handle:
-        """Begin to start a worker; it will say that it is ready."""
+    def launch(self, spec: WorkerSpec) -> Handle:
+        """Begin to start a worker; it will report `Ready`."""
         ...
 
     def send(self, handle: Handle, payload: Any) -> None:
-        """Give a payload to a worker that is ready; if it is gone, `poll` will say so."""
+        """Send a payload to a ready worker; if it has died, `poll` will report that."""
         ...
 
     def poll(
         self, handles: Sequence[Handle], timeout: float | None
     ) -> list[tuple[Handle, Message]]:
-        """Block until a worker says something or is gone, or the time is over."""
+        """Block until a worker sends a message or dies, or the timeout passes."""
         ...
 
     def stop(self, handles: Sequence[Handle]) -> None:
@@ -54,15 +54,15 @@ class Backend(Protocol[Handle]):
         ...
 
     def close(self) -> None:
-        """Give back what the backend itself holds."""
+        """Release the backend's own resources."""
         ...
 
 
 @dataclass(eq=False)
 class _Slot(Generic[Handle]):
-    """A worker, if there is one, and the attempt it has."""
+    """A worker, if one is started, and its attempt."""
 
-    place: Place
+    spec: WorkerSpec
     handle: Handle | None = None
     ready: bool = False
     launched: float = 0.0
@@ -72,14 +72,14 @@ class _Slot(Generic[Handle]):
 
 
 class Pool(Generic[Handle]):
-    """Executor on workers of a backend, one per place."""
+    """Executor on workers of a backend, one per spec."""
 
-    def __init__(self, backend: Backend[Handle], places: Sequence[Place]) -> None:
-        if not places:
+    def __init__(self, backend: Backend[Handle], specs: Sequence[WorkerSpec]) -> None:
+        if not specs:
             message = "there must be at least one worker"
             raise UsageError(message)
         self._backend = backend
-        self._slots = [_Slot[Handle](place) for place in places]
+        self._slots = [_Slot[Handle](spec) for spec in specs]
         self._closed = False
 
     @property
@@ -92,17 +92,17 @@ class Pool(Generic[Handle]):
         return time.monotonic()
 
     def start(self, attempt: Attempt, payload: Any) -> None:
-        """Hand an attempt to a worker that is ready, or to one that is started for it."""
+        """Hand an attempt to a ready worker, or start one for it."""
         free = [slot for slot in self._slots if slot.attempt is None]
         slot = max(free, key=lambda slot: slot.handle is not None)
         slot.attempt, slot.payload = attempt, payload
         if slot.handle is None:
             self._launch(slot)
-        else:  # ready, for a worker that starts has an attempt
+        else:  # it is ready: a worker that is starting has an attempt
             self._backend.send(slot.handle, payload)
 
     def wait(self, timeout: float | None) -> list[Event]:
-        """Block until something happened to an attempt, or ``timeout`` seconds passed.
+        """Block until there are events, or ``timeout`` seconds passed.
 
         Raises
         ------
@@ -113,8 +113,8 @@ class Pool(Generic[Handle]):
         while True:
             left = None if until is None else max(0.0, until - self.now())
             handles = [slot.handle for slot in self._slots if slot.handle is not None]
-            heard = self._backend.poll(handles, _smaller(left, self._until_late()))
-            events = [event for one in heard for event in self._hear(*one)]
+            messages = self._backend.poll(handles, _smaller(left, self._until_late()))
+            events = [event for one in messages for event in self._receive(*one)]
             self._end_late_starts()
             if events or (until is not None and self.now() >= until):
                 return events
@@ -133,12 +133,12 @@ class Pool(Generic[Handle]):
 
     def _launch(self, slot: _Slot[Handle]) -> None:
         slot.ready, slot.launched = False, self.now()
-        slot.handle = self._backend.launch(slot.place)
+        slot.handle = self._backend.launch(slot.spec)
 
-    def _hear(self, handle: Handle, message: Message) -> Iterator[Event]:
+    def _receive(self, handle: Handle, message: Message) -> Iterator[Event]:
         slot = next((slot for slot in self._slots if slot.handle is handle), None)
         if slot is None:
-            return  # of a worker that was given up
+            return  # this worker was already stopped
         attempt = slot.attempt
         match message:
             case Ready():
@@ -147,9 +147,9 @@ class Pool(Generic[Handle]):
                     self._backend.send(handle, slot.payload)
             case NotReady(error=error):
                 self._fail_to_start(slot, error)
-            case Gone(reason=reason) if not slot.ready:
-                self._fail_to_start(slot, _no_start(slot.place, reason))
-            case Gone(reason=reason):
+            case Died(reason=reason) if not slot.ready:
+                self._fail_to_start(slot, _no_start(slot.spec, reason))
+            case Died(reason=reason):
                 self._drop(slot)
                 slot.attempt = None
                 if attempt is not None:
@@ -167,7 +167,7 @@ class Pool(Generic[Handle]):
         slot.handle, slot.ready = None, False
 
     def _fail_to_start(self, slot: _Slot[Handle], error: BaseException) -> None:
-        """Try again for the attempt that waits, which this is no loss of."""
+        """Start the worker again; its attempt is still waiting, so it is not lost."""
         self._drop(slot)
         slot.failed_starts += 1
         if slot.failed_starts >= STARTS:
@@ -188,11 +188,11 @@ class Pool(Generic[Handle]):
         for slot in self._starting():
             if self.now() - slot.launched >= LONGEST_START:
                 reason = f"it was not ready after {LONGEST_START:.0f} s"
-                self._fail_to_start(slot, _no_start(slot.place, reason))
+                self._fail_to_start(slot, _no_start(slot.spec, reason))
 
 
-def _no_start(place: Place, reason: str) -> WorkerError:
-    return WorkerError(f"worker {place.index} did not start {STARTS} times: {reason}")
+def _no_start(spec: WorkerSpec, reason: str) -> WorkerError:
+    return WorkerError(f"worker {spec.index} did not start {STARTS} times: {reason}")
 
 
 def _smaller(first: float | None, second: float | None) -> float | None:

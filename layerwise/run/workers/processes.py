@@ -1,8 +1,8 @@
 """Workers that are processes of this machine.
 
-Each has a pipe and a sentinel of its own, so one that dies, of SIGKILL or for lack of
-memory, is noticed at once and takes no other with it. Ctrl-C reaches the driver alone, and
-workers end by themselves when the driver is gone.
+Each has its own pipe and sentinel. So a worker that dies, by SIGKILL or for lack of memory,
+is noticed at once and does not harm the others. Only the driver handles Ctrl-C, and workers
+end by themselves when the driver dies.
 """
 
 import contextlib
@@ -20,20 +20,20 @@ from typing import Any
 import torch
 
 from layerwise.run.workers.messages import (
-    Gone,
+    Died,
     Message,
     Opening,
-    Place,
+    WorkerSpec,
     do_work,
     open_work,
     read_message,
 )
 from layerwise.run.workers.pool import Pool
 
-# Forked processes would inherit locks of threads that they do not have, and no CUDA.
+# A forked process would inherit locks of threads that it lacks, and could not use CUDA.
 _CONTEXT = get_context("spawn")
 
-# Seconds that a process gets to disappear after SIGKILL.
+# Seconds to wait for a process to end after SIGKILL.
 DEATH_SECONDS = 10.0
 
 
@@ -45,16 +45,16 @@ def local_workers(
     Parameters
     ----------
     opening
-        Called once in every worker, with its `Place`; returns the function that does a
-        job, given the payload of the job. It is pickled, so it is a function of a module,
-        or a `functools.partial` of one.
+        Called once in every worker, with its `WorkerSpec`; returns the function that does a
+        job, given the payload of the job. It is pickled, so it must be a module-level
+        function, or a `functools.partial` of one.
     count
-        Number of workers. They are started when there are jobs for them.
+        Number of workers. Each is started when there is a job for it.
     threads
-        Threads of PyTorch in each.
+        PyTorch threads in each worker.
     device
-        "auto" gives one visible GPU after the other to the workers, and the CPU where
-        there is none; anything else is a device that all share.
+        "auto" assigns the visible GPUs to the workers in turn, or the CPU if there are
+        none; anything else is a device that all workers share.
 
     Returns
     -------
@@ -63,11 +63,11 @@ def local_workers(
 
     Notes
     -----
-    A Python script that uses workers must do so below ``if __name__ == "__main__":``, for
-    every worker imports it.
+    A Python script must use workers below ``if __name__ == "__main__":``, because every
+    worker imports the script.
     """
-    places = [Place(i, _device(i, device), threads) for i in range(count)]
-    return Pool(LocalBackend(opening), places)
+    specs = [WorkerSpec(i, _device(i, device), threads) for i in range(count)]
+    return Pool(LocalBackend(opening), specs)
 
 
 def _device(index: int, device: str) -> str:
@@ -79,7 +79,7 @@ def _device(index: int, device: str) -> str:
 
 @dataclass(eq=False)
 class LocalWorker:
-    """A process, and our end of its pipe."""
+    """A process, and the driver's end of its pipe."""
 
     process: SpawnProcess
     pipe: "Connection[bytes, bytes]"
@@ -91,13 +91,13 @@ class LocalBackend:
     def __init__(self, opening: Opening) -> None:
         self._opening = pickle.dumps(opening)
 
-    def launch(self, place: Place) -> LocalWorker:
+    def launch(self, spec: WorkerSpec) -> LocalWorker:
         """Begin to start a process."""
         ours, theirs = _CONTEXT.Pipe()
         process = _CONTEXT.Process(
             target=_serve,
-            args=(theirs, self._opening, place),
-            name=f"layerwise-worker-{place.index}",
+            args=(theirs, self._opening, spec),
+            name=f"layerwise-worker-{spec.index}",
             daemon=True,
         )
         with _without_interrupts(), contextlib.closing(theirs):
@@ -105,14 +105,14 @@ class LocalBackend:
         return LocalWorker(process, ours)
 
     def send(self, handle: LocalWorker, payload: Any) -> None:
-        """Give a payload to a worker that is ready and has none."""
+        """Send a payload to a worker that is ready and idle."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             handle.pipe.send_bytes(pickle.dumps(payload))
 
     def poll(
         self, handles: Sequence[LocalWorker], timeout: float | None
     ) -> list[tuple[LocalWorker, Message]]:
-        """Block until a worker says something or is gone, or the time is over."""
+        """Block until a worker sends a message or dies, or the timeout passes."""
         pipes = {handle.pipe: handle for handle in handles}
         sentinels = {handle.process.sentinel: handle for handle in handles}
         happened = wait([*pipes, *sentinels], timeout)
@@ -122,7 +122,7 @@ class LocalBackend:
         return [(handle, message) for handle in touched for message in _messages(handle)]
 
     def stop(self, handles: Sequence[LocalWorker]) -> None:
-        """Kill processes; what they were writing was not to be seen before it is whole."""
+        """Kill processes; they write files atomically, so no partial file appears."""
         for handle in handles:
             handle.process.kill()
         for handle in handles:
@@ -132,20 +132,20 @@ class LocalBackend:
                 handle.process.close()
 
     def close(self) -> None:
-        """Nothing is held but the workers."""
+        """Do nothing: the backend holds only the workers."""
 
 
 def _messages(handle: LocalWorker) -> Iterator[Message]:
-    """What a worker has said; the last word of one that is gone is heard as well."""
+    """Messages of a worker, with the last ones of a worker that died."""
     try:
         while handle.pipe.poll():
             yield read_message(handle.pipe.recv_bytes())
-        gone = not handle.process.is_alive()
+        died = not handle.process.is_alive()
     except (EOFError, OSError):
-        gone = True
-    if gone:
-        handle.process.join(DEATH_SECONDS)  # its end of the pipe may go first
-        yield Gone(_cause(handle.process.exitcode))
+        died = True
+    if died:
+        handle.process.join(DEATH_SECONDS)  # its end of the pipe may close earlier
+        yield Died(_cause(handle.process.exitcode))
 
 
 def _cause(code: int | None) -> str:
@@ -159,8 +159,8 @@ def _cause(code: int | None) -> str:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Let a process start with Ctrl-C blocked; it is the driver that acts on it."""
-    resource_tracker.ensure_running()  # which lifts the block when it is started below
+    """Start a process with Ctrl-C blocked, because only the driver handles it."""
+    resource_tracker.ensure_running()  # started inside the block, it would unblock SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -171,12 +171,12 @@ def _without_interrupts() -> Iterator[None]:
 # -- in the worker ------------------------------------------------------------------------
 
 
-def _serve(pipe: "Connection[bytes, bytes]", opening: bytes, place: Place) -> None:
-    """Do what comes through the pipe until it is closed."""
+def _serve(pipe: "Connection[bytes, bytes]", opening: bytes, spec: WorkerSpec) -> None:
+    """Do the jobs that arrive through the pipe until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     threading.Thread(target=_end_with_driver, daemon=True).start()
-    work, message = open_work(opening, place)
+    work, message = open_work(opening, spec)
     pipe.send_bytes(message)
     while work is not None:
         try:
@@ -187,7 +187,7 @@ def _serve(pipe: "Connection[bytes, bytes]", opening: bytes, place: Place) -> No
 
 
 def _end_with_driver() -> None:
-    """Leave no orphan: a driver that is killed cannot tell its workers."""
+    """End the worker when the driver ends: a killed driver cannot stop its workers."""
     driver = parent_process()
     if driver is not None:
         wait([driver.sentinel])

@@ -1,10 +1,10 @@
 """Ranks: the processes that share one run, as torchrun starts them.
 
-Two things pass between them. Small words go through the key-value store by which they
-found each other; tensors go through a process group, NCCL where every rank has a GPU of
-its own, else Gloo. Before tensors move, all ranks meet at the store, so a rank may solve
-for hours while the others wait, a failure of one ends all of them, and no collective
-starts that somebody does not join.
+Short texts go through the key-value store by which the ranks found each other. Tensors go
+through a process group: NCCL where every rank has a GPU of its own, else Gloo. Before every
+collective, all ranks wait for each other at the store. So a rank may solve for hours while
+the others wait, a failure of one rank ends all of them, and no collective starts without
+every rank.
 """
 
 import os
@@ -21,14 +21,14 @@ from torch import Tensor
 from layerwise.errors import UsageError, WorkerError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-START = timedelta(minutes=10)  # for all ranks to be there
-MOVE = timedelta(minutes=30)  # for one tensor, once all ranks are there
-FIRST_NAP, LONGEST_NAP = 0.001, 0.05  # seconds between two looks at who has come
-FAREWELL = 5.0  # seconds for which a failed rank keeps the store for the others
+START_TIMEOUT = timedelta(minutes=10)  # until all ranks have joined
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # for one tensor, after the barrier
+FIRST_POLL, LONGEST_POLL = 0.001, 0.05  # seconds between two polls of the store
+FAILURE_GRACE = 5.0  # seconds for which a failed rank keeps the store alive for the others
 
 
 class Ranks:
-    """The only process of a run, rank 0 of 1: what ranks do together is done at once."""
+    """The only process of a run, rank 0 of 1; its collectives return at once."""
 
     rank = 0
     size = 1
@@ -40,20 +40,20 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes and tells."""
+        """Whether this is rank 0, which writes the files and reports the progress."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until all ranks are here.
+        """Wait until all ranks have called this.
 
         Raises
         ------
         WorkerError
-            Another rank failed or is gone.
+            Another rank failed or died.
         """
 
     def broadcast_text(self, key: str, text: str | None) -> str:
-        """One rank has a text, and all of them get it; every key is used once."""
+        """Give the text of one rank to all ranks; every key is used once."""
         assert text is not None
         return text
 
@@ -73,25 +73,25 @@ class SharingRanks(Ranks):
     Parameters
     ----------
     store
-        Key-value store of this run, seen by all ranks.
+        Key-value store of this run, shared by all ranks.
     rank, size
-        Which one this is, of how many.
+        Rank of this process, and number of ranks.
     """
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self._store = store
-        self._meetings = 0
-        self._home: torch.device | None = None  # where tensors can move; None: anywhere
+        self._barriers = 0
+        self._collective_device: torch.device | None = None  # None: any device
 
     def start(self, own_gpu: bool) -> None:
-        """Make the process group, once all ranks have said whether they have a GPU."""
+        """Make the process group, after every rank has reported whether it has a GPU."""
         import torch.distributed as dist
 
         self._store.add("own GPU", int(own_gpu))
         self.barrier()
         nccl = self._store.add("own GPU", 0) == self.size and dist.is_nccl_available()
-        self._home = None if nccl else torch.device("cpu")
+        self._collective_device = None if nccl else torch.device("cpu")
         device = torch.device("cuda", torch.cuda.current_device()) if nccl else None
         try:
             dist.init_process_group(
@@ -99,7 +99,7 @@ class SharingRanks(Ranks):
                 store=dist.PrefixStore("group", self._store),  # type: ignore[attr-defined]
                 rank=self.rank,
                 world_size=self.size,
-                timeout=MOVE,
+                timeout=COLLECTIVE_TIMEOUT,
                 device_id=device,
             )
         except RuntimeError as error:
@@ -107,66 +107,70 @@ class SharingRanks(Ranks):
             raise WorkerError(message) from error
 
     def barrier(self) -> None:
-        """Wait at the store until all ranks are here."""
-        self._meetings += 1
-        nap = FIRST_NAP
-        arrived = self._look("arrived", 1)
-        while arrived < self._meetings * self.size:
-            time.sleep(nap)
-            nap = min(2 * nap, LONGEST_NAP)
-            arrived = self._look("arrived", 0)
+        """Wait at the store until all ranks have called this."""
+        self._barriers += 1
+        pause = FIRST_POLL
+        arrived = self._count("arrived", 1)
+        while arrived < self._barriers * self.size:
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_POLL)
+            arrived = self._count("arrived", 0)
 
-    def _look(self, key: str, amount: int) -> int:
-        """Count, unless a rank has failed."""
+    def _count(self, key: str, amount: int) -> int:
+        """Add to a counter of the store and return it; raise if a rank has failed."""
         try:
             failed = self._store.check(["failed"])
             reason = self._store.get("failed").decode() if failed else ""
             count = int(self._store.add(key, amount))
         except RuntimeError as error:
-            message = "the store of the ranks is gone, and with it the rank that kept it"
+            message = (
+                "the store of the ranks cannot be reached: the rank that hosts it has "
+                "ended; see its output"
+            )
             raise WorkerError(message) from error
         if failed:
             raise WorkerError(reason)
         return count
 
     def broadcast_text(self, key: str, text: str | None) -> str:
-        """Lay the text down in the store, meet, and take it."""
+        """Write the text to the store, wait for all ranks, and read it."""
         if text is not None:
-            self._store.set(f"told {key}", text)
+            self._store.set(f"text {key}", text)
         self.barrier()
-        return text or str(self._store.get(f"told {key}").decode())
+        return text or str(self._store.get(f"text {key}").decode())
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Add in the type of the tensors; the order of the ranks is the library's."""
+        """Add in the type of the tensors; the library chooses the order of the ranks."""
         import torch.distributed as dist
 
         self.barrier()
         for tensor in tensors:
             moved = self._movable(tensor)
             dist.all_reduce(moved)
-            _back(moved, tensor)
+            _copy_back(moved, tensor)
 
     def broadcast(self, tensors: Sequence[Tensor], owner: int) -> None:
-        """Broadcast tensors, which are contiguous."""
+        """Broadcast contiguous tensors."""
         import torch.distributed as dist
 
         self.barrier()
         for tensor in tensors:
             moved = self._movable(tensor)
             dist.broadcast(moved, owner)
-            _back(moved, tensor)
+            _copy_back(moved, tensor)
 
     def _movable(self, tensor: Tensor) -> Tensor:
-        return tensor if self._home is None else tensor.to(self._home)
+        device = self._collective_device
+        return tensor if device is None else tensor.to(device)
 
     def fail(self, error: BaseException) -> None:
-        """Let the others know; the first reason is what they tell."""
+        """Report a failure to the other ranks; they all raise the first one."""
         reason = f"rank {self.rank} failed: {error or type(error).__name__}"
         try:
             self._store.compare_set("failed", "", reason)
-            self._leave(FAREWELL)
+            self._leave(FAILURE_GRACE)
         except RuntimeError:
-            return  # nobody is left who could be told
+            return  # the store, and so the rank that hosts it, has ended
 
     def close(self) -> None:
         """End the process group."""
@@ -176,32 +180,32 @@ class SharingRanks(Ranks):
             dist.destroy_process_group()
 
     def finish(self) -> None:
-        """Leave when the run is done; rank 0, which may keep the store, leaves last."""
-        self._leave(START.total_seconds())
+        """Leave when the run is done; rank 0, which may host the store, leaves last."""
+        self._leave(START_TIMEOUT.total_seconds())
 
     def _leave(self, patience: float) -> None:
         left = self._store.add("left", 1)
         until = time.monotonic() + patience
         while self.first and left < self.size and time.monotonic() < until:
-            time.sleep(LONGEST_NAP)
+            time.sleep(LONGEST_POLL)
             left = self._store.add("left", 0)
 
 
-def _back(moved: Tensor, tensor: Tensor) -> None:
+def _copy_back(moved: Tensor, tensor: Tensor) -> None:
     if moved is not tensor:
         tensor.copy_(moved)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where torchrun has put this process: the variables that it sets.
+class RankEnvironment:
+    """Environment variables that torchrun sets for this process.
 
     Parameters
     ----------
     rank, size
-        Of all processes.
+        Rank among all processes, and their number.
     local_rank, local_size
-        Of those on this machine.
+        Rank among the processes on this machine, and their number.
     """
 
     rank: int = 0
@@ -210,13 +214,13 @@ class Place:
     local_size: int = 1
 
     @classmethod
-    def of_environment(cls) -> "Place":
+    def read(cls) -> "RankEnvironment":
         """Read the variables; without ``WORLD_SIZE``, or if it is 1, there is one rank.
 
         Raises
         ------
         UsageError
-            A variable is missing or is no number.
+            A variable is missing or is not a number.
         """
         size = _number("WORLD_SIZE", 1)
         if size == 1:
@@ -234,7 +238,7 @@ class Place:
         )
 
     def own_gpu(self, device: str | torch.device) -> int | None:
-        """Index of the GPU that is for this rank alone, if the device leaves it open."""
+        """Index of the GPU of this rank alone, unless the device names another."""
         if str(device) not in ("auto", "cuda") or not torch.cuda.is_available():
             return None
         return self.local_rank if torch.cuda.device_count() >= self.local_size else None
@@ -243,34 +247,34 @@ class Place:
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name) or str(default)
     if not text.isdecimal():
-        message = f"the environment variable {name} is {text!r}, which is no number"
+        message = f"the environment variable {name} is {text!r}: it must be a number"
         raise UsageError(message)
     return int(text)
 
 
 @contextmanager
 def ranks_of_environment(device: str | torch.device = "auto") -> Iterator[Ranks]:
-    """Ranks that share the run inside, by the variables that torchrun sets.
+    """Ranks that share the run inside the ``with`` block, from torchrun's variables.
 
     Parameters
     ----------
     device
-        As it was asked for. With ``"auto"`` or ``"cuda"`` every rank takes the GPU of its
-        number on its machine, if there are as many as ranks.
+        The requested device. With ``"auto"`` or ``"cuda"`` every rank takes the GPU with
+        its local rank, if the machine has a GPU for each of its ranks.
 
     Raises
     ------
     UsageError
-        The variables contradict each other, or a process group is there already.
+        The variables contradict each other, or a process group already exists.
     WorkerError
-        The other ranks did not come, or one of them failed.
+        The other ranks did not join, or one of them failed.
     """
-    place = Place.of_environment()
-    if place.size == 1:
+    environment = RankEnvironment.read()
+    if environment.size == 1:
         yield ALONE
         return
-    with _own_gpu(place.own_gpu(device)) as own_gpu:
-        ranks = _join(place)
+    with _own_gpu(environment.own_gpu(device)) as own_gpu:
+        ranks = _join(environment)
         try:
             ranks.start(own_gpu)
             yield ranks
@@ -284,7 +288,7 @@ def ranks_of_environment(device: str | torch.device = "auto") -> Iterator[Ranks]
 
 @contextmanager
 def _own_gpu(index: int | None) -> Iterator[bool]:
-    """Make a GPU the one that ``"cuda"`` means; whether there is one."""
+    """Make a GPU the current one, and yield whether there is one."""
     if index is None:
         yield False
         return
@@ -292,24 +296,24 @@ def _own_gpu(index: int | None) -> Iterator[bool]:
         yield True
 
 
-def _join(place: Place) -> SharingRanks:
-    """Find the other ranks; every run of these processes gets a part of the store."""
+def _join(environment: RankEnvironment) -> SharingRanks:
+    """Find the other ranks; every run of these processes gets its part of the store."""
     import torch.distributed as dist
 
     if dist.is_initialized():
         message = (
-            "torch.distributed is in use by the caller: a run that is shared makes its own "
-            "process group; destroy the other one first, or unset WORLD_SIZE"
+            "torch.distributed is already initialized, and a shared run makes its own "
+            "process group: destroy the existing group first, or unset WORLD_SIZE"
         )
         raise UsageError(message)
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=START))  # type: ignore[attr-defined]
-        run = store.add(f"runs of {place.rank}", 1)
+        store, _, _ = next(dist.rendezvous("env://", timeout=START_TIMEOUT))  # type: ignore[attr-defined]
+        run = store.add(f"runs of {environment.rank}", 1)
     except (RuntimeError, ValueError) as error:
-        message = f"the {place.size} ranks did not find each other: {_line(error)}"
+        message = f"the {environment.size} ranks did not find each other: {_line(error)}"
         raise WorkerError(message) from error
     own = dist.PrefixStore(f"run {run}", store)  # type: ignore[attr-defined]
-    return SharingRanks(own, place.rank, place.size)
+    return SharingRanks(own, environment.rank, environment.size)
 
 
 def _line(error: Exception) -> str:
@@ -317,14 +321,14 @@ def _line(error: Exception) -> str:
 
 
 def owners(costs: Sequence[float], size: int) -> list[int]:
-    """Rank of every piece of work: the most expensive first, each to the least busy rank.
+    """Rank for every piece of work: the most expensive first, each to the least busy rank.
 
-    The same on every rank; ties go to the lower one.
+    All ranks compute the same owners; ties go to the lower rank.
     """
     busy = [0.0] * size
-    found = [0] * len(costs)
+    owner_of = [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         owner = busy.index(min(busy))
-        found[index] = owner
+        owner_of[index] = owner
         busy[owner] += costs[index]
-    return found
+    return owner_of

@@ -1,8 +1,8 @@
-"""Workers that are actors of Ray: of a local one, or of a cluster of machines.
+"""Workers that are Ray actors, on this machine or on a cluster.
 
-Ray finds a place for every worker and tells when one is gone. It tries nothing again: the
-scheduler does, by the same rules as for processes. Nothing but names of files and small
-values goes through Ray, so the machines must share the file system of the run.
+Ray places every worker and reports when one dies. Retries are left to the scheduler, by
+the same rules as for processes. Only file names and small values go through Ray, so the
+machines must share the file system of the run.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from typing import Any
 
 from layerwise.errors import UsageError, WorkerError
 from layerwise.run.workers.messages import (
-    Gone,
+    Died,
     Message,
     Opening,
-    Place,
     Work,
+    WorkerSpec,
     do_work,
     open_work,
     read_message,
@@ -33,10 +33,10 @@ from layerwise.run.workers.pool import Pool
 
 LOCAL = "local"
 
-# Bytes of the object store of a local Ray: hardly anything is put into it.
+# Bytes of the object store of a local Ray, which holds hardly anything.
 OBJECT_STORE = 80_000_000
 
-# Where Ray looks for a token that no variable names.
+# Ray reads its token from this file of the home folder if no variable is set.
 TOKEN_FILE = Path(".ray") / "auth_token"
 
 
@@ -48,28 +48,28 @@ def ray_workers(
     Parameters
     ----------
     opening
-        Called once in every worker, with its `Place`; returns the function that does a
+        Called once in every worker, with its `WorkerSpec`; returns the function that does a
         job, given the payload of the job. Its module must be installed on every machine.
     count
-        Number of workers. They are started when there are jobs for them.
+        Number of workers. Each is started when there is a job for it.
     address
         "local" starts Ray on this machine; "auto", "host:port" and "ray://host:port" name
-        a cluster that runs. A process that is connected to Ray stays connected to that.
+        a running cluster. A process that is already connected to Ray keeps its connection.
     threads
-        Threads of PyTorch in each, and CPUs that Ray sets aside for it. A worker also gets
-        a GPU for itself where Ray knows of any.
+        PyTorch threads in each worker, and CPUs that Ray reserves for it. If Ray has GPUs,
+        each worker also gets one for itself.
 
     Returns
     -------
     Pool
-        Executor for `run_jobs`, which closes it: what was started here ends, and what was
-        there before goes on.
+        Executor for `run_jobs`, which closes it. This ends a Ray or a connection that was
+        started here, and keeps an earlier one.
 
     Raises
     ------
     UsageError
-        Ray is not installed; the cluster is used without a token, so that whoever reaches
-        its port could run code on it; it has fewer CPUs or GPUs than the workers need.
+        Ray is not installed; the cluster is used without a token, so that anyone who
+        reaches its port could run code on it; it has fewer CPUs or GPUs than needed.
     WorkerError
         The cluster cannot be reached.
     """
@@ -79,20 +79,23 @@ def ray_workers(
     connected = connect(address, n_cpus=count * threads)
     try:
         has_gpus = _check_resources(count, threads)
-        places = [Place(i, "cuda" if has_gpus else "cpu", threads) for i in range(count)]
-        return Pool(RayBackend(opening, has_gpus, connected), places)
+        specs = [
+            WorkerSpec(i, "cuda" if has_gpus else "cpu", threads) for i in range(count)
+        ]
+        return Pool(RayBackend(opening, has_gpus, connected), specs)
     except BaseException:
         disconnect(connected)
         raise
 
 
 def connect(address: str, *, n_cpus: int) -> bool:
-    """Connect to Ray, and start it if it is local; False if that was done before."""
+    """Connect to Ray, and start it if it is local; False if already connected."""
     if address != LOCAL:
         _check_token(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address == LOCAL and "ray" not in sys.modules:  # which reads it once, and later
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # versions set it by themselves
+    # Ray reads this variable once, when it is imported; later versions set it themselves.
+    if address == LOCAL and "ray" not in sys.modules:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     ray = _import_ray()
     if ray.is_initialized():
         return False
@@ -110,7 +113,7 @@ def connect(address: str, *, n_cpus: int) -> bool:
 
 
 def disconnect(connected: bool) -> None:
-    """Undo `connect`, given what it returned."""
+    """Undo `connect`, given its return value."""
     if connected:
         _import_ray().shutdown()
 
@@ -126,22 +129,22 @@ def _import_ray() -> Any:
 
 
 def _check_token(address: str) -> None:
-    """Refuse a cluster that anybody who reaches its port could run code on."""
+    """Refuse a cluster on which anyone who reaches its port could run code."""
     path = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / TOKEN_FILE
     token = bool(os.environ.get("RAY_AUTH_TOKEN")) or Path(path).is_file()
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" or not token:
         message = (
-            f"Ray at {address} must ask for a token, or whoever reaches its port runs code"
-            f": set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, here "
-            f"and on the cluster"
+            f"Ray at {address} must require a token, or anyone who reaches its port can "
+            f"run code: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or "
+            f"RAY_AUTH_TOKEN_PATH, here and on the cluster"
         )
         raise UsageError(message)
 
 
 def _check_resources(count: int, threads: int) -> bool:
-    """Return whether there are GPUs; refuse workers that would wait for ever."""
-    there = _import_ray().cluster_resources()
-    gpus, cpus = there.get("GPU", 0), there.get("CPU", 0)
+    """Return whether there are GPUs; refuse workers that would wait forever."""
+    resources = _import_ray().cluster_resources()
+    gpus, cpus = resources.get("GPU", 0), resources.get("CPU", 0)
     if cpus < count * threads or (gpus and gpus < count):
         message = (
             f"Ray has {cpus:g} CPUs and {gpus:g} GPUs, too few for {count} workers of "
@@ -153,7 +156,7 @@ def _check_resources(count: int, threads: int) -> bool:
 
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Keep what the program does on SIGTERM, which Ray replaces."""
+    """Restore the program's handler of SIGTERM, which Ray replaces."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -164,10 +167,10 @@ def _signals_kept() -> Iterator[None]:
 
 @dataclass(eq=False)
 class RayWorker:
-    """An actor, and what it was asked last, until it has answered."""
+    """An actor and its pending call, None when it is idle."""
 
     actor: Any
-    asked: Any
+    pending: Any
 
 
 class RayBackend:
@@ -180,46 +183,46 @@ class RayBackend:
         self._actor_class = self._ray.remote(_Actor)
         self._n_gpus = 1 if has_gpus else 0
 
-    def launch(self, place: Place) -> RayWorker:
+    def launch(self, spec: WorkerSpec) -> RayWorker:
         """Begin to start an actor."""
         actor = self._actor_class.options(
-            num_cpus=place.threads,
+            num_cpus=spec.threads,
             num_gpus=self._n_gpus,
             max_restarts=0,
             max_task_retries=0,
         ).remote()
-        return RayWorker(actor, actor.open.remote(self._opening, place))
+        return RayWorker(actor, actor.open.remote(self._opening, spec))
 
     def send(self, handle: RayWorker, payload: Any) -> None:
-        """Give a payload to a worker that is ready; if it is gone, `poll` will say so."""
-        handle.asked = handle.actor.work.remote(pickle.dumps(payload))
+        """Send a payload to a ready worker; if it has died, `poll` will report that."""
+        handle.pending = handle.actor.work.remote(pickle.dumps(payload))
 
     def poll(
         self, handles: Sequence[RayWorker], timeout: float | None
     ) -> list[tuple[RayWorker, Message]]:
-        """Block until a worker says something or is gone, or the time is over."""
-        asked = {handle.asked: handle for handle in handles if handle.asked is not None}
-        if not asked:
+        """Block until a worker sends a message or dies, or the timeout passes."""
+        pending = {h.pending: h for h in handles if h.pending is not None}
+        if not pending:
             time.sleep(timeout or 0.0)
             return []
-        self._ray.wait(list(asked), num_returns=1, timeout=timeout)
-        ready, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=0)
-        return [(asked[reference], self._answer(asked[reference])) for reference in ready]
+        self._ray.wait(list(pending), num_returns=1, timeout=timeout)
+        ready, _ = self._ray.wait(list(pending), num_returns=len(pending), timeout=0)
+        return [(pending[call], self._answer(pending[call])) for call in ready]
 
     def _answer(self, handle: RayWorker) -> Message:
-        asked, handle.asked = handle.asked, None
+        call, handle.pending = handle.pending, None
         try:
-            return read_message(self._ray.get(asked))
-        except self._ray.exceptions.RayError as error:  # a job's own comes as a message
-            return Gone(f"Ray says: {_first_line(error)}")
+            return read_message(self._ray.get(call))
+        except self._ray.exceptions.RayError as error:  # errors of a job come as messages
+            return Died(f"Ray says: {_first_line(error)}")
 
     def stop(self, handles: Sequence[RayWorker]) -> None:
-        """Kill actors; what they were writing was not to be seen before it is whole."""
+        """Kill actors; they write files atomically, so no partial file appears."""
         for handle in handles:
             self._ray.kill(handle.actor)
 
     def close(self) -> None:
-        """End the connection, and the Ray, that was made for these workers."""
+        """End the connection to Ray, or the Ray, that was started for these workers."""
         disconnect(self._connected)
 
 
@@ -236,9 +239,9 @@ class _Actor:
     def __init__(self) -> None:
         self._work: Work | None = None
 
-    def open(self, opening: bytes, place: Place) -> bytes:
+    def open(self, opening: bytes, spec: WorkerSpec) -> bytes:
         """Build the context."""
-        self._work, message = open_work(opening, place)
+        self._work, message = open_work(opening, spec)
         return message
 
     def work(self, payload: bytes) -> bytes:

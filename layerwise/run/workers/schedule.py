@@ -1,9 +1,9 @@
-"""The scheduler: which job is started when, and what a lost worker means. No processes.
+"""The scheduler decides when each job starts, and which jobs are retried.
 
-It believes nothing but a first result. A job whose worker is lost is tried again, a job
-that takes far longer than the others is started a second time on a worker that would
-otherwise idle, and any result after the first is ignored. An error that a job raises is
-another matter: jobs are pure functions, so it would be raised again.
+A job whose worker is lost is retried. A job that takes far longer than the others is
+started a second time on a worker that would otherwise idle. Only the first result of a job
+counts. An error that a job raises ends the run: jobs are pure functions, so it would be
+raised again. The scheduler itself starts no processes.
 """
 
 from collections import deque
@@ -30,7 +30,7 @@ SHORTEST_WAIT = 0.001
 
 @dataclass(frozen=True)
 class Rules:
-    """When a job is tried again.
+    """Rules for retrying a job.
 
     Parameters
     ----------
@@ -39,9 +39,9 @@ class Rules:
     look_ahead
         Jobs that are taken from the iterator before a slot is free for them.
     straggler_factor
-        A job is late when it runs this many times the median of the finished ones...
+        A job is late when it runs this many times the median of the finished jobs...
     straggler_seconds
-        ...and at least this long, which covers the start of a worker.
+        ...and at least this long, which allows for the start of a worker.
     """
 
     retries: int = 3
@@ -51,10 +51,13 @@ class Rules:
 
     def __post_init__(self) -> None:
         if min(self.retries, self.look_ahead) < 0:
-            message = f"retries and look_ahead are counts, not {self.retries} and "
-            raise UsageError(message + str(self.look_ahead))
+            message = (
+                f"retries and look_ahead must be at least 0, not {self.retries} and "
+                f"{self.look_ahead}"
+            )
+            raise UsageError(message)
         if not self.straggler_factor > 1 or not self.straggler_seconds >= 0:
-            message = "straggler_factor must be above 1, straggler_seconds not negative"
+            message = "straggler_factor must be above 1, straggler_seconds at least 0"
             raise UsageError(message)
 
 
@@ -66,36 +69,36 @@ def run_jobs(
     rules: Rules | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> None:
-    """Run independent jobs, and close the executor however this ends.
+    """Run independent jobs, and close the executor in any case.
 
     Parameters
     ----------
     jobs
         Consumed lazily, in this thread: at most ``executor.slots + rules.look_ahead``
-        jobs are taken from it and not yet done. Producing a job may take its time.
+        jobs are taken from it and not yet done. Producing a job may be slow.
     executor
         Workers that nothing else uses.
     on_done
-        Called exactly once per job, in the order of completion, with what it returned.
+        Called exactly once per job, in the order of completion, with the result.
     rules
-        When a job is tried again; None: the defaults.
+        Rules for retrying a job; None: the defaults.
     on_note
-        Called with one line about every job that is started again, and why.
+        Called with one line, cause included, for every job that is started again.
 
     Raises
     ------
     LayerwiseError or any other exception
-        That a job raised. Jobs that are running are finished, and delivered, before.
+        A job raised it. Running jobs are finished and delivered first.
     WorkerError
         The worker of one job was lost more than ``rules.retries`` times, or all workers
         are lost again and again while no job is finished.
     UsageError
-        Two jobs have one key.
+        Two jobs have the same key.
 
     Notes
     -----
-    What ``jobs``, ``on_done`` or a signal raises (Ctrl-C, ``Interrupted``) ends the run at
-    once: running jobs are stopped, and nothing else is delivered.
+    An exception from ``jobs``, ``on_done`` or a signal (Ctrl-C, ``Interrupted``) ends the
+    run at once: running jobs are stopped, and nothing else is delivered.
     """
     try:
         _Run(jobs, executor, on_done, rules or Rules(), on_note or _ignore).run()
@@ -104,7 +107,7 @@ def run_jobs(
 
 
 def _ignore(text: str) -> None:
-    """Nobody wants notes."""
+    """Drop a note."""
 
 
 @dataclass
@@ -137,8 +140,8 @@ class _Run:
         self._open: dict[Key, _OpenJob] = {}
         self._done: set[Key] = set()
         self._waiting: deque[Key] = deque()
-        self._running: dict[Attempt, float] = {}  # when each was started
-        self._seconds: list[float] = []  # of the finished jobs
+        self._running: dict[Attempt, float] = {}  # start time of each attempt
+        self._seconds: list[float] = []  # duration of each finished job
         self._losses_in_a_row = 0
         self._error: BaseException | None = None
 
@@ -147,7 +150,7 @@ class _Run:
             self._start_waiting()
             if self._takes_another():
                 self._take()
-                timeout: float | None = 0.0  # what happened meanwhile, if anything
+                timeout: float | None = 0.0  # only events that have already arrived
             else:
                 timeout = self._start_stragglers_again()
             for event in self._executor.wait(timeout):
@@ -176,7 +179,7 @@ class _Run:
             self._exhausted = True
             return
         if job.key in self._open or job.key in self._done:
-            message = f"two jobs have the key {job.key}; give each its own"
+            message = f"two jobs have the key {job.key}; give each job its own key"
             raise UsageError(message)
         self._open[job.key] = _OpenJob(job)
         self._waiting.append(job.key)
@@ -204,7 +207,7 @@ class _Run:
             if not self._idle():
                 return None
             if entry is None or len(entry.running) > 1:
-                continue  # it is done, or was started again already
+                continue  # it is done, or was already started again
             if now - since < late:
                 return max(late - (now - since), SHORTEST_WAIT)
             self._note(
@@ -221,7 +224,7 @@ class _Run:
         since = self._running.pop(attempt, None)
         entry = self._open.get(attempt.key)
         if entry is None:
-            return  # of a job that is done
+            return  # the job is already done
         entry.running.discard(attempt)
         match event:
             case Done(value=value):
@@ -231,13 +234,13 @@ class _Run:
             case Lost(reason=reason) if since is not None:
                 self._lose(entry, reason)
             case Lost():
-                pass  # said twice
+                pass  # reported twice
 
     def _finish(self, entry: _OpenJob, since: float | None, value: Any) -> None:
         key = entry.job.key
         del self._open[key]
         self._done.add(key)
-        if key in self._waiting:  # it was thought lost, and the result came after all
+        if key in self._waiting:  # it was reported lost, but its result arrived later
             self._waiting.remove(key)
         if since is not None:
             self._seconds.append(self._executor.now() - since)
@@ -249,7 +252,7 @@ class _Run:
         entry.losses += 1
         self._losses_in_a_row += 1
         if self._error is not None or entry.running:
-            return  # not needed any more, or still running on another worker
+            return  # no longer needed, or still running on another worker
         limit = self._rules.retries
         if entry.losses > limit:
             message = (
@@ -264,11 +267,11 @@ class _Run:
             )
             raise WorkerError(message)
         else:
-            self._note(f"job {key} lost its worker ({reason}): tried again")
+            self._note(f"job {key} lost its worker ({reason}): retrying")
             self._waiting.appendleft(key)
 
     def _stop(self, error: BaseException, message: str) -> None:
-        """Start nothing any more; the error is raised when what runs has ended."""
+        """Start no more jobs; the error is raised when all running jobs have ended."""
         if self._error is not None:
             return
         self._error = error
