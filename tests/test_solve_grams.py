@@ -387,7 +387,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_manifest(f, rename_layer),
         rf"{FIRST} holds other layers",
     ),
-    "a layer twice": (lambda f: edit_manifest(f, repeat_layer), "names the layer .* twice"),
+    "a layer twice": (lambda f: edit_manifest(f, repeat_layer), "lists the layer .* twice"),
     "no layers": (lambda f: edit_manifest(f, lambda c: c.update(files={})), "no layer"),
     "another format": (
         lambda f: edit_manifest(f, lambda c: c.update(format=2)),
@@ -450,7 +450,7 @@ def test_another_model(workshop: Path, grams: Path, tmp_path: Path) -> None:
         ({"damping": -1.0}, InvalidProblemError, "damping must be"),
         ({"model": "llama"}, UsageError, "give an output"),
         ({"sparsities": [0.5, 0.6], "output_dir": "out"}, UsageError, "not of 2"),
-        ({"output_dir": ".."}, UsageError, "no name of its own"),
+        ({"output_dir": ".."}, UsageError, "does not name a new folder"),
         ({"workers": 0}, UsageError, "workers must be at least 1"),
         ({"workers": 2, "threads": 0}, UsageError, "threads must be at least 1"),
         ({"device": "abacus"}, UsageError, "cannot be used"),
