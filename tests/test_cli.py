@@ -84,7 +84,7 @@ BAD: Mapping[str, tuple[Mapping[str, Any], int, str]] = {
     "targets": ({"--targets": "Conv2d"}, 2, "'Conv2d' matches nothing in model.layers.0"),
     "ignore": ({"--ignore": "q_proj"}, 2, "ignore entry 'q_proj' matches nothing"),
     "everything ignored": ({"--ignore": "Linear"}, 2, "nothing is left to prune"),
-    "regular expression": ({"--targets": "re:("}, 2, "is no regular expression"),
+    "regular expression": ({"--targets": "re:("}, 2, "is not a regular expression"),
     "threads": ({"--threads": "0"}, 2, "--threads must be at least 1, got 0"),
     "number": ({"--seed": "x"}, 2, "--seed"),
     "seed": ({"--seed": "-1"}, 2, "seed is -1"),
@@ -255,10 +255,10 @@ def test_unfinished_run_with_other_flags(
             2,
             "device 'abacus' cannot be used",
         ),
-        (["verify", "llama"], 6, "it is no output of layerwise"),
-        (["verify", "none"], 6, "it is no output of layerwise"),
+        (["verify", "llama"], 6, "it is not an output of layerwise"),
+        (["verify", "none"], 6, "it is not an output of layerwise"),
         (["verify", "two\nlines"], 6, "two lines holds no layerwise/manifest.json"),
-        (["report", "llama"], 6, "it is no output of layerwise"),
+        (["report", "llama"], 6, "it is not an output of layerwise"),
         (["demo", "--output", "text.txt"], 6, "cannot create text.txt"),
         (["solvers", "more"], 2, "unexpected extra argument"),
     ],
@@ -340,7 +340,7 @@ def test_process_that_fails(workshop: Path) -> None:
     ended = process("-m", "layerwise", "verify", "llama", folder=workshop)
     assert ended.returncode == 6
     assert ended.stdout == ""
-    assert one_line(ended.stderr).endswith("it is no output of layerwise\n")
+    assert one_line(ended.stderr).endswith("it is not an output of layerwise\n")
 
 
 KILLED = """

@@ -280,21 +280,21 @@ def test_a_strangers_folder_is_refused(source: Path, tmp_path: Path, resume: boo
     (tmp_path / "out.partial" / "thesis.txt").write_text("precious")
     (tmp_path / "out.partial" / ".notes.tmp").write_text("precious")
     before = files_of(tmp_path)
-    with pytest.raises(UsageError, match="is no unfinished run of layerwise"):
+    with pytest.raises(UsageError, match="is not an unfinished run of layerwise"):
         prune(source, tmp_path / "out", resume=resume)
     assert files_of(tmp_path) == before
 
 
 def test_a_strangers_file_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out.partial").write_text("precious")
-    with pytest.raises(UsageError, match="is no unfinished run of layerwise"):
+    with pytest.raises(UsageError, match="is not an unfinished run of layerwise"):
         prune(source, tmp_path / "out")
     assert (tmp_path / "out.partial").read_text() == "precious"
 
 
 @pytest.mark.parametrize("name", [".", "..", "/"])
 def test_output_without_a_name_is_refused(source: Path, name: str) -> None:
-    with pytest.raises(UsageError, match="name the new folder"):
+    with pytest.raises(UsageError, match="does not name a new folder"):
         prune(source, Path(name), force=True)
 
 

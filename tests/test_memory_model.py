@@ -43,7 +43,7 @@ STREAM = 16 * 32 * 100 * 2
 
 
 def items_of(memory: Memory, moment: str) -> dict[str, int]:
-    found = next(m for m in memory.moments if m.name == moment)
+    found = next(m for m in memory.instants if m.name == moment)
     return {item.name: item.bytes for item in found.items}
 
 
@@ -104,14 +104,14 @@ def test_inputs_of_stages_leave_one_by_one() -> None:
 def test_a_block_is_copied_where_its_inputs_are_not_kept() -> None:
     for tokens, copies in ((32, 0), (1 << 22, 2)):
         memory = memory_of(MODEL, replace(RUN, length=tokens))
-        names = [item.name for moment in memory.moments for item in moment.items]
+        names = [item.name for moment in memory.instants for item in moment.items]
         assert names.count("copy of the block for the dense side") == copies
 
 
 def test_what_is_settled_stays_until_the_block_is_done() -> None:
     """Pruned inputs of the stage that ends a module, then the outputs of the module."""
     name, stored = "outputs of modules that are settled", 16 * 32 * 2
-    ending, last = StageShape(120, (70,), ends=True), StageShape(10, (1,))
+    ending, last = StageShape(120, (70,), passes_through=True), StageShape(10, (1,))
 
     def settled(*stages: StageShape, mode: Any = "block") -> list[int]:
         model = replace(MODEL, blocks=(BlockShape(10, stages),))
@@ -122,7 +122,7 @@ def test_what_is_settled_stays_until_the_block_is_done() -> None:
     wide = StageShape(900, (100,))  # its moment is the largest
     assert settled(ATTENTION, ending, wide) == [70 * stored, 70 * stored]
     assert settled(ATTENTION, replace(ending, width=1200), last) == [1200 * stored] * 2
-    assert settled(ATTENTION, replace(ending, ends=False), wide) == [0, 0]
+    assert settled(ATTENTION, replace(ending, passes_through=False), wide) == [0, 0]
     assert settled(ending, wide) == [0, 0]  # both streams enter with the same inputs
     assert settled(ending, wide, mode="full") == [70 * stored, 70 * stored]
     assert settled(ATTENTION, ending, wide, mode="sequential") == [0, 0]
@@ -175,7 +175,7 @@ def test_inputs_that_exceed_the_store_are_not_kept() -> None:
     fits, too_many = GIB // 800 // 32, GIB // 800 // 32 + 1
     for count, kept in ((fits, True), (too_many, False)):
         memory = memory_of(MODEL, replace(RUN, n_sequences=count))
-        names = [moment.name for moment in memory.moments]
+        names = [moment.name for moment in memory.instants]
         assert ("pass that keeps inputs" in names) == kept
         found = items_of(memory, "problem of a matrix")
         assert ("copy of the block for the dense side" in found) != kept
@@ -195,14 +195,14 @@ def test_every_worker_needs_all_of_it_and_the_driver_its_own() -> None:
 def test_an_accelerator_takes_what_is_computed() -> None:
     run = replace(RUN, accelerator=True, workspace=Workspace((Peak(1.0),)))
     memory = memory_of(MODEL, run)
-    moment = next(m for m in memory.moments if m.name == "problem of a matrix")
-    on_host = {item.name for item in moment.items if item.place == "host"}
+    moment = next(m for m in memory.instants if m.name == "problem of a matrix")
+    on_host = {item.name for item in moment.items if item.kind == "host"}
     assert on_host == {
         *("Python, PyTorch, transformers", "libraries of the device"),
         *("2 x hidden states", "pruned weights and masks of the block"),
     }
     alone = memory_of(MODEL, replace(run, accelerator=False))
-    same = next(m for m in alone.moments if m.name == "problem of a matrix")
+    same = next(m for m in alone.instants if m.name == "problem of a matrix")
     here = {item.name: item.bytes for item in moment.items}
     there = {item.name: item.bytes for item in same.items}
     assert set(here) - set(there) == {"libraries of the device", "context of the device"}
@@ -212,7 +212,7 @@ def test_an_accelerator_takes_what_is_computed() -> None:
 
 def test_a_model_that_is_not_streamed_is_there_all_the_time() -> None:
     memory = memory_of(MODEL, replace(RUN, streamed=False))
-    for moment in memory.moments:
+    for moment in memory.instants:
         sizes = {item.name: item.bytes for item in moment.items}
         assert sizes["the whole model"] == 2 * (3 * 50_000 + 30_000)
         assert "block" not in sizes

@@ -296,7 +296,7 @@ def test_memory_that_is_short_is_refused_with_what_would_fit(
 
 
 def plan_base(plan: Plan) -> int:
-    items = plan.memory.moments[0].items
+    items = plan.memory.instants[0].items
     return next(item.bytes for item in items if item.name.startswith("Python"))
 
 

@@ -82,8 +82,8 @@ def test_what_people_write(tmp_path: Path, text: str, expected: dict[str, Any]) 
     ("text", "error", "expected"),
     [
         ("metod: wanda", UsageError, "unknown name 'metod'; known: model, method"),
-        ("- wanda", UsageError, "is no mapping of names to values"),
-        ("wanda", UsageError, "is no mapping of names to values"),
+        ("- wanda", UsageError, "is not a mapping"),
+        ("wanda", UsageError, "is not a mapping"),
         ("a: [", DataError, "cannot read recipe"),
         ("n_sequences: many", UsageError, "n_sequences: Input should be a valid integer"),
         ("error_correction: both", UsageError, "'none', 'sequential', 'block' or 'full'"),

@@ -44,7 +44,7 @@ class Halve:
     refused_by_ranks: ClassVar[str | None] = None
 
     @classmethod
-    def asked(cls, method: Method, amount: Amount) -> "Halve | None":
+    def from_arguments(cls, method: Method, amount: Amount) -> "Halve | None":
         return cls(method) if amount.pattern == "halve" else None
 
     def check_storable(self) -> None: ...

@@ -246,7 +246,7 @@ def test_what_cannot_be_reported_is_refused(tmp_path: Path) -> None:
         comparison_page([], {}, "layerwise demo")
     with pytest.raises(UsageError, match="no dense perplexity for llama"):
         comparison_page([result("wanda", 60.0)], {"opt": 50.0}, "layerwise demo")
-    with pytest.raises(DataError, match="no output of layerwise"):
+    with pytest.raises(DataError, match="not an output of layerwise"):
         run_page(tmp_path)
     with pytest.raises(DataError, match="lists no layer"):
         run_page(run_folder(tmp_path / "run", []))

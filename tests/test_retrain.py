@@ -223,7 +223,7 @@ def test_killed_run_resumes_and_ends_with_the_same_bytes(
 def test_another_run_does_not_continue_it(workshop: Path, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "other").write_text("")
-    with pytest.raises(UsageError, match="no unfinished run"):
+    with pytest.raises(UsageError, match="not an unfinished run"):
         retrained(workshop, tmp_path / "out")
 
 
@@ -318,7 +318,7 @@ def test_impossible_arguments_touch_nothing(workshop: Path, tmp_path: Path) -> N
             retrain(model, **{"masks": masks, "dense": dense, **options})
     with pytest.raises(UsageError, match="a folder has its own"):
         retrained(workshop, tmp_path / "out", masks=masks)
-    with pytest.raises(DataError, match="no output of layerwise"):
+    with pytest.raises(DataError, match="not an output of layerwise"):
         retrained(workshop, tmp_path / "out", "source")
     shutil.copytree(workshop / "pruned", tmp_path / "moved")
     recipe = (tmp_path / "moved" / "recipe.yaml").read_text()

@@ -14,7 +14,11 @@ from layerwise.adapters import OutputSlice, Stage
 from layerwise.run.activations import dense_side
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.dense_side import STORE, DenseSide, room
-from layerwise.run.activations.endings import Ending, Endings, modules_around
+from layerwise.run.activations.pass_through import (
+    PassThrough,
+    PassThroughFinder,
+    enclosing_modules,
+)
 from layerwise.run.activations.pruned_side import PrunedSide
 from layerwise.run.activations.streams import BATCH, Call
 from layerwise.run.pipeline import allocator, walk
@@ -62,8 +66,8 @@ class Block(nn.Module):
         return result
 
 
-def endings_of(block: nn.Module, *batches: Tensor) -> dict[str, Ending]:
-    endings = Endings(block, [OUT, DOWN])
+def pass_through_of(block: nn.Module, *batches: Tensor) -> dict[str, PassThrough]:
+    endings = PassThroughFinder(block, [OUT, DOWN])
     handles = list(endings.attach())
     for batch in batches or (torch.ones(2, WIDTH),):
         block(batch)
@@ -87,8 +91,8 @@ def endings_of(block: nn.Module, *batches: Tensor) -> dict[str, Ending]:
 def test_modules_that_end_with_a_linear(
     behind: Callable[[Tensor], Any], others: int | None
 ) -> None:
-    found = endings_of(Block(behind))
-    assert found == {"attention.o": Ending("attention", others)}
+    found = pass_through_of(Block(behind))
+    assert found == {"attention.o": PassThrough("attention", others)}
     states = torch.ones(1)
     given = found["attention.o"].output(states)
     assert given is states or (given[0] is states and len(given) == 1 + (others or 0))
@@ -108,27 +112,27 @@ def test_modules_that_end_with_a_linear(
 )
 @torch.no_grad()
 def test_modules_that_do_something_behind(behind: Callable[[Tensor], Any]) -> None:
-    assert endings_of(Block(behind)) == {}
+    assert pass_through_of(Block(behind)) == {}
 
 
 def test_inference_mode_does_not_tell() -> None:
     with torch.inference_mode():
-        assert endings_of(Block(lambda states: states), torch.ones(2, WIDTH)) == {}
+        assert pass_through_of(Block(lambda states: states), torch.ones(2, WIDTH)) == {}
 
 
 @torch.no_grad()
 def test_a_module_that_ends_so_for_some_inputs_only() -> None:
     block = Block(lambda states: states if len(states) == 2 else states + 1)
     two, three = torch.ones(2, WIDTH), torch.ones(3, WIDTH)
-    assert list(endings_of(block, two, two)) == ["attention.o"]
+    assert list(pass_through_of(block, two, two)) == ["attention.o"]
     for batches in ((two, three), (three, two)):
-        assert endings_of(block, *batches) == {}
+        assert pass_through_of(block, *batches) == {}
 
 
 def test_which_modules_may_end_with_a_stage() -> None:
     def around(*linears: str, index: int = 0, **options: Any) -> list[str]:
         stages = [Stage((name,), **options) for name in linears]
-        return modules_around(stages, index)
+        return enclosing_modules(stages, index)
 
     assert around("a.b.c", "d") == ["a", "a.b"]
     assert around("a.b.c", "a.d") == ["a.b"]
@@ -137,7 +141,7 @@ def test_which_modules_may_end_with_a_stage() -> None:
     assert around("c", "d") == []
     assert around("d", "a.b.c", index=1) == []  # the last
     assert around("a.b", "d", source=OutputSlice("a.x")) == []
-    assert modules_around([Stage(("a.b", "a.c")), Stage(("d",))], 0) == []
+    assert enclosing_modules([Stage(("a.b", "a.c")), Stage(("d",))], 0) == []
 
 
 @contextmanager

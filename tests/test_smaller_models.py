@@ -167,7 +167,7 @@ SPARSEGPT = {"method": "sparsegpt", "pattern": "columns"}
         ("llama", {"sparsity": "2:4"}, UsageError, "takes a fraction"),
         ("llama", {"sparsity": 1.5}, UsageError, r"lies in \(0, 1\)"),
         ("llama", {"sparsity": None}, UsageError, "takes a fraction"),
-        ("llama", {"sparsity": 0.95}, UsageError, "all that can be pruned"),
+        ("llama", {"sparsity": 0.95}, UsageError, "can be pruned; ask for less"),
         ("llama", {"format": "gguf"}, UsageError, "stock, native, padded"),
         ("llama", {"multiple": 0}, UsageError, "multiple must be at least 1"),
         ("llama", {"allocation": "best"}, UsageError, "optimal, uniform"),

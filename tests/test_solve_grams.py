@@ -332,7 +332,7 @@ def test_another_model(workshop: Path, grams: Path, tmp_path: Path) -> None:
         ({"damping": -1.0}, InvalidProblemError, "damping must be"),
         ({"model": "llama"}, UsageError, "give an output"),
         ({"sparsities": [0.5, 0.6], "output_dir": "out"}, UsageError, "not of 2"),
-        ({"output_dir": ".."}, UsageError, "no name of its own"),
+        ({"output_dir": ".."}, UsageError, "does not name a new folder"),
         ({"workers": 0}, UsageError, "workers must be at least 1"),
         ({"workers": 2, "threads": 0}, UsageError, "threads must be at least 1"),
         ({"device": "abacus"}, UsageError, "cannot be used"),

@@ -238,7 +238,7 @@ def cut(block: str, name: str, *kept: int) -> Cut:
         ([cut("model.layers.7", "mlp", 1)], "native", "choose from model.layers.0, model"),
         ([cut(A, "mlp", 1), cut(A, "mlp", 2)], "native", "two cuts of 'mlp'"),
         ([cut(A, "mlp")], "native", "must keep at least one unit"),
-        ([cut(A, "mlp", 3, 1)], "native", "in increasing order"),
+        ([cut(A, "mlp", 3, 1)], "native", "give increasing indices"),
         ([cut(A, "mlp", 3, 3)], "native", "each once"),
         ([cut(A, "mlp", 3, 24)], "native", "keeps units 3 to 24, but there are 24"),
         ([cut(A, "mlp", -1, 3)], "native", "keeps units -1 to 3, but there are 24"),

@@ -258,9 +258,9 @@ def change_manifest(**values: Any) -> Callable[[Path], Any]:
 
 
 UNREADABLE: Mapping[str, tuple[Callable[[Path], Any], str]] = {
-    "no manifest": (remove("layerwise/manifest.json"), "it is no output of layerwise"),
-    "no masks": (remove("layerwise/masks.safetensors"), "it is no output of layerwise"),
-    "no log": (remove("layerwise/layers.jsonl"), "it is no output of layerwise"),
+    "no manifest": (remove("layerwise/manifest.json"), "it is not an output of layerwise"),
+    "no masks": (remove("layerwise/masks.safetensors"), "it is not an output of layerwise"),
+    "no log": (remove("layerwise/layers.jsonl"), "it is not an output of layerwise"),
     "no config": (remove("config.json"), "has no config.json"),
     "no weights": (remove(SHARD), f"has no {SHARD}"),
     "masks of another tool": (strange_masks, "masks.safetensors is damaged"),
@@ -294,5 +294,5 @@ def test_folder_that_cannot_be_read(
 
 
 def test_folder_of_a_dense_model(good: Path) -> None:
-    with pytest.raises(DataError, match="it is no output of layerwise"):
+    with pytest.raises(DataError, match="it is not an output of layerwise"):
         verify(good.parent / "source")

@@ -179,7 +179,7 @@ def test_unknown_rules_are_refused(rule: str) -> None:
 def test_what_cannot_be_reached_is_refused_with_what_can() -> None:
     with pytest.raises(UsageError, match=r"less than 0\.5"):
         check_reachable(structure(sparsity=0.6), MLPS, 1600)
-    with pytest.raises(UsageError, match="would keep nothing"):
+    with pytest.raises(UsageError, match="would keep no channels"):
         choose_widths(structure(sparsity=0.49, unit=8), "fasp", MLPS, 1600, {})
 
 

@@ -1,1 +1,1 @@
-"""Calibrate once, solve many: layer problems on the disk, and runs without the model."""
+"""Calibrate once, solve many times: stored layer problems, and runs without the model."""

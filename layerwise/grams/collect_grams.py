@@ -1,8 +1,8 @@
 """Calibrate once: the moments of every layer of a dense model, written to a gram folder.
 
-One pass through the model, without error correction: every problem is posed by the dense
-inputs alone, so no answer changes another problem and all of them can be solved later, in
-any order and as often as one likes (:mod:`layerwise.grams.solve_grams`).
+It takes one pass through the model, without error correction. Every problem is posed by
+dense inputs, so no answer changes another problem. All problems can be solved later, in any
+order and any number of times (:mod:`layerwise.grams.solve_grams`).
 """
 
 import shutil
@@ -43,21 +43,21 @@ from layerwise.run.settings import (
 )
 from layerwise.run.stopwatch import timed
 
-OnStage = Callable[[str, int], None]  # told the first layer and the number of inputs
+OnStage = Callable[[str, int], None]  # gets the first layer and the number of inputs
 
 
-# all that one forward pass can tell: for any solver to come
+# all statistics that a forward pass can collect, for any later solver
 STATISTICS = frozenset({"gram", "mean", "fluctuation"})
 
 
 @dataclass(frozen=True)
 class CollectGrams:
-    """Write the moments of a block to files, and leave the block as it is.
+    """Step that writes the moments of a block to files and does not change the block.
 
     Parameters
     ----------
     folder
-        Where the files go.
+        Folder of the files.
     blocks
         Full names of all blocks, in order.
     on_stage
@@ -79,7 +79,7 @@ class CollectGrams:
         on_layer: OnLayer = lambda record: None,
         dense: DenseSide | None = None,
     ) -> PrunedBlock:
-        """Write one file per stage; nothing is pruned."""
+        """Write one file per stage; prune nothing."""
         accumulators = collect_at_once(task, inputs)
         index = self.blocks.index(inputs.name)
         for number, stage in enumerate(inputs.stages):
@@ -132,14 +132,14 @@ def collect_grams(
     force
         Replace a finished `output_dir`.
     on_start
-        Told the number of files.
+        Called with the number of files.
     on_stage
-        Told the first layer and the number of inputs of every file that is written.
+        Called after every file with its first layer and its number of inputs.
 
     Returns
     -------
     GramManifest
-        What the folder holds.
+        The manifest of the folder.
 
     Raises
     ------
@@ -196,7 +196,7 @@ def _manifest(
     stages: Mapping[str, Mapping[str, StoredMatrix]],
     folder: Path,
 ) -> GramManifest:
-    """What the folder will hold."""
+    """Manifest of the finished folder."""
     return GramManifest(
         format=1,
         recipe=recipe,

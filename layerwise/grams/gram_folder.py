@@ -1,10 +1,10 @@
-"""A gram folder: the layer problems of a dense model, stored without model and data.
+"""A gram folder: the layer problems of a dense model, usable without model and data.
 
 Every file holds one stage, the linear layers of a block that read the same inputs, with
-their moments once and their weights (:mod:`layerwise.grams.layer_files`). Moments are
-in float64, in which they were summed, so what is solved from them is byte for byte what
-``prune --error-correction none`` gives; in float32 near ties would fall otherwise.
-``manifest.json`` says what the folder must hold, with the hash of every file.
+their shared moments and their weights (:mod:`layerwise.grams.layer_files`). Moments are in
+float64, in which they were summed. So solutions are the same, byte for byte, as those of
+``prune --error-correction none``; in float32 near ties could be decided differently.
+``manifest.json`` lists the files of the folder, each with its hash.
 """
 
 import json
@@ -38,7 +38,7 @@ class StoredMatrix(BaseModel):
     tensor
         Name of its weight in the checkpoint.
     transposed
-        Whether the checkpoint stores it as (in, out).
+        Whether the checkpoint stores the weight as (in, out).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -58,22 +58,22 @@ class StageFile(BaseModel):
 
 
 class GramManifest(BaseModel):
-    """What ``manifest.json`` states about a gram folder.
+    """Content of ``manifest.json`` of a gram folder.
 
     Parameters
     ----------
     format
-        Version of this description.
+        Version of the format.
     recipe
-        The arguments of the run, as a prune without error correction would have them.
+        The arguments of the run, as for a prune without error correction.
     model_type
         Family of the model.
     source
         Hash of every file of the checkpoint.
     calibration, calibration_sha256
-        Where the token windows come from, for people, and their hash.
+        Source of the token windows, for people, and their hash.
     versions
-        Of what computed the moments.
+        Versions of the packages that computed the moments.
     files
         Stages by file name, in the order of the data flow.
     """
@@ -102,29 +102,31 @@ class GramManifest(BaseModel):
 
 
 def read_manifest(folder: Path) -> GramManifest:
-    """Manifest of a gram folder whose files are all there and as they were written.
+    """Read the manifest of a gram folder, and check that all files are unchanged.
 
     Every file is read once for its hash. Its moments are checked when they are used.
 
     Raises
     ------
     DataError
-        There is no manifest, it is damaged, or a file is missing, leaves the folder, has
-        other bytes, or holds other layers than the manifest says.
+        The manifest is missing or damaged; or a file is missing, is outside the folder, or
+        has other bytes or other layers than the manifest says.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        message = f"{folder} holds no {MANIFEST}: make it by layerwise calibrate"
+        message = f"{folder} holds no {MANIFEST}: create the folder by layerwise calibrate"
         raise DataError(message)
     try:
         manifest = GramManifest.model_validate(read_object(confined(path)))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        message = f"{path} is damaged: {where}: {first['msg']}"
+        message = f"{path} is damaged: {where}: {first['msg']}; calibrate again"
         raise DataError(message) from error
     if manifest.format != 1:
-        message = f"{path} has format {manifest.format}, only 1 is known: calibrate again"
+        message = (
+            f"{path} has format {manifest.format}, this layerwise reads 1: calibrate again"
+        )
         raise DataError(message)
     _check_names(path, manifest)
     for name, stage in manifest.files.items():
@@ -135,28 +137,28 @@ def read_manifest(folder: Path) -> GramManifest:
 def _check_names(path: Path, manifest: GramManifest) -> None:
     layers = [name for _, name, _ in manifest.layers()]
     if not layers:
-        message = f"{path} names no layer: calibrate again"
+        message = f"{path} lists no layers: calibrate again"
         raise DataError(message)
     if twice := [name for name in layers if layers.count(name) > 1]:
-        message = f"{path} names the layer {twice[0]!r} twice: calibrate again"
+        message = f"{path} lists the layer {twice[0]!r} twice: calibrate again"
         raise DataError(message)
     for name in manifest.files:
         if not PLAIN_NAME.fullmatch(name):
             message = (
-                f"{path} names the file {name!r}: files must be *.safetensors in the same "
-                f"folder"
+                f"{path} lists the file {name!r}: files must be *.safetensors in the same "
+                f"folder; calibrate again"
             )
             raise DataError(message)
 
 
 def _check_file(path: Path, stage: StageFile) -> None:
     if not path.is_file():
-        message = f"{path} is missing, which the manifest names: calibrate again"
+        message = f"{path} is listed in the manifest but missing: calibrate again"
         raise DataError(message)
-    found = file_sha256(confined(path))
-    if found != stage.sha256:
+    digest = file_sha256(confined(path))
+    if digest != stage.sha256:
         message = (
-            f"{path} has the sha256 {found[:12]}..., the manifest says "
+            f"{path} has the sha256 {digest[:12]}..., the manifest says "
             f"{stage.sha256[:12]}...: restore the file or calibrate again"
         )
         raise DataError(message)

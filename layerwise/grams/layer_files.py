@@ -1,21 +1,21 @@
-"""Layers in safetensors files: a weight, and the moments of the inputs of its layer.
+"""Layers in safetensors files: their weights, and the moments of their inputs.
 
-A file holds one layer as tensors ``weight`` and ``gram``, or several as ``NAME.weight``
-and ``NAME.gram``:
+A file holds one layer as tensors ``weight`` and ``gram``, or several layers as
+``NAME.weight`` and ``NAME.gram``:
 
 - ``weight``: W, shape (out, in);
 - ``gram``: ``Xhat Xhat^T / tokens``, shape (in, in);
-- ``cross_gram``: ``X Xhat^T / tokens``, if the dense model sees other inputs; then
-- ``energy``: row sums of ``(W X)^2 / tokens``, shape (out,), must be there too;
+- ``cross_gram``: ``X Xhat^T / tokens``, if the dense model has other inputs;
+- ``energy``: row sums of ``(W X)^2 / tokens``, shape (out,), required with ``cross_gram``;
 - ``input_mean``, ``pruned_input_mean``, ``fluctuation``: shape (in,), for methods that
   read them.
 
-Layers that read the same inputs share their moments: what has no name (all but weight and
-energy) belongs to every layer of the file that has none of its own. So ``gram``,
-``q.weight`` and ``k.weight`` are two layers and one gram. The number of tokens is the
-entry ``n_tokens`` of the metadata in the header, if it is known.
+Layers that read the same inputs share their moments. Moments stored without ``NAME`` belong
+to every layer of the file without moments of its own. So ``gram``, ``q.weight`` and
+``k.weight`` are two layers that share one gram. The number of tokens, if known, is the
+entry ``n_tokens`` of the metadata in the header.
 
-A folder is all its files, in the order of their names.
+The layers of a folder are those of all its files, in the order of the file names.
 """
 
 from collections.abc import Iterator, Mapping
@@ -36,7 +36,7 @@ from layerwise.run.checkpoints.shard import Header, read_header
 from layerwise.solve import steps_of
 from layerwise.solver import Solver, requirements
 
-MOMENTS = ("gram", "cross_gram", *VECTORS)  # what layers can share
+MOMENTS = ("gram", "cross_gram", *VECTORS)  # layers can share these
 FIELDS = ("weight", "energy", *MOMENTS)
 FLOATS = ("F64", "F32", "F16", "BF16")
 N_TOKENS = "n_tokens"
@@ -44,16 +44,16 @@ N_TOKENS = "n_tokens"
 
 @dataclass(frozen=True, eq=False)
 class StoredLayer:
-    """A layer that can be posed as a problem.
+    """A stored layer, which can be posed as a problem.
 
     Parameters
     ----------
     name
-        For tables.
+        Name for tables.
     weight
         Dense weight, shape (out, in).
     moments
-        Of its inputs.
+        Moments of the inputs.
     energy
         Row sums of ``(W X)^2 / tokens``, shape (out,); None if they follow from the gram.
     """
@@ -64,7 +64,7 @@ class StoredLayer:
     energy: Tensor | None = None
 
     def problem(self, pattern: Pattern, damping: float = 0.01) -> LayerProblem:
-        """Pose the layer with a pattern."""
+        """Pose the problem of the layer with a pattern."""
         return LayerProblem.from_moments(
             self.weight,
             self.moments,
@@ -74,7 +74,7 @@ class StoredLayer:
         )
 
     def on(self, device: torch.device) -> "StoredLayer":
-        """Return the layer on a device; on another one its moments are its own."""
+        """Return the layer on a device; moments that had to be moved are not shared."""
         energy = None if self.energy is None else self.energy.to(device)
         moments = self.moments
         if moments.gram.device != device:
@@ -83,29 +83,29 @@ class StoredLayer:
 
 
 def moments_on(moments: Moments, device: torch.device) -> Moments:
-    """Return the moments on a device, without anything that was computed of them."""
+    """Return the moments on a device, without cached results."""
 
-    def there(value: Tensor | None) -> Tensor | None:
+    def moved(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.to(device)
 
     return replace(
         moments,
         gram=moments.gram.to(device),
-        cross_gram=there(moments.cross_gram),
-        input_mean=there(moments.input_mean),
-        pruned_input_mean=there(moments.pruned_input_mean),
-        fluctuation=there(moments.fluctuation),
+        cross_gram=moved(moments.cross_gram),
+        input_mean=moved(moments.input_mean),
+        pruned_input_mean=moved(moments.pruned_input_mean),
+        fluctuation=moved(moments.fluctuation),
     )
 
 
 def missing_statistic(solver: Solver, moments: Moments) -> str | None:
-    """Say which step needs what stored moments do not hold; None if all is there."""
+    """Name a step and the statistic it lacks in stored moments; None if it lacks none."""
     for step in steps_of(solver):
         needed = requirements(step)
         lacking = {
             "mean": moments.input_mean is None,
             "fluctuation": moments.fluctuation is None,
-            "gradient": True,  # of the loss: nothing that inputs tell
+            "gradient": True,  # of the loss: never part of the moments
         }
         for statistic, absent in lacking.items():
             if absent and statistic in needed:
@@ -114,12 +114,12 @@ def missing_statistic(solver: Solver, moments: Moments) -> str | None:
 
 
 def read_layers(path: Path) -> Iterator[StoredLayer]:
-    """Layers of a file or a folder, one file in memory at a time; headers are read first.
+    """Read the layers of a file or a folder, one file at a time; headers are checked first.
 
     Raises
     ------
     DataError
-        Nothing is there, a file is damaged, or it holds anything but complete layers.
+        There is no file, or a file is damaged or does not hold complete layers only.
     """
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
@@ -131,13 +131,13 @@ def read_layers(path: Path) -> Iterator[StoredLayer]:
 
 
 def read_file(file: Path) -> Iterator[StoredLayer]:
-    """Layers of one file, in the order of their names; shared moments are one object.
+    """Read the layers of one file, in the order of their names; shared moments are shared.
 
     Raises
     ------
     DataError
-        The file is damaged, it holds anything but complete layers, or moments that no
-        inputs have (NaN, not symmetric).
+        The file is damaged, does not hold complete layers only, or holds impossible moments
+        (NaN, not symmetric).
     """
     header = read_header(file)
     layers = layer_tensors(file, header)
@@ -168,27 +168,27 @@ def layer_tensors(file: Path, header: Header) -> dict[str, dict[str, str]]:
     Raises
     ------
     DataError
-        The file holds anything but complete layers.
+        The file does not hold complete layers only.
     """
-    found: dict[str, set[str]] = {}
+    fields_of: dict[str, set[str]] = {}
     for tensor, entry in header.tensors.items():
         name, _, field = tensor.rpartition(".")
         if field not in FIELDS or entry.dtype not in FLOATS:
             message = (
-                f"{file} holds {tensor!r} of type {entry.dtype}: a layer is made of "
-                f"{', '.join(FIELDS)}, floating point, with the name of the layer and a "
-                "point before"
+                f"{file} holds {tensor!r} of type {entry.dtype}: tensors of layers must be "
+                f"floating point and named FIELD or NAME.FIELD, with FIELD one of "
+                f"{', '.join(FIELDS)}"
             )
             raise DataError(message)
-        found.setdefault(name, set()).add(field)
-    if not found:
-        message = f"{file} holds no layer: store weight and gram"
+        fields_of.setdefault(name, set()).add(field)
+    if not fields_of:
+        message = f"{file} holds no layers: store weight and gram"
         raise DataError(message)
-    shared = {field: field for field in found.get("", ()) if field in MOMENTS}
-    if len(found) > 1 and "weight" not in found.get("", set()):
-        found.pop("", None)  # no layer, but what the others share
+    shared = {field: field for field in fields_of.get("", ()) if field in MOMENTS}
+    if len(fields_of) > 1 and "weight" not in fields_of.get("", set()):
+        fields_of.pop("", None)  # not a layer: moments that the others share
     layers = {}
-    for name, fields in sorted(found.items()):
+    for name, fields in sorted(fields_of.items()):
         prefix = f"{name}." if name else ""
         tensors = shared | {field: prefix + field for field in fields}
         _check_complete(file, name or file.stem, tensors)
@@ -208,22 +208,22 @@ def _check_complete(file: Path, name: str, tensors: Mapping[str, str]) -> None:
 def _n_tokens(file: Path, header: Header) -> int:
     text = header.metadata.get(N_TOKENS, "0")
     if not (text.isascii() and text.isdigit() and len(text) < 16):
-        message = f"{file} says that it has {text[:20]!r} tokens: store a number"
+        message = f"{file} has n_tokens {text[:20]!r} in its metadata: store a number"
         raise DataError(message)
     return int(text)
 
 
 def write_file(file: Path, moments: Moments, weights: Mapping[str, Tensor]) -> None:
-    """Write the layers that share moments to one file, atomically.
+    """Write layers that share their moments to one file, atomically.
 
     Parameters
     ----------
     file
         The file; its folder must exist.
     moments
-        Of the inputs that all of them read; stored as they are, in float64.
+        Moments of the shared inputs, stored in float64.
     weights
-        Dense weights (out, in) by the name of the layer, in their own type.
+        Dense weights (out, in) by the name of the layer, stored in their own type.
     """
     tensors = {field: getattr(moments, field) for field in MOMENTS}
     tensors |= {f"{name}.weight": weight for name, weight in weights.items()}

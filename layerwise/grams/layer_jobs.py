@@ -1,8 +1,8 @@
-"""One stored layer, one method, one pattern: a job that any process can do.
+"""Jobs that any process can do: one stored layer, one method, one pattern.
 
-A job is a pure function of a file: everything that decides its result is in it, it can be
-pickled, and doing it twice gives the same. A process keeps the last file that it read, so
-jobs should come in the order of the files.
+A job contains everything that decides its result, apart from the file of the layer. It can
+be pickled, and doing it twice gives the same result. A process caches the last file that it
+read, so jobs should come in the order of the files.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from layerwise.run.workers.messages import WorkerSpec
 
 @dataclass(frozen=True)
 class LayerJob:
-    """What decides the answer of one layer.
+    """Everything that decides the solution of one layer.
 
     Parameters
     ----------
@@ -34,10 +34,10 @@ class LayerJob:
     zeros
         The pattern and the method.
     device
-        Where to compute.
+        Device of the computation.
     folder, index
-        Where weight, mask and figures are written, as a block of a
-        :class:`~layerwise.run.pipeline.journal.Journal`; None: only the figures are wanted.
+        Folder and number under which weight, mask and figures are written, as a block of a
+        :class:`~layerwise.run.pipeline.journal.Journal`; None: nothing is written.
     """
 
     file: Path
@@ -49,17 +49,17 @@ class LayerJob:
 
     @property
     def variant(self) -> tuple[Any, ...]:
-        """What the layers of a file have in common that share their factorizations."""
+        """Key of the jobs of a file that share their factorizations."""
         return self.zeros.method.solver, self.zeros.pattern
 
 
 def solve_layer(job: LayerJob) -> LayerRecord:
-    """Do a job: the figures of the layer, and its file if one is wanted.
+    """Do a job: return the figures of the layer, and write its file if requested.
 
     Raises
     ------
     DataError
-        The file is damaged or holds moments that no inputs have.
+        The file is damaged or holds impossible moments.
     SolveError
         The layer failed numerically.
     """
@@ -76,7 +76,7 @@ def solve_layer(job: LayerJob) -> LayerRecord:
 
 
 def open_layers(spec: WorkerSpec) -> Callable[[LayerJob], LayerRecord]:
-    """Work of a process: jobs, done on the device that it was given."""
+    """Work of a process: do jobs on its own device."""
     return partial(_solve_at, spec.device)
 
 
@@ -85,14 +85,14 @@ def _solve_at(device: str, job: LayerJob) -> LayerRecord:
 
 
 def forget_files() -> None:
-    """Free the memory of the last file."""
+    """Free the memory of the cached file."""
     _layers.cache_clear()
 
 
 class _Layers:
-    """Layers of a file, and what methods computed of their moments.
+    """Layers of a file, with the cached results of their moments.
 
-    Every method and pattern starts with cold caches, so seconds are those of a prune and
+    Every method and pattern starts with empty caches. So seconds are those of a prune, and
     memory does not grow with the number of methods.
     """
 
@@ -116,7 +116,7 @@ def _layers(file: Path, device: torch.device) -> _Layers:
     layers = {}
     moved: dict[int, Moments] = {}
     for layer in read_file(file):
-        there = layer.on(device)
-        shared = moved.setdefault(id(layer.moments), there.moments)
-        layers[layer.name] = replace(there, moments=shared)
+        on_device = layer.on(device)
+        shared = moved.setdefault(id(layer.moments), on_device.moments)
+        layers[layer.name] = replace(on_device, moments=shared)
     return _Layers(layers)

@@ -1,7 +1,7 @@
-"""Solve many: stored layers by methods and patterns, without the model and its data.
+"""Solve stored layers by many methods and patterns, without the model and its data.
 
-The folder is one of :func:`layerwise.grams.collect_grams.collect_grams`. Its layers do
-not depend on each other, so every layer, method and pattern is a job of its own
+The layers of a gram folder (:func:`layerwise.grams.collect_grams.collect_grams`) do not
+depend on each other, so every layer, method and pattern is a separate job
 (:mod:`layerwise.grams.layer_jobs`).
 """
 
@@ -67,29 +67,29 @@ def solve_grams(
     sparsities
         A fraction or ``"n:m"``, or several.
     group
-        Whether fractions count per ``"row"`` or per ``"layer"``.
+        Whether fractions hold for every ``"row"`` or ``"layer"``.
     damping, certify, memory_budget, device
         As in :func:`layerwise.prune_model`.
     options
-        Hyper-parameters; each goes to the methods that have it, and one must.
+        Hyper-parameters; each is given to the methods that have it; at least one must.
     workers
-        Processes that share the layers; 1 is this one.
+        Processes that share the layers; 1 is this process.
     threads
-        CPU threads of each worker, by default those of this process shared out. Without
-        workers it is this process that decides.
+        CPU threads of each worker, by default an equal share of those of this process. With
+        one worker it is ignored: this process keeps its threads.
     output_dir
         New folder for the pruned weights; only for one method and one sparsity.
     model
-        The checkpoint that was calibrated: `output_dir` then becomes a copy of it with the
-        pruned weights, what ``prune --error-correction none`` would write.
+        The checkpoint that was calibrated. `output_dir` then becomes a copy of it with the
+        pruned weights, as ``prune --error-correction none`` would write it.
     resume
         Continue ``output_dir.partial``.
     force
         Replace a finished `output_dir`.
     on_start, on_layer
-        Told the number of layers to solve, and every one that is done.
+        Called with the number of layers to solve, and after every solved layer.
     on_note
-        Told in one line about every layer that a lost worker has to be solved for again.
+        Called with one line for every layer that is repeated because a worker was lost.
 
     Returns
     -------
@@ -101,35 +101,38 @@ def solve_grams(
     UsageError, InvalidProblemError
         If an argument is impossible or does not fit the layers; nothing was solved.
     DataError
-        If the folder is damaged, or `model` is another one.
+        If the folder is damaged, or `model` is not the calibrated one.
     SolveError
         If a layer failed numerically.
     WorkerError
-        If workers are lost again and again.
+        If workers are lost repeatedly.
     """
     start = time.perf_counter()
     folder = Path(grams)
     output = None if output_dir is None else Path(output_dir)
     single = isinstance(methods, str) or callable(getattr(methods, "solve", None))
     names = [methods] if single else list(methods)
-    asked = [sparsities] if isinstance(sparsities, int | float | str) else [*sparsities]
-    _check_target(output, model, len(names) * len(asked), force)
-    chosen = choose_device(device)
+    amounts = [sparsities] if isinstance(sparsities, int | float | str) else [*sparsities]
+    _check_target(output, model, len(names) * len(amounts), force)
+    torch_device = choose_device(device)
     each = _threads(workers, threads)
     manifest = read_manifest(folder)
-    studies = _studies(names, asked, group, options or {}, damping, certify, memory_budget)
+    studies = _studies(
+        names, amounts, group, options or {}, damping, certify, memory_budget
+    )
     studies = [study.for_model(manifest.model_type) for study in studies]
     _check_layers(folder, manifest, studies)
     solved = None
     if output is not None:
         recipe = recipe_of(manifest, studies[0], certify)
+        on_cpu = torch_device.type == "cpu"
         solved = SolvedFolder(
             output,
             folder,
             manifest,
             recipe,
             model,
-            {"device": chosen.type, "threads": each if chosen.type == "cpu" else None},
+            {"device": torch_device.type, "threads": each if on_cpu else None},
             resume=resume,
             force=force,
         )
@@ -138,7 +141,7 @@ def solve_grams(
             file=folder / file,
             name=name,
             zeros=study,
-            device=str(chosen),
+            device=str(torch_device),
             folder=None if solved is None else solved.journal.blocks,
             index=0 if solved is None else solved.index(name),
         )
@@ -165,7 +168,7 @@ def solve_grams(
                     open_layers,
                     workers,
                     threads=each,
-                    device="auto" if device == "auto" else str(chosen),
+                    device="auto" if device == "auto" else str(torch_device),
                 ),
                 on_done=lambda job, record: on_done(record),
                 on_note=on_note,
@@ -184,7 +187,7 @@ def solve_grams(
     return Sweep(
         folder,
         damping,
-        str(chosen),
+        str(torch_device),
         each,
         tuple(done[key] for key in order),
         time.perf_counter() - start,
@@ -206,13 +209,13 @@ def _studies(
     certify: bool | None,
     memory_budget: int | None,
 ) -> list[ZeroWeights]:
-    """Configured methods at all patterns; what no layer could be solved by is refused."""
+    """Configured methods at all patterns; refuse options that no method has."""
     for name in options:
         if len(methods) > 1 and not any(takes_option(method, name) for method in methods):
             names = ", ".join(resolve(method).name for method in methods)
-            message = f"none of {names} has an option {name!r}"
+            message = f"none of {names} has an option {name!r}: leave it out"
             raise UsageError(message)
-    found = []
+    studies = []
     for method in methods:
         own = {
             name: value
@@ -221,15 +224,16 @@ def _studies(
         }
         for sparsity in sparsities:
             configured = method_of(method, damping, certify, own, memory_budget)
-            found.append(ZeroWeights.asked(configured, Amount(sparsity, group=group)))
-    labels = [_label(study) for study in found]
+            amount = Amount(sparsity, group=group)
+            studies.append(ZeroWeights.from_arguments(configured, amount))
+    labels = [_label(study) for study in studies]
     if twice := [label for label in labels if labels.count(label) > 1]:
-        message = f"{twice[0][0]} at {twice[0][1]} is asked for twice"
+        message = f"{twice[0][0]} at {twice[0][1]} is requested twice: leave one out"
         raise UsageError(message)
-    if not found:
+    if not studies:
         message = "nothing to solve: give a method and a sparsity"
         raise UsageError(message)
-    return found
+    return studies
 
 
 def _check_layers(
@@ -258,13 +262,15 @@ def _check_target(
 ) -> None:
     if output is None:
         if model is not None:
-            message = "a model is copied with its pruned weights: give an output as well"
+            message = (
+                "model needs an output for the copy with pruned weights: give output_dir"
+            )
             raise UsageError(message)
         return
     if n_studies != 1:
         message = (
-            f"an output holds the weights of one method at one sparsity, not of "
-            f"{n_studies}: drop it, or all but one"
+            f"an output holds the weights of one method at one sparsity, got {n_studies}: "
+            f"leave the output out, or give one method and one sparsity"
         )
         raise UsageError(message)
     check_output(output, force=force)
@@ -286,7 +292,7 @@ def _threads(workers: int, threads: int | None) -> int:
 def _unfinished(
     jobs: Sequence[LayerJob], solved: SolvedFolder | None, on_done: OnLayer
 ) -> list[LayerJob]:
-    """Jobs that a resumed run has left; those that it has finished are reported."""
+    """Jobs that are not finished; report those that a resumed run has finished."""
     left = []
     for job in jobs:
         record = None if solved is None else solved.finished(job.name)

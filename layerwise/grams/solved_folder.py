@@ -1,9 +1,9 @@
-"""What ``layerwise solve --output`` writes: pruned weights, or a pruned checkpoint.
+"""The output of ``layerwise solve --output``: pruned weights, or a pruned checkpoint.
 
-Work happens in ``OUT.partial`` with a journal of one block per layer, so a run that was
-stopped continues behind its last finished layer. Without a model the folder holds the
-weights in the files of the gram folder, by the name of the layer; with it, everything that
-a prune without error correction would have written.
+The run works in ``OUT.partial`` with a journal of one block per layer, so a stopped run
+continues after its last finished layer. Without a model the folder holds the weights in
+files named as in the gram folder, by the name of the layer. With a model it holds
+everything that a prune without error correction would have written.
 """
 
 from collections.abc import Mapping
@@ -31,25 +31,25 @@ from layerwise.run.pipeline.zeros import ZeroWeights
 
 def recipe_of(manifest: GramManifest, zeros: ZeroWeights, certify: bool | None) -> Recipe:
     """Recipe of the prune that gives the same weights."""
-    asked = {**zeros.recipe_fields(), "certify": certify}
-    return manifest.recipe.model_copy(update=asked)
+    changes = {**zeros.recipe_fields(), "certify": certify}
+    return manifest.recipe.model_copy(update=changes)
 
 
 class SolvedFolder:
-    """The output of one method at one pattern, from its first layer to its last.
+    """Output folder of one method at one pattern.
 
     Parameters
     ----------
     output
-        The folder that will be there at the end.
+        The folder that the run will become.
     grams, manifest
-        The gram folder.
+        The gram folder, and its manifest.
     recipe
-        Of the prune that gives the same weights.
+        Recipe of the prune that gives the same weights.
     model
         The checkpoint to copy, or None.
     machine
-        What of the machine decides the bytes: kind of device, threads.
+        Properties of the machine that decide the bytes: kind of device, threads.
     resume, force
         Whether to continue a partial folder, and to replace a finished one.
 
@@ -89,16 +89,16 @@ class SolvedFolder:
         self._index = {name: i for i, (_, name, _) in enumerate(manifest.layers())}
 
     def index(self, name: str) -> int:
-        """Number of a layer, which is that of its block in the journal."""
+        """Number of a layer, which is the number of its block in the journal."""
         return self._index[name]
 
     def finished(self, name: str) -> LayerRecord | None:
-        """Figures of a layer that is done, or None."""
+        """Figures of a finished layer, or None."""
         block = self.journal.read_block(self._index[name])
         return None if block is None else block.records[0]
 
     def finish(self) -> None:
-        """Write the folder and give it its name."""
+        """Write the folder and rename it to the output."""
         if self._source is None:
             self._write_weights()
         else:
@@ -110,7 +110,7 @@ class SolvedFolder:
         return self.journal.read_tensor(kind, self._index[name], name)
 
     def _stored(self, kind: str, layers: Mapping[str, StoredMatrix]) -> LazyTensors:
-        """Weights or masks by parameter, as the checkpoint has them."""
+        """Weights or masks by parameter, in the orientation of the checkpoint."""
 
         def read(parameter: str) -> Tensor:
             name = parameter.removesuffix(".weight")
@@ -120,11 +120,11 @@ class SolvedFolder:
         return LazyTensors([f"{name}.weight" for name in layers], read)
 
     def _records(self) -> list[LayerRecord]:
-        found = [self.finished(name) for name in self._index]
-        return [record for record in found if record is not None]
+        records = [self.finished(name) for name in self._index]
+        return [record for record in records if record is not None]
 
     def _write_weights(self) -> None:
-        """Files like those of the gram folder, matrices (out, in)."""
+        """Write files like those of the gram folder, matrices (out, in)."""
         for file, stage in self._manifest.files.items():
             weights = {f"{n}.weight": self._tensor(WEIGHT, n) for n in stage.layers}
             atomic_write(self.journal.folder / file, save(weights))
@@ -136,13 +136,13 @@ class SolvedFolder:
         atomic_write(self.journal.folder / "recipe.yaml", recipe)
 
     def _write_checkpoint(self, source: Checkpoint) -> None:
-        """The source with the pruned tensors, as they are stored there."""
+        """Write a copy of the source with the pruned tensors."""
         manifest, folder = self._manifest, self.journal.folder
         layers = {name: layer for _, name, layer in manifest.layers()}
         pruned = {f"{name}.weight": layer.tensor for name, layer in layers.items()}
         weights = self._stored(WEIGHT, layers)
-        places = {tensor: parameter for parameter, tensor in pruned.items()}
-        replaced = LazyTensors(places, lambda tensor: weights[places[tensor]])
+        parameters = {tensor: parameter for parameter, tensor in pruned.items()}
+        replaced = LazyTensors(parameters, lambda tensor: weights[parameters[tensor]])
         write_checkpoint(source, folder, replaced, overwrite=True)
         self.journal.write_masks(self._stored(MASK, layers))
         nothing = torch.empty(0, dtype=torch.int64)  # the windows themselves are not stored
@@ -160,12 +160,15 @@ class SolvedFolder:
 
 
 def _calibrated(model: str | Path, manifest: GramManifest) -> Checkpoint:
-    """The checkpoint, if its weights are those that were calibrated."""
+    """Open the checkpoint; refuse one whose weights are not those that were calibrated."""
     source = Checkpoint.open(model)
-    found = source.sha256()
-    for name in sorted({*manifest.source, *found}):
+    hashes = source.sha256()
+    for name in sorted({*manifest.source, *hashes}):
         weights = name.endswith(".safetensors") or name == "config.json"
-        if weights and manifest.source.get(name) != found.get(name):
-            message = f"{source.path} is not the model that was calibrated: {name} differs"
+        if weights and manifest.source.get(name) != hashes.get(name):
+            message = (
+                f"{source.path} is not the model that was calibrated: {name} differs; "
+                f"give the calibrated one"
+            )
             raise DataError(message)
     return source

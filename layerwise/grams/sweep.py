@@ -13,22 +13,22 @@ from layerwise.run.pipeline.records import LayerRecord, median_gap
 
 @dataclass(frozen=True)
 class SweepRow:
-    """All layers by one method at one pattern.
+    """Summary of all layers by one method at one pattern.
 
     Parameters
     ----------
     method, pattern
-        What was asked for.
+        The method and the pattern.
     n_layers
         Number of layers.
     sparsity
         Fraction of zeros over all of them.
     mean_relative_error, median_relative_error
-        Over the layers.
+        Mean and median over the layers.
     seconds
         Sum over the layers, without reading files.
     median_proven_gap
-        Over the layers; None without certificates.
+        Median over the layers; None without certificates.
     """
 
     method: str
@@ -50,9 +50,9 @@ class Sweep:
     grams
         The gram folder.
     damping, device, threads
-        What else decides the figures.
+        Other settings that decide the figures.
     records
-        By method, then pattern, then layer, each in the order asked for.
+        Records by method, then pattern, then layer, each in the order of the arguments.
     seconds
         Wall time.
     output_dir
@@ -69,10 +69,10 @@ class Sweep:
 
     def rows(self) -> list[SweepRow]:
         """One row per method and pattern."""
-        found: dict[tuple[str, str], list[LayerRecord]] = {}
+        groups: dict[tuple[str, str], list[LayerRecord]] = {}
         for record in self.records:
-            found.setdefault((record.method, record.pattern), []).append(record)
-        return [_row(method, pattern, part) for (method, pattern), part in found.items()]
+            groups.setdefault((record.method, record.pattern), []).append(record)
+        return [_row(method, pattern, part) for (method, pattern), part in groups.items()]
 
     def write(self, path: Path) -> None:
         """Write everything as JSON."""

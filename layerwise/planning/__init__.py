@@ -1,1 +1,1 @@
-"""What a run will need, from shapes and headers: memory, disk, operations, time."""
+"""Memory, disk space, operations and time of a run, planned from shapes and headers."""

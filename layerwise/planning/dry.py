@@ -1,8 +1,8 @@
-"""A model without memory, run: what its blocks need on their way, and what is in them.
+"""Dry run of a model: its blocks, and the memory that a pass through them needs.
 
-Parameters are tensors that have a shape and no storage, so a model of any size can be run.
-Shapes are all that comes out. The bytes that are alive inside a block are counted at the
-tensors, operation by operation, as a CPU would run them.
+Parameters are tensors with a shape and without storage, so a model of any size can be run.
+Such a run gives shapes and no values. The bytes that are alive inside a block are counted
+tensor by tensor after every operation, as on a CPU.
 """
 
 from collections.abc import Iterator
@@ -20,23 +20,23 @@ from layerwise.adapters.auto import discover
 from layerwise.run.activations.streams import capture, evaluation_mode
 
 PROBE = (2, 8)  # sequences, tokens of each
-LENGTHS = (32, 64)  # of passes that show whether the operations grow with the length
+LENGTHS = (32, 64)  # two passes show whether the operations grow with the length
 
 
 @contextmanager
 def without_memory(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Let a model run, and make tensors without storage, inside the context.
+    """Let a model run, and create tensors without storage, inside the context.
 
     Parameters
     ----------
     model
-        On the meta device.
+        A model on the meta device.
     dtype
-        Type of its parameters inside; by default their own.
+        Type of its parameters inside the context; by default their own.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     swapped: list[tuple[dict[str, Any], str, Any]] = []
-    made: dict[int, nn.Parameter] = {}  # tied parameters stay tied
+    made: dict[int, nn.Parameter] = {}  # by identity: tied parameters stay tied
     with mode:
         for module in model.modules():
             for name, parameter in module._parameters.items():
@@ -61,9 +61,9 @@ def without_memory(model: nn.Module, dtype: torch.dtype | None = None) -> Iterat
 
 
 def adapter_without_memory(model: Any) -> Adapter:
-    """Declared adapter of a model on the meta device, or one that is found by running it.
+    """Declared adapter of a model on the meta device, or one found by running the model.
 
-    What is found is not proven here, as a run proves it, because there are no numbers.
+    A run proves an adapter that was found. That is impossible here: there are no values.
 
     Raises
     ------
@@ -73,7 +73,7 @@ def adapter_without_memory(model: Any) -> Adapter:
     model_type = str(getattr(model.config, "model_type", ""))
     if model_type in ADAPTERS:
         return get_adapter(model_type)
-    # there are kernels for every architecture in this type
+    # every architecture has kernels for this type
     with without_memory(model, torch.bfloat16), evaluation_mode(model):
         return discover(model, torch.zeros(PROBE, dtype=torch.long))
 
@@ -81,16 +81,16 @@ def adapter_without_memory(model: Any) -> Adapter:
 def working_set(model: Any, adapter: Adapter, length: int) -> tuple[tuple[int, float], ...]:
     """Bytes that one sequence needs inside a block, at a few lengths up to the given one.
 
-    The largest of all blocks that differ, for a pass to the end of the block; its input
-    does not count, its output does. Blocks that go through a sequence token by token are
-    run on short ones only, which they need memory in proportion to.
+    The largest value of all different blocks, for a pass to the end of the block. The
+    output of the block is counted, its input is not. Blocks that process a sequence token
+    by token are run on short sequences only: their memory is proportional to the length.
     """
     try:
         return _working_set(model, adapter, length, model.dtype)
-    except RuntimeError:  # experts have kernels in one type alone
+    except RuntimeError:  # experts have kernels for one type only
         share = model.dtype.itemsize / torch.bfloat16.itemsize
-        found = _working_set(model, adapter, length, torch.bfloat16)
-        return tuple((at, share * size) for at, size in found)
+        sizes = _working_set(model, adapter, length, torch.bfloat16)
+        return tuple((at, share * size) for at, size in sizes)
 
 
 def _working_set(
@@ -102,7 +102,7 @@ def _working_set(
     for index, block in enumerate(blocks):
         shapes = tuple((n, tuple(p.shape)) for n, p in block.named_parameters())
         kinds.setdefault((type(block), shapes), index)
-    found: dict[int, float] = {}
+    peaks: dict[int, float] = {}
     counts: set[int] = set()
     with without_memory(model, dtype), evaluation_mode(model), torch.no_grad():
         batches = [torch.zeros(1, n, dtype=torch.long) for n in lengths]
@@ -111,20 +111,20 @@ def _working_set(
             for index in kinds.values():
                 with LiveBytes() as live:
                     stream.calls[index][number].run(blocks[index], hidden, hidden.device)
-                found[n] = max(found.get(n, 0.0), live.peak)
+                peaks[n] = max(peaks.get(n, 0.0), live.peak)
                 counts.add(live.operations)
             if len(counts) > len(kinds) and n >= LENGTHS[-1]:
                 break  # token by token
-    return tuple(found.items())
+    return tuple(peaks.items())
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Context that follows the storages that operations inside it make.
+    """Context that tracks the storages created by the operations inside it.
 
     Attributes
     ----------
     peak
-        Most bytes that were alive at a time.
+        Largest number of bytes that were alive at one time.
     operations
         Number of operations so far.
     """
@@ -151,7 +151,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _reference(storage: Any) -> Any:
-    """What tells when a storage is gone."""
+    """Weak reference that shows when a storage is freed."""
     make: Any = StorageWeakRef
     return make(storage)
 

@@ -1,8 +1,8 @@
-"""How long the stages of a run take here: what no run can undercut, and what to expect.
+"""Least and expected seconds of the stages of a run on this machine.
 
-The floor is counted work over rates that are measured in a moment (:mod:`.floor`). What
-to expect is the work that this implementation does, over the share of those rates that
-it reached in measured runs. A stage of which nothing is known stays unknown.
+The floor is the counted work divided by quickly measured rates (:mod:`.floor`). The
+expected time is the work of this implementation, divided by the share of those rates that
+it reached in measured runs. A stage without such figures stays unknown.
 """
 
 import hashlib
@@ -26,29 +26,29 @@ from layerwise.timing.floor import Machine, Work, forward_work, gram_work, run_w
 
 GEMM_SIZE = {"cpu": 768, "cuda": 4096}
 COPY_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
-LEAST_SECONDS = 0.05  # for a rate
-HASHED = 1 << 24  # bytes
+LEAST_SECONDS = 0.05  # of the measurement of a rate
+HASHED = 1 << 24  # bytes hashed to measure the rate
 SHARES: Mapping[str, float] = MappingProxyType(
     {"load": 0.05, "forward": 0.2, "gram": 0.4, "solve": 0.4, "write": 0.06}
 )
-"""Share of the measured rates that the stages of runs on a CPU reached, roughly."""
+"""Rough share of the measured rates that the stages of runs on a CPU reached."""
 RANK_WORK = 4.0  # operations of an eigenvalue decomposition, in units of in^3
 
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """One stage of a run that is planned.
+    """One stage of a planned run.
 
     Parameters
     ----------
     stage
-        Its name.
+        Name of the stage.
     work
-        What no run can avoid.
+        Work that no run can avoid.
     floor
         Seconds for that work at the rates of this machine.
     seconds
-        What to expect; None where nothing is known.
+        Expected seconds; None if unknown.
     """
 
     stage: str
@@ -58,13 +58,13 @@ class StageEstimate:
 
 
 def quick_machine(device: torch.device) -> Machine:
-    """Machine whose rates are measured in some tenths of a second."""
+    """Machine whose rates are measured within some tenths of a second."""
     size, size_of_copy = GEMM_SIZE.get(device.type), COPY_BYTES.get(device.type)
     return Machine(device, size, size_of_copy, LEAST_SECONDS)
 
 
 def hash_rate() -> float:
-    """Bytes per second of the hash that a run takes of its source."""
+    """Bytes per second at which a run hashes its source."""
     data = bytes(HASHED)
     start = time.perf_counter()
     hashlib.sha256(data).digest()
@@ -83,7 +83,7 @@ def estimates(
     *,
     certify: bool = False,
 ) -> list[StageEstimate]:
-    """Stages of a run in their order.
+    """Stages of a run, in order.
 
     Parameters
     ----------
@@ -92,15 +92,15 @@ def estimates(
     solver
         The method.
     shapes
-        Of the matrices that are pruned, by full name.
+        Shapes of the pruned matrices, by full name.
     sizes, run
-        Shapes of the model and of the run, for the memory and here.
+        Shapes of the model and of the run, as for the memory model.
     stored
         Bytes of the checkpoint.
     machine
-        Whose rates are asked.
+        The machine whose rates are used.
     certify
-        Whether gaps are proven, of which no cost is known.
+        Whether gaps are proven; the cost of the proofs is unknown.
     """
     device = machine.device
     floors = run_work(
@@ -114,7 +114,7 @@ def estimates(
         "solve": _solving(solver, sizes, run),
         "write": Work(bytes=2.0 * stored),
     }
-    found = []
+    stages = []
     for name in ("load", "hash", "forward", "gram", "solve", "certify", "write"):
         work = floors.get(name, files if name in ("load", "hash", "write") else Work())
         seconds: float | None = None
@@ -124,12 +124,12 @@ def estimates(
             seconds = _both(machine, known) / SHARES[name]
         if name == "certify" and not certify:
             continue
-        found.append(StageEstimate(name, work, machine.floor(work), seconds))
-    return found
+        stages.append(StageEstimate(name, work, machine.floor(work), seconds))
+    return stages
 
 
 def _both(machine: Machine, work: Work) -> float:
-    """Seconds at full rate if products and traffic wait for each other."""
+    """Seconds at full rate if products and memory traffic do not overlap."""
     traffic = Work(bytes=work.bytes)
     return machine.floor(Work(work.flops)) + machine.floor(traffic)
 
@@ -141,7 +141,7 @@ def forward_passes(
     sizes: ModelShape,
     run: RunShape,
 ) -> Work:
-    """Products of all passes that a run makes, each up to where it is stopped."""
+    """Products of all passes of a run, each up to the point where it is stopped."""
     total = Work()
     blocks = adapter.blocks_of(model)
     for number, (name, block) in enumerate(blocks.items()):
@@ -152,7 +152,7 @@ def forward_passes(
         ]
 
         def until(index: int, name: str = name, block: Any = block) -> Work:
-            """Work in front of a stage."""
+            """Work before a stage."""
             later = adapter.stages_of(name)[index:]
             skipped = [adapter.linear(block, n) for stage in later for n in stage.linears]
             return forward_work(block, model.config, run.tokens, run.length, skipped)
@@ -173,26 +173,26 @@ def forward_passes(
             passes = order + [index for _, index in pruned]
             total += sum((until(index) for index in passes), Work())
             continue
-        if not (advanced and run.workers == 1):  # else inputs are kept on that pass
+        if not (advanced and run.workers == 1):  # otherwise that pass keeps the inputs
             total += until(order[-1])
-        settled: Work | None = None  # in front of where the pruned block changes
-        for place, index in pruned:
+        settled: Work | None = None  # before the part of the pruned block that can change
+        for position, index in pruned:
             total += until(index) if settled is None else _rest(until(index), settled)
-            if sizes.blocks[number].stages[place].ends:
+            if sizes.blocks[number].stages[position].passes_through:
                 settled = until(index + 1)
                 total += _rest(settled, until(index))  # the output of the module
     return total
 
 
 def _rest(work: Work, known: Work) -> Work:
-    """Products of a pass without those that another one has made."""
+    """Products of a pass without those that are already known from another one."""
     return Work(
         {dtype: count - known.flops.get(dtype, 0.0) for dtype, count in work.flops.items()}
     )
 
 
 def _drift(sizes: ModelShape, run: RunShape, dtype: torch.dtype) -> Work:
-    """Grams of the difference of two streams."""
+    """Grams of the difference between two streams."""
     if not run.staged:
         return Work()
     widths = [
@@ -205,7 +205,7 @@ def _drift(sizes: ModelShape, run: RunShape, dtype: torch.dtype) -> Work:
 
 
 def _solving(solver: Solver, sizes: ModelShape, run: RunShape) -> Work | None:
-    """Work of the method on all matrices; None where it has no figures."""
+    """Work of the method on all matrices; None if its figures are unknown."""
     total = Work()
     for number, block in enumerate(sizes.blocks):
         for index, stage in enumerate(block.stages):
@@ -220,6 +220,6 @@ def _solving(solver: Solver, sizes: ModelShape, run: RunShape) -> Work | None:
 
 
 def total_seconds(stages: Sequence[StageEstimate]) -> tuple[float, bool]:
-    """Sum of what is known, and whether something is not."""
+    """Sum of the known seconds, and whether some stage is unknown."""
     known = [stage.seconds for stage in stages if stage.seconds is not None]
     return sum(known), len(known) < len(stages)

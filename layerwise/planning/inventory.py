@@ -1,7 +1,7 @@
-"""Every parameter of a model, and what a run would do to it and why.
+"""Every parameter of a model, what a run would do to it, and why.
 
-The groups share out all parameters: none is missing, none is counted twice. A matrix
-that would stop a run is named as such, with the words of the error.
+The groups cover all parameters: none is missing, none is counted twice. A matrix that would
+stop a run is marked, with the text of the error as its reason.
 """
 
 import re
@@ -21,24 +21,24 @@ VECTORS = "norms and biases"
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters of one kind that a run treats alike, in all blocks.
+    """Parameters of one kind, in all blocks, that a run treats in the same way.
 
     Parameters
     ----------
     name
-        Of the module, numbers of blocks and experts replaced by ``*``.
+        Name of the module, with numbers of blocks and experts replaced by ``*``.
     members
         Full names.
     shape
-        Of one of them: (out, in) of a linear, however it is stored.
+        Shape of one member: (out, in) of a linear, however it is stored.
     parameters
-        Of all of them together; 0 for what is counted elsewhere.
+        Number of parameters of all members; 0 for those counted elsewhere.
     status
         ``"pruned"``, left ``"dense"``, or ``"refused"``: a run would not start.
     reason
-        Why it is not pruned; empty if it is.
+        Why the group is not pruned; empty if it is.
     zeros
-        Entries of all of them that the pattern removes.
+        Entries of all members that the pattern removes.
     """
 
     name: str
@@ -77,7 +77,7 @@ def inventory(
     ignore: Sequence[str],
     pattern: Pattern,
 ) -> list[Group]:
-    """Groups of all parameters of a model, in its order.
+    """Groups of all parameters of a model, in the order of the model.
 
     Parameters
     ----------
@@ -86,10 +86,10 @@ def inventory(
     targets, ignore
         Entries as in :mod:`layerwise.run.pipeline.judgement`.
     pattern
-        What every pruned matrix must satisfy.
+        Pattern that every pruned matrix must satisfy.
     """
     judgement = Judgement(model, adapter, targets, ignore, pattern)
-    found: dict[tuple[str, tuple[int, ...], Status, str], list[str]] = {}
+    groups: dict[tuple[str, tuple[int, ...], Status, str], list[str]] = {}
     sizes: dict[str, int] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shown, shape = _name_and_shape(model, name)
@@ -99,7 +99,7 @@ def inventory(
         key = (VECTORS, (), status, reason) if len(shape) < 2 else (
             starred(shown), shape, status, starred(reason)
         )  # fmt: skip
-        found.setdefault(key, []).append(name)
+        groups.setdefault(key, []).append(name)
     return [
         Group(
             name,
@@ -112,12 +112,12 @@ def inventory(
             if status == "pruned"
             else 0,
         )
-        for (name, shape, status, reason), members in found.items()
+        for (name, shape, status, reason), members in groups.items()
     ]
 
 
 def _name_and_shape(model: nn.Module, parameter: str) -> tuple[str, tuple[int, ...]]:
-    """Name to show for a parameter, and its shape, (out, in) for a linear."""
+    """Displayed name of a parameter, and its shape, (out, in) for a linear."""
     owner, _, own = parameter.rpartition(".")
     module = model.get_submodule(owner)
     if own != "weight":
@@ -127,12 +127,12 @@ def _name_and_shape(model: nn.Module, parameter: str) -> tuple[str, tuple[int, .
 
 
 def starred(text: str) -> str:
-    """Names with the numbers of blocks and experts replaced by a star."""
+    """Text with the numbers of blocks and experts replaced by a star."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", text)
 
 
 def by_shape(groups: Sequence[Group]) -> Mapping[str, tuple[int, int]]:
-    """Shape of every matrix that is pruned, by the name of its linear."""
+    """Shape of every pruned matrix, by the name of its linear."""
     return {
         member.removesuffix(".weight"): (group.shape[0], group.shape[1])
         for group in groups

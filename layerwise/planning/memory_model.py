@@ -1,9 +1,9 @@
-"""What a run keeps in memory at its peaks, from shapes alone: no model, no tensor.
+"""Peak memory of a run from shapes alone, without a model or a tensor.
 
-A run passes through a few moments that can be the largest: the embeddings are there for
+A run has a few instants at which its memory can be largest: the embeddings are loaded for
 the capture; a block is run over all sequences; the grams of a stage are finished; the
 problem of a matrix is solved; a block is written. For each of them this module adds up
-the bytes of everything that is alive. Sizes are in bytes, counts of tokens are those of
+the bytes of everything that is alive. Sizes are in bytes. Counts of tokens are those of
 the whole calibration set unless a batch is named.
 """
 
@@ -17,14 +17,14 @@ from layerwise.planning.shapes import BlockShape, ModelShape, RunShape, StageSha
 from layerwise.run.activations.dense_side import fits
 from layerwise.run.activations.hidden_store import hidden_bytes, n_sets
 
-Place = Literal["host", "device"]
+MemoryKind = Literal["host", "device"]
 
 GRAM_ITEM = 8  # float64
-LOOK = 2  # truth values per entry of a tensor that is checked, beside a copy of it
-LARGE_ARRAY = 32 << 20  # bytes from which the C library gives back what is freed
-KEPT = 0.3  # of arrays that are smaller, as measured
-DEVICE_BASE = 512 << 20  # context and libraries of an accelerator, beside its tensors
-HOST_WITH_DEVICE = 1 << 30  # what they add to the process
+LOOK = 2  # boolean bytes per entry of a tensor that is checked, besides a copy of it
+LARGE_ARRAY = 32 << 20  # bytes from which the C library returns freed memory at once
+KEPT = 0.3  # measured share of smaller arrays that the C library keeps
+DEVICE_BASE = 512 << 20  # context and libraries on an accelerator, besides the tensors
+HOST_WITH_DEVICE = 1 << 30  # host memory of the libraries of an accelerator
 
 BATCH_NAME = "a batch on its way through the block"
 COPY = "copy of the block for the dense side"
@@ -35,57 +35,57 @@ RESULTS = "pruned weights and masks of the block"
 
 @dataclass(frozen=True)
 class Item:
-    """Something that is alive at a moment."""
+    """One part of the memory at an instant."""
 
     name: str
     bytes: int
-    place: Place
+    kind: MemoryKind
 
 
 @dataclass(frozen=True)
-class Moment:
-    """A moment of a run, and all that is alive at it."""
+class Instant:
+    """An instant of a run, and everything that is alive at it."""
 
     name: str
     items: tuple[Item, ...]
 
-    def total(self, place: Place) -> int:
-        """Bytes in one place."""
-        return sum(item.bytes for item in self.items if item.place == place)
+    def total(self, kind: MemoryKind) -> int:
+        """Bytes in one kind of memory."""
+        return sum(item.bytes for item in self.items if item.kind == kind)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Moments of a run of which one is the largest."""
+    """Instants of a run at which its memory can be largest."""
 
-    moments: tuple[Moment, ...]
+    instants: tuple[Instant, ...]
 
-    def peak(self, place: Place) -> Moment:
-        """Moment at which most bytes are in a place."""
-        return max(self.moments, key=lambda moment: moment.total(place))
+    def peak(self, kind: MemoryKind) -> Instant:
+        """Instant at which one kind of memory holds most bytes."""
+        return max(self.instants, key=lambda instant: instant.total(kind))
 
-    def bytes(self, place: Place) -> int:
-        """Bytes at that moment."""
-        return self.peak(place).total(place)
+    def bytes(self, kind: MemoryKind) -> int:
+        """Largest number of bytes in one kind of memory."""
+        return self.peak(kind).total(kind)
 
 
 def memory_of(model: ModelShape, run: RunShape) -> Memory:
-    """Bytes that are alive at every moment of a run that can be its largest.
+    """Bytes that are alive at every instant of a run at which its memory can be largest.
 
     Parameters
     ----------
     model, run
-        Their shapes.
+        Shapes of the model and of the run.
     """
-    moments = [_opening(model, run), _capture(model, run)]
-    for block in dict.fromkeys(model.blocks):  # most are alike
-        moments += [_advance(model, run, block), *_stages(model, run, block)]
-        moments.append(_write(model, run, block))
-    largest: dict[str, Moment] = {}
-    for moment in moments:
-        known = largest.get(moment.name)
-        if known is None or _both(moment) > _both(known):
-            largest[moment.name] = moment
+    instants = [_opening(model, run), _capture(model, run)]
+    for block in dict.fromkeys(model.blocks):  # most blocks are alike
+        instants += [_advance(model, run, block), *_stages(model, run, block)]
+        instants.append(_write(model, run, block))
+    largest: dict[str, Instant] = {}
+    for instant in instants:
+        known = largest.get(instant.name)
+        if known is None or _both(instant) > _both(known):
+            largest[instant.name] = instant
     if run.workers == 1:
         return Memory(tuple(largest.values()))
     driver = _driver(model, run)
@@ -98,21 +98,21 @@ def gram_bytes(width: int) -> int:
 
 
 def stream_bytes(model: ModelShape, run: RunShape) -> int:
-    """Hidden states of the calibration set between two blocks."""
+    """Bytes of the hidden states of the calibration set between two blocks."""
     return run.tokens * model.hidden * model.itemsize
 
 
 def hidden_states_bytes(model: ModelShape, run: RunShape) -> int:
-    """Hidden states of all sets that live at a time."""
+    """Bytes of all sets of hidden states that exist at one time."""
     return hidden_bytes(run.error_correction, run.tokens, model.hidden, model.itemsize)
 
 
-def _both(moment: Moment) -> int:
-    return moment.total("host") + moment.total("device")
+def _both(instant: Instant) -> int:
+    return instant.total("host") + instant.total("device")
 
 
 def _driver(model: ModelShape, run: RunShape) -> tuple[Item, ...]:
-    """What hands out the blocks: it runs the dense model, one block at a time."""
+    """Memory of the driver, which runs the dense model one block at a time."""
     block = max((b.parameters for b in model.blocks), default=0)
     items = [
         Item("driver: Python, PyTorch, transformers", run.base, "host"),
@@ -123,29 +123,29 @@ def _driver(model: ModelShape, run: RunShape) -> tuple[Item, ...]:
     return tuple(items)
 
 
-def _of_workers(moment: Moment, workers: int, driver: tuple[Item, ...]) -> Moment:
-    """The moment of every worker at once, and the driver beside them."""
+def _of_workers(instant: Instant, workers: int, driver: tuple[Item, ...]) -> Instant:
+    """Instant at which all workers are at the given one, with the driver besides."""
     items = [
-        Item(f"{workers} x {item.name}", workers * item.bytes, item.place)
-        for item in moment.items
+        Item(f"{workers} x {item.name}", workers * item.bytes, item.kind)
+        for item in instant.items
     ]
-    return Moment(moment.name, (*items, *driver))
+    return Instant(instant.name, (*items, *driver))
 
 
-def _moment(name: str, run: RunShape, items: Iterable[tuple[str, float, bool]]) -> Moment:
-    """Moment of items: name, bytes, and whether they lie where blocks are computed."""
+def _instant(name: str, run: RunShape, items: Iterable[tuple[str, float, bool]]) -> Instant:
+    """Instant of items: name, bytes, and whether they are where blocks are computed."""
     base = [Item("Python, PyTorch, transformers", run.base, "host")]
     if run.accelerator:
         base.append(Item("libraries of the device", HOST_WITH_DEVICE, "host"))
         base.append(Item("context of the device", DEVICE_BASE, "device"))
-    places: dict[bool, Place] = {True: "device" if run.accelerator else "host"}
-    places[False] = "host"
-    return Moment(
+    kinds: dict[bool, MemoryKind] = {True: "device" if run.accelerator else "host"}
+    kinds[False] = "host"
+    return Instant(
         name,
         (
             *base,
             *(
-                Item(what, int(size), places[computed])
+                Item(what, int(size), kinds[computed])
                 for what, size, computed in items
                 if size
             ),
@@ -153,18 +153,18 @@ def _moment(name: str, run: RunShape, items: Iterable[tuple[str, float, bool]]) 
     )
 
 
-def _opening(model: ModelShape, run: RunShape) -> Moment:
-    """Every tensor is looked at once: whether its entries are finite."""
+def _opening(model: ModelShape, run: RunShape) -> Instant:
+    """Check of every tensor for entries that are not finite."""
     size = (model.itemsize + LOOK) * model.largest
     items: list[tuple[str, float, bool]] = [("a look at the largest tensor", size, False)]
     if not run.streamed:
         items.append(_whole(model))
-    return _moment("check of the checkpoint", run, items)
+    return _instant("check of the checkpoint", run, items)
 
 
-def _capture(model: ModelShape, run: RunShape) -> Moment:
+def _capture(model: ModelShape, run: RunShape) -> Instant:
     block = max((b.parameters for b in model.blocks), default=0)
-    return _moment(
+    return _instant(
         "capture of the embeddings",
         run,
         [
@@ -182,7 +182,7 @@ def _capture(model: ModelShape, run: RunShape) -> Moment:
 
 
 def _streams(model: ModelShape, run: RunShape, count: int) -> tuple[str, float, bool]:
-    """Hidden states that are in memory; of files, a batch."""
+    """Hidden states in memory: all of them, or one batch if they are files."""
     size = stream_bytes(model, run)
     if run.on_disk:
         size = run.batch * run.length * model.hidden * model.itemsize
@@ -197,7 +197,7 @@ def _whole(model: ModelShape) -> tuple[str, float, bool]:
 def _present(
     model: ModelShape, run: RunShape, block: BlockShape
 ) -> list[tuple[str, float, bool]]:
-    """Parameters that are there while a block is worked on."""
+    """Parameters in memory while a block is pruned."""
     own = ("block", model.itemsize * block.parameters, True)
     if run.streamed:
         return [own]
@@ -205,7 +205,7 @@ def _present(
 
 
 def _held(run: RunShape) -> int:
-    """Sets of hidden states while a block is pruned: in front of it and behind it."""
+    """Sets of hidden states while a block is pruned: before and after it."""
     return {"sequential": 1, "full": 3}.get(run.error_correction, 2)
 
 
@@ -213,8 +213,8 @@ def _working(model: ModelShape, run: RunShape) -> float:
     return run.batch * model.working_bytes(run.length)
 
 
-def _advance(model: ModelShape, run: RunShape, block: BlockShape) -> Moment:
-    return _moment(
+def _advance(model: ModelShape, run: RunShape, block: BlockShape) -> Instant:
+    return _instant(
         "pass through a block",
         run,
         [
@@ -225,16 +225,16 @@ def _advance(model: ModelShape, run: RunShape, block: BlockShape) -> Moment:
     )
 
 
-def _stages(model: ModelShape, run: RunShape, block: BlockShape) -> list[Moment]:
-    """The moments of every stage: its inputs are summed, its problems solved."""
+def _stages(model: ModelShape, run: RunShape, block: BlockShape) -> list[Instant]:
+    """Instants of every stage: its inputs are summed, its problems are solved."""
     own = model.itemsize * block.parameters
     present = [*_present(model, run, block), _streams(model, run, _held(run))]
     left = _stored(model, run, block)
-    moments = []
+    instants = []
     if left:
         batch = (BATCH_NAME, _working(model, run), True)
         kept = (INPUTS, sum(left), True)
-        moments.append(_moment("pass that keeps inputs", run, [*present, kept, batch]))
+        instants.append(_instant("pass that keeps inputs", run, [*present, kept, batch]))
     done = settled = 0
     for index, stage in enumerate(block.stages):
         rest: list[tuple[str, float, bool]] = [*present]
@@ -243,12 +243,12 @@ def _stages(model: ModelShape, run: RunShape, block: BlockShape) -> list[Moment]
         first = index == 0 and run.error_correction == "block"
         sums = _sums(run, block, stage, pair=run.staged and not first)
         gathering = max(_working(model, run), _update(run, stage))
-        known = settled  # and the inputs of what will be
-        if left and stage.ends and not first:
+        known = settled  # and below, the inputs of the module that will be settled
+        if left and stage.passes_through and not first:
             known += left[index]
             settled += run.tokens * stage.rows[0] * model.itemsize
-        moments.append(
-            _moment(
+        instants.append(
+            _instant(
                 "sums over the inputs of a stage",
                 run,
                 [
@@ -262,8 +262,8 @@ def _stages(model: ModelShape, run: RunShape, block: BlockShape) -> list[Moment]
             )
         )
         done += stage.weights * (model.itemsize + 1)
-        moments.append(
-            _moment(
+        instants.append(
+            _instant(
                 "problem of a matrix",
                 run,
                 [
@@ -276,11 +276,11 @@ def _stages(model: ModelShape, run: RunShape, block: BlockShape) -> list[Moment]
                 ],
             )
         )
-    return moments
+    return instants
 
 
 def _stored(model: ModelShape, run: RunShape, block: BlockShape) -> list[int]:
-    """Inputs of every stage of the dense block, if all of them fit the store."""
+    """Bytes of the inputs of every stage of the dense block, if all of them fit."""
     sizes = [run.tokens * stage.width * model.itemsize for stage in block.stages]
     kept = fits(block.widths, run.tokens, model.itemsize, run.store)
     return sizes if run.staged and kept else []
@@ -289,7 +289,7 @@ def _stored(model: ModelShape, run: RunShape, block: BlockShape) -> list[int]:
 def _sums(
     run: RunShape, block: BlockShape, stage: StageShape, *, pair: bool
 ) -> tuple[str, int]:
-    """Sums of second moments: of one stage, or of all at once where none waits."""
+    """Sums of second moments: of one stage, or of all stages if they are independent."""
     if not run.staged:
         return "grams of all stages", sum(gram_bytes(s.width) for s in block.stages)
     if not pair:
@@ -300,14 +300,14 @@ def _sums(
 
 
 def _update(run: RunShape, stage: StageShape) -> float:
-    """A batch of inputs in float32, and a slab of the product that is added to the sum."""
+    """Bytes of a batch in float32, and of a slab of the product that is added."""
     rows = run.batch * run.length
     copies = 3 if run.staged else 1
     return 4.0 * (copies * rows + SLAB) * stage.width
 
 
 def _problem(run: RunShape, stage: StageShape, sums: int) -> list[tuple[str, float, bool]]:
-    """Workspace of the largest matrix of a stage, and what freed arrays leave behind."""
+    """Workspace of the largest matrix of a stage, and freed memory that is kept."""
     if run.workspace is None:
         return []
     rows = max(stage.rows)
@@ -318,9 +318,9 @@ def _problem(run: RunShape, stage: StageShape, sums: int) -> list[tuple[str, flo
     return items
 
 
-def _write(model: ModelShape, run: RunShape, block: BlockShape) -> Moment:
+def _write(model: ModelShape, run: RunShape, block: BlockShape) -> Instant:
     weights = block.weights
-    return _moment(
+    return _instant(
         "write of a block",
         run,
         [

@@ -1,4 +1,4 @@
-"""The shapes of a model that a run prunes, as the memory model takes them."""
+"""Shapes of a model that a run prunes, as input of the memory model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from layerwise.adapters import Adapter
 from layerwise.planning.dry import working_set
 from layerwise.planning.shapes import BlockShape, ModelShape, StageShape
-from layerwise.run.activations.endings import modules_around
+from layerwise.run.activations.pass_through import enclosing_modules
 
 
 def model_shape(
@@ -19,9 +19,9 @@ def model_shape(
     model, adapter
         The model and its declaration.
     shapes
-        Shape (out, in) of every matrix that is pruned, by full name.
+        Shape (out, in) of every pruned matrix, by full name.
     length
-        Tokens of the longest sequence that will be asked for.
+        Tokens of the longest sequence.
     """
     blocks = adapter.blocks_of(model)
     inside = {
@@ -57,7 +57,7 @@ def _block(
     for index, stage in enumerate(chosen):
         matrices = [shapes[f"{name}.{linear}"] for linear in stage.linears]
         rows = tuple(out for out, _ in matrices)
-        ends = bool(modules_around(chosen, index))
-        stages.append(StageShape(matrices[0][1], rows, ends))
+        passes_through = bool(enclosing_modules(chosen, index))
+        stages.append(StageShape(matrices[0][1], rows, passes_through))
     parameters = sum(parameter.numel() for parameter in block.parameters())
     return BlockShape(parameters, tuple(stages))

@@ -1,4 +1,4 @@
-"""What a run would do and what it would take, before it touches a weight.
+"""Plan of a run: what it would do, and its memory, disk space and time.
 
 Everything follows from ``config.json``, the headers of the safetensors files and a few
 quick measurements of this machine. The calibration text is not read: its size is known
@@ -59,10 +59,10 @@ def plan_run(
     force: bool = False,
     **arguments: Any,
 ) -> Plan:
-    """Say what :func:`layerwise.prune_model` would do with the same arguments.
+    """Plan what :func:`layerwise.prune_model` would do with the same arguments.
 
-    No weight is read. The plan names every matrix, whether it is pruned and why not, exact
-    counts of zeros, the peaks of the memory, the space on the disk, and the time.
+    No weight is read. The plan lists every matrix, why it is not pruned if it is not, the
+    exact counts of zeros, the peak memory, the disk space and the time.
 
     Parameters
     ----------
@@ -72,18 +72,18 @@ def plan_run(
         As for :func:`layerwise.prune_model`. The calibration text is not read and may be
         left out; a file that is named must be there.
     output_dir, resume, force
-        Where the result would go: its free space is checked, and whether it is in the way.
+        Where the result would go; its free space is checked, and whether it exists already.
 
     Returns
     -------
     Plan
-        With the reason in `refusal` if such a run would not start or not end.
+        With the reason in `refusal` if the run would not start or not finish.
 
     Raises
     ------
     UsageError, InvalidProblemError, UnsupportedModelError, DataError
         If an argument is impossible, an entry matches nothing, or the checkpoint is
-        damaged or does not belong to its configuration: what `prune_model` would raise.
+        damaged or does not match its configuration, as `prune_model` would raise.
     """
     settings = Settings.of(method, sparsity, pattern, **arguments)
     destination = Destination.of(output_dir, resume=resume, force=force)
@@ -158,7 +158,7 @@ def plan_run(
 
 
 def _pattern_of(removal: Removal[Any]) -> Pattern:
-    """Pattern of the zeros; a run that removes something else is not planned."""
+    """Pattern of the zeros; refuse to plan a run that removes something else."""
     if removal.pattern is None:
         message = (
             f"{removal.method.name} removes channels; `plan` covers only runs that zero "
@@ -169,7 +169,7 @@ def _pattern_of(removal: Removal[Any]) -> Pattern:
 
 
 def _in_the_way(destination: Destination) -> LayerwiseError | None:
-    """Why a run could not have this output; nothing is touched."""
+    """Error of a run whose output exists already; nothing is touched."""
     output = destination.output
     if output is None or destination.force or not output.exists():
         return None
@@ -177,7 +177,7 @@ def _in_the_way(destination: Destination) -> LayerwiseError | None:
 
 
 def _selection_error(settings: Settings, opened: OpenedModel) -> LayerwiseError | None:
-    """Why a run would refuse these matrices; entries that match nothing raise at once."""
+    """Error by which a run refuses these matrices; entries that match nothing raise."""
     try:
         settings.removal.select(opened, settings.targets, settings.ignore)
     except (UnsupportedModelError, InvalidProblemError) as error:
@@ -188,30 +188,31 @@ def _selection_error(settings: Settings, opened: OpenedModel) -> LayerwiseError 
 def _with_store(
     sizes: ModelShape, run: RunShape, activations: str, capacity: Capacity
 ) -> RunShape:
-    """The run with its hidden states where they would be kept."""
+    """Return the run with its hidden states in memory or on the disk."""
     needed = hidden_states_bytes(sizes, run)
     return replace(run, on_disk=goes_to_disk(activations, needed, capacity.host))
 
 
 def disk_of(source: Checkpoint, sizes: ModelShape, run: RunShape) -> dict[str, int]:
-    """Bytes on the disk of the output when most of them are there."""
+    """Bytes of the output on the disk at its largest, by kind."""
     weights = sum(block.weights for block in sizes.blocks)
     files = [*source.side_files(), *source.shards]
-    found = {
+    sizes_on_disk = {
         "pruned model": sum((source.path / name).stat().st_size for name in files),
         "masks": weights // 8,
         "finished blocks, until the end": weights * sizes.itemsize + weights // 8,
     }
     if run.workers > 1:
         count = run.workers + Rules().look_ahead
-        found["inputs of blocks that wait for a worker"] = count * stream_bytes(sizes, run)
+        waiting = count * stream_bytes(sizes, run)
+        sizes_on_disk["inputs of blocks that wait for a worker"] = waiting
     if run.on_disk:
-        found["hidden states"] = hidden_states_bytes(sizes, run)
-    return found
+        sizes_on_disk["hidden states"] = hidden_states_bytes(sizes, run)
+    return sizes_on_disk
 
 
 def _notes(opened: OpenedModel, run: RunShape, method: Method) -> Iterator[str]:
-    """What a reader of the figures should know."""
+    """Remarks for readers of the figures."""
     if opened.adapter.found:
         yield (
             f"no adapter is declared for this {type(opened.model).__name__}: blocks "

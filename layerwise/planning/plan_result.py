@@ -1,4 +1,4 @@
-"""What a plan says, for Python and as JSON."""
+"""Result of a plan, for Python and as JSON."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ import torch
 from layerwise.errors import LayerwiseError
 from layerwise.planning.estimate import StageEstimate
 from layerwise.planning.inventory import Group
-from layerwise.planning.memory_model import Memory, Place
+from layerwise.planning.memory_model import Memory, MemoryKind
 from layerwise.planning.shapes import ModelShape
 from layerwise.run.capacity import Capacity
 from layerwise.run.checkpoints.atomic import atomic_write
@@ -19,32 +19,32 @@ from layerwise.run.checkpoints.atomic import atomic_write
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do.
+    """Plan of a run.
 
     Parameters
     ----------
     model, method, pattern, error_correction, device
-        What was asked, as the recipe of a run would name it.
+        The requested settings, as in the recipe of a run.
     n_sequences, length
-        Of the calibration set.
+        Number of calibration sequences, and their tokens.
     groups
         Every parameter of the model, and what the run does with it.
     streamed
-        Whether one block at a time is in memory, and not the whole model.
+        Whether one block at a time is in memory instead of the whole model.
     on_disk
         Whether the hidden states between two blocks are files.
     sizes, memory
-        Shapes behind the memory, and what is alive at the largest moments.
+        Shapes of the model, and the memory at the largest instants.
     disk
-        Bytes by what they are, while the output is written.
+        Bytes on the disk while the output is written, by kind.
     capacity
-        What is free on this machine.
+        Free memory and disk space of this machine.
     stages
         Work, floor and expected time.
     gemm_rates, copy_rate
-        Operations by type of number, and bytes, per second of this machine.
+        Operations per second by type of number, and copied bytes per second.
     refusal
-        Why such a run would not start or not end, the first of all reasons.
+        First reason why such a run would not start or not finish, or None.
     notes
         What the figures do not cover.
     """
@@ -71,33 +71,33 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """All parameters of the model, tied ones once."""
+        """Number of parameters of the model; tied ones count once."""
         return sum(group.parameters for group in self.groups)
 
     @property
     def pruned(self) -> int:
-        """Entries of the matrices that are pruned."""
+        """Number of entries of the pruned matrices."""
         return sum(g.parameters for g in self.groups if g.status == "pruned")
 
     @property
     def zeros(self) -> int:
-        """Entries that the pattern removes."""
+        """Number of entries that the pattern removes."""
         return sum(group.zeros for group in self.groups)
 
     def check(self) -> None:
-        """Raise the reason for which such a run would not start or not end, if any."""
+        """Raise the reason why such a run would not start or not finish, if any."""
         if self.refusal is not None:
             raise self.refusal
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON can hold it: bytes, seconds, operations."""
-        asked = ("model", "method", "pattern", "error_correction", "device")
-        places: tuple[Place, ...] = (
+        """Plain values for JSON: bytes, seconds, operations."""
+        settings = ("model", "method", "pattern", "error_correction", "device")
+        kinds: tuple[MemoryKind, ...] = (
             ("host",) if self.device == "cpu" else ("host", "device")
         )
         widest = self.sizes.widest
         return {
-            **{name: getattr(self, name) for name in asked},
+            **{name: getattr(self, name) for name in settings},
             "n_sequences": self.n_sequences,
             "sequence_length": self.length,
             "streamed": self.streamed,
@@ -107,19 +107,19 @@ class Plan:
             "zeros": self.zeros,
             "layers": [_as_json(group) for group in self.groups],
             "memory": {
-                place: {
-                    "peak": self.memory.bytes(place),
-                    "moment": self.memory.peak(place).name,
+                kind: {
+                    "peak": self.memory.bytes(kind),
+                    "moment": self.memory.peak(kind).name,
                     "moments": {
                         moment.name: {
                             item.name: item.bytes
                             for item in moment.items
-                            if item.place == place
+                            if item.kind == kind
                         }
-                        for moment in self.memory.moments
+                        for moment in self.memory.instants
                     },
                 }
-                for place in places
+                for kind in kinds
             },
             "largest_gram": None if widest is None else widest.width,
             "disk": dict(self.disk),

@@ -1,7 +1,7 @@
 """Memory and time of the largest LLaMAs on one accelerator: the tables of docs/plan.md.
 
-``python -m layerwise.planning.scaling`` prints them. They follow from shapes and from
-rates that are assumed, so they are the same everywhere.
+``python -m layerwise.planning.scaling`` prints them. They follow from shapes and assumed
+rates, so they are the same on every machine.
 """
 
 import sys
@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 
 from layerwise.planning.advice import in_units
-from layerwise.planning.memory_model import Place, memory_of
+from layerwise.planning.memory_model import MemoryKind, memory_of
 from layerwise.planning.shapes import BlockShape, ModelShape, RunShape, StageShape
 from layerwise.planning.solver_costs import Cost, cost_of
 from layerwise.planning.workspace import Workspace
@@ -38,15 +38,15 @@ class Llama:
     Parameters
     ----------
     name
-        Of the model.
+        Name of the model.
     hidden, inner
         Channels between the blocks, and inside the MLP.
     blocks
-        Their number.
+        Number of blocks.
     heads, groups
-        Of queries, and of keys and values.
+        Heads of queries, and of keys and values.
     vocabulary
-        Rows of the embedding and of the output head, which are two.
+        Rows of the embedding and of the output head, which are not tied.
     """
 
     name: str
@@ -59,11 +59,11 @@ class Llama:
 
     @property
     def stages(self) -> tuple[StageShape, ...]:
-        """Queries with keys and values, output, gate with up, down."""
+        """Stages of a block: queries, keys and values; output; gate and up; down."""
         queries, keys = self.heads * HEAD, self.groups * HEAD
         return (
             StageShape(self.hidden, (queries, keys, keys)),
-            StageShape(queries, (self.hidden,), ends=True),
+            StageShape(queries, (self.hidden,), passes_through=True),
             StageShape(self.hidden, (self.inner, self.inner)),
             StageShape(self.inner, (self.hidden,)),
         )
@@ -94,12 +94,12 @@ LLAMAS = (
 
 
 def llama_working(hidden: int, inner: int, itemsize: int) -> float:
-    """Bytes per token inside a block: two hidden states, and three of the MLP."""
+    """Bytes per token inside a block: two hidden states, three activations of the MLP."""
     return float(itemsize * (2 * hidden + 3 * inner))
 
 
 def run_shape(cost: Cost, mode: str) -> RunShape:
-    """A run with the default calibration set on one accelerator, hidden states in files."""
+    """Run with the default calibration set on one accelerator, hidden states in files."""
     return RunShape(
         n_sequences=N_SEQUENCES,
         length=LENGTH,
@@ -112,12 +112,12 @@ def run_shape(cost: Cost, mode: str) -> RunShape:
 
 
 def work_of(model: Llama, cost: Cost, mode: str) -> dict[str, Work]:
-    """What a run cannot avoid, by stage."""
+    """Work that a run cannot avoid, by stage."""
     tokens = N_SEQUENCES * LENGTH
     shape, pair = model.shape, mode == "block"
     matrices = 2.0 * tokens * sum(block.weights for block in shape.blocks)
     attention = 2.0 * tokens * LENGTH * model.heads * HEAD * model.blocks
-    passes = 2  # to the end of a block, and through the pruned or the dense half of it
+    passes = 2  # one to the end of a block, one through its pruned or dense half
     widths = [stage.width for stage in model.stages] * model.blocks
     pairs = [pair and index > 0 for index in range(len(model.stages))] * model.blocks
     grams = gram_work(widths, pairs, tokens).total_flops
@@ -154,9 +154,9 @@ def memory_rows() -> Iterator[tuple[str, ...]]:
                 run = run_shape(_cost(method, mode), mode)
                 shape = model.shape
                 memory = memory_of(shape, run)
-                places: tuple[Place, ...] = ("device", "host")
-                device, host = (memory.peak(place) for place in places)
-                items = [item for item in device.items if item.place == "device"]
+                kinds: tuple[MemoryKind, ...] = ("device", "host")
+                device, host = (memory.peak(kind) for kind in kinds)
+                items = [item for item in device.items if item.kind == "device"]
                 largest = max(items, key=lambda item: item.bytes)
                 files = 2 * run.tokens * shape.hidden * shape.itemsize
                 yield (
@@ -171,7 +171,7 @@ def memory_rows() -> Iterator[tuple[str, ...]]:
 
 
 def time_rows() -> Iterator[tuple[str, ...]]:
-    """Model, method, minutes of every stage, and all in hours."""
+    """Model, method, minutes of every stage, and the total in hours."""
     for model in LLAMAS:
         for method in METHODS:
             work = work_of(model, _cost(method, "block"), "block")
@@ -191,13 +191,13 @@ TIME_COLUMNS = (
 
 
 def markdown(columns: Sequence[str], rows: Iterator[tuple[str, ...]]) -> str:
-    """Table of a page."""
+    """Format a table in Markdown."""
     head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"
     return head + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def tables() -> tuple[str, str]:
-    """Memory and time, as they stand on the page."""
+    """Tables of memory and time, as in docs/plan.md."""
     return markdown(MEMORY_COLUMNS, memory_rows()), markdown(TIME_COLUMNS, time_rows())
 
 

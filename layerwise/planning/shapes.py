@@ -1,4 +1,4 @@
-"""Sizes of a model and of a run, all that memory and time are planned from: no tensor."""
+"""Sizes of a model and of a run, from which memory and time are planned."""
 
 from dataclasses import dataclass
 
@@ -9,32 +9,32 @@ from layerwise.run.activations.streams import BATCH
 
 @dataclass(frozen=True)
 class StageShape:
-    """Matrices of a block that share their inputs: the width, and the rows of each.
+    """Matrices of a block that share their inputs: their width, and the rows of each.
 
-    `ends` says that they are one matrix, whose output may be that of a module around it
-    (:mod:`layerwise.run.activations.endings`).
+    `passes_through` marks a stage of one matrix whose output a module around it may return
+    (:mod:`layerwise.run.activations.pass_through`).
     """
 
     width: int
     rows: tuple[int, ...]
-    ends: bool = False
+    passes_through: bool = False
 
     @property
     def weights(self) -> int:
-        """Entries of all its matrices."""
+        """Entries of all matrices of the stage."""
         return self.width * sum(self.rows)
 
 
 @dataclass(frozen=True)
 class BlockShape:
-    """Parameters of a block, and the stages that are pruned in it."""
+    """Parameters of a block, and its pruned stages."""
 
     parameters: int
     stages: tuple[StageShape, ...]
 
     @property
     def weights(self) -> int:
-        """Entries of all matrices that are pruned."""
+        """Entries of all pruned matrices."""
         return sum(stage.weights for stage in self.stages)
 
     @property
@@ -45,16 +45,16 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model as far as memory is concerned.
+    """Sizes of a model that decide the memory of a run.
 
     Parameters
     ----------
     blocks
-        In their order.
+        The blocks, in order.
     embeddings
-        Parameters outside the blocks that lie in front of them or hold state.
+        Parameters outside the blocks, without those of `head`.
     head
-        Parameters of the output head where they are its own; a run does not need them.
+        Parameters of the output head that are not tied; a run does not need them.
     largest
         Entries of the largest tensor.
     hidden
@@ -62,8 +62,8 @@ class ModelShape:
     itemsize
         Bytes of a parameter and of an activation.
     working
-        Bytes that a pass of one sequence through a block needs beside its input, at
-        some lengths, which grow.
+        Lengths of one sequence, ascending, and the bytes that a pass through a block needs
+        at each of them besides its input.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -76,11 +76,11 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """All of them, tied ones once."""
+        """Number of all parameters; tied ones count once."""
         return self.embeddings + self.head + sum(b.parameters for b in self.blocks)
 
     def working_bytes(self, length: int) -> float:
-        """Bytes that a sequence needs inside a block, between the lengths by a line."""
+        """Bytes that a sequence needs inside a block, interpolated between the lengths."""
         before = (0, 0.0)
         for after in self.working:
             if length <= after[0]:
@@ -103,21 +103,21 @@ class RunShape:
     Parameters
     ----------
     n_sequences, length
-        Of the calibration set.
+        Number of calibration sequences, and their tokens.
     error_correction
         Mode, see :mod:`layerwise.run.pipeline.blocks`.
     base
         Bytes of Python, PyTorch and transformers.
     accelerator
-        Whether blocks are computed on another device than the host.
+        Whether blocks are computed on a device other than the host.
     workspace
-        Of the solver; None where no model of it is known, and nothing is counted.
+        Workspace of the solver; None if it is unknown, and nothing is counted.
     workers
         Processes that prune blocks at the same time.
     on_disk
         Whether hidden states between the blocks are files.
     streamed
-        Whether one block at a time is in memory, and not the whole model.
+        Whether one block at a time is in memory instead of the whole model.
     store
         Bytes that the inputs of the stages of a block may take where it is computed.
     """
@@ -135,12 +135,12 @@ class RunShape:
 
     @property
     def tokens(self) -> int:
-        """Tokens in all."""
+        """Number of all calibration tokens."""
         return self.n_sequences * self.length
 
     @property
     def batch(self) -> int:
-        """Sequences of the largest batch."""
+        """Number of sequences of the largest batch."""
         return min(BATCH, self.n_sequences)
 
     @property

@@ -1,11 +1,11 @@
-"""What the methods cost for one matrix: operations, bytes, and memory.
+"""Costs of the methods for one matrix: operations, bytes, and memory.
 
 The figures were counted, by :class:`layerwise.timing.operations.OperationCount` and
 :class:`layerwise.planning.dry.LiveBytes`, on random layers of several shapes. A matrix
-takes what posing its problem and grading its answer take, once, and what its method takes,
-or every step of a chain. Methods that iterate until they are done stand with what they took
-there; real layers take up to twice as much or as little. A method that is not in the table
-has no figures, and none are made up.
+costs the posing of its problem and the grading of its answer, once, and its method, or
+every step of a chain. Iterative methods have the figures that were counted there; real
+layers take between half and twice as much. A method that is not in the table has no
+figures, and none are guessed.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from layerwise.timing.floor import Work
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one matrix (out, in), in units that follow its shape.
+    """Cost of one matrix (out, in), in units that follow from its shape.
 
     Parameters
     ----------
@@ -33,9 +33,9 @@ class Cost:
         float32 and float64.
     cubic, cubic_double
         Factorizations, inverses and eigenvalues of the gram in units of in^3 operations,
-        in float32 and float64; matrices that share their inputs share them.
+        in float32 and float64; matrices that share their inputs share these operations.
     traffic
-        Bytes that are read and written, per entry of the matrix.
+        Bytes read and written, per entry of the matrix.
     peaks
         Memory, see :class:`~layerwise.planning.workspace.Workspace`.
     """
@@ -49,7 +49,7 @@ class Cost:
     peaks: tuple[Peak, ...] = ()
 
     def then(self, other: "Cost") -> "Cost":
-        """Both, one after the other: work adds up, memory is that of the larger."""
+        """Cost of both, one after the other: work adds up, memory is the larger one."""
         return Cost(
             self.half + other.half,
             self.single + other.single,
@@ -76,17 +76,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class Costs:
-    """For inputs that both models share and for a pair of streams.
+    """Costs for inputs that both models share, and for a pair of streams.
 
     Parameters
     ----------
     alone, pair
-        With one stream of inputs, and with a dense and a pruned one.
+        Cost with one stream of inputs, and with a dense and a pruned one.
     iterative
-        Whether options of the method change what it takes, so that figures are only
-        known for its defaults.
+        Whether options of the method change its cost, so that it is only known for the
+        defaults.
     keeps_weights
-        Whether kept weights are dense ones, which are of the model's type already.
+        Whether kept weights stay dense ones, which have the type of the model already.
     """
 
     alone: Cost
@@ -95,24 +95,24 @@ class Costs:
     keeps_weights: bool = False
 
     def of(self, *, pair: bool) -> Cost:
-        """Those of one kind of inputs."""
+        """Cost for one kind of inputs."""
         return self.pair if pair else self.alone
 
 
 POSED = Costs(
     Cost(double=2, traffic=190),
-    # what a pair of streams differs by is there before the problem is posed
+    # the drift of a pair of streams is computed before the problem is posed
     Cost(double=3, traffic=335, peaks=(Peak(3.0, 1.0),)),
 )
-"""Posing a problem and grading its answer: once for a matrix, whatever the steps."""
+"""Posing a problem and grading its answer: once per matrix, whatever the steps."""
 STORED = Costs(Cost(double=1, traffic=100), Cost(double=1, traffic=120))
-"""The error of weights that the model's type has rounded."""
+"""Error of weights that were rounded to the type of the model."""
 SCORES = Costs(
     Cost(0, 0, 0, 0, 0, 150, (Peak(0.7, 0.0, 3.9),)),
     Cost(0, 0, 0, 0, 0, 150, (Peak(1.7, 0.0, 3.9),)),
     keeps_weights=True,
 )
-# half a gram of the sweep is inside the factorization, which no tensor shows
+# half a gram of the sweep is inside the factorization, where no tensor shows it
 SWEEP = Costs(
     Cost(0, 0.65, 0, 0.34, 0, 410, (Peak(3.3, 1.5),)),
     Cost(0, 1.65, 0, 0.34, 0, 470, (Peak(4.5, 1.5),)),
@@ -122,7 +122,7 @@ REFIT = Costs(
     Cost(17, 2.4, 4.4, 0.33, 1.2, 4570, (Peak(2.2, 2.4, 11.0), Peak(2.2, 0.1, 13.2))),
     iterative=True,
 )
-"""By conjugate gradients, as a step after another method."""
+"""Refit by conjugate gradients, as a step after another method."""
 SEARCH = Costs(
     Cost(17, 140, 18.8, 1.4, 1.6, 23400, (Peak(11.4, 2.0), Peak(5.3, 6.2, 6.4))),
     Cost(17, 140, 20.3, 1.4, 1.6, 25200, (Peak(13.7, 3.7), Peak(6.3, 6.2, 6.4))),
@@ -153,12 +153,12 @@ COSTS: Mapping[str, Costs] = MappingProxyType(
 
 
 def cost_of(solver: Solver, *, pair: bool) -> Cost | None:
-    """Cost of a method or a chain for one matrix; None where it has no figures.
+    """Cost of a method or a chain for one matrix; None if it has no figures.
 
     Parameters
     ----------
     solver
-        Configured.
+        Configured method or chain.
     pair
         Whether the dense and the pruned model give the matrix different inputs.
     """
@@ -173,7 +173,7 @@ def cost_of(solver: Solver, *, pair: bool) -> Cost | None:
 
 
 def workspace_of(solver: Solver, *, pair: bool) -> Workspace | None:
-    """Memory of a method while it solves one matrix; None where it has no figures."""
+    """Memory of a method while it solves one matrix; None if it has no figures."""
     cost = cost_of(solver, pair=pair)
     if cost is None:
         return None

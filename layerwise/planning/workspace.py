@@ -1,4 +1,4 @@
-"""What a solver keeps in memory beside the problem that it solves."""
+"""Memory of a solver besides the problem that it solves."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ from layerwise.solvers.least_squares import CACHED_ROWS, LeastSquares, cg_row_by
 
 @dataclass(frozen=True)
 class Peak:
-    """Arrays that a solver holds at one point of its work, beside the problem.
+    """Arrays that a solver holds at one point of its work, besides the problem.
 
     Parameters
     ----------
     matrices
-        Of the size of the matrix, in units of 8 bytes an entry.
+        Arrays of the size of the matrix, with 8 bytes per entry.
     grams
-        Of the size of the gram, likewise.
+        Arrays of the size of the gram, likewise.
     rows
-        Of the width, for every row that is worked on together, likewise.
+        Arrays of the width, for every row of a chunk, likewise.
     """
 
     matrices: float = 0.0
@@ -26,14 +26,14 @@ class Peak:
 
 @dataclass(frozen=True)
 class Workspace:
-    """What a solver needs for one matrix: the largest of its peaks.
+    """Memory that a solver needs for one matrix: the largest of its peaks.
 
     Parameters
     ----------
     peaks
-        Of the solver, and of posing and grading the problem.
+        Peaks of the solver, and of posing and grading the problem.
     budget
-        Bytes for rows that are worked on together.
+        Bytes for the rows of a chunk.
     """
 
     peaks: tuple[Peak, ...]

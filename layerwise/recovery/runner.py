@@ -21,7 +21,7 @@ from layerwise.recovery.states import pack, unpack
 from layerwise.recovery.trainable import ParameterSets
 from layerwise.recovery.training import State, Training
 from layerwise.recovery.units import count_units
-from layerwise.run.activations.streams import behind, capture, evaluation_mode
+from layerwise.run.activations.streams import block_outputs, capture, evaluation_mode
 from layerwise.run.pipeline.journal import Journal
 
 TRAINING = "training"  # name of the training state in the journal
@@ -158,8 +158,9 @@ class Runner:
             records += retrained.records
             if index < len(blocks) - 1:
                 if task.mode == "full":
-                    dense_hidden = list(behind(original, calls, dense_hidden, self._device))
-                hidden = list(behind(block, calls, hidden, self._device))
+                    outputs = block_outputs(original, calls, dense_hidden, self._device)
+                    dense_hidden = list(outputs)
+                hidden = list(block_outputs(block, calls, hidden, self._device))
             for module, home in zip((block, original), homes, strict=True):
                 module.to(home)
         return values, records

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from layerwise.planning.advice import in_units
 from layerwise.planning.estimate import total_seconds
-from layerwise.planning.memory_model import Moment, Place, gram_bytes
+from layerwise.planning.memory_model import Instant, MemoryKind, gram_bytes
 from layerwise.planning.plan_result import Plan
 
 GAP = "  "
@@ -56,9 +56,9 @@ def sections(plan: Plan) -> Iterator[Section]:
             for group in plan.groups
         ),
     )
-    places: list[Place] = ["host"] if plan.device == "cpu" else ["host", "device"]
-    for place in places:
-        yield _memory(plan, place)
+    kinds: list[MemoryKind] = ["host"] if plan.device == "cpu" else ["host", "device"]
+    for kind in kinds:
+        yield _memory(plan, kind)
     yield Section(
         f"disk: {in_units(sum(plan.disk.values()))}" + _free(plan.capacity.disk),
         ("item", "size"),
@@ -67,27 +67,27 @@ def sections(plan: Plan) -> Iterator[Section]:
     yield _time(plan)
 
 
-def _memory(plan: Plan, place: Place) -> Section:
+def _memory(plan: Plan, kind: MemoryKind) -> Section:
     """The items of the largest moment, then the totals of the other moments."""
-    peak = plan.memory.peak(place)
-    free = plan.capacity.host if place == "host" else plan.capacity.device
+    peak = plan.memory.peak(kind)
+    free = plan.capacity.host if kind == "host" else plan.capacity.device
     rows = [
         (item.name, in_units(item.bytes))
         for item in sorted(peak.items, key=lambda item: -item.bytes)
-        if item.place == place
+        if item.kind == kind
     ]
-    others = [moment for moment in plan.memory.moments if moment is not peak]
-    rows += [_moment(moment, place) for moment in others]
+    others = [moment for moment in plan.memory.instants if moment is not peak]
+    rows += [_instant(moment, kind) for moment in others]
     return Section(
-        f"{place} memory: {in_units(peak.total(place))} at its peak, {peak.name}"
+        f"{kind} memory: {in_units(peak.total(kind))} at its peak, {peak.name}"
         + _free(free),
         ("item", "size"),
         tuple(rows),
     )
 
 
-def _moment(moment: Moment, place: Place) -> tuple[str, str]:
-    return f"(at another moment, {moment.name})", in_units(moment.total(place))
+def _instant(moment: Instant, kind: MemoryKind) -> tuple[str, str]:
+    return f"(at another moment, {moment.name})", in_units(moment.total(kind))
 
 
 def _free(size: int | None) -> str:

@@ -1,8 +1,8 @@
-"""prune_model: a language model in, a pruned one out, layer by layer.
+"""prune_model: prune a language model layer by layer.
 
 Everything that can be refused is refused before a weight is touched. With a path, the
-output folder holds the bytes of the source except for the pruned matrices; with a model
-object, the model is pruned in place.
+output folder holds the bytes of the source except for the pruned matrices; a model object
+is pruned in place.
 """
 
 import time
@@ -29,8 +29,8 @@ from layerwise.run.workers.ranks import ranks_of_environment
 from layerwise.solver import SolverLike
 
 WHOLE = (
-    "the whole model is in memory: its tensors are not stored as the model has them, so "
-    "blocks cannot be loaded one by one"
+    "the whole model is in memory: its checkpoint does not store every parameter as one "
+    "tensor, so blocks cannot be loaded one by one"
 )
 
 
@@ -71,43 +71,44 @@ def prune_model(
     Every layer becomes ``min ||W X - What Xhat||_F^2`` under a sparsity pattern, with X
     from the dense and Xhat from the pruned model on calibration text.
 
-    Processes that torchrun has started (``WORLD_SIZE`` and what else it sets) share one
-    run: each calls this with the same arguments, sees a part of the sequences and solves a
-    part of the matrices, and all return the same report; see
+    Processes started by torchrun (``WORLD_SIZE`` and its other variables) share one run.
+    Each calls this function with the same arguments, sees a part of the sequences and
+    solves a part of the matrices. All return the same report; see
     :mod:`layerwise.run.workers.ranks`.
 
     Parameters
     ----------
     model_or_path
         A model object, pruned in place, or a checkpoint folder or hub name. With a folder
-        and an `output_dir`, one decoder block at a time is in memory, wherever its tensors
-        are stored as the model has them and the method needs no gradients.
+        and an `output_dir`, one decoder block at a time is in memory, if every parameter is
+        stored as one tensor and the method needs no gradients.
     method
         Name in :data:`layerwise.SOLVERS`, names joined by ``+`` for a chain, a configured
         solver, or any object with ``solve(problem)``.
     sparsity
         Fraction of zeros, or ``"n:m"`` (keeps n of every m). For a smaller model the
-        fraction of the parameters of the decoder blocks that leaves.
+        fraction of the parameters of the decoder blocks to remove.
     pattern
         A :class:`~layerwise.patterns.Pattern` or ``"n:m"``, instead of `sparsity`; or
-        ``"columns"`` or ``"heads"`` beside it, for a smaller model: channels of the MLP
-        and of attention's values, or channels of the MLP and whole heads. Methods that
-        remove columns alone choose one of the two themselves.
+        ``"columns"`` or ``"heads"`` besides it, for a smaller model: channels of the MLP
+        and of the values of attention, or channels of the MLP and whole heads. Methods that
+        only remove columns choose one of the two themselves.
     calibration
         ``"wikitext2"``, ``"c4"``, ``"file.txt"``, ``"file.jsonl:field"``, a list of
         strings, or token ids.
     tokenizer
-        For text; by default the one in the checkpoint folder.
+        Tokenizer for text; by default the one in the checkpoint folder.
     n_sequences, sequence_length
-        Windows of calibration text; the default length is the model's own, at most 2048.
+        Number and length of the windows of calibration text; the default length is the
+        longest context of the model, at most 2048.
     error_correction
         ``"none"``, ``"sequential"``, ``"block"`` or ``"full"``; see
         :mod:`layerwise.run.pipeline.blocks`.
     targets, ignore
         Class names, exact module names or ``re:...``; an entry must match something.
-        ``"Linear"`` is every linear layer, a ``Conv1D`` of transformers included.
+        ``"Linear"`` is every linear layer, including the ``Conv1D`` of transformers.
     seed
-        Of the calibration windows; the global generators are not touched.
+        Seed of the calibration windows; the global generators are not touched.
     damping
         Ridge towards the dense weight, relative to the mean diagonal of the gram.
     certify
@@ -117,25 +118,25 @@ def prune_model(
     options
         Hyper-parameters of a method given by name, such as ``{"block_size": 64}``.
     allocation, format, multiple
-        Of a smaller model, see :class:`layerwise.run.channels.structure.Structure`: the
-        rule that spreads the sparsity over the layers, ``"stock"`` (default), ``"native"``
-        or ``"padded"``, and the number that widths are multiples of (8).
+        Only for a smaller model, see :class:`layerwise.run.channels.structure.Structure`:
+        the rule that spreads the sparsity over the layers; ``"stock"`` (default),
+        ``"native"`` or ``"padded"``; the number that must divide all widths (8).
     unit
         Former name of `multiple`.
     group
-        Where the zeros of a fraction are counted: ``"row"`` (default) or ``"layer"``.
+        Whether a fraction of zeros holds for every ``"row"`` (default) or ``"layer"``.
     device
-        Where blocks are computed; ``"auto"`` takes a GPU if there is one.
+        Where blocks are computed; ``"auto"`` is a GPU if one is available.
     memory_budget
-        Bytes for the row systems of refits, and for the rows of `certify`; methods
-        without them need none.
+        Bytes for the row systems of refits, and for the rows of `certify`; other methods
+        do not use it.
     activations
         Where the hidden states between two blocks are kept: ``"memory"``, ``"disk"`` (in
         files that are mapped into memory) or ``"auto"``, the disk where memory is short.
     workers
-        Processes that prune blocks side by side, on one GPU each where there are several;
-        only for ``"none"`` and ``"block"``. Each uses as many CPU threads as this process
-        is set to, and the result is the same for any number.
+        Processes that prune blocks in parallel, each on its own GPU if there are several;
+        only for ``"none"`` and ``"block"``. Each uses as many CPU threads as this process.
+        The result is the same for any number of workers.
     ray
         Address of a Ray cluster for the workers, or ``"local"``, instead of processes.
     output_dir
@@ -145,7 +146,7 @@ def prune_model(
     force
         Replace a finished `output_dir`.
     callbacks
-        Told about the progress; with several ranks, those of rank 0 alone.
+        Called with the progress of the run; with several ranks only those of rank 0.
 
     Returns
     -------
@@ -161,7 +162,7 @@ def prune_model(
     SolveError
         If a layer failed numerically; finished blocks are kept for a resumed run.
     WorkerError
-        If workers, or another rank, are lost or fail; finished blocks are kept.
+        If a worker or another rank is lost or fails; finished blocks are kept.
     """
     settings = Settings.of(
         method,
@@ -198,11 +199,11 @@ def prune(
     destination: Destination = NOWHERE,
     callbacks: Iterable[Callback] = (),
 ) -> PruneReport:
-    """Prune a model as its settings say; see :func:`prune_model`."""
+    """Prune a model with resolved settings; see :func:`prune_model`."""
     start, output = time.perf_counter(), destination.output
     with ranks_of_environment(settings.device) as ranks:
         from_folder = not isinstance(model_or_path, nn.Module)
-        streamed = settings.check_place(output, from_folder=from_folder, ranks=ranks)
+        streamed = settings.check_placement(output, from_folder=from_folder, ranks=ranks)
         if ranks.first:
             destination.check()
         with timed("load"):
@@ -231,7 +232,7 @@ def prune(
                 removed = step.finish(run, store)
                 outcome = Outcome(recipe, run.tokens, records, opened.source, tokenizer)
                 store.publish(partial(write_output, outcome, opened.model, removed))
-                ranks.barrier()  # the others go on when the folder is there
+                ranks.barrier()  # the others continue when the folder exists
                 masks = stored_masks(output, removed.masks)
     seconds = time.perf_counter() - start
     model = opened.model if opened.in_memory else None

@@ -1,4 +1,4 @@
-"""What a run is asked: resolved from its arguments once, refused before any work."""
+"""Settings of a run: resolved once from its arguments, and checked before any work."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,8 +33,8 @@ from layerwise.run.pipeline.zeros import ZeroWeights
 from layerwise.run.workers.ranks import ALONE, Ranks
 from layerwise.solver import SolverLike
 
-LONGEST_DEFAULT = 2048  # of sequence_length; contexts of 131072 tokens fit nowhere
-# kinds of removal, each asked in turn whether the arguments mean it; zeros come last
+LONGEST_DEFAULT = 2048  # of sequence_length; contexts of 131072 tokens need too much memory
+# kinds of removal: the first one that the arguments describe is used; zeros come last
 REMOVALS: tuple[type[Removal[Any]], ...] = (RemoveChannels, ZeroWeights)
 
 
@@ -43,20 +43,20 @@ ONE_WORKER = Workers()
 
 @dataclass(frozen=True)
 class Settings:
-    """Arguments of a run; make them with :meth:`of`.
+    """Resolved arguments of a run; made by :meth:`of`.
 
     Parameters
     ----------
     removal
         What is removed, and by which method.
     certify
-        As it was asked for; the method of the removal has it decided.
+        The argument as it was given; the method of the removal has the resolved value.
     calibration
         The calibration data.
     error_correction, targets, ignore
         As in :func:`layerwise.prune_model`.
     device, activations, workers
-        Where and how it is computed, which does not decide the result.
+        Where and how the run computes; the result does not depend on them.
     """
 
     removal: Removal[Any]
@@ -103,11 +103,11 @@ class Settings:
         UsageError, InvalidProblemError
             If an argument is impossible or contradicts another one.
         """
-        chosen = method_of(method, damping, certify, options or {}, memory_budget)
+        configured = method_of(method, damping, certify, options or {}, memory_budget)
         amount = Amount(sparsity, pattern, group, allocation, format, multiple)
-        asked = (kind.asked(chosen, amount) for kind in REMOVALS)
+        removals = (kind.from_arguments(configured, amount) for kind in REMOVALS)
         settings = cls(
-            removal=next(removal for removal in asked if removal is not None),
+            removal=next(removal for removal in removals if removal is not None),
             calibration=CalibrationData(calibration, n_sequences, sequence_length, seed),
             certify=certify,
             targets=as_entries(targets),
@@ -121,8 +121,10 @@ class Settings:
         check_activations(settings.activations)
         return settings
 
-    def check_place(self, output: Path | None, *, from_folder: bool, ranks: Ranks) -> bool:
-        """Refuse what cannot be done where it is asked for.
+    def check_placement(
+        self, output: Path | None, *, from_folder: bool, ranks: Ranks
+    ) -> bool:
+        """Refuse outputs, workers and ranks that the removal does not support.
 
         Returns
         -------
@@ -138,7 +140,7 @@ class Settings:
         return streamed
 
     def for_model(self, opened: OpenedModel) -> "Settings":
-        """Return the settings with what papers prescribe for a family of models."""
+        """Return the settings with the values of the papers for a family of models."""
         model_type = model_type_of(opened.model)
         return replace(self, removal=self.removal.for_model(model_type))
 
@@ -154,7 +156,7 @@ class Settings:
         Raises
         ------
         UsageError, InvalidProblemError, UnsupportedModelError
-            The model does not have what was asked for.
+            The settings do not fit the model.
         DataError
             The text is missing or damaged.
         """
@@ -164,13 +166,13 @@ class Settings:
         return Run(opened, selection, self.task(opened, ranks), tokens, own, output)
 
     def task(self, opened: OpenedModel, ranks: Ranks = ALONE) -> Task:
-        """How every block is run and measured."""
+        """Task of the run: how every block is run and measured."""
         device = choose_device(self.device)
         method = self.removal.method
         return task_of(method, opened.adapter, self.error_correction, device, ranks)
 
     def hidden_store(self, run: Run[Any], folder: Path | None) -> HiddenStore:
-        """Where the hidden states between two blocks are kept."""
+        """Store for the hidden states between two blocks."""
         return hidden_store(
             self.activations,
             folder,
@@ -180,7 +182,7 @@ class Settings:
         )
 
     def recipe(self, source: Checkpoint | None, tokens: Calibration) -> Recipe:
-        """Recipe that repeats the run, with the sizes that the calibration data have."""
+        """Recipe that repeats the run, with the actual sizes of the calibration data."""
         return Recipe(
             **self.removal.recipe_fields(),
             **self.calibration.recipe_fields(tokens),
@@ -194,14 +196,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Which calibration data a run reads.
+    """Calibration data of a run.
 
     Parameters
     ----------
     source
         Text or token ids, as in :func:`layerwise.prune_model`.
     n_sequences, sequence_length, seed
-        Number and length of the windows, and the seed that draws them.
+        Number and length of the windows, and the seed by which they are drawn.
     """
 
     source: Any
@@ -210,17 +212,17 @@ class CalibrationData:
     seed: int = 0
 
     def length_for(self, model: Any) -> int:
-        """Length asked for, or the model's own, at most 2048."""
+        """Given length, or the longest context of the model, at most 2048."""
         longest = getattr(model.config, "max_position_embeddings", None)
-        asked = self.sequence_length
-        if asked is None:
+        length = self.sequence_length
+        if length is None:
             return min(LONGEST_DEFAULT, longest or LONGEST_DEFAULT)
-        if longest is not None and asked > longest:
+        if longest is not None and length > longest:
             message = (
-                f"sequence_length {asked} exceeds the {longest} positions of the model"
+                f"sequence_length {length} exceeds the {longest} positions of the model"
             )
             raise UsageError(message)
-        return asked
+        return length
 
     def check(self, model: Any) -> int:
         """Refuse what :meth:`windows` would refuse before it reads a text.
@@ -237,12 +239,12 @@ class CalibrationData:
         return length
 
     def windows(self, opened: OpenedModel, tokenizer: Any = None) -> Calibration:
-        """Token windows for a model.
+        """Read the token windows for a model.
 
         Raises
         ------
         UsageError
-            A number is impossible, or the source is unknown.
+            A value is impossible, or the source is unknown.
         DataError
             The text is missing, damaged or too short.
         """
@@ -256,7 +258,7 @@ class CalibrationData:
         )
 
     def recipe_fields(self, tokens: Calibration) -> dict[str, Any]:
-        """Fields of a recipe that read the same data again."""
+        """Fields of a recipe by which a run reads the same data again."""
         named = isinstance(self.source, str | Path)
         return {
             "calibration": str(self.source) if named else tokens.source,
@@ -266,7 +268,7 @@ class CalibrationData:
         }
 
     def _tokenizer(self, opened: OpenedModel) -> Any:
-        """Tokenizer of the checkpoint; token ids do without, should it be damaged."""
+        """Tokenizer of the checkpoint; not loaded for token ids, so it may be damaged."""
         listed = isinstance(self.source, list | tuple)
         first = next(iter(self.source), "") if listed else ""
         ids = isinstance(self.source, Tensor) or not isinstance(first, str)
@@ -280,7 +282,7 @@ def method_of(
     options: Mapping[str, OptionValue] | None = None,
     memory_budget: int | None = None,
 ) -> Method:
-    """Return a configured solver, and what its answers are measured by."""
+    """Return the method: a configured solver, its damping and its certificates."""
     solver = configure(method, options or {})
     if memory_budget is None:
         return Method(solver, damping, certify, MEMORY_BUDGET)
@@ -298,12 +300,12 @@ def check_error_correction(value: str) -> None:
 
 
 def as_entries(value: str | Sequence[str]) -> tuple[str, ...]:
-    """One name or several, as a tuple."""
+    """Return one name or several as a tuple."""
     return (value,) if isinstance(value, str) else tuple(value)
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """Device by name; ``auto`` is a GPU if there is one. A device must be there."""
+    """Device by name, which must be available; ``auto`` is a GPU if there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -140,7 +140,7 @@ def _skglm() -> PeerSolver:
 
 
 def _sklearn() -> PeerSolver:
-    from sklearn.linear_model import Lasso  # type: ignore[import-not-found]
+    from sklearn.linear_model import Lasso
 
     def solve(design: Any, target: Any, alpha: float, tolerance: float) -> Any:
         model = Lasso(alpha=alpha, tol=tolerance, fit_intercept=False, max_iter=100000)

@@ -1,1 +1,1 @@
-"""Hidden states on their way through the blocks: captured, kept, passed on."""
+"""Hidden states between the blocks: captured, stored, passed through a block."""

@@ -1,8 +1,11 @@
-"""The dense half of a block that is pruned stage by stage: what its linears read.
+"""The dense side of a block that is pruned stage by stage: the inputs of its linears.
 
-Every stage needs the inputs that the dense block gives it. If there is `room` for those of
-all stages they come from one pass, which the hidden states behind the block come from as
-well; else a pass per stage, each stopped where the stage has been seen, needs no memory.
+A side of a block is the block in one of the two streams: dense, before any of its weights
+was written, or pruned, as written so far.
+
+Every stage needs its inputs in the dense block. If there is `room` for the inputs of all
+stages, one pass gives them together with the output of the block. Otherwise there is a pass
+per stage, which stops as soon as the stage has been seen and stores nothing.
 """
 
 import copy
@@ -15,15 +18,15 @@ from torch import Tensor, nn
 from layerwise.adapters import Stage
 from layerwise.adapters.linear import matrix
 from layerwise.run.activations.block import BlockInputs
-from layerwise.run.activations.endings import Ending, Endings
-from layerwise.run.activations.streams import Tap, behind, visit_inputs
+from layerwise.run.activations.pass_through import PassThrough, PassThroughFinder
+from layerwise.run.activations.streams import Tap, block_outputs, visit_inputs
 
-STORE = 1 << 30  # bytes of inputs that are kept on the host
-DEVICE_SHARE = 8  # of what is free on an accelerator, its inverse, that they may take there
+STORE = 1 << 30  # bytes of inputs that may be kept on the host
+DEVICE_SHARE = 8  # inverse share of the free memory that they may take on an accelerator
 
 
 def room(device: torch.device) -> int:
-    """Bytes that inputs of a block may take on a device; the result is the same anyway."""
+    """Bytes that inputs of a block may take on a device; results do not depend on it."""
     if device.type != "cuda":
         return STORE
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -37,9 +40,9 @@ def fits(widths: Sequence[int], tokens: int, itemsize: int, available: int) -> b
     Parameters
     ----------
     widths
-        Input channels of every stage; a single stage has nothing to gain.
+        Input channels of every stage; for a single stage it makes no difference.
     tokens
-        Of the calibration set.
+        Number of calibration tokens.
     itemsize
         Bytes of an activation.
     available
@@ -49,16 +52,16 @@ def fits(widths: Sequence[int], tokens: int, itemsize: int, available: int) -> b
 
 
 class DenseSide:
-    """A block as it was before anything in it was written.
+    """A block as it was before any of its weights was written.
 
-    The inputs of the first stage are asked for before the first weight is written.
+    The inputs of the first stage must be read before the first weight is written.
 
     Parameters
     ----------
     inputs
         The block, which is copied if a pass per stage is needed.
     stages
-        Those whose inputs will be asked for.
+        The stages whose inputs will be read.
     device
         Where the block is.
     """
@@ -68,8 +71,8 @@ class DenseSide:
     ) -> None:
         self._inputs, self._stages, self._device = inputs, stages, device
         self._stored: dict[str, list[Tensor]] = {}
-        self._seen = False  # whether the one pass was made
-        self._endings = Endings(inputs.block, stages)
+        self._seen = False  # whether the one pass is done
+        self._finder = PassThroughFinder(inputs.block, stages)
         tokens = sum(states[..., 0].numel() for states in inputs.dense)
         first = [inputs.block.get_submodule(stage.linears[0]) for stage in stages]
         widths = [matrix(linear).shape[1] for linear in first]
@@ -79,10 +82,10 @@ class DenseSide:
         self._copy: nn.Module | None = copy.deepcopy(inputs.block) if again else None
 
     def advance(self) -> Iterator[Tensor]:
-        """Hidden states behind the block, batch by batch; inputs are kept on the way."""
+        """Output of the block, batch by batch; inputs are kept on the way."""
         inputs = self._inputs
         if not self.fits:
-            yield from behind(inputs.block, inputs.calls, inputs.dense, self._device)
+            yield from block_outputs(inputs.block, inputs.calls, inputs.dense, self._device)
             return
         for states in self._pass(stop=False):
             assert states is not None
@@ -100,20 +103,20 @@ class DenseSide:
         return self._stored[stage.linears[0]]
 
     def forget(self, stage: Stage) -> None:
-        """Free the inputs of a stage that will not be asked for again."""
+        """Free the inputs of a stage that will not be read again."""
         self._stored.pop(stage.linears[0], None)
 
     @property
-    def endings(self) -> Mapping[str, Ending]:
-        """Modules that end with a linear, by its name, if the one pass was made."""
-        return self._endings.found()
+    def pass_through(self) -> Mapping[str, PassThrough]:
+        """Pass-through modules by the name of their linear, if the one pass is done."""
+        return self._finder.found()
 
     def _pass(self, *, stop: bool) -> Iterator[Tensor | None]:
         self._stored = {stage.linears[0]: [] for stage in self._stages}
         taps = [Tap(stage, self._keep(stage.linears[0])) for stage in self._stages]
         inputs = self._inputs
         with ExitStack() as stack:
-            for handle in self._endings.attach():
+            for handle in self._finder.attach():
                 stack.callback(handle.remove)
             yield from visit_inputs(
                 inputs.block,
@@ -140,7 +143,7 @@ def inputs_of(
     stage: Stage,
     hidden: Sequence[Tensor],
 ) -> Iterator[Tensor]:
-    """Inputs of one stage of a block, batch by batch, from a pass of their own."""
+    """Inputs of one stage of a block, batch by batch, from a separate pass."""
     seen: list[Tensor] = []
     taps = [Tap(stage, seen.append)]
     for _ in visit_inputs(

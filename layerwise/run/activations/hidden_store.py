@@ -1,8 +1,8 @@
-"""Hidden states between two blocks: in memory, or in files that are mapped into it.
+"""Hidden states between two blocks: in memory, or in files mapped into memory.
 
-A mapped file loses its name at once: its space is free again when the last tensor in it
-is, and nothing is left of a run that is killed. The system writes mapped pages to the disk
-when it needs the memory.
+A file is unlinked as soon as it is mapped: its space is freed with its last tensor, and a
+killed run leaves no file. The system writes mapped pages to the disk when it needs the
+memory.
 """
 
 import os
@@ -17,16 +17,16 @@ from torch import Tensor
 from layerwise.errors import DataError, UsageError
 
 Activations = Literal["auto", "memory", "disk"]
-LARGEST_SHARE = 4  # of what is free, its inverse: more than that goes to the disk
+LARGEST_SHARE = 4  # inverse share of the free memory: more than that goes to the disk
 
 
 class HiddenStore:
-    """Keeps batches of hidden states.
+    """Store for batches of hidden states.
 
     Parameters
     ----------
     folder
-        Where files are made; None keeps everything in memory.
+        Folder of the files; None keeps everything in memory.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -34,7 +34,7 @@ class HiddenStore:
         self._count = 0
 
     def keep(self, batches: Iterable[Tensor]) -> Sequence[Tensor]:
-        """Batches one by one, as a sequence that can be read again and again."""
+        """Store batches one by one; return them as a sequence that can be reread."""
         if self._folder is None:
             return list(batches)
         return [self._map(batch.detach()) for batch in batches]
@@ -45,7 +45,7 @@ class HiddenStore:
         draw = secrets.token_hex(4)  # ranks on other machines may have the same number
         path = self._folder / f".hidden-{os.getpid()}-{self._count}-{draw}.tmp"
         try:
-            with path.open("wb") as stream:  # all of its space, or an error now
+            with path.open("wb") as stream:  # reserve all of its space, or fail now
                 os.posix_fallocate(stream.fileno(), 0, max(batch.nbytes, 1))
             mapped = torch.from_file(
                 str(path), shared=True, size=batch.numel(), dtype=batch.dtype
@@ -63,84 +63,85 @@ class HiddenStore:
 
 
 def choose_store(
-    asked: str, folder: Path | None, needed: int, free: int | None
+    activations: str, folder: Path | None, needed: int, free: int | None
 ) -> HiddenStore:
-    """Store of a run.
+    """Choose the store of a run.
 
     Parameters
     ----------
-    asked
-        ``"memory"``, ``"disk"``, or ``"auto"``: the disk where the memory is short.
+    activations
+        ``"memory"``, ``"disk"``, or ``"auto"``: the disk if memory is short.
     folder
-        Partial folder of the run; without one everything stays in memory.
+        Partial folder of the run; None keeps everything in memory.
     needed, free
-        Bytes of all hidden states that live at a time, and of free memory if known.
+        Bytes of all hidden states that exist at one time, and of free memory if known.
 
     Raises
     ------
     UsageError
-        The word is none of the three, or there is no folder for the disk.
+        The value is none of the three, or the disk is requested without a folder.
     """
-    check_activations(asked)
-    if asked == "disk" and folder is None:
+    check_activations(activations)
+    if activations == "disk" and folder is None:
         message = "activations on disk need an output folder: give output_dir as well"
         raise UsageError(message)
-    return HiddenStore(folder if goes_to_disk(asked, needed, free) else None)
+    return HiddenStore(folder if goes_to_disk(activations, needed, free) else None)
 
 
-def goes_to_disk(asked: str, needed: int, free: int | None) -> bool:
-    """Whether hidden states are files in a run that has a folder for them.
+def goes_to_disk(activations: str, needed: int, free: int | None) -> bool:
+    """Whether hidden states are files, in a run that has a folder for them.
 
     Parameters
     ----------
-    asked, needed, free
+    activations, needed, free
         As for :func:`choose_store`.
     """
     short = free is not None and needed * LARGEST_SHARE > free
-    wanted = asked == "disk" or (asked == "auto" and short)
+    wanted = activations == "disk" or (activations == "auto" and short)
     return wanted and hasattr(os, "posix_fallocate")
 
 
 def n_streams(error_correction: str) -> int:
-    """Streams of hidden states between the blocks: of the dense and the pruned model."""
+    """Number of streams of hidden states: one, or one dense and one pruned."""
     return 2 if error_correction == "full" else 1
 
 
 def n_sets(error_correction: str) -> int:
-    """Sets of hidden states that live at a time: before and after a block, per stream."""
+    """Number of sets of hidden states at one time: before and after a block, per stream."""
     return 2 * n_streams(error_correction)
 
 
 def hidden_bytes(error_correction: str, tokens: int, width: int, itemsize: int) -> int:
-    """Bytes of all hidden states that live at a time.
+    """Bytes of all hidden states that exist at one time.
 
     Parameters
     ----------
     error_correction
         Mode of the run.
     tokens
-        Of the calibration set.
+        Number of calibration tokens.
     width, itemsize
         Channels between the blocks, and bytes of an activation.
     """
     return n_sets(error_correction) * tokens * width * itemsize
 
 
-def check_activations(asked: str) -> None:
-    """Refuse an unknown place."""
-    if asked not in get_args(Activations):
-        message = f"activations is one of {', '.join(get_args(Activations))}, got {asked!r}"
+def check_activations(activations: str) -> None:
+    """Refuse an unknown value of `activations`."""
+    if activations not in get_args(Activations):
+        known = ", ".join(get_args(Activations))
+        message = f"activations is one of {known}, got {activations!r}"
         raise UsageError(message)
 
 
 def hidden_store(
-    asked: str, folder: Path | None, model: Any, n_tokens: int, error_correction: str
+    activations: str, folder: Path | None, model: Any, n_tokens: int, error_correction: str
 ) -> HiddenStore:
-    """Store for the hidden states of all tokens before and after a block."""
+    """Choose the store for the hidden states of all tokens before and after a block."""
     embedding = model.get_input_embeddings().weight
     width, size = embedding.shape[1], embedding.element_size()
     needed = hidden_bytes(error_correction, n_tokens, width, size)
-    return choose_store(asked, folder, needed, free_memory())
+    return choose_store(activations, folder, needed, free_memory())
 
 
 def free_memory() -> int | None:

@@ -1,9 +1,9 @@
-"""Activations between the blocks: captured once, then advanced block by block.
+"""Hidden states between the blocks: captured once, then passed through block by block.
 
-The model itself decides what a block is called with (masks, rotary embeddings, position
-ids): its forward pass is run once with every block replaced by a recorder, so no weight
-of a block is used and every keyword is kept, per block. A block may return a tensor, a
-tuple or a list; the hidden states come first in all of them.
+The model itself decides how a block is called (masks, rotary embeddings, position ids).
+Its forward pass is run once with a recorder in place of every block, so no weight of a
+block is used and every keyword is kept, per block. A block may return a tensor, a tuple or
+a list; the hidden states come first in all of them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,18 +24,18 @@ Visit = Callable[[Tensor], None]
 
 
 class _Captured(Exception):
-    """Ends a forward pass once everything wanted has been seen."""
+    """Ends a forward pass once everything needed has been seen."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """How the model calls one block on one batch, the hidden states left out."""
+    """Arguments of one call of a block on one batch, without the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
     def run(self, block: nn.Module, hidden: Tensor, device: torch.device) -> Tensor:
-        """Hidden states after the block, on the device of `hidden`."""
+        """Output of the block, on the device of `hidden`."""
         output = block(
             hidden.to(device), *_move(self.args, device), **_move(self.kwargs, device)
         )
@@ -44,10 +44,10 @@ class Call:
 
 
 @torch.no_grad()
-def behind(
+def block_outputs(
     block: nn.Module, calls: Sequence[Call], hidden: Sequence[Tensor], device: torch.device
 ) -> Iterator[Tensor]:
-    """Hidden states behind a block as it is now, batch by batch."""
+    """Output of a block with its current weights, batch by batch."""
     for call, states in zip(calls, hidden, strict=True):
         yield call.run(block, states, device)
 
@@ -64,7 +64,7 @@ class Stream:
 def capture(
     model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Tensor]
 ) -> Stream:
-    """Run embeddings and everything else around the blocks on token batches.
+    """Run everything around the blocks, such as the embeddings, on token batches.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ def capture(
 def _other_outputs(
     model: nn.Module, block: nn.Module, tokens: Tensor
 ) -> tuple[None, ...] | None:
-    """Stand-ins for what a block returns behind its hidden states; None: no tuple."""
+    """Stand-ins for the values after the hidden states; None if it returns no tuple."""
     original: Callable[..., Any] = block.forward
     seen: list[tuple[None, ...] | None] = []
 
@@ -125,24 +125,24 @@ def _run_until_captured(model: nn.Module, tokens: Tensor) -> None:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Put another function in the place of a module's forward, inside the context."""
-    wrapped = vars(module).get("forward")  # by other libraries, on the instance
+    """Replace the forward of a module inside the context."""
+    wrapped = vars(module).get("forward")  # set by other libraries on the instance
     module.forward = forward
     try:
         yield
     finally:
         if wrapped is None:
-            del module.forward  # the method of the class shows again
+            del module.forward  # the method of the class is visible again
         else:
             module.forward = wrapped
 
 
 @dataclass(frozen=True)
 class Tap:
-    """Where the inputs of a stage are seen, and what is done with them."""
+    """A stage whose inputs are visited, and the function that visits them."""
 
     stage: Stage
-    visit: Visit  # of the inputs of one batch, shape (..., in)
+    visit: Visit  # called with the inputs of one batch, shape (..., in)
 
     @property
     def name(self) -> str:
@@ -150,7 +150,7 @@ class Tap:
         return self.stage.linears[0]
 
     def attach(self, block: nn.Module, visit: Visit) -> RemovableHandle:
-        """Hook the block; `visit` may end the forward pass by an exception."""
+        """Hook the block; `visit` may end the forward pass with an exception."""
         linear, source = block.get_submodule(self.name), self.stage.source
         if source is None:
 
@@ -160,10 +160,10 @@ class Tap:
             return linear.register_forward_pre_hook(before, with_kwargs=True)
         width = matrix(linear).shape[1]
 
-        def behind(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             visit(output[..., :width])
 
-        return block.get_submodule(source.module).register_forward_hook(behind)
+        return block.get_submodule(source.module).register_forward_hook(after)
 
 
 @torch.no_grad()
@@ -177,29 +177,29 @@ def visit_inputs(
     *,
     stop: bool,
 ) -> Iterator[Tensor | None]:
-    """Run a block batch by batch and show the inputs of some of its linears.
+    """Run a block batch by batch and visit the inputs of some of its linears.
 
     Parameters
     ----------
     block
         The block, on `device`.
     taps
-        What to look at.
+        Stages to visit.
     calls, hidden
-        How to call the block, and its input, per batch.
+        Calls of the block, and its inputs, per batch.
     device
-        Where to compute.
+        Device of the computation.
     block_name
         Full name of the block, for messages.
     stop
         Whether to stop a batch when all inputs have been seen, which saves the rest of
-        the block; otherwise the block's output is yielded.
+        the block; otherwise the output of the block is yielded.
 
     Raises
     ------
     UnsupportedModelError
-        If a linear is not called, or called again, in a forward pass of the block: its
-        inputs would be missing or incomplete.
+        If a linear is not called exactly once in a forward pass of the block: its inputs
+        would be missing or incomplete.
     """
     pending: set[str] = set()
 
@@ -231,12 +231,12 @@ def visit_inputs(
 def _not_once(block_name: str, name: str, count: str) -> str:
     return (
         f"{block_name}.{name} is called {count} in a forward pass of its block, so its "
-        f"inputs are not known; add it to ignore"
+        f"inputs are unknown; add it to ignore"
     )
 
 
 def _move(value: Any, device: torch.device) -> Any:
-    """Tensors inside tuples, lists and mappings, on the device."""
+    """Move tensors inside tuples, lists and mappings to the device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple | list):
@@ -248,7 +248,7 @@ def _move(value: Any, device: torch.device) -> Any:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation inside the block; every module gets its own mode back."""
+    """Switch to evaluation inside the context; then restore the mode of every module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,1 +1,1 @@
-"""Which channels are removed: their scores, the widths of all blocks, the allocation."""
+"""Removal of channels: their scores, the widths of all blocks, the allocation."""

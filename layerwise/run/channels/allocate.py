@@ -1,7 +1,7 @@
-"""How much to remove where: least summed error for a budget over the whole model.
+"""Allocation of a budget over the whole model with the least summed error.
 
-Every curve says what it costs a layer to lose 0, 1, 2, ... units. The allocation takes at
-least `budget` away, in parameters, bytes or operations: whatever the costs are in. See
+Every curve gives the error of a layer without 0, 1, 2, ... of its units. The allocation
+removes at least `budget`, in the unit of the costs: parameters, bytes or operations. See
 :mod:`layerwise.run.channels.knapsack` for the optimisation, and
 :mod:`layerwise.run.channels.rankings` for the rules of the papers.
 """
@@ -21,19 +21,19 @@ from layerwise.run.channels.knapsack import ROUNDING, Options, choose
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """Error of one structure of one layer by the number of units that are removed.
+    """Error of one structure of one layer, by the number of removed units.
 
     Parameters
     ----------
     name
         Unique name, such as ``"model.layers.0.mlp"``.
     kind
-        What is removed, such as ``"mlp"`` or ``"heads"``; curves of one kind can be tied.
+        Kind of the units, such as ``"mlp"`` or ``"heads"``; curves of one kind can be tied.
     errors
         Error after removing 0, 1, ..., k units, shape (k + 1,). Any finite numbers: a
         curve need not be convex or monotone.
     cost
-        What one unit saves, above zero.
+        Cost that one removed unit saves, above zero.
     """
 
     name: str
@@ -46,8 +46,8 @@ class Curve:
         object.__setattr__(self, "errors", errors)
         if errors.dim() != 1 or len(errors) < 2:
             message = (
-                f"{self.name}: errors are those of removing 0, 1, ... units, got shape "
-                f"{tuple(errors.shape)}"
+                f"{self.name}: errors must be a vector with an entry for 0, 1, ... removed "
+                f"units, got shape {tuple(errors.shape)}"
             )
             raise UsageError(message)
         if not bool(torch.isfinite(errors).all()):
@@ -60,27 +60,27 @@ class Curve:
 
     @property
     def units(self) -> int:
-        """Number of units that are there."""
+        """Number of units before the removal."""
         return len(self.errors) - 1
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What to remove.
+    """Numbers of units to remove.
 
     Parameters
     ----------
     removed
-        Number of units by name of the curve.
+        Number of removed units by name of the curve.
     price
-        Marginal error of a unit of cost: slope of the optimum of the linear relaxation at
-        the budget, from below. Multiply by 1 % of the model to see what 1 % more costs.
+        Marginal error per unit of cost: slope of the optimum of the linear relaxation at
+        the budget, from below. Multiplied by 1 % of the model, it is the error of 1 % more.
     cost
-        Cost that is removed, at least the budget.
+        Removed cost, at least the budget.
     error
         Sum of the errors of all curves at their counts.
     gap
-        What `error` may lie above the optimum; 0 if it is proven to be the optimum.
+        Largest possible distance of `error` from the optimum; 0 if `error` is optimal.
     """
 
     removed: dict[str, int]
@@ -97,7 +97,7 @@ def allocate(
     tie: Literal["kind"] | None = None,
     multiple: int | Mapping[str, int] = 1,
 ) -> Allocation:
-    """Remove at least `budget` with the least summed error; the optimum, not a heuristic.
+    """Remove at least `budget` with the least summed error: the optimum, not a heuristic.
 
     Parameters
     ----------
@@ -107,20 +107,20 @@ def allocate(
         Least cost to remove. It is exceeded by less than one step of some curve.
     tie
         ``"kind"``: all curves of a kind lose the same number of units, as a stock
-        configuration needs it. They must have equally many.
+        configuration requires. They must have the same number of units.
     multiple
-        What stays is a multiple of this number, or everything, so that kernels like the
-        widths; one number, or one per kind (1 where a kind is absent).
+        Number that must divide the count of remaining units, unless all of them remain;
+        kernels are faster at such widths. One number, or one per kind (1 for other kinds).
 
     Returns
     -------
     Allocation
-        At least one unit stays everywhere, and `multiple` units where there are as many.
+        Every curve keeps at least one unit, or `multiple` units if it has that many.
 
     Raises
     ------
     UsageError
-        If the curves cannot reach the budget; the message says what they can.
+        If the curves cannot reach the budget; the message gives the largest possible one.
     """
     _check(curves, budget)
     groups = _tied(curves) if tie == "kind" else [[curve] for curve in curves]
@@ -129,29 +129,29 @@ def allocate(
     most = sum(float(options.costs[-1]) for options in classes)
     if budget > most * (1 + ROUNDING):
         message = (
-            f"a budget of {budget:g} is out of reach: {most:g} of "
-            f"{sum(curve.units * curve.cost for curve in curves):g} can be removed at most"
+            f"a budget of {budget:g} is out of reach: at most {most:g} of "
+            f"{sum(curve.units * curve.cost for curve in curves):g} can be removed"
         )
         raise UsageError(message)
-    found = choose(classes, budget)
+    solution = choose(classes, budget)
     removed = {
         curve.name: int(kept[at])
-        for group, kept, at in zip(groups, counts, found.options, strict=True)
+        for group, kept, at in zip(groups, counts, solution.options, strict=True)
         for curve in group
     }
     return Allocation(
         removed={curve.name: removed[curve.name] for curve in curves},
-        price=found.price,
+        price=solution.price,
         cost=math.fsum(removed[curve.name] * curve.cost for curve in curves),
         error=math.fsum(float(curve.errors[removed[curve.name]]) for curve in curves),
-        gap=found.gap,
+        gap=solution.gap,
     )
 
 
 def _check(curves: Sequence[Curve], budget: float) -> None:
     names = [curve.name for curve in curves]
     if not names:
-        message = "there is nothing to allocate to: give at least one curve"
+        message = "an allocation needs at least one curve: give one"
         raise UsageError(message)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -172,7 +172,7 @@ def _tied(curves: Sequence[Curve]) -> list[list[Curve]]:
             if curve.units != members[0].units:
                 message = (
                     f"{curve.name} has {curve.units} units and {members[0].name} has "
-                    f"{members[0].units}: one count for every {kind} needs equal widths; "
+                    f"{members[0].units}: tied curves of kind {kind} need equal widths; "
                     f"allocate without tie"
                 )
                 raise UsageError(message)
@@ -190,7 +190,7 @@ def _counts(curve: Curve, multiple: int | Mapping[str, int]) -> list[int]:
 
 
 def _options(group: Sequence[Curve], counts: Sequence[int]) -> Options:
-    """Costs and errors of removing these counts from every curve of a group."""
+    """Costs and errors of removing each of these counts from every curve of a group."""
     errors = sum(torch.as_tensor(curve.errors)[list(counts)] for curve in group)
     cost = math.fsum(curve.cost for curve in group)
     return Options(

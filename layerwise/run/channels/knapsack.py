@@ -1,4 +1,4 @@
-r"""The multiple-choice knapsack: one option of every class, enough cost, least error.
+r"""The multiple-choice knapsack: one option per class, enough cost, least error.
 
 .. math:: \min_x \sum_i e_i(x_i) \quad\text{subject to}\quad
           b \le \sum_i c_i(x_i) < b + \text{largest step},
@@ -8,12 +8,13 @@ where x_i is an option of class i. Three steps, all exact:
 1. The linear relaxation replaces every curve e_i(c_i) by its lower convex hull. Its
    solution takes the segments of all hulls in the order of their slopes until the budget
    is met; the slope of the last one is the price p of a unit of cost.
-2. At that price an option can be charged ``r = e - p c - min(e - p c) >= 0``, and any
-   choice costs the sum of its charges plus p times its overshoot above the relaxation. So
-   an option whose charge alone reaches that of a known choice is in no better one.
-3. What is left is small. Its choices are enumerated class by class; of those that cost
-   the same only the best is carried on, which keeps them few, since costs are multiples
-   of a few numbers.
+2. At that price an option has the charge ``r = e - p c - min(e - p c) >= 0``. The error of
+   any choice exceeds the relaxation by the sum of its charges plus p times its overshoot
+   of the budget. So an option whose charge alone reaches the excess of a known choice is
+   not part of a better one.
+3. The remaining options are few. Their choices are enumerated class by class. Of partial
+   choices with the same cost only the best is kept, so their number stays small, because
+   costs are multiples of a few numbers.
 
 References
 ----------
@@ -31,8 +32,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
-ROUNDING = 1e-12  # of the cost of everything, by which a budget may be missed
-MOST_STATES = 1 << 13  # partial choices that are carried on
+ROUNDING = 1e-12  # share of the total cost by which a budget may be missed
+MOST_STATES = 1 << 13  # partial choices that are kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,24 +45,24 @@ class Options:
 
     @property
     def largest_step(self) -> float:
-        """Largest cost between neighbours; zero if there is one option."""
+        """Largest cost between neighbours; zero for a single option."""
         return float(np.diff(self.costs).max(initial=0.0))
 
 
 @dataclass(frozen=True)
-class Choice:
+class KnapsackSolution:
     """Index of the chosen option of every class.
 
     Parameters
     ----------
     options
-        The answer. Of equal errors, one from which no single step can be given back.
+        Chosen options. Among equal errors, a choice from which no step can be given back.
     price
-        Slope of the relaxed optimum at the budget, from below; zero if it is met by
-        options that have the least error anyway.
+        Slope of the relaxed optimum at the budget, from below; zero if the options of least
+        error meet the budget.
     gap
-        What the error may lie above the optimum: zero if it is proven to be the optimum,
-        otherwise its distance from the relaxation.
+        Largest possible distance of the error from the optimum: zero if it is proven to be
+        optimal, otherwise its distance from the relaxation.
     """
 
     options: list[int]
@@ -69,8 +70,8 @@ class Choice:
     gap: float
 
 
-def choose(classes: Sequence[Options], budget: float) -> Choice:
-    """Options of least error that together cost at least `budget`.
+def choose(classes: Sequence[Options], budget: float) -> KnapsackSolution:
+    """Choose options of least error that together cost at least `budget`.
 
     Parameters
     ----------
@@ -87,18 +88,18 @@ def choose(classes: Sequence[Options], budget: float) -> Choice:
     core = _Core(classes, [_charges(options, price) for options in classes], price, window)
     known = _round_up(classes, core.charges, relaxed, split, window)
     proven = False
-    while not proven:  # a better choice leaves a smaller core, which may then be proven
-        found, proven = core.search(known)
-        if core.excess(found) >= core.excess(known):
+    while not proven:  # a better choice gives a smaller core, which may then be proven
+        better, proven = core.search(known)
+        if core.excess(better) >= core.excess(known):
             break
-        known = found
+        known = better
     gap = 0.0 if proven else core.excess(known)
-    return Choice(_give_back(classes, known, window), price, gap)
+    return KnapsackSolution(_give_back(classes, known, window), price, gap)
 
 
 @dataclass(frozen=True)
 class _Window:
-    """Total costs that are accepted: at least `least`, and less than `width` above it."""
+    """Accepted total costs: at least `least`, and less than `width` above it."""
 
     least: float
     width: float
@@ -117,13 +118,13 @@ def _charges(options: Options, price: float) -> Array:
 def _relaxation(
     classes: Sequence[Options], budget: float
 ) -> tuple[list[int], int | None, float]:
-    """Vertices below the relaxed optimum, the class that is split there, its slope."""
+    """Hull vertices below the relaxed optimum, the class split there, and its slope."""
     hulls = [_hull(options) for options in classes]
     choice = [hull[0] for hull in hulls]
     segments = []
     for index, (options, hull) in enumerate(zip(classes, hulls, strict=True)):
         rise, run = np.diff(options.errors[hull]), np.diff(options.costs[hull])
-        slopes = np.maximum.accumulate(rise / run)  # convex, rounding aside
+        slopes = np.maximum.accumulate(rise / run)  # convex up to rounding
         ends = zip(slopes.tolist(), hull[1:], strict=True)
         segments += [(slope, index, end) for slope, end in ends]
     segments.sort(key=lambda segment: segment[0])  # stable: within a class by cost
@@ -141,7 +142,7 @@ def _relaxation(
 
 
 def _hull(options: Options) -> list[int]:
-    """Vertices of the lower convex hull from the option of least error on."""
+    """Vertices of the lower convex hull, starting at the option of least error."""
     costs, errors = options.costs.tolist(), options.errors.tolist()
     first = int(options.errors.argmin())
     hull = [first]
@@ -163,21 +164,21 @@ def _round_up(
     split: int | None,
     window: _Window,
 ) -> list[int]:
-    """A choice inside the window near the relaxed one."""
+    """A choice inside the window, near the relaxed one."""
     choice = list(relaxed)
     if split is not None:
         needed = window.least - _cost(classes, choice) + classes[split].costs[choice[split]]
-        # the segment that crosses the budget ends at an option that is dear enough
+        # the segment that crosses the budget ends at an option with enough cost
         enough = np.flatnonzero(classes[split].costs >= needed)
         choice[split] = int(enough[charges[split][enough].argmin()])
-    # where errors fall by themselves, more than the budget may have gone
+    # if errors fall with the cost, the choice may exceed the budget by too much
     while any(choice) and _cost(classes, choice) - window.least >= window.width:
         choice[_cheapest_step_back(classes, choice)] -= 1
     return choice
 
 
 def _cheapest_step_back(classes: Sequence[Options], choice: Sequence[int]) -> int:
-    """Class in which one step less costs the least error."""
+    """Class in which one step less adds the least error."""
     return min(
         (index for index, at in enumerate(choice) if at),
         key=lambda i: classes[i].errors[choice[i] - 1] - classes[i].errors[choice[i]],
@@ -186,7 +187,7 @@ def _cheapest_step_back(classes: Sequence[Options], choice: Sequence[int]) -> in
 
 @dataclass(frozen=True, eq=False)
 class _Core:
-    """Search among the options that could still beat a known choice."""
+    """Search among the options that can still improve a known choice."""
 
     classes: Sequence[Options]
     charges: Sequence[Array]
@@ -200,7 +201,7 @@ class _Core:
         return paid + self.price * max(spare, 0.0)
 
     def search(self, known: list[int]) -> tuple[list[int], bool]:
-        """Best choice, and whether nothing was left out that could be better."""
+        """Best choice, and whether the search was complete."""
         bound = self.excess(known) * (1 - ROUNDING)
         if bound <= 0:
             return known, True
@@ -213,7 +214,7 @@ class _Core:
             for options, kept, at in zip(self.classes, left, known, strict=True)
         ]
         low, high = (_tails([pick(m) for m in moves]) for pick in (np.min, np.max))
-        # per partial choice: overshoot if all other classes stay as known, charges so far
+        # per partial choice: overshoot with all other classes as known, charges so far
         over = np.array([_cost(self.classes, known) - self.window.least])
         paid = np.zeros(1)
         trail: list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]] = []
@@ -232,16 +233,16 @@ class _Core:
             trail.append(np.divmod(alive, len(kept)))
             over, paid = over[alive], paid[alive]
         state = int((paid + self.price * np.maximum(over, 0)).argmin())
-        found = []
+        choice = []
         for kept, (parent, option) in zip(reversed(left), reversed(trail), strict=True):
-            found.append(int(kept[option[state]]))
+            choice.append(int(kept[option[state]]))
             state = int(parent[state])
-        return found[::-1], proven
+        return choice[::-1], proven
 
     def _best_of_equal_cost(
         self, alive: npt.NDArray[np.intp], over: Array, paid: Array
     ) -> tuple[npt.NDArray[np.intp], bool]:
-        """One partial choice per cost; too many costs are taken for equal in pairs."""
+        """One partial choice per cost; if there are too many costs, merge close ones."""
         cell = max(self.window.least, self.window.width) * ROUNDING
         complete = True
         while True:
@@ -255,14 +256,14 @@ class _Core:
 
 
 def _tails(values: Sequence[float]) -> Array:
-    """Sums of all values behind each one."""
+    """Sums of all values after each one."""
     return np.append(np.cumsum(np.asarray(values)[::-1])[::-1], 0.0)[1:]
 
 
 def _give_back(
     classes: Sequence[Options], choice: Sequence[int], window: _Window
 ) -> list[int]:
-    """Undo steps that bought nothing: the budget holds without them, the error too."""
+    """Undo steps that neither the budget nor the error needs."""
     given = list(choice)
     spare = _cost(classes, given) - window.least
     for index, options in enumerate(classes):

@@ -1,20 +1,20 @@
-r"""How much to remove where, by the rules of the papers: ratios and rankings of scores.
+r"""Allocation by the rules of the papers: ratios and rankings of scores.
 
-These rules compare with :func:`layerwise.run.channels.allocate.allocate`, which minimises
-the error instead. FLAP names its rules by layers (uniform UL, adaptive AL) and by modules
-(uniform UM, manual MM, adaptive AM); UL-UM is :func:`uniform`.
+These rules serve as a comparison for :func:`layerwise.run.channels.allocate.allocate`,
+which minimises the error instead. FLAP names its rules by layers (uniform UL, adaptive AL)
+and by modules (uniform UM, manual MM, adaptive AM); UL-UM is :func:`uniform`.
 
-The adaptive rules rank units of different layers by one number. The scores of a layer's
-channels are standardised, ``z = (s - mean) / std`` with the unbiased deviation, and a unit
-of several channels, such as a head, has the mean of theirs. Costs come from the model: a
-head of an MHA LLaMA costs 512/3 neurons, the constant of the published code.
+The adaptive rules rank units of different layers by one number. The scores of the channels
+of a layer are standardised, ``z = (s - mean) / std`` with the unbiased deviation. A unit of
+several channels, such as a head, has their mean. Costs come from the model: a head of an
+MHA LLaMA costs 512/3 neurons, the constant of the published code.
 
 References
 ----------
 .. [1] Y. An et al., "Fluctuation-based Adaptive Structured Pruning for Large Language
    Models", AAAI 2024, arXiv:2312.11983, section 3 (adaptive structure search).
 .. [2] "FASP: Fast and Accurate Structured Pruning of Large Language Models",
-   arXiv:2501.09412 (queries and keys stay, the rest is pruned more).
+   arXiv:2501.09412 (queries and keys are not pruned, the rest is pruned more).
 """
 
 import math
@@ -39,14 +39,14 @@ class Units:
     name
         Unique name, such as ``"model.layers.0.mlp"``.
     layer
-        Block it belongs to.
+        Block of the structure.
     kind
         ``"mlp"``, ``"heads"``, ...
     scores
         Larger = keep; shape (units,), or (units, channels) where a unit has several. With
         grouped queries a unit is a head of keys and values with all its queries.
     cost
-        What one unit saves.
+        Cost that one removed unit saves.
     """
 
     name: str
@@ -61,8 +61,8 @@ class Units:
         object.__setattr__(self, "scores", scores)
         if scores.dim() != 2 or not scores.numel() or not bool(scores.isfinite().all()):
             message = (
-                f"{self.name}: scores are finite, of shape (units,) or (units, channels); "
-                f"got {tuple(self.scores.shape)}"
+                f"{self.name}: scores must be finite, of shape (units,) or (units, "
+                f"channels); got shape {tuple(self.scores.shape)}"
             )
             raise UsageError(message)
         if not (math.isfinite(self.cost) and self.cost > 0):
@@ -83,7 +83,7 @@ class Units:
         """Mean standardised score of every unit, shape (units,); zero if all are equal."""
         scores = self.scores.square() if squared else self.scores
         centred = scores - scores.mean()
-        # round-off of the mean is no deviation
+        # round-off of the mean does not count as deviation
         noise = scores.abs().max() * torch.finfo(scores.dtype).eps * scores.numel()
         if scores.numel() < 2 or bool(centred.abs().max() <= noise):
             return torch.zeros(self.count, dtype=scores.dtype)
@@ -91,14 +91,14 @@ class Units:
 
 
 def uniform(units: Sequence[Units], fraction: float | Fraction) -> dict[str, int]:
-    """FLAP's UL-UM: the floor of the same fraction of units everywhere; one stays.
+    """FLAP's UL-UM: remove the floor of the same fraction of units everywhere.
 
     Parameters
     ----------
     units
         The structures.
     fraction
-        Share of the units to remove, in [0, 1).
+        Share of the units to remove, in [0, 1), so that at least one unit is kept.
     """
     share = _share(fraction)
     return {u.name: int(share * u.count) for u in units}
@@ -107,7 +107,7 @@ def uniform(units: Sequence[Units], fraction: float | Fraction) -> dict[str, int
 def raised_fraction(
     units: Sequence[Units], fraction: float | Fraction, total: float
 ) -> Fraction:
-    """Fraction of what can be pruned that is `fraction` of all of it: FASP's rule.
+    """Fraction of the prunable cost that equals `fraction` of the total: FASP's rule.
 
     OPT without its queries and keys has 10/12 of its parameters, so 20 % becomes 24 %.
 
@@ -118,14 +118,14 @@ def raised_fraction(
     fraction
         Share of `total` to remove, in [0, 1).
     total
-        Cost of the whole, such as all parameters of the blocks.
+        Total cost, such as all parameters of the blocks.
     """
     prunable = sum(Fraction(u.cost) * u.count for u in units)
     raised = _share(fraction) * Fraction(total) / prunable
     if raised >= 1:
         message = (
-            f"{float(fraction):g} of {total:g} is all that can be pruned here, "
-            f"{float(prunable):g}, or more; ask for less than {float(prunable) / total:.4g}"
+            f"{float(fraction):g} of {total:g} is out of reach: only {float(prunable):g} "
+            f"can be pruned; ask for less than {float(prunable) / total:.4g}"
         )
         raise UsageError(message)
     return raised
@@ -134,14 +134,14 @@ def raised_fraction(
 def fasp(
     units: Sequence[Units], fraction: float | Fraction, total: float
 ) -> dict[str, int]:
-    """FASP: :func:`uniform` with the fraction raised for what is never pruned."""
+    """FASP: :func:`uniform` with a fraction raised for the parameters that stay dense."""
     return uniform(units, raised_fraction(units, fraction, total))
 
 
 def ul_mm(
     units: Sequence[Units], fraction: float | Fraction, manual: Mapping[str, int]
 ) -> dict[str, int]:
-    """FLAP's UL-MM: counts of some kinds are given, one kind makes up the rest per layer.
+    """FLAP's UL-MM: given counts for some kinds; one kind makes up the rest of a layer.
 
     Parameters
     ----------
@@ -150,7 +150,7 @@ def ul_mm(
     fraction
         Share of the cost of every layer to remove, in [0, 1).
     manual
-        Units to remove over all layers, by kind; every layer loses its floor of the mean.
+        Units to remove over all layers, by kind; every layer loses the floor of the mean.
     """
     free = _free_kind(units, manual)
     removed: dict[str, int] = {}
@@ -171,7 +171,7 @@ def ul_mm(
 def al_mm(
     units: Sequence[Units], fraction: float | Fraction, manual: Mapping[str, int]
 ) -> dict[str, int]:
-    """FLAP's AL-MM: totals by kind as in :func:`ul_mm`, ranked over all layers.
+    """FLAP's AL-MM: totals by kind as in :func:`ul_mm`, with rankings over all layers.
 
     Parameters
     ----------
@@ -199,7 +199,7 @@ def al_mm(
 def al_am(
     units: Sequence[Units], fraction: float | Fraction, *, compat: bool = False
 ) -> dict[str, int]:
-    """FLAP's AL-AM: one ranking of all units, cut where the cost is closest to the aim.
+    """FLAP's AL-AM: one ranking of all units, cut at the cost closest to the target.
 
     Parameters
     ----------
@@ -208,29 +208,29 @@ def al_am(
     fraction
         Share of the whole cost to remove, in [0, 1).
     compat
-        Choose as the published code does: scores of heads are squared once more, and a
-        unit must lie strictly above the threshold to stay, so that the unit at the
-        threshold and its ties go as well. One unit of each structure stays even then.
+        Choose as the published code does: scores of heads are squared once more, and a unit
+        is kept only strictly above the threshold, so that the unit at the threshold and its
+        ties are removed as well. One unit of each structure is kept even then.
 
     Raises
     ------
     UsageError
-        If the aim cannot be reached while one unit of each structure stays.
+        If the target cannot be reached with one unit of each structure kept.
     """
     total = sum(u.total for u in units)
-    aim = float(_share(fraction)) * total
+    target = float(_share(fraction)) * total
     most = sum(u.total - u.cost for u in units)
-    if aim > most:
+    if target > most:
         message = (
-            f"{float(fraction):g} of {total:g} is out of reach: {most:g} can be removed if "
-            f"one unit of each structure stays"
+            f"{float(fraction):g} of {total:g} is out of reach: one unit of each structure "
+            f"is kept, so at most {most:g} can be removed"
         )
         raise UsageError(message)
     if compat:
-        return _published_cut(units, total - aim)
+        return _published_cut(units, total - target)
     ranking = _ranking(units)
     costs = [0.0, *(units[owner].cost for owner in ranking)]
-    distance = (torch.tensor(costs, dtype=torch.float64).cumsum(0) - aim).abs()
+    distance = (torch.tensor(costs, dtype=torch.float64).cumsum(0) - target).abs()
     return _counted(units, ranking[: int(distance.argmin())])
 
 
@@ -247,15 +247,15 @@ def _published_cut(units: Sequence[Units], kept_cost: float) -> dict[str, int]:
 
 
 def _ranking(units: Sequence[Units]) -> list[int]:
-    """Structure of every unit that may go, the least important first.
+    """Structure of every unit that may be removed, the least important first.
 
-    The best unit of each structure is left out: it stays.
+    The best unit of each structure is always kept, so it is not in the ranking.
     """
     z = [u.standardised().sort(stable=True).values[:-1] for u in units]
     owner = torch.cat([torch.full(s.shape, index) for index, s in enumerate(z)])
     order = torch.cat(z).argsort(stable=True)
-    found: list[int] = owner[order].tolist()
-    return found
+    ranking: list[int] = owner[order].tolist()
+    return ranking
 
 
 def _counted(units: Sequence[Units], chosen: Sequence[int]) -> dict[str, int]:
@@ -264,7 +264,7 @@ def _counted(units: Sequence[Units], chosen: Sequence[int]) -> dict[str, int]:
 
 
 def _share(fraction: float | Fraction) -> Fraction:
-    """The fraction as it is written, free of binary rounding."""
+    """The fraction as written, without binary rounding."""
     if not 0 <= fraction < 1:
         message = f"the fraction to remove must lie in [0, 1), got {float(fraction):g}"
         raise UsageError(message)
@@ -277,8 +277,8 @@ def _free_kind(units: Sequence[Units], manual: Mapping[str, int]) -> str:
     known = set(manual) <= set(kinds) and all(count >= 0 for count in manual.values())
     if len(free) != 1 or not known:
         message = (
-            f"manual gives counts >= 0 for all kinds but one of {', '.join(kinds)}; got "
-            f"{dict(manual)}"
+            f"manual must give counts >= 0 for all kinds but one of {', '.join(kinds)}; "
+            f"got {dict(manual)}"
         )
         raise UsageError(message)
     return free[0]
@@ -287,8 +287,8 @@ def _free_kind(units: Sequence[Units], manual: Mapping[str, int]) -> str:
 def _affordable(rest: Fraction, cost: float, kind: str) -> int:
     if rest < 0:
         message = (
-            f"the manual counts alone exceed the budget, nothing is left for {kind}: "
-            f"lower them or remove more"
+            f"the manual counts alone exceed the budget, with nothing left for {kind}: "
+            f"lower them or raise the fraction"
         )
         raise UsageError(message)
     return int(rest / Fraction(cost))

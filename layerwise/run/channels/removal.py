@@ -1,4 +1,4 @@
-"""Channels are removed: the model gets smaller."""
+"""Removal of channels, which makes the model smaller."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -49,7 +49,7 @@ from layerwise.run.pipeline.task import Task
 from layerwise.run.stopwatch import timed
 from layerwise.solvers.columns import ColumnPruning
 
-SURVEYED = ("optimal", "al-mm", "al-am", COMPAT_RULE)  # look at every layer first
+SURVEYED = ("optimal", "al-mm", "al-am", COMPAT_RULE)  # rules that need a survey
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ class RemoveChannels:
     Parameters
     ----------
     method, structure
-        How it is done, and what is asked.
+        Method that chooses and restores, and the requested structure.
     """
 
     method: Method
     structure: Structure
 
     @classmethod
-    def asked(cls, method: Method, amount: Amount) -> "RemoveChannels | None":
-        """Return what the arguments of a run ask for, or None if it is another kind."""
+    def from_arguments(cls, method: Method, amount: Amount) -> "RemoveChannels | None":
+        """Create the removal from the arguments of a run; None if they mean zeros."""
         structure = choose_structure(method.solver, amount)
         if structure is None:
             return None
@@ -75,7 +75,7 @@ class RemoveChannels:
 
     @property
     def pattern(self) -> None:
-        """No zeros stay: what is removed is gone."""
+        """No pattern: removed channels do not remain as zeros."""
 
     @property
     def needs_whole_model(self) -> bool:
@@ -94,18 +94,18 @@ class RemoveChannels:
         """Every smaller model can be written to a folder."""
 
     def for_model(self, model_type: str) -> "RemoveChannels":
-        """SparseGPT removes no columns, so the warm start is Wanda's for every model."""
+        """Set the warm start to Wanda, because SparseGPT does not remove columns."""
         return replace(self, method=self.method.with_start("wanda"))
 
     def select(
         self, opened: OpenedModel, targets: Sequence[str], ignore: Sequence[str]
     ) -> ChannelSelection:
-        """Choose the channels that take part.
+        """Select the channels that take part.
 
         Raises
         ------
         UsageError
-            The format has no place for the result, or too much is asked.
+            The format cannot represent the result, or the sparsity is too high.
         InvalidProblemError
             The method does not handle whole columns.
         """
@@ -122,42 +122,42 @@ class RemoveChannels:
         if self._rule in SURVEYED and not isinstance(method.solver, ColumnPruning):
             message = (
                 f"allocation {self._rule} reads the scores of columns, which {method.name} "
-                f"does not give: choose uniform, or a method such as columns, fasp or flap"
+                f"does not have: choose uniform, or a method such as columns, fasp or flap"
             )
             raise UsageError(message)
         if self._restoration == "bias" and not self._holds_bias(opened, selection):
             names = coupling_names(opened.adapter, structure)
             check_format(opened.model, opened.adapter, names, "stock", bias=True)
-        check_reachable(structure, selection.places, selection.total)
+        check_reachable(structure, selection.all_sites, selection.total)
         if self._rule not in SURVEYED:
             self._widths(selection, {})
         return selection
 
     def notes(self, run: Run[ChannelSelection]) -> list[str]:
-        """What the format changes about what was asked."""
+        """Remarks on the differences between the requested structure and the format."""
         structure, adapter = self.structure, run.opened.adapter
-        asked = COUPLINGS[structure.kind]
+        requested = COUPLINGS[structure.kind]
         taken = coupling_names(adapter, structure)
         notes = [
             f"the stock format of {adapter.name} has no place for fewer {coupling.name}: "
-            f"they stay, and {' and '.join(taken)} make up for them"
+            f"they are kept, and {' and '.join(taken)} are pruned more"
             for coupling in adapter.couplings
-            if coupling.name in asked and coupling.name not in taken
+            if coupling.name in requested and coupling.name not in taken
         ]
         intercept = self._restoration == "intercept"
         if intercept and not self._holds_bias(run.opened, run.selection):
             notes.append(
                 f"the stock format of {adapter.name} has no place for the biases of "
-                f"{self.method.name}: weights are refitted without"
+                f"{self.method.name}: weights are refitted without biases"
             )
         return notes
 
     def disk_needed(self, run: Run[ChannelSelection]) -> int:
-        """Not known before the widths are."""
+        """Return 0: unknown before the widths are chosen."""
         return 0
 
     def prepare(self, run: Run[ChannelSelection]) -> "ChosenChannels":
-        """Choose the widths of all blocks, after a survey of the model if need be."""
+        """Choose the widths of all blocks, after a survey of the model if needed."""
         selection = run.selection
         holds_bias = self._holds_bias(run.opened, selection)
         method = ChannelMethod(self.method, str(self.structure), holds_bias)
@@ -174,7 +174,7 @@ class RemoveChannels:
         )
 
     def recipe_fields(self) -> dict[str, Any]:
-        """Fields of a recipe that ask for this again."""
+        """Fields of a recipe that describe this removal."""
         structure = self.structure
         return {
             **self.method.recipe_fields(),
@@ -197,12 +197,12 @@ class RemoveChannels:
         self, selection: ChannelSelection, findings: Mapping[str, Finding]
     ) -> tuple[dict[str, int], Allocation | None]:
         return choose_widths(
-            self.structure, self.method.name, selection.places, selection.total, findings
+            self.structure, self.method.name, selection.all_sites, selection.total, findings
         )
 
     def _holds_bias(self, opened: OpenedModel, selection: ChannelSelection) -> bool:
         """Whether the main consumers can get a bias in the format of the run."""
-        mains = {site.main for site in selection.places}
+        mains = {site.main for site in selection.all_sites}
         return self.structure.format == "native" or all(
             holds_bias(opened.model, opened.adapter, name) for name in mains
         )
@@ -210,20 +210,20 @@ class RemoveChannels:
 
 @dataclass(frozen=True)
 class ChosenChannels:
-    """Channels with the widths that all blocks will have.
+    """A removal of channels with the widths of all blocks.
 
     Parameters
     ----------
     method, structure
-        How channels are removed, and what was asked.
+        Method that chooses and restores channels, and the requested structure.
     sites
         Couplings by the full name of the block, in the order of the data flow.
     keep
-        Units that stay, of every head, by the name of the site.
+        Number of kept units per head, by the name of the site.
     before
         Hash of every tensor of the dense model; empty if nothing is written.
     allocation
-        How the widths were optimised, if they were.
+        Result of the optimisation of the widths, or None.
     """
 
     method: ChannelMethod
@@ -234,7 +234,7 @@ class ChosenChannels:
     allocation: Allocation | None
 
     def findings(self, run: Run[ChannelSelection]) -> list[str]:
-        """What the widths should cost."""
+        """Predicted loss of the widths."""
         if self.allocation is None:
             return []
         percent = self.allocation.price * run.selection.total / 100
@@ -254,7 +254,7 @@ class ChosenChannels:
         on_layer: OnLayer = lambda record: None,
         dense: DenseSide | None = None,
     ) -> PrunedBlock:
-        """Make the columns of removed channels zero in a block, in place."""
+        """Set the columns of removed channels of a block to zero, in place."""
         if task.staged:
             stages = self.stages_of(inputs)
             dense = dense or DenseSide(inputs, stages, task.device)
@@ -269,7 +269,7 @@ class ChosenChannels:
         return restoration.result
 
     def finish(self, run: Run[ChannelSelection], store: BlockStore) -> Removed:
-        """Cut the model, in place, to the channels that stay."""
+        """Cut the model, in place, to the kept channels."""
         masks: dict[str, Tensor] = {}
         cuts = []
         for index, block in enumerate(run.selection.blocks):
@@ -281,15 +281,15 @@ class ChosenChannels:
                     kept = torch.unique(site.channels.groups[done.masks[site.main][0]])
                     cuts.append(Cut(block, site.coupling.name, kept))
         make_smaller(run.opened.model, run.opened.adapter, cuts, self.structure)
-        found = self.allocation
+        allocation = self.allocation
         shrunk = Shrunk(
             cuts,
             self.structure.format,
             self.before,
             run.selection.total,
             parameters_of(run.selection.blocks),
-            None if found is None else found.error,
-            None if found is None else found.price,
+            None if allocation is None else allocation.error,
+            None if allocation is None else allocation.price,
         )
         return Removed(masks, shrunk=shrunk)
 

@@ -1,9 +1,9 @@
-"""Channels of a block: choose which stay, restore the layers that read them.
+"""Channels of a block: choose the kept ones, restore the layers that read them.
 
-Couplings are taken in the order of the data flow. The channels of one are chosen on its
-main consumer; further consumers, such as ``x_proj`` of Mamba, are restored on the same
-channels before it. The block keeps its shapes here: the columns of removed channels are
-exactly zero, which makes the block compute what the smaller one will
+Couplings are processed in the order of the data flow. The channels of a coupling are chosen
+on its main consumer; further consumers, such as ``x_proj`` of Mamba, are restored on the
+same channels before it. The block keeps its shapes here. The columns of removed channels
+are exactly zero, so the block computes the same as the smaller one
 (:mod:`layerwise.run.models.surgery`).
 """
 
@@ -43,14 +43,14 @@ class ChannelMethod:
     ----------
     method
         Solver and damping.
-    asked
+    label
         What is removed, in words, for the records.
     holds_bias
         Whether the main consumers can get a bias in the format of the run.
     """
 
     method: Method
-    asked: str
+    label: str
     holds_bias: bool = True
 
     def solver_of(self, site: Site, consumer: str) -> Any:
@@ -66,12 +66,12 @@ class Restoration:
     Parameters
     ----------
     method, task, inputs, on_layer
-        How it is done, to which block, and who is told.
+        Method and task, the block, and the function that is called after every matrix.
     collected
-        Moments of the dense block by linear, where no stage sees another's effect.
+        Moments of the dense block by linear, for independent stages.
     dense
-        The block as it was; with it, moments are collected when they are needed, from it
-        and from the block as it is by then.
+        The dense side of the block. With it, moments are collected when they are needed,
+        from the dense block and from the block with the weights written so far.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Restoration:
         self._write(site, main, pattern)
 
     def problem(self, name: str, pattern: Pattern) -> LayerProblem:
-        """Problem of one consumer of the block as it is now."""
+        """Problem of one consumer of the block with its current weights."""
         task, accumulator = self._task, self._collect(name)
         return LayerProblem.from_moments(
             task.adapter.weight(self._inputs.block, name).contiguous(),
@@ -148,7 +148,7 @@ class Restoration:
                 stored,
                 error,
                 seconds,
-                self._method.asked,
+                self._method.label,
             )
         linear = task.adapter.linear(self._inputs.block, name)
         task.adapter.weight(self._inputs.block, name).copy_(stored)
@@ -163,7 +163,7 @@ class Restoration:
 
 
 def without_bias(solver: Solver) -> Solver:
-    """Return the same method where a layer has no place for a bias."""
+    """Return the method for a layer that cannot have a bias."""
     if not isinstance(solver, ColumnPruning):
         return solver
     if solver.restoration == "bias":
@@ -181,7 +181,7 @@ def stages_at(sites: Iterable[Site]) -> tuple[Stage, ...]:
 def collect(
     task: Task, inputs: BlockInputs, sites: Sequence[Site]
 ) -> dict[str, MomentAccumulator]:
-    """Moments of all consumers of a block as it is, by linear."""
+    """Moments of all consumers of a block with its current weights, by linear."""
     stages = stages_at(sites)
     accumulators = collect_at_once(task, replace(inputs, stages=stages))
     names = [stage.linears[0] for stage in stages]

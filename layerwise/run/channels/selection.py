@@ -1,4 +1,4 @@
-"""Which channels of which blocks take part in a run."""
+"""Selection of the channels that take part in a run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ from layerwise.run.pipeline.targets import refuse_shared, select
 
 
 class ChannelSelection:
-    """Which channels of which blocks take part, checked against the format."""
+    """Channels of the blocks that take part, checked against the format."""
 
     def __init__(
         self,
@@ -59,12 +59,13 @@ class ChannelSelection:
         self.total = parameters_of(self.blocks)
         if not self.names:
             message = (
-                f"ignore={list(ignore)} leaves no channels that could leave as a whole"
+                f"ignore={list(ignore)} excludes a consumer of every coupling, so channels "
+                f"cannot be removed: ignore fewer"
             )
             raise UsageError(message)
 
     @property
-    def places(self) -> list[Site]:
+    def all_sites(self) -> list[Site]:
         """All sites in the order of the model."""
         return [site for inside in self.sites.values() for site in inside]
 
@@ -74,7 +75,7 @@ class ChannelSelection:
 
 
 def _in_stock(model: Any, adapter: Adapter, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-    """Sites with the numbers of heads that a stock configuration accepts."""
+    """Add to the sites the numbers of heads that a stock configuration accepts."""
 
     def allowed(site: Site) -> frozenset[int]:
         counts = range(1, site.channels.units + 1)
@@ -88,28 +89,28 @@ def _in_stock(model: Any, adapter: Adapter, sites: tuple[Site, ...]) -> tuple[Si
 
 
 def coupling_names(adapter: Adapter, structure: Structure) -> tuple[str, ...]:
-    """Couplings of a structure that an architecture has and the format can drop.
+    """Couplings of a structure that the architecture has and the format can shrink.
 
     Raises
     ------
     UnsupportedModelError
         If no channels are declared for this architecture.
     UsageError
-        If the format can drop none of them.
+        If the format can shrink none of them.
     """
     if not adapter.couplings:
         families = ", ".join(ADAPTERS)
         message = (
-            f"no channels are declared for {adapter.name}, so it cannot become smaller; "
-            f"declared families: {families} (mamba2 without)"
+            f"no channels are declared for {adapter.name}, so it cannot become smaller: "
+            f"choose a model of {families} (except mamba2)"
         )
         raise UnsupportedModelError(message)
     known = [c for c in adapter.couplings if c.name in COUPLINGS[structure.kind]]
-    found = [c.name for c in known if structure.format != "stock" or c.stock]
-    if not found:
+    names = [c.name for c in known if structure.format != "stock" or c.stock]
+    if not names:
         message = (
             f"the stock format of {adapter.name} has no place for fewer "
             f"{', '.join(c.name for c in known)}: choose format native"
         )
         raise UsageError(message)
-    return tuple(found)
+    return tuple(names)

@@ -1,4 +1,4 @@
-"""Where channels can be removed: one coupling in one block."""
+"""Sites at which channels can be removed: one coupling in one block."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class Site:
     block
         Full name of the block.
     coupling, channels
-        The declaration, and what it is in this block.
+        The declaration, and its channels in this block.
     allowed
-        Numbers of units that the format has a place for; None: any.
+        Numbers of units that the format can represent; None: any.
     """
 
     block: str
@@ -34,18 +34,18 @@ class Site:
 
     @property
     def main(self) -> str:
-        """Linear on which channels are chosen, relative to the block."""
+        """Linear on which channels are chosen, by its name relative to the block."""
         return self.coupling.consumers[-1]
 
     @property
     def heads(self) -> int:
-        """Heads that must keep equally many units; 1 where units are free."""
+        """Number of heads that must keep equally many units; 1 if units are independent."""
         balance = self.channels.balance
         return 1 if balance is None else int(balance.max()) + 1
 
     @property
     def rounds(self) -> int:
-        """Units of every head: how often all heads can lose one."""
+        """Number of units per head, and so of rounds in which every head loses one."""
         return self.channels.units // self.heads
 
 

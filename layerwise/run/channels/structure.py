@@ -1,7 +1,7 @@
-"""What a structured run is asked: which channels may leave, how many, and in what format.
+"""Settings of a structured run: which channels are removed, how many, and the format.
 
-Sparsity is the fraction of the parameters of the decoder blocks that leaves. Channels that
-a format cannot drop stay, and the others make up for them.
+Sparsity is the fraction of the parameters of the decoder blocks that is removed. If a
+format cannot represent fewer channels of a kind, those are kept and others are pruned more.
 """
 
 from collections.abc import Mapping
@@ -26,13 +26,13 @@ COUPLINGS: Mapping[Kind, tuple[str, ...]] = {
 }
 PUBLISHED_KINDS: Mapping[str, Kind] = {"flap": "heads"}
 
-DEFAULT_MULTIPLE = 8  # widths that kernels like
+DEFAULT_MULTIPLE = 8  # kernels are faster at such widths
 OPTIONS = ("allocation", "format", "multiple")
 
 
 @dataclass(frozen=True)
 class Structure:
-    """Which channels leave, in place of a pattern for single weights.
+    """Which channels are removed, in place of a pattern for single weights.
 
     Parameters
     ----------
@@ -41,17 +41,17 @@ class Structure:
         channels of a state space model. ``"heads"``: channels of the MLP and whole heads
         of keys and values with their query heads.
     sparsity
-        Fraction of the parameters of the decoder blocks that leaves, in (0, 1).
+        Fraction of the parameters of the decoder blocks to remove, in (0, 1).
     allocation
         Rule that spreads it over the layers, see :mod:`layerwise.run.channels.widths`;
-        None: the method's own.
+        None: the default of the method.
     format
         ``"stock"``: transformers alone opens the result, so all blocks are alike.
         ``"native"``: :func:`layerwise.load` opens it, and blocks differ. ``"padded"``:
-        blocks differ, and zeros fill them up to the widest, for stock transformers.
+        blocks differ, but are padded with zeros to the widest, for stock transformers.
     multiple
-        Widths of the MLP, of inner channels and of the values of a head are multiples of
-        this number.
+        Number that must divide the widths of the MLP, of inner channels and of the values
+        of a head.
     """
 
     kind: Kind
@@ -63,8 +63,8 @@ class Structure:
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
             message = (
-                f"the sparsity of a structured run lies in (0, 1), got {self.sparsity:g}: "
-                f"it is the fraction of the parameters of the blocks that leaves"
+                f"the sparsity of a structured run must lie in (0, 1), got "
+                f"{self.sparsity:g}: give the fraction of the block parameters to remove"
             )
             raise UsageError(message)
         if self.format not in OUTPUT_FORMATS:
@@ -80,7 +80,7 @@ class Structure:
 
 
 def choose_structure(solver: Solver, amount: Amount) -> Structure | None:
-    """Structure that is asked for, or None if channels are not what is to be removed.
+    """Structure described by the arguments; None if they do not mean channels.
 
     Raises
     ------
@@ -107,7 +107,7 @@ def removes_columns(solver: Solver) -> bool:
 
 
 def _solves(solver: Solver, pattern: Pattern) -> bool:
-    """Whether a method handles a pattern of a tiny problem."""
+    """Whether a method handles a pattern, on a tiny problem."""
     moments = Moments(torch.eye(4, dtype=torch.float64))
     problem = LayerProblem.from_moments(torch.ones(1, 4), moments, pattern=pattern)
     return solver.can_solve(problem)

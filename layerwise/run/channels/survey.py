@@ -1,13 +1,13 @@
-"""What it would cost to remove channels, at every place and for every number of them.
+"""Survey: the cost of removing channels, at every site and for every number of them.
 
-One pass through the dense model collects the inputs of all consumers. A place is then
+One pass through the dense model collects the inputs of all consumers. A site is then
 described by the scores of its units, by its error curve
-(:func:`layerwise.solvers.column.curve.error_curve`), and by what the loss of the whole
-model gains where a part of its units is removed there alone.
+(:func:`layerwise.solvers.column.curve.error_curve`), and by the gain: the growth of the
+loss of the whole model if a part of the units is removed at this site only.
 
-Errors of different layers are squares of different outputs and cannot be added. Scaled
-such that each curve passes through the measured gain they are losses, and losses of
-several places nearly add up.
+Errors of different layers are squares of different outputs and cannot be added. Each curve
+is therefore scaled to pass through the measured gain. The scaled errors are losses, and
+losses of several sites nearly add up.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,24 +29,24 @@ from layerwise.run.pipeline.matrix import naming
 from layerwise.run.pipeline.removal import Run
 from layerwise.solvers.column.curve import error_curve
 
-PROBE_SHARE = 0.4  # of the units of a place leaves to measure the gain
-PROBE_SEQUENCES = 16  # of the calibration text give the loss
+PROBE_SHARE = 0.4  # of the units of a site is removed to measure the gain
+PROBE_SEQUENCES = 16  # of the calibration text are used to measure the loss
 
 
 @dataclass(frozen=True, eq=False)
 class Finding:
-    """What is known of one place before anything is removed.
+    """Findings about one site before anything is removed.
 
     Parameters
     ----------
     scores
-        Of every column of the main consumer by the method, shape (in,).
+        Scores of all columns of the main consumer by the method, shape (in,).
     errors
-        Objective after the removal of 0, 1, ... units of every head; None if not asked.
+        Objective after the removal of 0, 1, ... units of every head; None without curves.
     gain
-        Growth of the mean loss of a token where `probed` units of every head left.
+        Growth of the mean loss of a token without `probed` units of every head.
     probed
-        How many that were.
+        Number of units per head that were removed to measure the gain.
     """
 
     scores: Tensor
@@ -62,17 +62,17 @@ def survey(
     *,
     curves: bool,
 ) -> dict[str, Finding]:
-    """Findings by the name of the site; the model is left as it was.
+    """Findings by the name of the site; the model is not changed.
 
     Parameters
     ----------
     run, method
-        The dense model with its calibration data, and how channels are removed.
+        The dense model with its calibration data, and the method of the removal.
     sites
-        Where they can be removed, by the full name of the block.
+        Sites of channels, by the full name of the block.
     curves
-        Whether error curves and gains are asked for; they take a factorization and a
-        pass of a part of the data through the model per site.
+        Whether to compute error curves and gains; per site they take a factorization and
+        a pass of a part of the data through the model.
     """
     model, task, blocks = run.opened.model, run.task, run.selection.blocks
     batches = torch.split(run.tokens.tokens, BATCH)
@@ -80,7 +80,7 @@ def survey(
     hidden: Sequence[Tensor] = stream.hidden
     probe = _Probe(model, run.tokens)
     dense_loss = probe.loss() if curves else 0.0
-    found: dict[str, Finding] = {}
+    findings: dict[str, Finding] = {}
     for index, (name, block) in enumerate(blocks.items()):
         calls = stream.calls[index]
         inputs = BlockInputs(name, block, (), calls, hidden, hidden)
@@ -101,15 +101,15 @@ def survey(
                     gain = probe.loss() - dense_loss
                     block.to(task.device)
                 finding = replace(finding, gain=gain)
-            found[site.name] = finding
+            findings[site.name] = finding
         block.to(home)
-    return found
+    return findings
 
 
 def _look(
     method: ChannelMethod, site: Site, restoration: Restoration, *, curves: bool
 ) -> Finding:
-    """Finding of one place without its gain."""
+    """Finding of one site without its gain."""
     solver = method.solver_of(site, site.main)
     problem = restoration.problem(site.main, site.channels.pattern(1))
     single = torch.arange(problem.shape[1], device=problem.weight.device)
@@ -133,7 +133,7 @@ class _Probe:
 
 @contextmanager
 def _undone(block: nn.Module) -> Iterator[None]:
-    """Give a block the parameters back that it had."""
+    """Restore the parameters of a block at the end of the context."""
     before = {name: p.detach().clone() for name, p in block.named_parameters()}
     try:
         yield

@@ -1,21 +1,21 @@
-"""How many channels stay at every place of a model, by a rule or by optimisation.
+"""Number of channels kept at every site of a model, by a rule or by optimisation.
 
 =========  ==========================================================================
-rule       what leaves
+rule       channels that are removed
 =========  ==========================================================================
-optimal    the least growth of the loss, from error curves and measured sensitivities
-uniform    the same fraction everywhere, raised for what cannot leave; the ratios of
-           FASP, and UL-UM of FLAP
+optimal    those of least growth of the loss, by error curves and measured gains
+uniform    the same fraction everywhere, raised for parameters that cannot be removed;
+           the ratios of FASP, and UL-UM of FLAP
 ul-mm      FLAP: a number of heads per layer, channels of the MLP make up the rest
 al-mm      FLAP: the same totals, ranked over all layers
 al-am      FLAP: heads and channels in one ranking over all layers
-           al-am:compat: as its published code cuts that ranking, defects included
+           al-am:compat: as its published code cuts that ranking, with its defects
 =========  ==========================================================================
 
-``ul-mm`` and ``al-mm`` take the number of heads of keys and values over all layers behind
-a colon, ``ul-mm:8``; without it they take the one of ``uniform``. The last three count
-single units, whatever the `multiple` of the run. In all rules channels of the MLP fill what
-whole heads leave of the budget.
+``ul-mm`` and ``al-mm`` take the number of heads of keys and values over all layers after a
+colon, ``ul-mm:8``; by default it is the number of ``uniform``. The last three count single
+units, whatever the `multiple` of the run. In all rules channels of the MLP fill the rest of
+the budget that whole heads cannot meet exactly.
 """
 
 import math
@@ -37,18 +37,18 @@ WITH_COUNT = ("ul-mm", "al-mm")
 ALIKE = ("optimal", "uniform", "ul-mm")  # rules that can make all blocks alike
 COARSE = "heads"
 ROUNDING = 1e-9  # of a number of units
-LEAST_SENSITIVITY = 1e-3  # of the median: that a loss falls is luck
+LEAST_SENSITIVITY = 1e-3  # of the median, in place of negative ones, which are chance
 
 
 def rule_of(structure: Structure, method: str) -> tuple[str, int | None]:
     """Rule and number of heads of a run, checked against its format."""
-    asked = structure.allocation or default_rule(structure, method)
-    rule, colon, count = asked.partition(":")
+    allocation = structure.allocation or default_rule(structure, method)
+    rule, colon, count = allocation.partition(":")
     counted = rule in WITH_COUNT and count.isdigit()
-    if asked not in (*RULES, COMPAT_RULE) and not counted:
+    if allocation not in (*RULES, COMPAT_RULE) and not counted:
         message = (
             f"allocation is one of {', '.join(RULES)}, {COMPAT_RULE}, or ul-mm and al-mm "
-            f"with a number of heads as in ul-mm:8; got {asked!r}"
+            f"with a number of heads as in ul-mm:8; got {allocation!r}"
         )
         raise UsageError(message)
     if structure.format == "stock" and rule not in ALIKE:
@@ -57,25 +57,25 @@ def rule_of(structure: Structure, method: str) -> tuple[str, int | None]:
             f"has no place for; choose format native or padded, or allocation uniform"
         )
         raise UsageError(message)
-    if asked == COMPAT_RULE:
+    if allocation == COMPAT_RULE:
         return COMPAT_RULE, None
     return rule, int(count) if colon else None
 
 
 def default_rule(structure: Structure, method: str) -> str:
-    """Rule that belongs to a method."""
+    """Default rule of a method."""
     if method == "columns":
         return "optimal"
     return "al-am" if method == "flap" and structure.format != "stock" else "uniform"
 
 
 def check_reachable(structure: Structure, sites: Sequence[Site], total: int) -> None:
-    """Refuse a sparsity that is more than all channels that may leave.
+    """Refuse a sparsity that exceeds all channels that can be removed.
 
     Raises
     ------
     UsageError
-        With the largest sparsity that is possible.
+        The sparsity is too high; the message gives the largest possible one.
     """
     raised_fraction([_units(site) for site in sites], structure.sparsity, total)
 
@@ -87,18 +87,18 @@ def choose_widths(
     total: int,
     findings: Mapping[str, Finding],
 ) -> tuple[dict[str, int], Allocation | None]:
-    """Units of every head that stay, by name of the site, and what was optimised.
+    """Number of kept units per head by site, and the allocation if it was optimised.
 
     Parameters
     ----------
     structure, method
-        What is asked.
+        The requested structure, and the name of the method.
     sites
-        All places in the order of the model.
+        All sites in the order of the model.
     total
-        Parameters of all blocks, of which the sparsity is a fraction.
+        Number of parameters of all blocks; the sparsity is a fraction of it.
     findings
-        Of the survey; empty for rules that need none.
+        Findings of the survey; empty for rules that need none.
     """
     rule, heads = rule_of(structure, method)
     allocation = None
@@ -136,7 +136,7 @@ def _optimal(
     worse = 2 * sum(float(loss.abs().max()) for loss in losses.values()) + 1
     curves = []
     for site in sites:
-        if site.allowed is not None:  # what no configuration can say is worse than all
+        if site.allowed is not None:  # widths that no configuration has get the worst loss
             kept = [site.rounds - count for count in range(len(losses[site.name]))]
             impossible = torch.tensor([n > 0 and n not in site.allowed for n in kept])
             losses[site.name] = losses[site.name] + worse * impossible
@@ -154,25 +154,25 @@ def _optimal(
 def _sensitivities(
     sites: Sequence[Site], findings: Mapping[str, Finding]
 ) -> dict[str, float]:
-    """Growth of the loss per unit of error, at every place above zero."""
-    found = {}
+    """Growth of the loss per unit of error, above zero at every site."""
+    ratios = {}
     for site in sites:
         finding = findings[site.name]
         assert finding.errors is not None
         error = float(finding.errors[finding.probed] - finding.errors[0])
-        found[site.name] = finding.gain / error if error > 0 else 0.0
-    positive = [value for value in found.values() if value > 0]
+        ratios[site.name] = finding.gain / error if error > 0 else 0.0
+    positive = [value for value in ratios.values() if value > 0]
     least = LEAST_SENSITIVITY * median(positive) if positive else 1.0
-    return {name: max(value, least) for name, value in found.items()}
+    return {name: max(value, least) for name, value in ratios.items()}
 
 
 def _multiple(structure: Structure, site: Site) -> int:
-    """Number that widths are multiples of; what is narrower is free."""
+    """Number that must divide the width of a site; 1 if the site is not wider."""
     return structure.multiple if 1 < structure.multiple < site.rounds else 1
 
 
 def _uniform(structure: Structure, sites: Sequence[Site], total: int) -> dict[str, int]:
-    """The same fraction everywhere, rounded; the narrowest units make up for the rest."""
+    """Same fraction everywhere, rounded; the kind of the finest steps fills the rest."""
     share = raised_fraction([_units(site) for site in sites], structure.sparsity, total)
     rest = structure.sparsity * total
     by_kind: dict[str, list[Site]] = {}
@@ -196,7 +196,7 @@ def _uniform(structure: Structure, sites: Sequence[Site], total: int) -> dict[st
         kept = kept // multiple * multiple
         if kept < 1:
             message = (
-                f"{site.name} would keep nothing: ask for a lower sparsity, a smaller "
+                f"{site.name} would keep no channels: ask for a lower sparsity, a smaller "
                 f"multiple than {structure.multiple}, or a format and pattern that can "
                 f"remove more"
             )
@@ -206,7 +206,7 @@ def _uniform(structure: Structure, sites: Sequence[Site], total: int) -> dict[st
 
 
 def _step(structure: Structure, site: Site) -> float:
-    """Share of a place that leaves at least, if something does."""
+    """Smallest share of a site that can be removed."""
     return _multiple(structure, site) / site.rounds
 
 
@@ -233,7 +233,7 @@ def _published(
 
 
 def _units(site: Site, finding: Finding | None = None) -> Units:
-    """Units of a place for the rules; without scores all are equal."""
+    """Units of a site for the rules; without a finding all scores are equal."""
     scores = torch.zeros(site.rounds)
     if finding is not None:
         columns = site.channels.groups.argsort(stable=True)

@@ -1,1 +1,1 @@
-"""Checkpoints as models: opened whole or streamed, adapters found, channels cut."""
+"""Checkpoints as models: opening, whole or streamed; adapters; cutting of channels."""

@@ -1,7 +1,7 @@
 """The adapter of a model: declared for its family, or found by running the model.
 
-What was found is proven before it is used: on a few tokens, running the blocks one by
-one as a run does must give what they give inside the model.
+An adapter that was found is proven before it is used: on a few tokens, the blocks must give
+the same outputs one by one, as a run calls them, and inside the model.
 """
 
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ from layerwise.run.activations.streams import capture, evaluation_mode
 
 PROBE = (2, 8)  # sequences, tokens of each
 STEP = 7919  # a prime, so that the tokens differ
-ROUNDINGS = 4  # kernels that add in another order each time, in bits of the model's type
+ROUNDINGS = 4  # tolerance in roundings: kernels may add in another order each time
 
 
 def adapter_of(model: Any) -> Adapter:
-    """Declared adapter of a model's family, or one that is found and proven.
+    """Adapter declared for the family of a model, or one that is found and proven.
 
     Raises
     ------
@@ -32,8 +32,8 @@ def adapter_of(model: Any) -> Adapter:
         return get_adapter(model_type_of(model))
     if not hasattr(model, "get_input_embeddings"):
         message = (
-            f"a {type(model).__name__} is no language model of transformers; adapters: "
-            f"{', '.join(ADAPTERS)}, and any decoder that runs on token ids"
+            f"a {type(model).__name__} is not a language model of transformers; give one "
+            f"of {', '.join(ADAPTERS)}, or any decoder that runs on token ids"
         )
         raise UnsupportedModelError(message)
     device = next(model.parameters()).device
@@ -51,13 +51,13 @@ def is_declared(model: Any) -> bool:
 
 
 def model_type_of(model: Any) -> str:
-    """Family of a model, as its configuration names it; empty if it does not."""
+    """Family of a model as named in its configuration; empty if it has none."""
     return str(getattr(getattr(model, "config", None), "model_type", ""))
 
 
 @torch.no_grad()
 def check_replay(model: nn.Module, blocks: Mapping[str, nn.Module], tokens: Tensor) -> None:
-    """Refuse a model whose blocks, run one by one, do not give what they give inside it.
+    """Refuse a model whose blocks give other outputs one by one than inside the model.
 
     Parameters
     ----------
@@ -78,24 +78,24 @@ def check_replay(model: nn.Module, blocks: Mapping[str, nn.Module], tokens: Tens
     try:
         stream = capture(model, list(blocks.values()), [tokens])
         states = stream.hidden[0]
-        found = []
+        outputs = []
         for block, calls in zip(blocks.values(), stream.calls, strict=True):
             states = calls[0].run(block, states, states.device)
-            found.append(states)
+            outputs.append(states)
     except Exception as error:
         reason = " ".join(str(error).split())
         message = (
             f"the blocks of this {type(model).__name__} cannot be run one by one "
-            f"({type(error).__name__}: {reason}); it needs an adapter of its own"
+            f"({type(error).__name__}: {reason}); write an adapter for this model"
         )
         raise UnsupportedModelError(message) from error
-    for name, one, other in zip(blocks, expected, found, strict=True):
+    for name, one, other in zip(blocks, expected, outputs, strict=True):
         slack = ROUNDINGS * torch.finfo(one.dtype).eps * float(one.float().norm())
         if not float((one.float() - other.float()).norm()) <= slack:
             message = (
-                f"{name} gives something else when it is run on its own: it depends on "
-                f"more than its input, or the model changes what lies between two "
-                f"blocks; this model needs an adapter of its own"
+                f"{name} gives another output when it is run on its own: it depends on "
+                f"more than its input, or the model changes the hidden states between two "
+                f"blocks; write an adapter for this model"
             )
             raise UnsupportedModelError(message)
 
@@ -103,7 +103,7 @@ def check_replay(model: nn.Module, blocks: Mapping[str, nn.Module], tokens: Tens
 def _outputs(
     model: nn.Module, blocks: Mapping[str, nn.Module], tokens: Tensor
 ) -> list[Tensor]:
-    """Hidden states behind every block inside the model."""
+    """Output of every block inside the model."""
     seen: list[Tensor] = []
 
     def note(_: nn.Module, args: Any, output: Any) -> None:
@@ -119,5 +119,5 @@ def _outputs(
 
 
 def embedding_rows(model: Any) -> int:
-    """Number of token ids that the model knows."""
+    """Number of token ids of the model."""
     return int(model.get_input_embeddings().num_embeddings)

@@ -1,8 +1,8 @@
-"""All cuts of one call: checked together, then made.
+"""All cuts of one call: checked together, then applied.
 
 Every parameter keeps some indices of some of its axes. Several couplings may share a
-parameter, as heads and values share the output projection: what stays is what all of them
-keep.
+parameter, as heads and values share the output projection. It then keeps the indices that
+all of them keep.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ Step = dict[str, dict[str, list[int]]]  # block -> coupling -> units that were k
 
 @dataclass(frozen=True)
 class Cut:
-    """Which units of one coupling stay in one block.
+    """Units of one coupling that are kept in one block.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ class Cut:
     coupling
         Name of the coupling.
     kept
-        Indices of the units that stay, shape (kept,), increasing.
+        Indices of the kept units, shape (kept,), increasing.
     """
 
     block: str
@@ -45,14 +45,14 @@ class Cut:
 
 
 class CutPlan:
-    """All cuts of a call, checked; nothing is changed before :meth:`apply`."""
+    """All cuts of a call, checked; the model is not changed before :meth:`apply`."""
 
     def __init__(self, model: Any, adapter: Adapter, cuts: list[Cut]) -> None:
         self._model = model
         self._blocks = adapter.blocks_of(model)
         self._cuts: dict[tuple[str, str], list[int]] = {}
         self._units: list[tuple[str, Coupling, Channels, int]] = []
-        self._stays: dict[str, dict[int, Tensor]] = {}  # parameter -> axis -> mask
+        self._kept: dict[str, dict[int, Tensor]] = {}  # parameter -> axis -> mask
         self._narrow: dict[str, dict[int, Tensor]] = {}  # the same, for values
         self.widths: dict[str, dict[str, int]] = {
             coupling.name: {
@@ -70,11 +70,12 @@ class CutPlan:
     def _add(self, cut: Cut, coupling: Coupling) -> None:
         if cut.block not in self._blocks:
             message = (
-                f"there is no block {cut.block!r}: choose from {', '.join(self._blocks)}"
+                f"the model has no block {cut.block!r}: choose one of "
+                f"{', '.join(self._blocks)}"
             )
             raise UsageError(message)
         if (cut.block, cut.coupling) in self._cuts:
-            message = f"{cut.block} has two cuts of {cut.coupling!r}: give one"
+            message = f"{cut.block} has two cuts of {cut.coupling!r}: give only one"
             raise UsageError(message)
         block = self._blocks[cut.block]
         channels = coupling.resolve(block, cut.block)
@@ -82,7 +83,7 @@ class CutPlan:
         for name in coupling.attributes:
             check_attribute(block, cut.block, name)
         self._cuts[cut.block, cut.coupling] = kept.tolist()
-        masks = self._stays if coupling.unit != "value" else self._narrow
+        masks = self._kept if coupling.unit != "value" else self._narrow
         for name, (axis, mask) in channels.stays(kept).items():
             axes = masks.setdefault(f"{cut.block}.{name}", {})
             axes[axis] = axes[axis] & mask if axis in axes else mask
@@ -95,31 +96,29 @@ class CutPlan:
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
             if parameter.numel():
                 users.setdefault(_identity(parameter), []).append(name)
-        for name in (*self._stays, *self._narrow):
+        for name in (*self._kept, *self._narrow):
             shared = users[_identity(self._model.get_parameter(name))]
             if len(shared) > 1:
                 other = next(user for user in shared if user != name)
                 message = (
-                    f"{name} and {other} are one tensor: no channel can leave one of them "
-                    f"alone"
+                    f"{name} and {other} are one tensor: channels cannot be removed from "
+                    f"only one of them"
                 )
                 raise UnsupportedModelError(message)
 
     def _refuse_empty(self) -> None:
         for name in self._narrow:
             if not all(len(index) for index in self._indices(name).values()):
-                message = (
-                    f"{name}: the heads that stay keep none of their values; keep some"
-                )
+                message = f"{name}: the kept heads keep none of their values; keep some"
                 raise UsageError(message)
 
     def _indices(self, name: str) -> dict[int, Tensor]:
-        """What stays of a parameter: axis -> indices."""
-        found: dict[int, Tensor] = {}
-        for masks in (self._stays, self._narrow):
+        """Kept indices of a parameter: axis -> indices."""
+        kept: dict[int, Tensor] = {}
+        for masks in (self._kept, self._narrow):
             for axis, mask in masks.get(name, {}).items():
-                found[axis] = found[axis] & mask if axis in found else mask
-        return {axis: mask.nonzero()[:, 0] for axis, mask in found.items()}
+                kept[axis] = kept[axis] & mask if axis in kept else mask
+        return {axis: mask.nonzero()[:, 0] for axis, mask in kept.items()}
 
     def shapes(self) -> Shapes:
         """Shape of every parameter of the model after the cuts."""
@@ -140,10 +139,10 @@ class CutPlan:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Replace the parameters, one by one, and what depends on their sizes."""
+        """Replace the parameters one by one, and all attributes that give their sizes."""
         for block, coupling, channels, units in self._units:
             update_attributes(self._blocks[block], block, coupling, channels, units)
-        names = {**self._stays, **self._narrow}
+        names = {**self._kept, **self._narrow}
         for name in names:
             value = self._model.get_parameter(name).detach()
             for axis, index in self._indices(name).items():
@@ -152,15 +151,15 @@ class CutPlan:
         for name in names:
             synchronise(self._model.get_submodule(name.rpartition(".")[0]))
         for name in self._narrow:
-            self._keep_places(name)
+            self._keep_positions(name)
 
-    def _keep_places(self, name: str) -> None:
-        """Let a layer of narrower values put them where they were, or read them there."""
+    def _keep_positions(self, name: str) -> None:
+        """Let a layer write or read narrower values at their former positions."""
         module, _, own = name.rpartition(".")
         if own != "weight":
             return
         ((axis, mask),) = self._narrow[name].items()
-        wide = self._stays.get(name, {}).get(axis, torch.ones_like(mask))
+        wide = self._kept.get(name, {}).get(axis, torch.ones_like(mask))
         index = mask[wide].nonzero()[:, 0]
         width = int(wide.sum())
         if len(index) < width:
@@ -176,17 +175,17 @@ def _checked(cut: Cut, channels: Channels) -> Tensor:
     if kept.dim() != 1 or kept.is_floating_point() or kept.dtype == torch.bool:
         message = (
             f"{where} has kept of shape {tuple(kept.shape)} and type {kept.dtype}: give "
-            f"the indices of the units that stay, mask.nonzero()[:, 0]"
+            f"the indices of the kept units, mask.nonzero()[:, 0]"
         )
         raise UsageError(message)
     kept = kept.long()
     if not len(kept) or not bool((kept.diff() > 0).all()):
-        message = f"{where} must keep at least one unit, in increasing order, each once"
+        message = f"{where} must keep at least one unit: give increasing indices, each once"
         raise UsageError(message)
     if int(kept[0]) < 0 or int(kept[-1]) >= channels.units:
         message = (
-            f"{where} keeps units {int(kept[0])} to {int(kept[-1])}, but there are "
-            f"{channels.units}"
+            f"{where} keeps units {int(kept[0])} to {int(kept[-1])}: choose from 0 to "
+            f"{channels.units - 1}"
         )
         raise UsageError(message)
     return kept

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself without its weights: structure, types, sizes."""
+"""Structure, types and sizes of a checkpoint, without its weights."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +26,10 @@ class Headers:
     Parameters
     ----------
     model
-        Its parameters are on the meta device, in the type that a run gives them.
+        The model, with parameters on the meta device, in the type that a run gives them.
     one_to_one
-        Whether every parameter is a tensor as it is stored, so that a run can load one
-        block at a time.
+        Whether every parameter is stored as one tensor, so that a run can load one block
+        at a time.
     """
 
     model: Any
@@ -37,13 +37,13 @@ class Headers:
 
     @classmethod
     def read(cls, checkpoint: Checkpoint) -> "Headers":
-        """Structure of a checkpoint, whose headers are compared with its configuration.
+        """Read the structure of a checkpoint; its headers must fit its configuration.
 
         Raises
         ------
         DataError, UnsupportedModelError
-            As :func:`layerwise.run.models.opening.load_model`, for all that
-            can be seen without weights.
+            As :func:`layerwise.run.models.opening.load_model`, for all defects that are
+            visible without weights.
         """
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
             operate = None
@@ -62,14 +62,14 @@ class Headers:
 def type_of_all(checkpoint: Checkpoint, config: Any) -> torch.dtype | None:
     """Type of all parameters; None if transformers must choose."""
     if config.dtype is not None:
-        found: torch.dtype = config.dtype
-        return found
+        dtype: torch.dtype = config.dtype
+        return dtype
     kinds = {entry.dtype for entry in checkpoint.entries().values()}
     return FLOATS.get(kinds.pop()) if len(kinds) == 1 else None
 
 
 def _most_stored(checkpoint: Checkpoint) -> torch.dtype:
-    """Type of most bytes."""
+    """Type of the largest part of the stored bytes."""
     sizes: dict[str, int] = {}
     for entry in checkpoint.entries().values():
         sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.n_bytes
@@ -78,9 +78,9 @@ def _most_stored(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def is_one_to_one(checkpoint: Checkpoint, model: Any) -> bool:
-    """Whether every parameter is a tensor as it is stored; damage is an error."""
+    """Whether every parameter is stored as one tensor; damage is an error."""
     for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-        if getattr(model, name, None):  # some keep a type of their own
+        if getattr(model, name, None):  # some modules keep another type
             return False
     stored = checkpoint_names(model, checkpoint)
     state = [stored_name(model, checkpoint.weight_map, name) for name in model.state_dict()]

@@ -1,7 +1,7 @@
-"""From a validated checkpoint to a model: everything transformers would forgive.
+"""Loading of a validated checkpoint, strict where transformers is tolerant.
 
-The library fills tensors that are missing with random numbers, drops those it has no
-place for, and accepts NaN. Here each of these is an error that names the tensor. Code
+The library fills missing tensors with random numbers, drops those that its configuration
+does not know, and accepts NaN. Here each of these is an error that names the tensor. Code
 that comes with a checkpoint is never executed.
 """
 
@@ -35,15 +35,15 @@ TOKENIZER_FILES = (
 
 
 def load_stock(checkpoint: Checkpoint, device: torch.device | str) -> PreTrainedModel:
-    """Model of a checkpoint in evaluation mode, its own type, every tensor accounted.
+    """Load a checkpoint in its own type and in evaluation mode; every tensor must fit.
 
     Raises
     ------
     UnsupportedModelError
-        The architecture is unknown, no causal language model, or needs its own code.
+        The architecture is unknown, not a causal language model, or needs code of its own.
     DataError
-        A tensor is missing, has another shape than the configuration says, belongs to
-        a layer the configuration does not have, or is not finite.
+        A tensor is missing, has another shape than the configuration says, belongs to a
+        layer that the configuration does not have, or is not finite.
     """
     with quiet_transformers():
         config = read_config(checkpoint)
@@ -56,15 +56,15 @@ def load_as(
     device: torch.device | str,
     operate: Callable[[nn.Module], object] | None = None,
 ) -> PreTrainedModel:
-    """Model of a checkpoint and a configuration, see :func:`load_stock`.
+    """Load the model of a checkpoint with a configuration, see :func:`load_stock`.
 
     Parameters
     ----------
     checkpoint, config, device
-        The tensors, the parsed configuration, and where the model goes.
+        The tensors, the parsed configuration, and the device of the model.
     operate
-        What gives a model of that configuration, before its tensors are loaded, the
-        parameters that the checkpoint holds.
+        Function that gives a model of that configuration the parameters of the checkpoint,
+        before the tensors are loaded.
     """
     # random numbers for missing tensors must not come from the caller's generator
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
@@ -76,7 +76,7 @@ def load_as(
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
-    """Tokenizer of a checkpoint, or None where the folder has no tokenizer files.
+    """Load the tokenizer of a checkpoint; None if the folder has no tokenizer files.
 
     Raises
     ------
@@ -103,7 +103,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence warnings and progress bars of transformers inside the block only."""
+    """Silence warnings and progress bars of transformers inside the context."""
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -128,7 +128,7 @@ def quiet_transformers() -> Iterator[None]:
 def _instantiate(
     checkpoint: Checkpoint, config: Any, operate: Callable[[nn.Module], object] | None
 ) -> Any:
-    """Load with transformers and judge its loading report."""
+    """Load with transformers, and check its loading report."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     own = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -166,7 +166,7 @@ def _instantiate(
 
 
 def _operated(kind: Any, operate: Callable[[nn.Module], object]) -> Any:
-    """Class of models that are operated on as soon as they exist."""
+    """Class of models on which `operate` is called as soon as they exist."""
 
     def build(self: Any, *args: Any, **kwargs: Any) -> None:
         kind.__init__(self, *args, **kwargs)
@@ -176,13 +176,13 @@ def _operated(kind: Any, operate: Callable[[nn.Module], object]) -> Any:
 
 
 def surplus_layers(model: nn.Module, unexpected: Collection[str]) -> set[str]:
-    """Tensors without a place that would have one in a model with more layers."""
+    """Unexpected tensors that a model with more layers would have."""
     expected = {_family(name) for name in model.state_dict()}
     return {name for name in unexpected if _family(name) in expected}
 
 
 def _family(name: str) -> str:
-    """Name with the numbers of layers and experts taken out."""
+    """Name without the numbers of layers and experts."""
     return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
@@ -196,8 +196,8 @@ def check_finite(tensor: Tensor, name: str, checkpoint: Checkpoint) -> None:
     """Raise a DataError for the first entry of a tensor that is not finite."""
     if (index := _first_not_finite(tensor)) is not None:
         message = (
-            f"tensor {name!r} of {checkpoint.path} holds "
-            f"{float(tensor[index])} at {list(index)}: the checkpoint is damaged"
+            f"tensor {name!r} of {checkpoint.path} holds {float(tensor[index])} at "
+            f"{list(index)}: the checkpoint is damaged; download it again"
         )
         raise DataError(message)
 

@@ -1,11 +1,11 @@
 """Attention values that are narrower than a head.
 
-The attention of transformers views values by the size of a head. Where some channels of
-the values have left, two modules keep that view: the projection of the values puts its
-outputs where they were, with zeros between them, and the output projection reads the
-places that are left. This is exact with every kernel of attention. Weights keep their
-names, but the modules are no ``Linear``: code that would replace the weight of a linear
-layer must not take them for one.
+The attention of transformers views values by the size of a head. If some channels of the
+values are removed, two modules keep that view: the projection of the values writes its
+outputs to their former positions, with zeros between them, and the output projection reads
+the remaining positions. This is exact with every kernel of attention. Weights keep their
+names, but the modules are not instances of ``Linear``: code that would replace the weight
+of a linear layer must not treat them as one.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class _Narrow(nn.Module):
-    """A linear layer with a list of places, at its outputs or at its inputs."""
+    """A linear layer with a list of positions, at its outputs or at its inputs."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -24,22 +24,22 @@ class _Narrow(nn.Module):
         self.weight = linear.get_parameter("weight")
         self.register_parameter("bias", linear._parameters.get("bias"))
         self.width = width
-        self._places = index.tolist()
+        self._positions = index.tolist()
         self.register_buffer("index", None, persistent=False)
         self.restore()
         self.train(linear.training)
 
     def restore(self) -> None:
-        """Fill the list of places on the device of the weight, as after loading."""
-        self.index = torch.tensor(self._places, device=self.weight.device)
+        """Create the list of positions on the device of the weight, as after loading."""
+        self.index = torch.tensor(self._positions, device=self.weight.device)
 
     def extra_repr(self) -> str:
-        """Shape of the weight and number of places."""
+        """Shape of the weight and number of positions."""
         return f"weight={tuple(self.weight.shape)}, places={self.width}"
 
 
 class ScatteredLinear(_Narrow):
-    """Linear layer whose outputs go to the places `index` of `width`, zeros elsewhere."""
+    """Linear layer that writes to the positions `index` of `width`, zeros elsewhere."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return outputs of shape (..., width)."""
@@ -49,7 +49,7 @@ class ScatteredLinear(_Narrow):
 
 
 class GatheredLinear(_Narrow):
-    """Linear layer that reads the places `index` of `width` inputs."""
+    """Linear layer that reads the positions `index` of `width` inputs."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return outputs of inputs of shape (..., width)."""
@@ -58,7 +58,7 @@ class GatheredLinear(_Narrow):
 
 
 def spread(module: _Narrow) -> nn.Linear:
-    """Ordinary linear layer that does the same, with zero rows or columns."""
+    """Return an equivalent ordinary linear layer, with zero rows or columns."""
     axis = 0 if isinstance(module, ScatteredLinear) else 1
     weight = _spread(module.weight, axis, module)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")

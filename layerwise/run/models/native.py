@@ -1,10 +1,10 @@
-"""The native format: blocks of different widths, which transformers alone cannot hold.
+"""The native format: blocks of different widths, which transformers alone cannot represent.
 
-A folder in this format has safetensors that are truly smaller, ``surgery.json``, which
-says what was cut, and a ``config.json`` with a model type that transformers does not know
-and the original configuration inside. So the stock library refuses it instead of filling
-what does not fit with random numbers. :func:`layerwise.load` builds the original model
-without memory, repeats the cuts on it, and loads the tensors.
+A folder in this format has smaller safetensors, ``surgery.json`` with the record of the
+cuts, and a ``config.json`` that holds the original configuration under a model type that
+transformers does not know. So the stock library refuses it instead of filling tensors that
+do not fit with random numbers. :func:`layerwise.load` builds the original model without
+memory, repeats the cuts on it, and loads the tensors.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ LINEARS = (nn.Linear, ScatteredLinear, GatheredLinear)
 
 
 class Surgery(BaseModel):
-    """What ``surgery.json`` states: cuts in their order, and biases that were added."""
+    """Content of ``surgery.json``: cuts in their order, and biases that were added."""
 
     model_config = ConfigDict(extra="forbid")
 
     version: StrictInt
     steps: list[dict[str, dict[str, list[Unit]]]]  # block -> coupling -> kept units
-    biases: list[str]  # linears that have a bias which the original has not
+    biases: list[str]  # linears whose bias was added
 
     @classmethod
     def read(cls, path: Path) -> Surgery:
-        """Surgery of a native folder."""
+        """Read the surgery of a native folder."""
         try:
             surgery = cls.model_validate(read_object(path))
         except ValidationError as error:
@@ -71,7 +71,7 @@ class Surgery(BaseModel):
         if surgery.version != VERSION:
             message = (
                 f"{path} has version {surgery.version}, this layerwise reads {VERSION}: "
-                f"install a newer one"
+                f"install a newer layerwise"
             )
             raise DataError(message)
         return surgery
@@ -104,7 +104,7 @@ def save_native(
     model
         The model; its configuration is that of the model before the cuts.
     folder
-        Where the files go; the tokenizer is written separately.
+        Folder of the files; the tokenizer is written separately.
     max_shard_size
         Largest safetensors file, as for ``save_pretrained``.
 
@@ -125,25 +125,27 @@ def save_native(
 
 
 def load_native(checkpoint: Checkpoint, device: torch.device | str) -> PreTrainedModel:
-    """Model of a native folder, see :func:`layerwise.run.models.loading.load_stock`.
+    """Load the model of a native folder.
+
+    See :func:`layerwise.run.models.loading.load_stock`.
 
     Raises
     ------
     DataError
-        Configuration, surgery and tensors do not belong together.
+        Configuration, surgery and tensors do not fit each other.
     UnsupportedModelError
-        This version does not know the architecture inside.
+        This version does not know the original architecture.
     """
     config, operate = read_native(checkpoint)
     model = load_as(checkpoint, config, device, operate)
     for module in model.modules():
         if isinstance(module, ScatteredLinear | GatheredLinear):
-            module.restore()  # what is in no tensor is left empty by loading
+            module.restore()  # loading leaves buffers empty that are not stored
     return model
 
 
 def read_native(checkpoint: Checkpoint) -> tuple[Any, Callable[[nn.Module], None]]:
-    """Original configuration of a native folder, and what cuts a model of it."""
+    """Original configuration of a native folder, and the function that repeats the cuts."""
     from transformers import CONFIG_MAPPING
 
     path = checkpoint.path / "config.json"
@@ -154,7 +156,10 @@ def read_native(checkpoint: Checkpoint) -> tuple[Any, Callable[[nn.Module], None
     check_config(original, checkpoint.path)
     family = original["model_type"]
     if family not in ADAPTERS:
-        message = f"{path} holds a model of type {family!r}, which was never cut here"
+        message = (
+            f"{path} holds a model of type {family!r}, which this layerwise cannot cut: "
+            f"install a newer layerwise"
+        )
         raise UnsupportedModelError(message)
     surgery_path = checkpoint.path / SURGERY
     surgery = Surgery.read(surgery_path)
@@ -168,12 +173,12 @@ def read_native(checkpoint: Checkpoint) -> tuple[Any, Callable[[nn.Module], None
 
 
 def _added_biases(model: Any) -> list[str]:
-    """Linears that have a bias which the configuration does not give them."""
+    """Linears with a bias that the configuration does not have."""
     before = dict(skeleton(model, model.config).named_parameters())
     added = [name for name, _ in model.named_parameters() if name not in before]
     for name in added:
         if not name.endswith(".bias"):
-            message = f"{name} is no parameter of this {type(model).__name__}: remove it"
+            message = f"{name} is not a parameter of this {type(model).__name__}: remove it"
             raise UsageError(message)
     return [name.removesuffix(".bias") for name in added]
 
@@ -183,6 +188,6 @@ def _give_bias(model: nn.Module, adapter: Adapter, name: str) -> None:
     linear = modules.get(name)
     inside = name.startswith(f"{adapter.blocks}.")
     if not inside or not isinstance(linear, LINEARS) or linear.bias is not None:
-        message = f"{name!r} is no linear layer of a block without bias"
+        message = f"{name!r} is not a linear layer of a block without bias"
         raise UsageError(message)
     linear.bias = nn.Parameter(torch.empty_like(linear.weight[:, 0]))

@@ -1,4 +1,4 @@
-"""How a folder in the native format is known; see :mod:`layerwise.run.models.native`."""
+"""Model type that marks the native format; see :mod:`layerwise.run.models.native`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,5 +7,5 @@ MODEL_TYPE = "layerwise_native"
 
 
 def is_native(config: Mapping[str, Any]) -> bool:
-    """Whether a parsed ``config.json`` is that of a native folder."""
+    """Whether a parsed ``config.json`` belongs to a native folder."""
     return config.get("model_type") == MODEL_TYPE

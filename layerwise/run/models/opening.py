@@ -1,4 +1,4 @@
-"""Opening a model: an object, a folder in any format, or a name on the hub."""
+"""Opening of a model: an object, a folder in any format, or a name on the hub."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class OpenedModel:
     Parameters
     ----------
     residency
-        Where its parameters are.
+        Location of its parameters.
     adapter
         Declaration of its architecture.
     source
-        The checkpoint it came from; None for a model object.
+        The checkpoint that it was opened from; None for a model object.
     """
 
     residency: Residency
@@ -41,7 +41,7 @@ class OpenedModel:
 
     @property
     def model(self) -> Any:
-        """The model; a streamed one has parameters for a block at a time."""
+        """The model; a streamed one has the parameters of one block at a time."""
         return self.residency.model
 
     @property
@@ -61,11 +61,11 @@ def open_model(
     Parameters
     ----------
     model_or_path
-        A model object stands for itself; a checkpoint may be opened already.
+        A model object, a folder or hub name, or a checkpoint that is open already.
     streamed
-        Whether one block at a time is to be in memory, where the checkpoint allows it.
+        Whether to have one block at a time in memory, if the checkpoint allows it.
     trusted
-        Whether somebody has looked at the tensors already.
+        Whether the tensors have been checked already.
 
     Raises
     ------
@@ -77,13 +77,13 @@ def open_model(
     source = model_or_path
     if not isinstance(source, Checkpoint):
         source = Checkpoint.open(source)
-    found = Streamed.open(source, trusted=trusted) if streamed else None
-    residency = InMemory(load_model(source)) if found is None else found
+    opened = Streamed.open(source, trusted=trusted) if streamed else None
+    residency = InMemory(load_model(source)) if opened is None else opened
     return OpenedModel(residency, _adapter_in(residency), source)
 
 
 def _adapter_in(residency: Residency) -> Adapter:
-    """Adapter of a model that is in memory only if it must be run to find it."""
+    """Adapter of a model, which is loaded only if it must be run to find the adapter."""
     if is_declared(residency.model):
         return adapter_of(residency.model)
     with residency.whole():
@@ -100,7 +100,7 @@ def load(
     name_or_path
         A folder in the stock or the native format, or a name on the hub.
     device
-        Where the model goes.
+        Device of the model.
 
     Returns
     -------
@@ -110,7 +110,7 @@ def load(
     Raises
     ------
     DataError
-        The folder is missing, damaged or hostile.
+        The folder is missing, damaged or unsafe.
     UnsupportedModelError
         The architecture is unknown, or would need code from the folder.
     """
@@ -120,7 +120,7 @@ def load(
 def load_model(
     checkpoint: Checkpoint, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """Model of a checkpoint in the stock or the native format, see :func:`load`."""
+    """Load a checkpoint in the stock or the native format, see :func:`load`."""
     if is_native(checkpoint.config):
         from layerwise.run.models.native import load_native  # checks with pydantic
 

@@ -1,9 +1,9 @@
-"""From blocks of different widths to one width, with channels of zeros.
+"""Padding of blocks of different widths to one width, with channels of zeros.
 
 A smaller model of the native format becomes one of the stock format: every block gets as
-many units as the widest, and the new ones have zeros in every parameter, so that nothing
-reads them. The memory of the padding is lost again; what is won over the model before the
-cut is the difference to the widest block.
+many units as the widest, and the new units are zero in every parameter, so that they
+contribute nothing. The padding takes memory again. Against the model before the cut, the
+saving is the difference to the widest block.
 """
 
 from collections.abc import Mapping
@@ -27,17 +27,17 @@ def pad_to_widest(model: Any, adapter: Adapter) -> None:
     Parameters
     ----------
     model
-        A model of the native format, changed in place: its logits stay, its configuration
-        becomes that of the widest block. Structures without a place in the stock format
-        (narrower values, heads of OPT) get their old width back.
+        A model of the native format, changed in place: its logits stay the same, its
+        configuration becomes that of the widest block. Structures that the stock format
+        cannot represent (narrower values, heads of OPT) get their old width back.
     adapter
-        Its declaration.
+        Declaration of the model.
 
     Raises
     ------
     UsageError
-        If the stock format has no place for a bias of the model. Nothing that the model
-        computes has changed then.
+        If the stock format has no place for a bias of the model. The model then still
+        computes the same.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, ScatteredLinear | GatheredLinear):
@@ -70,7 +70,10 @@ def _common_width(
         if holds_width(model, adapter, coupling.name, units):
             return units
     if widest > original:
-        message = f"{coupling.name!r} are wider than the configuration of the model says"
+        message = (
+            f"{coupling.name!r} are wider than the configuration of the model says: "
+            f"correct the configuration"
+        )
         raise UsageError(message)
     return original
 
@@ -91,7 +94,7 @@ def _pad(block: nn.Module, block_name: str, coupling: Coupling, units: int) -> N
 
 
 def _widened(old: Tensor, axis: int, taken: Tensor) -> Tensor:
-    """Tensor with zeros at all indices of an axis that are not taken."""
+    """Widen an axis of a tensor: old entries where `taken`, zeros elsewhere."""
     shape = list(old.shape)
     shape[axis] = len(taken)
     wide = torch.zeros(shape, dtype=old.dtype, device=old.device)

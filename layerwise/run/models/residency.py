@@ -1,8 +1,9 @@
-"""Where the parameters of a model are while it is pruned: all in memory, or block by block.
+"""Location of the parameters of a model during a run: all in memory, or block by block.
 
-A streamed model is a skeleton (:mod:`layerwise.run.models.skeleton`). What lies around
-the blocks is there while the first activations are captured, a block while it is worked on;
-nothing else ever is. What is pruned of a block must be stored before the block is left.
+A streamed model is a skeleton (:mod:`layerwise.run.models.skeleton`). The parameters
+before the blocks are in memory while the first activations are captured, those of a block
+while it is pruned, and no others. The pruned weights of a block must be stored before its
+context ends.
 """
 
 from collections.abc import Iterator
@@ -21,42 +22,42 @@ from layerwise.run.models.skeleton import read_config, skeleton_of
 
 
 class Residency(Protocol):
-    """A model, and a way to have parts of it in memory."""
+    """A model, and contexts in which parts of it are in memory."""
 
     model: Any
 
     def whole(self) -> AbstractContextManager[None]:
-        """Inside, the model can be run from end to end."""
+        """Context in which the whole model can be run."""
         ...
 
     def entrance(self, first: nn.Module) -> AbstractContextManager[None]:
-        """Inside, everything before the blocks and the first block can be run."""
+        """Context in which everything up to and including the first block can be run."""
         ...
 
     def block(self, block: nn.Module, device: torch.device) -> AbstractContextManager[None]:
-        """Inside, a block is on the device."""
+        """Context in which a block is on the device."""
         ...
 
 
 class InMemory:
-    """All of a model, where it was given to us."""
+    """A model that is in memory as a whole, on its own devices."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Nothing needs to be done."""
+        """Do nothing: the whole model is in memory."""
         yield
 
     @contextmanager
     def entrance(self, first: nn.Module) -> Iterator[None]:
-        """Nothing needs to be done."""
+        """Do nothing: the whole model is in memory."""
         yield
 
     @contextmanager
     def block(self, block: nn.Module, device: torch.device) -> Iterator[None]:
-        """Move a block to the device, and back where it was."""
+        """Move a block to the device, and back at the end."""
         home = next(block.parameters()).device
         block.to(device)
         try:
@@ -66,14 +67,14 @@ class InMemory:
 
 
 class Streamed:
-    """A checkpoint of which one block at a time is in memory; make one with :meth:`open`.
+    """A checkpoint with one block at a time in memory; made by :meth:`open`.
 
     Parameters
     ----------
     checkpoint
         The folder.
     model
-        Its skeleton, of the type that its parameters are to have.
+        Its skeleton, in the type of the loaded parameters.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
@@ -98,27 +99,27 @@ class Streamed:
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, *, trusted: bool = False) -> "Streamed | None":
-        """Skeleton of a checkpoint, after every tensor was looked at once.
+        """Open a checkpoint as a skeleton, after a check of every tensor.
 
         Parameters
         ----------
         checkpoint
             The folder.
         trusted
-            Whether somebody has looked at the tensors already.
+            Whether the tensors have been checked already.
 
         Returns
         -------
         Streamed or None
-            None if the parameters of the model are not the tensors of the checkpoint one
-            to one, so that transformers must assemble it.
+            None if some parameter is not stored as one tensor, so that transformers must
+            assemble the model.
 
         Raises
         ------
         DataError, UnsupportedModelError
             As :func:`layerwise.run.models.opening.load_model`.
         """
-        if is_native(checkpoint.config):  # its blocks are cut after they are made
+        if is_native(checkpoint.config):  # its blocks are built first and then cut
             return None
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
             config = read_config(checkpoint)
@@ -136,16 +137,16 @@ class Streamed:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Load what is around the blocks now, and every block while it runs."""
+        """Load the parameters around the blocks at once, and every block while it runs."""
         with ExitStack() as stack:
             stack.enter_context(self._present(self._around, torch.device("cpu")))
             for module in self.model.modules():
                 if id(module) in self._units:
-                    self._follow(stack, module)
+                    self._load_when_run(stack, module)
             yield
 
-    def _follow(self, stack: ExitStack, block: nn.Module) -> None:
-        """Let a block be there while it runs."""
+    def _load_when_run(self, stack: ExitStack, block: nn.Module) -> None:
+        """Let hooks load a block before it runs and free it afterwards."""
         names = self._names(block)
 
         def enter(*_: Any) -> None:
@@ -160,13 +161,13 @@ class Streamed:
 
     @contextmanager
     def entrance(self, first: nn.Module) -> Iterator[None]:
-        """Load embeddings, what else is before the blocks, and the first block."""
+        """Load everything before the blocks, such as embeddings, and the first block."""
         with self._present([*self._before, *self._names(first)], torch.device("cpu")):
             yield
 
     @contextmanager
     def block(self, block: nn.Module, device: torch.device) -> Iterator[None]:
-        """Load a block onto the device, and forget it."""
+        """Load a block onto the device, and free it at the end."""
         with self._present(self._names(block), device):
             _move_buffers(block, device)
             yield
@@ -191,7 +192,7 @@ class Streamed:
         places = {self._stored[several[0]]: several for several in tied.values()}
         for stored, tensor in self._checkpoint.tensors(places):
             empty = self._empty[places[stored][0]]
-            # a copy: what is mapped would change with the file
+            # a copy: a mapped tensor would change with the file
             value = tensor.to(device, empty.dtype, copy=True)
             full = nn.Parameter(value, requires_grad=empty.requires_grad)
             for name in places[stored]:
@@ -203,7 +204,7 @@ class Streamed:
 
 
 def _read_buffers(checkpoint: Checkpoint, model: Any) -> None:
-    """Take the values of those buffers that are stored."""
+    """Read the values of all buffers that are stored."""
     kept = model.state_dict(keep_vars=True)
     buffers = {
         stored: buffer

@@ -1,4 +1,4 @@
-"""Small changes to modules: parameters of another size, biases, and what repeats them."""
+"""Small changes to modules: parameters of another size, biases, and their attributes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ def has_bias(block: nn.Module, linear: str) -> bool:
 
 
 def add_bias(linear: nn.Module, shift: Tensor) -> None:
-    """Add to the bias of a linear layer, which gets one if it has none."""
+    """Add a shift to the bias of a linear layer; create the bias if there is none."""
     weight = linear.get_parameter("weight")
     old = linear._parameters.get("bias")
     if old is None:
@@ -33,14 +33,14 @@ def update_bias_attributes(model: Any, adapter: Adapter) -> None:
     for coupling in adapter.couplings:
         if coupling.bias is not None and coupling.bias.attribute is not None:
             for block in blocks:
-                found = has_bias(block, coupling.consumers[-1])
-                set_attribute(block, coupling.bias.attribute, found)
+                value = has_bias(block, coupling.consumers[-1])
+                set_attribute(block, coupling.bias.attribute, value)
 
 
 def update_attributes(
     block: nn.Module, block_name: str, coupling: Coupling, channels: Channels, units: int
 ) -> None:
-    """Set the attributes that `forward` reads to another number of units."""
+    """Set the attributes read by `forward` to another number of units."""
     counts = coupling.counts(block, channels, units)
     for name, count in coupling.attributes.items():
         check_attribute(block, block_name, name)
@@ -48,7 +48,7 @@ def update_attributes(
 
 
 def synchronise(module: nn.Module) -> None:
-    """Let a module state the sizes that its parameters have."""
+    """Set the sizes stated by a module to those of its parameters."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.Conv1d):  # depthwise
@@ -57,7 +57,7 @@ def synchronise(module: nn.Module) -> None:
 
 
 def replace_parameter(model: nn.Module, name: str, value: Tensor) -> None:
-    """Put another tensor in the place of a parameter."""
+    """Replace a parameter by another tensor."""
     parent, _, own = name.rpartition(".")
     module = model.get_submodule(parent)
     old = module.get_parameter(own)
@@ -65,12 +65,12 @@ def replace_parameter(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def check_attribute(block: nn.Module, block_name: str, name: str) -> None:
-    """Refuse a block without an attribute that must be told a new size."""
+    """Refuse a block without an attribute that must be set to a new size."""
     path, _, own = name.rpartition(".")
     if not hasattr(block.get_submodule(path), own):
         message = (
-            f"no attribute {block_name}.{name}, which must be told the new size: this "
-            f"version of transformers names it otherwise"
+            f"no attribute {block_name}.{name} to hold the new size: this version of "
+            f"transformers has another name for it; install a supported version"
         )
         raise UnsupportedModelError(message)
 
@@ -82,7 +82,7 @@ def set_attribute(block: nn.Module, name: str, value: object) -> None:
 
 
 def set_bias(linear: nn.Module, bias: Tensor) -> None:
-    """Give a linear layer these values as its bias."""
+    """Set the bias of a linear layer to these values."""
     weight = linear.get_parameter("weight")
     new = bias.to(weight.device, weight.dtype, copy=True)
     linear.bias = nn.Parameter(new, requires_grad=weight.requires_grad)

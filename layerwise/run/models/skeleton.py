@@ -1,6 +1,6 @@
-"""A model without its parameters: the structure that ``config.json`` asks for.
+"""A model without its parameters: the structure described by ``config.json``.
 
-Parameters are on the meta device and cost nothing.
+Parameters are on the meta device and take no memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NAMES_SHOWN = 3
 
 
 def read_config(checkpoint: Checkpoint) -> Any:
-    """Parse the configuration of an architecture that transformers has itself."""
+    """Parse the configuration of an architecture that is part of transformers."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     model_type = checkpoint.config.get("model_type")
@@ -56,24 +56,24 @@ def skeleton_of(
     *,
     buffers: bool = False,
 ) -> Any:
-    """Model of a checkpoint without parameters, after its shapes were compared.
+    """Build the model of a checkpoint without parameters, after a check of all shapes.
 
     Parameters
     ----------
     checkpoint, config
         The headers, and the parsed configuration.
     operate
-        What gives a model of that configuration the parameters that are stored.
+        Function that gives a model of that configuration the stored parameters.
     dtype
         Type of the parameters; by default that of the configuration.
     buffers
-        Whether buffers, which are small and mostly computed rather than stored (rotary
-        frequencies), are real.
+        Whether buffers have values; they are small and mostly computed instead of stored
+        (rotary frequencies).
 
     Raises
     ------
     DataError
-        The configuration is invalid, or a tensor has another shape than it says.
+        The configuration is invalid, or a tensor has another shape than it describes.
     """
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if not 0 < layers <= len(checkpoint.weight_map):
@@ -82,7 +82,7 @@ def skeleton_of(
             f"checkpoint holds {len(checkpoint.weight_map)} tensors: fix the number"
         )
         raise DataError(message)
-    # before anything that is real: a damaged configuration may ask for any size
+    # first without memory: a damaged configuration may describe any size
     model = _build(checkpoint, config, torch.device("meta"), dtype)
     if operate is not None:
         operate(model)
@@ -95,14 +95,14 @@ def skeleton_of(
 def _build(
     checkpoint: Checkpoint,
     config: Any,
-    place: AbstractContextManager[Any],
+    device: AbstractContextManager[Any],
     dtype: torch.dtype | None,
 ) -> Any:
     from transformers import AutoModelForCausalLM
 
     given = {} if dtype is None else {"dtype": dtype}
     try:
-        with place:
+        with device:
             return AutoModelForCausalLM.from_config(
                 config, trust_remote_code=False, **given
             )
@@ -113,7 +113,7 @@ def _build(
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Move every parameter to the meta device as soon as a module gets it."""
+    """Move every parameter to the meta device as soon as a module registers it."""
     original = nn.Module.register_parameter
 
     def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -130,26 +130,26 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _check_shapes(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Compare configuration and headers before any memory is spent on weights."""
+    """Compare the configuration with the headers, before weights take any memory."""
     entries = checkpoint.entries()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, stored in checkpoint_names(model, checkpoint).items():
-        expected, found = tuple(parameters[name].shape), entries[stored].shape
-        if expected != found:
+        expected, shape = tuple(parameters[name].shape), entries[stored].shape
+        if expected != shape:
             message = (
-                f"tensor {stored!r} of {checkpoint.path} has shape {found}, its "
-                f"config.json asks for {expected}: the two do not belong together"
+                f"tensor {stored!r} of {checkpoint.path} has shape {shape}, its "
+                f"config.json asks for {expected}: restore the one that is wrong"
             )
             raise DataError(message)
 
 
 def refuse_mismatch(checkpoint: Checkpoint, problem: str, names: set[str]) -> None:
-    """Raise if tensors and configuration do not belong together, with some names."""
+    """Raise an error that lists some of the names, if there are any."""
     if names:
         shown = ", ".join(sorted(names)[:NAMES_SHOWN])
         more = f" and {len(names) - NAMES_SHOWN} more" * (len(names) > NAMES_SHOWN)
         message = (
-            f"{checkpoint.path} {problem}: {shown}{more}; config.json and the "
-            f"weights do not belong together, or the download is incomplete"
+            f"{checkpoint.path} {problem}: {shown}{more}; config.json does not fit the "
+            f"weights, or the download is incomplete: download it again"
         )
         raise DataError(message)

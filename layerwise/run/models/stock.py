@@ -1,9 +1,9 @@
-"""What the stock format can hold: a model that transformers alone opens.
+"""The stock format: a model that transformers alone can open.
 
 A stock configuration has one width for all blocks, one flag for the biases of several
-linears, and rules of its own. Everything is checked before a model is touched, and at the
-end by transformers itself: it builds the model of the new configuration without memory,
-which must have exactly the tensors of the smaller model.
+linears, and rules of its own. Everything is checked before a model is touched. The last
+check is by transformers itself: it builds the model of the new configuration without
+memory, which must have exactly the tensors of the smaller model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from layerwise.run.models.loading import quiet_transformers
 from layerwise.run.models.rewrite import has_bias
 
 Format = Literal["stock", "native"]
-# a padded folder holds a native model whose blocks zeros fill up, for stock transformers
+# a padded folder holds a native model, padded with zeros for stock transformers
 OutputFormat = Literal["stock", "native", "padded"]
 OUTPUT_FORMATS: tuple[str, ...] = get_args(OutputFormat)
 FORMATS: tuple[Format, ...] = ("stock", "native")
@@ -31,14 +31,14 @@ OTHERWISE = "choose format 'native'"
 
 @dataclass(frozen=True)
 class StockPlan:
-    """How a model becomes one of the stock format.
+    """Changes by which a model gets the stock format.
 
     Parameters
     ----------
     changes
         Fields of the configuration and their new values.
     zero_biases
-        Linears, by full name, that get a bias of zeros because others need theirs.
+        Linears, by full name, that get a bias of zeros because others share their flag.
     """
 
     changes: Mapping[str, Any]
@@ -48,14 +48,14 @@ class StockPlan:
 def check_format(
     model: Any, adapter: Adapter, names: Collection[str], format: str, *, bias: bool = False
 ) -> None:
-    """Refuse a format that cannot hold what a run would make, before the run.
+    """Refuse a format that cannot represent the result of a run, before the run.
 
     Parameters
     ----------
     model, adapter
         The model and its declaration.
     names
-        Couplings whose channels will leave, the same number in every block.
+        Couplings that lose channels, the same number in every block.
     format
         ``"stock"`` or ``"native"``.
     bias
@@ -64,7 +64,7 @@ def check_format(
     Raises
     ------
     UsageError
-        If the format has no place for it, with what to change.
+        If the format cannot represent the model; the message says what to change.
     UnsupportedModelError
         If a coupling is not declared for this architecture.
     """
@@ -108,21 +108,21 @@ def plan_stock(
     widths: Mapping[str, Mapping[str, int]],
     shapes: Shapes,
 ) -> StockPlan:
-    """Check that the stock format holds a model, and say what must change for it.
+    """Check that the stock format can represent a model; return the changes it needs.
 
     Parameters
     ----------
     model, adapter
         The model, not yet cut, and its declaration.
     widths
-        Units that stay: coupling -> full name of a block -> number.
+        Number of kept units: coupling -> full name of a block -> number.
     shapes
         Shape of every parameter after the cut.
 
     Raises
     ------
     UsageError
-        If the format has no place for it, with what to change.
+        If the format cannot represent the model; the message says what to change.
     """
     blocks = adapter.blocks_of(model)
     before = skeleton(model, model.config)
@@ -154,21 +154,21 @@ def plan_stock(
 
 
 def stock_config(config: Any, changes: Mapping[str, Any]) -> Any:
-    """Copy of a configuration with other values, as it is read back from a file."""
+    """Copy of a configuration with other values, as if read from a file."""
     with quiet_transformers():
         try:
             return type(config).from_dict({**config.to_dict(), **changes})
         except Exception as error:
-            wanted = ", ".join(f"{name}={value}" for name, value in changes.items())
+            fields = ", ".join(f"{name}={value}" for name, value in changes.items())
             message = (
-                f"transformers refuses {wanted} ({one_line(error)}): keep another number, "
+                f"transformers refuses {fields} ({one_line(error)}): keep another number, "
                 f"or {OTHERWISE}"
             )
             raise UsageError(message) from error
 
 
 def skeleton(model: Any, config: Any) -> Any:
-    """Model of the same class and another configuration, without memory."""
+    """Model of the same class with another configuration, without memory."""
     with quiet_transformers(), torch.random.fork_rng(devices=[]), torch.device("meta"):
         return type(model)(config)
 
@@ -181,7 +181,7 @@ def _one_width(name: str, by_block: Mapping[str, int]) -> int:
         message = (
             f"a stock model has one width for all blocks, but {smallest} would keep "
             f"{by_block[smallest]} units of {name!r} and {largest} {by_block[largest]}: "
-            f"keep equally many, {OTHERWISE}, or pad to the widest block"
+            f"keep the same number, {OTHERWISE}, or pad to the widest block"
         )
         raise UsageError(message)
     return by_block[smallest]
@@ -205,8 +205,8 @@ def _no_bias(adapter: Adapter, linear: str) -> str:
 def _flag_of(model: Any, adapter: Adapter, linear: str) -> BiasFlag | None:
     """Flag that gives a linear a bias, if this configuration has it."""
     flags = [coupling.bias for coupling in adapter.couplings if coupling.bias is not None]
-    found = [f for f in flags if linear in f.linears and hasattr(model.config, f.field)]
-    return found[0] if found else None
+    own = [f for f in flags if linear in f.linears and hasattr(model.config, f.field)]
+    return own[0] if own else None
 
 
 def _flags_needed(
@@ -215,7 +215,7 @@ def _flags_needed(
     blocks: Mapping[str, nn.Module],
     reference: Mapping[str, nn.Module],
 ) -> list[BiasFlag]:
-    """Flags of linears that have a bias which the configuration does not give them."""
+    """Flags of linears with a bias that the configuration does not have."""
     needed: list[BiasFlag] = []
     for block_name, block in blocks.items():
         for linear in adapter.linear_names(block_name):
@@ -229,12 +229,12 @@ def _flags_needed(
 
 
 def _compare(expected: nn.Module, shapes: Shapes) -> None:
-    """Refuse a model whose tensors are not those of the stock model."""
-    theirs = {name: tuple(p.shape) for name, p in expected.named_parameters()}
-    for name in sorted({*theirs, *shapes}):
-        if theirs.get(name) != shapes.get(name):
+    """Refuse a model whose tensors differ from those of the stock model."""
+    stock = {name: tuple(p.shape) for name, p in expected.named_parameters()}
+    for name in sorted({*stock, *shapes}):
+        if stock.get(name) != shapes.get(name):
             message = (
                 f"{name} would have shape {shapes.get(name)}, but the stock model has "
-                f"{theirs.get(name)}: {OTHERWISE}"
+                f"{stock.get(name)}: {OTHERWISE}"
             )
             raise UsageError(message)

@@ -1,9 +1,9 @@
-"""Surgery: rows and columns of removed channels physically leave a model.
+"""Surgery: remove the rows and columns of channels from a model.
 
-What the removed channels gave to the rest is lost; after a run the columns that read them
-are zero, and the smaller model computes what the larger one did. Everything is checked
-before the first parameter is replaced. Modules stay, with smaller parameters, so that
-hooks stay as well; what remains keeps its type and its bits.
+The contribution of the removed channels is lost. After a run the columns that read them are
+zero, and the smaller model computes the same as the larger one. Everything is checked
+before the first parameter is replaced. Modules are kept, with smaller parameters, and so
+are their hooks. The remaining entries keep their type and their bits.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ def shrink(
     adapter
         Its declaration.
     cuts
-        Every coupling of a block at most once; what is not named stays as it is. Units
-        count those of the model as it is given: heads and values of a block go together
-        in one call.
+        Every coupling of a block at most once; couplings that are not named are not
+        changed. Indices of units are those of the given model, so heads and values of a
+        block must be cut in one call.
     format
         ``"stock"``: the configuration is updated, and ``save_pretrained`` writes a model
-        that transformers opens. Linears get biases of zeros where others under the same
-        flag have one. ``"native"``: blocks may differ in every way, and
+        that transformers opens. Linears get biases of zeros if others with the same flag
+        have one. ``"native"``: blocks may differ in every way, and
         :func:`layerwise.run.models.native.save_native` writes the model.
 
     Raises
     ------
     UsageError
-        If a cut is impossible, or the stock format has no place for the result; the
+        If a cut is impossible, or the stock format cannot represent the result; the
         message says what to change.
     UnsupportedModelError
         If channels are not declared for this architecture, or a parameter that would
-        shrink is used at another place as well.
+        shrink is shared with another module.
     """
     cuts = list(cuts)
     check_format(model, adapter, {cut.coupling for cut in cuts}, format)
@@ -68,7 +68,7 @@ def shrink(
 
 
 def steps_of(model: nn.Module) -> list[Step]:
-    """What was cut out of a model that only the native format holds, call by call."""
+    """Cuts of a model that only the native format can represent, call by call."""
     steps: list[Step] = getattr(model, RECORD, [])
     return steps
 
@@ -76,7 +76,7 @@ def steps_of(model: nn.Module) -> list[Step]:
 def make_stock(
     model: Any, adapter: Adapter, changes: Mapping[str, Any], zero_biases: Iterable[str]
 ) -> None:
-    """Bring configuration and biases to what the stock format needs."""
+    """Change configuration and biases as the stock format needs it."""
     for name in zero_biases:
         linear = model.get_submodule(name)
         add_bias(linear, torch.zeros(len(linear.weight), device=linear.weight.device))

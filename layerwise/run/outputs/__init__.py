@@ -1,1 +1,1 @@
-"""The folder that a run leaves: recipe, manifest, model card, and the checks of it."""
+"""The output folder of a run: recipe, manifest, model card, and its verification."""

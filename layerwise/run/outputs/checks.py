@@ -1,4 +1,4 @@
-"""One claim about a folder, and the claim that every folder makes."""
+"""Checks of a folder, and those that apply to every folder."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,9 @@ class Check:
     Parameters
     ----------
     claim
-        What should be true.
+        Statement that should be true.
     problems
-        Where it is not, each with a name; empty if it holds.
+        Names for which it is not true, with the reason; empty if the claim holds.
     """
 
     claim: str
@@ -24,12 +24,12 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """Whether nothing was found."""
+        """Whether there are no problems."""
         return not self.problems
 
 
 def untouched(checkpoint: Checkpoint, manifest: Manifest, changed: set[str]) -> Check:
-    """Every tensor that the run should not have changed."""
+    """Check every tensor that the run should not have changed."""
     changed = changed | set(manifest.retrained)
     names = set(checkpoint.weight_map) - changed
     present = tensor_hashes(checkpoint.tensors(names))
@@ -44,7 +44,7 @@ def untouched(checkpoint: Checkpoint, manifest: Manifest, changed: set[str]) -> 
 
 
 def shards(checkpoint: Checkpoint, manifest: Manifest) -> Check:
-    """Every file with tensors, byte by byte."""
+    """Check every file with tensors, by its hash."""
     present = checkpoint.sha256(checkpoint.shards)
     differs = [
         f"{name}: {'other bytes' if name in present else 'is missing'}"

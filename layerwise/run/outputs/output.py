@@ -1,7 +1,7 @@
-"""What a finished folder holds besides the weights: recipe, manifest, model card.
+"""Files of a finished folder besides the weights: recipe, manifest, model card.
 
-The manifest says which tensors were pruned and the hash of every tensor that was not, so
-that ``layerwise verify`` needs neither the source nor trust.
+The manifest lists the pruned tensors and the hashes of all others, so that ``layerwise
+verify`` does not need the source.
 """
 
 import json
@@ -37,7 +37,7 @@ PACKAGES = ("layerwise", "torch", "transformers", "safetensors")
 
 
 class Manifest(BaseModel):
-    """What ``layerwise/manifest.json`` states about its folder."""
+    """Content of ``layerwise/manifest.json``."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -53,14 +53,16 @@ class Manifest(BaseModel):
     calibration: str
     calibration_sha256: str
     versions: dict[str, str]
-    smaller: Smaller | None = None  # of a model that lost channels
+    smaller: Smaller | None = None  # for a model that lost channels
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Manifest of a finished folder."""
+        """Read the manifest of a finished folder."""
         path = folder / FOLDER / MANIFEST
         if not path.is_file():
-            message = f"{folder} holds no {FOLDER}/{MANIFEST}: it is no output of layerwise"
+            message = (
+                f"{folder} holds no {FOLDER}/{MANIFEST}: it is not an output of layerwise"
+            )
             raise DataError(message)
         try:
             return cls.model_validate(read_object(path))
@@ -89,26 +91,26 @@ def fingerprint(recipe: Recipe, run: Run[Any]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes the result."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the packages that compute the result."""
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:  # a checkout that is not installed
-            found[package] = "unknown"
-    return found
+            installed[package] = "unknown"
+    return installed
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """Everything about a run that its folder tells.
+    """Everything about a run that is written into its folder.
 
     Parameters
     ----------
     recipe, tokens, records
-        What was asked, the calibration data, and the figures of every matrix.
+        The settings, the calibration data, and the figures of every matrix.
     source, tokenizer
-        Where the model came from; without a source the tokenizer is saved as well.
+        The checkpoint of the model; without a source the tokenizer is saved as well.
     """
 
     recipe: Recipe
@@ -127,19 +129,19 @@ def write_output(outcome: Outcome, model: Any, removed: Removed, journal: Journa
 
 
 def stored_masks(output: Path | None, masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Masks of a finished run: read from its folder when asked for, if they are there."""
+    """Masks of a finished run: read from its folder when they are used, if it has them."""
     if output is None or not (output / FOLDER / MASKS).is_file():
         return dict(masks)
     return LazyTensors(masks, read_masks(output).__getitem__)
 
 
 def _write_zeros(journal: Journal, outcome: Outcome, model: Any, removed: Removed) -> None:
-    """Write a model with zeros: the checkpoint with other values."""
+    """Write a model with zeros: the checkpoint with other values of some tensors."""
     folder, source, weights = journal.folder, outcome.source, removed.weights
     if source is not None:
         names = checkpoint_names(model, source)
-        places = {names[name]: name for name in weights}
-        stored = LazyTensors(places, lambda name: weights[places[name]])
+        parameters = {names[name]: name for name in weights}
+        stored = LazyTensors(parameters, lambda name: weights[parameters[name]])
         write_checkpoint(source, folder, stored, overwrite=True)
     else:
         model.save_pretrained(folder)
@@ -163,7 +165,7 @@ def _write_zeros(journal: Journal, outcome: Outcome, model: Any, removed: Remove
 
 
 def _write_shrunk(journal: Journal, outcome: Outcome, model: Any, shrunk: Shrunk) -> None:
-    """Write a smaller model: all of its tensors, and what was cut."""
+    """Write a smaller model: all of its tensors, and the record of its cuts."""
     folder = journal.folder
     written = write_smaller(
         folder, model, outcome.source, outcome.tokenizer, shrunk.format == "native"
@@ -177,7 +179,7 @@ def _write_shrunk(journal: Journal, outcome: Outcome, model: Any, shrunk: Shrunk
 def write_rest(
     journal: Journal, outcome: Outcome, source: Checkpoint, **claims: Any
 ) -> None:
-    """Log, recipe, model card, and the manifest with its claims."""
+    """Write log, recipe, model card, and the manifest with its claims."""
     folder, recipe, tokens = journal.folder, outcome.recipe, outcome.tokens
     journal.write_layers(list(outcome.records))
     atomic_write(folder / "recipe.yaml", recipe.to_yaml().encode())

@@ -20,7 +20,7 @@ from layerwise.run.pipeline.task import ErrorCorrection
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which ``2:4`` is text; elsewhere it is 124, a number to base 60."""
+    """YAML in which ``2:4`` is text; by default it is 124, a number to base 60."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as the class above declares it
         first: [
@@ -61,17 +61,17 @@ class Recipe(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> "Recipe":
-        """Recipe from a YAML file."""
+        """Read a recipe from a YAML file."""
         try:
             values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
         except FileNotFoundError:
-            message = f"no recipe file {path}"
+            message = f"there is no recipe file {path}: correct the path"
             raise UsageError(message) from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             message = f"cannot read recipe {path}: {' '.join(str(error).split())}"
             raise DataError(message) from error
         if not isinstance(values, dict):
-            message = f"recipe {path} is no mapping of names to values"
+            message = f"recipe {path} is not a mapping: write lines NAME: VALUE"
             raise UsageError(message)
         return cls.check(values, f"recipe {path}")
 
@@ -97,7 +97,7 @@ class Recipe(BaseModel):
         return list(cls.model_fields)
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of ``prune_model`` that it stands for, without the model."""
+        """Arguments of ``prune_model`` that repeat the run, without the model."""
         return self.model_dump(exclude={"model"})
 
     def to_yaml(self) -> str:

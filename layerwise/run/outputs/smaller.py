@@ -1,4 +1,4 @@
-"""What a folder with a smaller model holds: its tensors, and a manifest of what changed."""
+"""Files of a folder with a smaller model: its tensors, and a statement of the changes."""
 
 import json
 from collections.abc import Sequence
@@ -22,19 +22,19 @@ CHANNELS = "channels.json"
 
 
 class Smaller(BaseModel):
-    """What a manifest states about a model that lost channels.
+    """Statement of a manifest about a model that lost channels.
 
     Parameters
     ----------
     format
-        As it was asked for; a padded folder is one that stock transformers opens.
+        The requested format; stock transformers opens a padded folder as well.
     changed
         Shape of every tensor that was cut, refitted, added or cast, by its name.
     parameters_before, parameters_after
-        Of the decoder blocks.
+        Number of parameters of the decoder blocks.
     predicted_loss, price
-        Growth of the mean loss of a token that the optimised widths should cost, and its
-        slope per parameter at the budget; None where no widths were optimised.
+        Predicted growth of the mean loss of a token for the optimised widths, and its slope
+        per parameter at the budget; None if no widths were optimised.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -50,7 +50,7 @@ class Smaller(BaseModel):
 def write_smaller(
     folder: Path, model: Any, source: Checkpoint | None, tokenizer: Any, native: bool
 ) -> Checkpoint:
-    """Write the tensors and configuration of a smaller model, and what travels with it."""
+    """Write the tensors, configuration and side files of a smaller model."""
     if native:
         save_native(model, folder)
     else:
@@ -67,7 +67,7 @@ def write_smaller(
 
 
 def write_channels(folder: Path, cuts: Sequence[Cut]) -> None:
-    """Write which units stayed: block -> coupling -> indices in the source."""
+    """Write the kept units: block -> coupling -> indices in the source."""
     kept: dict[str, dict[str, list[int]]] = {}
     for cut in cuts:
         kept.setdefault(cut.block, {})[cut.coupling] = cut.kept.tolist()
@@ -78,18 +78,18 @@ def write_channels(folder: Path, cuts: Sequence[Cut]) -> None:
 def describe(
     model: nn.Module, written: Checkpoint, shrunk: Shrunk
 ) -> tuple[Smaller, dict[str, str]]:
-    """Statement of the manifest, and the hashes of all tensors that did not change.
+    """Statement for the manifest, and the hashes of all unchanged tensors.
 
     Parameters
     ----------
     model, written
         The smaller model, and its folder.
     shrunk
-        What it was, and what was removed.
+        Description of the removal, with the hashes of the dense model.
     """
     now, entries = digests(model), written.entries()
-    places = {name: name for name in now} | checkpoint_names(model, written)
-    same = {places[name]: now[name] for name in now if shrunk.before.get(name) == now[name]}
+    stored = {name: name for name in now} | checkpoint_names(model, written)
+    same = {stored[name]: now[name] for name in now if shrunk.before.get(name) == now[name]}
     untouched = {name: digest for name, digest in same.items() if name in entries}
     changed = sorted(set(entries) - set(untouched))
     smaller = Smaller(

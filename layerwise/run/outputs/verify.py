@@ -1,4 +1,4 @@
-"""Does a finished folder hold what it claims? Reopen it and check, tensor by tensor."""
+"""Verification of a finished folder: reopen it and check every tensor."""
 
 from collections import Counter
 from pathlib import Path
@@ -35,7 +35,7 @@ def verify(folder: Path) -> list[Check]:
     Raises
     ------
     DataError
-        If the folder is no output of layerwise or cannot be read.
+        If the folder is not an output of layerwise or cannot be read.
     """
     manifest = Manifest.read(folder)
     checkpoint = Checkpoint.open(folder)
@@ -43,32 +43,32 @@ def verify(folder: Path) -> list[Check]:
         return verify_smaller(folder, checkpoint, manifest, manifest.smaller)
     masks = read_masks(folder)
     pattern = _pattern(folder, manifest)
-    found = _Findings()
-    found.compare("mask", sorted(manifest.pruned), sorted(masks))
+    findings = _Findings()
+    findings.compare("mask", sorted(manifest.pruned), sorted(masks))
     tensors = set(manifest.pruned.values())
     lost = sorted(tensors - set(checkpoint.weight_map))
-    found.missing += [f"{name}: the tensor is missing" for name in lost]
+    findings.missing += [f"{name}: the tensor is missing" for name in lost]
     names = {tensor: name for name, tensor in manifest.pruned.items()}
     for tensor_name, weight in checkpoint.tensors(tensors.difference(lost)):
         name = names[tensor_name]
         if name in masks:
             mask = masks[name]
-            if name in manifest.transposed:  # patterns live in (out, in)
+            if name in manifest.transposed:  # patterns refer to (out, in)
                 weight, mask = weight.transpose(0, -1), mask.transpose(0, -1)
-            found.inspect(tensor_name, weight, mask, pattern)
+            findings.inspect(tensor_name, weight, mask, pattern)
     for name in set(masks).difference(manifest.pruned):
-        masks[name]  # a damaged one is an error, whatever it belongs to
+        masks[name]  # a damaged mask is an error, even without a pruned tensor
     recorded = [f"{record.name}.weight" for record in read_layers(folder)]
-    found.compare("layer log", sorted(manifest.pruned), sorted(recorded))
+    findings.compare("layer log", sorted(manifest.pruned), sorted(recorded))
     return [
         Check(
             f"{len(manifest.pruned)} pruned tensors, a mask and a line of the log for each",
-            tuple(found.missing),
+            tuple(findings.missing),
         ),
-        Check("every removed weight is exactly zero", tuple(found.nonzero)),
-        Check("no zero is negative", tuple(found.negative)),
-        Check(f"every mask satisfies the pattern {pattern}", tuple(found.pattern)),
-        Check("every pruned weight is finite", tuple(found.infinite)),
+        Check("every removed weight is exactly zero", tuple(findings.nonzero)),
+        Check("no zero is negative", tuple(findings.negative)),
+        Check(f"every mask satisfies the pattern {pattern}", tuple(findings.pattern)),
+        Check("every pruned weight is finite", tuple(findings.infinite)),
         untouched(checkpoint, manifest, set(manifest.pruned.values())),
         shards(checkpoint, manifest),
         _opens(checkpoint),

@@ -1,8 +1,8 @@
-"""Checks of a folder with a smaller model: its shapes, its size, and who can open it.
+"""Checks of a folder with a smaller model: its shapes, its size, and what can open it.
 
-A folder in the stock format must open in stock transformers with every tensor that it
-holds: the library drops what its configuration has no place for, such as a bias, and then
-computes something else. A folder in the native format must not open there at all.
+Stock transformers must open a folder in the stock format with every tensor that it holds.
+The library drops tensors that are not in the configuration, such as a bias, and then
+computes something else. It must not open a folder in the native format at all.
 """
 
 from collections.abc import Mapping
@@ -86,8 +86,8 @@ def _opens(checkpoint: Checkpoint, smaller: Smaller) -> tuple[Check, Any]:
         model = load_stock(checkpoint, "cpu")
     except LayerwiseError as error:
         return Check(claim, (str(error),)), None
-    places = set(checkpoint_names(model, checkpoint).values()) | set(model.state_dict())
-    dropped = sorted(set(checkpoint.weight_map) - places)
+    loaded = set(checkpoint_names(model, checkpoint).values()) | set(model.state_dict())
+    dropped = sorted(set(checkpoint.weight_map) - loaded)
     problems = tuple(f"{name}: stock transformers drops it" for name in dropped)
     return Check(claim, problems), model
 
@@ -106,7 +106,7 @@ def _opens_natively(checkpoint: Checkpoint) -> tuple[Check, Any]:
 
 
 def stock_opens(folder: Path) -> bool:
-    """Whether the configuration of a folder means something to stock transformers."""
+    """Whether stock transformers accepts the configuration of a folder."""
     from transformers import AutoConfig
 
     try:
@@ -117,20 +117,20 @@ def stock_opens(folder: Path) -> bool:
 
 
 def _size(blocks: Mapping[str, nn.Module], smaller: Smaller) -> Check:
-    found = parameters_of(blocks)
+    parameters = parameters_of(blocks)
     claim = (
         f"the blocks have {smaller.parameters_after:,} parameters, "
         f"{1 - smaller.parameters_after / smaller.parameters_before:.2%} fewer than before"
     )
-    same = found == smaller.parameters_after
-    return Check(claim, () if same else (f"they have {found:,}",))
+    same = parameters == smaller.parameters_after
+    return Check(claim, () if same else (f"they have {parameters:,}",))
 
 
 def _channels(folder: Path, blocks: Mapping[str, nn.Module], adapter: Adapter) -> Check:
-    """Whether the record of what stayed fits the widths of the model."""
+    """Whether the record of the kept units fits the widths of the model."""
     path = folder / FOLDER / CHANNELS
     if not path.is_file():
-        message = f"{path} is missing: the folder is incomplete"
+        message = f"{path} is missing: the folder is incomplete; prune again"
         raise DataError(message)
     kept: dict[str, dict[str, list[int]]] = read_object(path)
     problems = []

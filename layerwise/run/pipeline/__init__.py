@@ -1,1 +1,1 @@
-"""Block by block: what to prune, how, and the path of a model through a run."""
+"""A run, block by block: selection, method, moments, solutions and stored blocks."""

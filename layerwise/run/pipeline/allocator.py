@@ -1,7 +1,7 @@
-"""Give memory that was freed back to the system.
+"""Return freed memory to the system.
 
-The C library keeps freed pieces for later. Grams of one width are of no use to those of
-the next, so a run would hold several hundred megabytes that nobody owns.
+The C library keeps freed memory for later. Memory of grams of one width cannot be reused
+for those of the next, so a run would hold several hundred unused megabytes.
 """
 
 import ctypes
@@ -11,16 +11,16 @@ from functools import cache
 from typing import Any
 
 GRAM_ITEM = 8  # bytes of a float64
-WORTH = 4 << 20  # bytes of a gram; to fetch the pages of smaller ones again takes longer
+WORTH = 4 << 20  # bytes of a gram; getting the pages of smaller ones again takes longer
 
 
 def trim_memory(width: int) -> None:
-    """Return free memory of the C heap, where the C library can do that; milliseconds.
+    """Return free memory of the C heap if the C library supports it; takes milliseconds.
 
     Parameters
     ----------
     width
-        Of the grams at hand: nothing is done if they are small.
+        Width of the current grams; nothing is done if they are small.
     """
     if GRAM_ITEM * width**2 >= WORTH and (trim := _malloc_trim()) is not None:
         trim(0)
@@ -31,7 +31,7 @@ def _malloc_trim() -> Callable[[int], Any] | None:
     if not sys.platform.startswith("linux"):
         return None
     try:
-        found: Callable[[int], Any] = ctypes.CDLL(None).malloc_trim
+        trim: Callable[[int], Any] = ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError):  # another C library
         return None
-    return found
+    return trim

@@ -1,7 +1,7 @@
 """Finished blocks as files: stored weights, bit-packed masks, and figures in the header.
 
-A block and its figures appear together or not at all, under a name that holds the hash of
-its content.
+A block and its figures appear together or not at all. The name of the file contains the
+hash of its content.
 """
 
 import json
@@ -19,7 +19,7 @@ from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.results import PrunedBlock
 
 WEIGHT, MASK, BIAS = "weight:", "mask:", "bias:"
-DIGITS = 16  # of the hash of a block in the name of its file
+DIGITS = 16  # of the hash of the content, in the name of a file
 
 
 class BlockFolder:
@@ -35,11 +35,11 @@ class BlockFolder:
         self.blocks = blocks
 
     def block_path(self, index: int) -> Path | None:
-        """File of a finished block, or None if it is not there."""
+        """File of a finished block, or None if there is none."""
         return next(iter(sorted(self.blocks.glob(f"{index:05d}-*.safetensors"))), None)
 
     def read_block(self, index: int) -> PrunedBlock | None:
-        """Return a finished block, or None if it is not there.
+        """Return a finished block, or None if there is none.
 
         Raises
         ------
@@ -57,7 +57,7 @@ class BlockFolder:
                     LayerRecord.from_dict(values)
                     for values in json.loads(file.metadata()["records"])
                 ]
-                for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                for key in file.keys():  # noqa: SIM118 - safetensors files are not mappings
                     if key.startswith(WEIGHT):
                         name, weight = key.removeprefix(WEIGHT), file.get_tensor(key)
                         packed = file.get_tensor(MASK + name)
@@ -71,7 +71,7 @@ class BlockFolder:
         return block
 
     def read_tensor(self, kind: str, index: int, linear: str) -> Tensor:
-        """One weight or mask (``WEIGHT``, ``MASK``) of a finished block."""
+        """Read one weight or mask (``WEIGHT``, ``MASK``) of a finished block."""
         path = self.block_path(index)
         if path is None:
             message = f"{self.blocks} lacks block {index}; start the run again"
@@ -88,9 +88,9 @@ class BlockFolder:
 
 
 def write_block(folder: Path, index: int, block: PrunedBlock) -> None:
-    """Store a finished block in a folder, by a name that tells its content.
+    """Store a finished block in a folder, under a name with the hash of its content.
 
-    Two processes that do the same block write files that differ in their seconds alone.
+    Two processes that prune the same block write files that differ only in their seconds.
     """
     tensors = {WEIGHT + name: weight for name, weight in block.weights.items()}
     tensors |= {MASK + name: pack_mask(mask) for name, mask in block.masks.items()}
@@ -103,7 +103,7 @@ def write_block(folder: Path, index: int, block: PrunedBlock) -> None:
 
 
 def _check_content(path: Path) -> None:
-    """Raise unless a block file has the content that its name promises."""
+    """Raise unless the content of a block file has the hash in its name."""
     if file_sha256(path)[:DIGITS] != path.stem.rpartition("-")[2]:
         message = f"{path} is damaged: its content changed; delete it to redo that block"
         raise DataError(message)

@@ -1,4 +1,4 @@
-"""A block on its way through a run: its output, and the moments of its stages.
+"""Output of a block, and moments of its stages.
 
 Error correction decides which inputs pose the problem of a layer (X from the dense model,
 Xhat from the pruned one):
@@ -23,30 +23,30 @@ from layerwise.adapters import Stage
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.activations.pruned_side import PrunedSide
-from layerwise.run.activations.streams import Tap, behind, visit_inputs
+from layerwise.run.activations.streams import Tap, block_outputs, visit_inputs
 from layerwise.run.pipeline.matrix import naming
 from layerwise.run.pipeline.task import Task
 from layerwise.run.stopwatch import timed
 
-PART_TOKENS = 512  # that moments are made of at a time on the CPU
+PART_TOKENS = 512  # added to the moments at one time on the CPU
 
 
 def advance(task: Task, inputs: BlockInputs, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Hidden states behind the block as it is now, batch by batch."""
-    return _timed_passes(behind(inputs.block, inputs.calls, hidden, task.device))
+    """Output of the block with its current weights, batch by batch."""
+    return _timed_passes(block_outputs(inputs.block, inputs.calls, hidden, task.device))
 
 
 def advance_dense(
     task: Task, inputs: BlockInputs, side: DenseSide | None
 ) -> Iterator[Tensor]:
-    """Hidden states behind the dense block, before anything in it is written."""
+    """Output of the dense block, before any of its weights is written."""
     if side is None:
         return advance(task, inputs, inputs.dense)
     return _timed_passes(side.advance())
 
 
 def _timed_passes(batches: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Batches, what it takes to make them counted as forward passes."""
+    """Batches, with the time to compute them counted as forward passes."""
     while True:
         with timed("forward"):
             batch = next(batches, None)
@@ -83,7 +83,7 @@ def _named_update(
 
 
 def _in_parts(batch: Tensor) -> tuple[Tensor, ...]:
-    """Sequences of a batch, some at a time on the CPU, where copies of them cost memory."""
+    """Split a batch by sequences on the CPU, where copies of it cost memory."""
     if batch.device.type != "cpu":
         return (batch,)
     length = batch.shape[-2] if batch.dim() > 2 else 1
@@ -97,9 +97,9 @@ def collect_pair(
     pruned: PrunedSide | None,
     stage: Stage,
 ) -> MomentAccumulator:
-    """Moments of one stage from the dense and the partly pruned block, side by side.
+    """Moments of one stage from the dense and the partly pruned block in parallel.
 
-    `pruned` is None where both give the same.
+    `pruned` is None if both give the same inputs.
     """
     accumulator = _accumulator(task, inputs, stage)
     update = _named_update(inputs, stage, accumulator)

@@ -1,4 +1,4 @@
-"""Where the result of a run goes: an output folder, refused or tidied before any work."""
+"""Output folder of a run: checked, and cleaned up after a killed run, before any work."""
 
 import os
 import shutil
@@ -7,19 +7,19 @@ from pathlib import Path
 
 from layerwise.errors import DataError, UsageError
 
-FOLDER = "layerwise"  # inside the output folder: everything that is ours
+FOLDER = "layerwise"  # inside the output folder: all files that layerwise itself reads
 FINGERPRINT = "fingerprint.json"
 BLOCKS = "blocks"
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Output folder of a run, and what may be there already.
+    """Output folder of a run, and how to treat folders that exist already.
 
     Parameters
     ----------
     output
-        New folder; None: nothing is written.
+        New folder; None if nothing is written.
     resume
         Continue an unfinished run with the same arguments.
     force
@@ -39,7 +39,7 @@ class Destination:
         return cls(output, resume, force)
 
     def check(self) -> None:
-        """Refuse an output that is in the way or cannot be created."""
+        """Refuse an output that exists or cannot be created."""
         if self.output is not None:
             check_output(self.output, force=self.force)
 
@@ -55,11 +55,11 @@ def partial_path(output: Path) -> Path:
 def check_output(output: Path, *, force: bool) -> None:
     """Refuse an output that exists or cannot be created, before any work is done.
 
-    First, the renaming of a run that was killed while it finished is completed, or undone
-    if the new folder had no name yet.
+    If an earlier run was killed while it finished, its renaming is completed first, or
+    undone if the new folder did not have its name yet.
     """
     if output.name in ("", ".."):
-        message = f"{output} has no name of its own; name the new folder"
+        message = f"{output} does not name a new folder: choose another output"
         raise UsageError(message)
     settle(output)
     if output.exists() and not force:
@@ -74,14 +74,14 @@ def check_output(output: Path, *, force: bool) -> None:
 
 
 def replaced_path(output: Path) -> Path:
-    """Where an output is while another one gets its name."""
+    """Temporary path of an old output while the new one gets its name."""
     return output.with_name(f".{output.name}.replaced")
 
 
 def settle(output: Path) -> None:
-    """Give a replaced output its name back, or remove what a finished run leaves.
+    """Give a replaced output its name back, or clean up a finished run.
 
-    The fingerprint goes last: it tells a folder that is not tidy yet.
+    The fingerprint is removed last: it marks a folder that is not cleaned up yet.
     """
     replaced, fingerprint = replaced_path(output), output / FOLDER / FINGERPRINT
     partial = partial_path(output)
@@ -95,5 +95,8 @@ def settle(output: Path) -> None:
             fingerprint.unlink()
     except OSError as error:
         where = error.filename or output
-        message = f"cannot tidy up {output}: {where}: {error.strerror or error}"
+        message = (
+            f"cannot clean up {output}: {where}: {error.strerror or error}; check its "
+            f"permissions, then start the run again"
+        )
         raise DataError(message) from error

@@ -1,11 +1,11 @@
 """Loss gradients of the dense model: one backward pass per calibration sequence.
 
-What is kept is a norm, over the sequences, of the gradient of the mean next-token loss of
-each: one float32 number per weight, on the CPU, in the norms and scalings of
-:mod:`layerwise.solvers.gblm`.
+Every sequence gives the gradient of its mean next-token loss. The result is the norm of
+these gradients over the sequences: one float32 number per weight, on the CPU, in the norms
+and scalings of :mod:`layerwise.solvers.gblm`.
 
-The pass runs on the whole model where it lies, with its activations of one sequence; every
-gradient is added up and freed as soon as it is known. The model is left as it was found.
+The pass runs on the whole model on its own devices, with the activations of one sequence.
+Every gradient is added up and freed as soon as it is computed. The model is not changed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,13 +22,13 @@ from layerwise.run.activations.streams import evaluation_mode
 from layerwise.solve import steps_of
 from layerwise.solver import Solver, requirements
 
-# gradients of 1e-6 are subnormal in float16, whose largest number is 65504
+# gradients of 1e-6 are subnormal in float16; its largest number is 65504
 FLOAT16_LOSS_SCALE = 1024.0
 
 
 @dataclass(frozen=True)
 class GradientStatistic:
-    """Which norm over the sequences, and how it is scaled."""
+    """Norm over the sequences, and its scaling."""
 
     norm: Literal["l1", "l2"] = "l1"
     scaling: Literal["mean", "paper"] = "mean"
@@ -37,21 +37,21 @@ class GradientStatistic:
 def required_gradient(solver: Solver) -> GradientStatistic | None:
     """Statistic that a solver, or a step of a chain, requires; None: no gradients.
 
-    A step says so with ``"gradient"`` in its `requires`, and which by its fields `norm`
-    and `scaling`.
+    A step requires it by ``"gradient"`` in its `requires`; its fields `norm` and `scaling`
+    choose the statistic.
     """
-    asked = [
+    required = [
         GradientStatistic(getattr(step, "norm", "l1"), getattr(step, "scaling", "mean"))
         for step in steps_of(solver)
         if "gradient" in requirements(step)
     ]
-    if len(set(asked)) > 1:
+    if len(set(required)) > 1:
         message = (
-            "the steps of this chain want different gradients: give them the same norm "
+            "the steps of this chain need different gradients: give them the same norm "
             "and scaling"
         )
         raise UsageError(message)
-    return asked[0] if asked else None
+    return required[0] if required else None
 
 
 def gradient_norms(
@@ -70,7 +70,7 @@ def gradient_norms(
     model
         The dense model, on its device.
     linears
-        The layers whose weights are looked at, by name.
+        The layers whose gradients are computed, by name.
     tokens
         Token ids, one sequence per row.
     statistic
@@ -141,14 +141,14 @@ def _next_token_loss(model: nn.Module, sequence: Tensor) -> Tensor:
 
 @contextmanager
 def _only_these_learn(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Ask for the gradients of these weights alone; flags and gradients are given back."""
+    """Compute gradients of these weights only; restore flags and gradients at the end."""
     parameters = list(model.parameters())
     before = [(parameter.requires_grad, parameter.grad) for parameter in parameters]
-    wanted = {id(weight) for weight in weights.values()}
+    learning = {id(weight) for weight in weights.values()}
     try:
         for parameter in parameters:
             parameter.grad = None
-            parameter.requires_grad_(id(parameter) in wanted)
+            parameter.requires_grad_(id(parameter) in learning)
         with evaluation_mode(model), torch.enable_grad():
             yield
     finally:

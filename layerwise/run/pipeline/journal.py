@@ -1,7 +1,7 @@
-"""The journal of a run: atomic, per block, and refused to any other run.
+"""The journal of a run: its finished blocks, written atomically, for the same run only.
 
-Work happens in ``OUT.partial``. A finished block is one safetensors file with its stored
-weights, its bit-packed masks and, in the header, its figures, so a block and its journal
+A run works in ``OUT.partial``. A finished block is one safetensors file with its stored
+weights, its bit-packed masks and, in the header, its figures. So a block and its journal
 lines appear together or not at all. ``layers.jsonl`` repeats the figures for people. A run
 with the same fingerprint continues where the last one stopped; another is refused. At the
 end the folder is renamed to ``OUT``.
@@ -45,7 +45,7 @@ TEXT = "text"
 
 
 class Journal(BlockFolder):
-    """Blocks that are done, in ``OUT.partial``.
+    """Finished blocks in ``OUT.partial``.
 
     Parameters
     ----------
@@ -80,11 +80,11 @@ class Journal(BlockFolder):
             self._begin()
 
     def _is_fresh(self) -> bool:
-        """Whether the folder holds nothing, or what a run leaves that is killed at once."""
+        """Whether the folder has no fingerprint yet, and no files of others."""
         ours = {self._ours, self._ours / BLOCKS}
-        found = self.folder.rglob("*") if self.folder.is_dir() else [self.folder]
+        paths = self.folder.rglob("*") if self.folder.is_dir() else [self.folder]
         return all(
-            path in ours or path.name.startswith(f".{FINGERPRINT}.") for path in found
+            path in ours or path.name.startswith(f".{FINGERPRINT}.") for path in paths
         )
 
     def _begin(self) -> None:
@@ -107,8 +107,8 @@ class Journal(BlockFolder):
         path = self._ours / FINGERPRINT
         if not path.is_file():
             message = (
-                f"{self.folder} exists and is no unfinished run of layerwise; remove it or "
-                f"choose another output"
+                f"{self.folder} exists and is not an unfinished run of layerwise; remove "
+                f"it or choose another output"
             )
             raise UsageError(message)
         if not resume:
@@ -127,11 +127,11 @@ class Journal(BlockFolder):
         remove_temporaries(self.folder)
 
     def write_block(self, index: int, block: PrunedBlock) -> None:
-        """Store a finished block; after this call it survives anything."""
+        """Store a finished block, atomically."""
         write_block(self.blocks, index, block)
 
     def read_state(self, name: str) -> tuple[dict[str, Tensor], str] | None:
-        """Tensors and text of a state that was stored by name, or None."""
+        """Return tensors and text of a state that was stored under a name, or None."""
         path = self._state_path(name)
         if not path.is_file():
             return None
@@ -144,7 +144,7 @@ class Journal(BlockFolder):
             raise DataError(message) from error
 
     def write_state(self, name: str, tensors: Mapping[str, Tensor], text: str) -> None:
-        """Store tensors and text under a name; after this call they survive anything."""
+        """Store tensors and text under a name, atomically."""
         ready = {key: tensor.contiguous() for key, tensor in tensors.items()}
         atomic_write(self._state_path(name), save(ready, metadata={TEXT: text}))
 
@@ -161,9 +161,9 @@ class Journal(BlockFolder):
         masks: Mapping[str, Tensor],
         shapes: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        """Write ``masks.safetensors``: bit-packed masks, their shapes in the header.
+        """Write ``masks.safetensors``: bit-packed masks, with their shapes in the header.
 
-        With the shapes, every mask is asked for once, when it is written.
+        If the shapes are given, every mask is read only once, when it is written.
         """
         shapes = shapes or {name: mask.shape for name, mask in masks.items()}
         listed = {name: list(shape) for name, shape in sorted(shapes.items())}
@@ -175,15 +175,15 @@ class Journal(BlockFolder):
         )
 
     def publish(self, write: Callable[["Journal"], None]) -> None:
-        """Let the output be written into the partial folder, and give it its name."""
+        """Call `write` to write the output into the partial folder, then rename it."""
         write(self)
         self.finish()
 
     def finish(self) -> None:
         """Rename the partial folder to the output, replacing an older one if forced.
 
-        What a resumed run would need goes last, and an output that is replaced stays
-        until the new one has its name.
+        Files for a resumed run are removed last, and a replaced output is kept until the
+        new one has its name.
         """
         replaced = replaced_path(self.output)
         try:
@@ -194,7 +194,10 @@ class Journal(BlockFolder):
         except OSError as error:
             if replaced.exists() and not self.output.exists():
                 replaced.rename(self.output)
-            message = f"cannot rename {self.folder} to {self.output}: {error.strerror}"
+            message = (
+                f"cannot rename {self.folder} to {self.output}: {error.strerror}; start "
+                f"the run again"
+            )
             raise DataError(message) from error
         settle(self.output)
 
@@ -205,13 +208,13 @@ class Journal(BlockFolder):
 
 
 def read_layers(folder: Path) -> list[LayerRecord]:
-    """Figures of a finished or unfinished run."""
+    """Read the figures of a finished or unfinished run."""
     path = folder / FOLDER / LAYERS
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         return [LayerRecord.from_dict(json.loads(line)) for line in lines]
     except FileNotFoundError:
-        message = f"{folder} holds no {FOLDER}/{LAYERS}: it is no output of layerwise"
+        message = f"{folder} holds no {FOLDER}/{LAYERS}: it is not an output of layerwise"
         raise DataError(message) from None
     except (OSError, KeyError, TypeError, ValueError) as error:
         message = f"{path} is damaged: {error}"
@@ -219,10 +222,10 @@ def read_layers(folder: Path) -> list[LayerRecord]:
 
 
 def read_masks(folder: Path) -> LazyTensors:
-    """Masks of a finished run, by parameter name; each is read when it is asked for."""
+    """Masks of a finished run, by parameter name; each is read when it is used."""
     path = folder / FOLDER / MASKS
     if not path.is_file():
-        message = f"{folder} holds no {FOLDER}/{MASKS}: it is no output of layerwise"
+        message = f"{folder} holds no {FOLDER}/{MASKS}: it is not an output of layerwise"
         raise DataError(message)
 
     def read(name: str) -> Tensor:
@@ -241,7 +244,7 @@ def read_masks(folder: Path) -> LazyTensors:
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Turn what reading a damaged file raises into an error that names it."""
+    """Turn the errors of reading a damaged file into one that names the file."""
     try:
         yield
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

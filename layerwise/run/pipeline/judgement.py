@@ -26,14 +26,14 @@ Matches = Callable[[str, str, nn.Module], bool]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run does with a weight: a refused one stops it. `reason`: why not pruned."""
+    """Status of a weight in a run, which a refused one stops; `reason`: why not pruned."""
 
     status: Status
     reason: str = ""
 
 
 class Judgement:
-    """What a run does with every weight of a model.
+    """Decision about every weight of a model: pruned, left dense or refused.
 
     Parameters
     ----------
@@ -42,15 +42,15 @@ class Judgement:
     targets, ignore
         Entries as described above.
     pattern
-        What every pruned matrix must satisfy; None: any matrix will do.
+        Pattern that every pruned matrix must satisfy; None: any matrix is accepted.
 
     Attributes
     ----------
     candidates
         Linears of the blocks that can be pruned, by full name.
     unserved
-        Weights of the blocks that the adapter cannot serve: a linear, or the module that
-        holds the parameter, by the name of the weight.
+        Weights of the blocks that the adapter cannot prune, by name: a linear, or the
+        module that holds the parameter.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class Judgement:
         }
 
     def first_name(self, parameter: str) -> str:
-        """First name in the model of the tensor that a parameter is."""
+        """First name in the model of the tensor of a parameter."""
         return self._names[parameter][0]
 
     def of_parameter(self, parameter: str) -> Verdict:
-        """Verdict on any parameter by its full name."""
+        """Verdict on any parameter, by its full name."""
         owner, _, own = parameter.rpartition(".")
         if owner in self.candidates and own == "weight":
             return self.of_linear(owner)
@@ -116,7 +116,7 @@ class Judgement:
         return Verdict("pruned")
 
     def of_unserved(self, name: str) -> Verdict:
-        """Verdict on a weight that the adapter cannot serve: refused unless left out."""
+        """Verdict on a weight that the adapter cannot prune: refused unless left out."""
         reason, module = self._adapter.unserved[name], self.unserved[name]
         why = left_dense(name, module, self._targets, self._ignore, _matches_unserved)
         if why is None:
@@ -125,19 +125,19 @@ class Judgement:
 
 
 def matches(entry: str, name: str, module: nn.Module) -> bool:
-    """Whether an entry means a module."""
+    """Whether an entry matches a module."""
     if entry.startswith("re:"):
         try:
             return re.match(entry[3:], name) is not None
         except re.error as error:
-            message = f"{entry!r} is no regular expression: {error}"
+            message = f"{entry!r} is not a regular expression: {error}; correct it"
             raise UsageError(message) from None
     any_linear = entry == ANY_LINEAR and is_linear(module)
     return entry in (name, type(module).__name__) or any_linear
 
 
 def _matches_unserved(entry: str, name: str, module: nn.Module) -> bool:
-    """Whether an entry means a weight that cannot be served, or the module around it."""
+    """Whether an entry matches a weight that cannot be pruned, or the module around it."""
     return matches(entry, name, module) or entry in (name.rpartition(".")[0], ANY_LINEAR)
 
 
@@ -146,37 +146,37 @@ def left_dense(
     module: nn.Module,
     targets: Sequence[str],
     ignore: Sequence[str],
-    means: Matches = matches,
+    matching: Matches = matches,
 ) -> str | None:
-    """Why the entries leave a module dense; None if they choose it.
+    """Reason why the entries leave a module dense; None if they select it.
 
     Parameters
     ----------
     name, module
-        What is judged.
+        The module and its name.
     targets, ignore
         Entries as described above.
-    means
-        Whether an entry means a module.
+    matching
+        Whether an entry matches a module.
     """
     for entry in ignore:
-        if means(entry, name, module):
+        if matching(entry, name, module):
             return f"ignored by {entry!r}"
-    if not any(means(entry, name, module) for entry in targets):
+    if not any(matching(entry, name, module) for entry in targets):
         return "not in targets"
     return None
 
 
 def names_of(model: nn.Module) -> dict[str, list[str]]:
-    """All names of the tensor that a parameter is, by the name of the parameter."""
+    """All names of the tensor of a parameter, by the name of the parameter."""
     names: dict[int, list[str]] = {}
-    places: dict[str, int] = {}
+    tensors: dict[str, int] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        places[name] = id(parameter) if parameter.is_meta else parameter.data_ptr()
-        names.setdefault(places[name], []).append(name)
-    return {name: names[place] for name, place in places.items()}
+        tensors[name] = id(parameter) if parameter.is_meta else parameter.data_ptr()
+        names.setdefault(tensors[name], []).append(name)
+    return {name: names[tensor] for name, tensor in tensors.items()}
 
 
 def other_name(names: Sequence[str], weight: str) -> str | None:
-    """First of the names of a tensor that is not the given one, if there is one."""
+    """First name of a tensor other than the given one, or None."""
     return next((name for name in names if name != weight), None)

@@ -41,7 +41,7 @@ def solve_matrix(
     name
         Full name of the layer.
     pose
-        Makes the problem. It counts for the time of the layer.
+        Creates the problem; its time counts as time of the layer.
     """
     start = time.perf_counter()
     with naming(name), timed("solve"):
@@ -68,11 +68,11 @@ def record_of(
     stored: Tensor,
     error: float,
     seconds: float,
-    asked: str | None = None,
+    pattern: str | None = None,
 ) -> LayerRecord:
-    """Figures of a matrix, its error measured after the cast to the model's type.
+    """Figures of a matrix; its error is that after the cast to the type of the model.
 
-    `asked` is the pattern in words, by default that of the problem.
+    `pattern` is the pattern in words, by default that of the problem.
     """
     damping = float(solution.stats.get("damping", method.damping))
     certificate = solution.certificate
@@ -80,7 +80,7 @@ def record_of(
         name=name,
         shape=problem.shape,
         method=method.name,
-        pattern=asked or str(problem.pattern),
+        pattern=pattern or str(problem.pattern),
         sparsity=int((stored == 0).sum()) / stored.numel(),
         relative_error=error,
         status=str(solution.status),
@@ -99,7 +99,7 @@ def record_of(
 def certified(
     method: Method, record: LayerRecord, problem: LayerProblem, stored: Tensor
 ) -> LayerRecord:
-    """Record with the proven gap of the stored weights, at the damping that was used."""
+    """Record with the proven gap of the stored weights, at the damping of the solver."""
     used = problem.with_damping(record.damping)
     gap = proven_gap_of(used, stored, memory_budget=method.memory_budget)
     return replace(record, proven_gap=gap)

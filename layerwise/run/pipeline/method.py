@@ -1,4 +1,4 @@
-"""How the matrices of a run are solved, whatever is removed from them."""
+"""The method of a run, for any kind of removal."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +13,7 @@ from layerwise.solver import Solver, requirements
 
 @dataclass(frozen=True)
 class Method:
-    """A solver, and what its answers are measured by.
+    """A solver, with the damping and the certificates of its answers.
 
     Parameters
     ----------
@@ -22,7 +22,7 @@ class Method:
     damping
         Ridge towards the dense weight, relative to the mean diagonal of the gram.
     certify
-        Whether to prove the gap of every matrix; None: where the effort is thorough.
+        Whether to prove the gap of every matrix; None: if the effort is thorough.
     memory_budget
         Bytes for the rows of these proofs.
     """
@@ -39,7 +39,7 @@ class Method:
 
     @property
     def statistics(self) -> frozenset[str]:
-        """Statistics that the solver, or a step of a chain, reads."""
+        """Statistics that the solver, or any step of a chain, reads."""
         return frozenset().union(*(requirements(step) for step in steps_of(self.solver)))
 
     @property
@@ -53,7 +53,7 @@ class Method:
         return self.gradient is not None
 
     def recipe_fields(self) -> dict[str, Any]:
-        """Fields of a recipe that ask for this method again."""
+        """Fields of a recipe that describe this method."""
         return {
             "method": self.name,
             "damping": self.damping,
@@ -61,7 +61,7 @@ class Method:
         }
 
     def with_certify(self, *, bounded: bool) -> "Method":
-        """Return the method with `certify` decided.
+        """Return the method with `certify` resolved.
 
         Parameters
         ----------
@@ -71,7 +71,7 @@ class Method:
         Raises
         ------
         UsageError
-            Proofs were asked for and there are none.
+            Certificates are requested, but the pattern has no lower bounds.
         """
         if self.certify and not bounded:
             message = (

@@ -1,9 +1,9 @@
 """Blocks as jobs: with ``none`` and ``block`` they are independent of each other.
 
 The driver runs the dense model, one block at a time and a few blocks ahead, and writes the
-inputs of each into a file. A worker opens the checkpoint itself, prunes the block that it
-is told and writes it where the journal of the run finds it. All that decides the result is
-on the disk or was decided before, so a block may be done twice, anywhere.
+inputs of each block into a file. A worker opens the checkpoint itself, prunes its block and
+writes it into the journal of the run. The result depends only on files and on settings
+resolved before, so a block may be pruned twice, by any worker.
 """
 
 import pickle
@@ -40,7 +40,7 @@ INDEPENDENT = ("none", "block")
 
 
 class Progress(Protocol):
-    """Told about the work as it happens."""
+    """Receives the progress of the work."""
 
     def on_layer(self, record: LayerRecord) -> None:
         """One matrix is done."""
@@ -53,14 +53,14 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Workers:
-    """Who prunes the blocks.
+    """Processes that prune the blocks.
 
     Parameters
     ----------
     count
-        Workers; 1 without Ray is this process itself.
+        Number of workers; 1 without Ray is this process itself.
     ray
-        Address of a Ray cluster, ``"local"`` for one of this machine; None: processes.
+        Address of a Ray cluster, ``"local"`` for one on this machine; None: processes.
     """
 
     count: int = 1
@@ -68,11 +68,11 @@ class Workers:
 
     @property
     def are_others(self) -> bool:
-        """Whether any work leaves this process."""
+        """Whether other processes prune the blocks."""
         return self.count > 1 or self.ray is not None
 
     def check(self, error_correction: str, *, streamable: bool) -> None:
-        """Refuse what cannot be split into jobs."""
+        """Refuse a run that cannot be split into jobs."""
         if self.count < 1:
             message = f"workers must be at least 1, got {self.count}"
             raise UsageError(message)
@@ -107,7 +107,7 @@ class Workers:
         return parallel.walk(self, listeners)
 
     def executor(self, opening: Opening, device: torch.device) -> Executor:
-        """Start nothing yet; workers come with the first jobs."""
+        """Create the executor; workers start with the first jobs."""
         threads = torch.get_num_threads()
         try:
             pickle.dumps(opening)
@@ -124,7 +124,7 @@ class Workers:
 
 @dataclass(frozen=True)
 class BlockWork:
-    """All that a worker needs to know of a run besides the block.
+    """Everything that a worker needs to know about a run besides the block.
 
     Parameters
     ----------
@@ -133,13 +133,13 @@ class BlockWork:
     removal, targets, ignore
         What is removed, and the entries of the selection.
     step
-        What is done to a block.
+        The step that prunes a block.
     error_correction
         ``"none"`` or ``"block"``.
     tokens
         Token windows, shape (sequences, length).
     folder
-        Where inputs are read and blocks are written.
+        Folder from which inputs are read and into which blocks are written.
     """
 
     source: Path
@@ -153,7 +153,7 @@ class BlockWork:
 
 
 def open_blocks(work: BlockWork, spec: WorkerSpec) -> Callable[[int], None]:
-    """Open the checkpoint in a worker; what is returned prunes a block by its number."""
+    """Open the checkpoint in a worker; return a function that prunes a block by number."""
     opened = open_model(work.source, streamed=True, trusted=True)
     model, residency = opened.model, opened.residency
     selection = work.removal.select(opened, work.targets, work.ignore)
@@ -185,9 +185,9 @@ class ParallelRun:
     run, step, store, hidden
         As for :func:`layerwise.run.pipeline.walk.walk`.
     removal
-        What was asked, by which every worker selects.
+        What is removed; every worker makes its selection from it.
     source, folder
-        Checkpoint folder, which every worker opens, and the folder of finished blocks.
+        Checkpoint folder, opened by every worker, and the folder of finished blocks.
     """
 
     run: Run[Any]
@@ -200,7 +200,7 @@ class ParallelRun:
 
     @torch.no_grad()
     def walk(self, workers: Workers, listeners: Progress) -> list[LayerRecord]:
-        """Prune all blocks, in any order; the records are in that of the model."""
+        """Prune all blocks, in any order; return the records in the order of the model."""
         done: dict[int, list[LayerRecord]] = {}
 
         def finish(index: int) -> None:
@@ -224,7 +224,7 @@ class ParallelRun:
         return _in_order(done)
 
     def _jobs(self, finish: Callable[[int], None]) -> Iterator[Job]:
-        """Blocks that are not done, each when its inputs are on the disk."""
+        """Unfinished blocks, each as soon as its inputs are on the disk."""
         task, residency = self.run.task, self.run.opened.residency
         blocks = list(self.run.selection.blocks.items())
         modules = [block for _, block in blocks]
@@ -276,7 +276,7 @@ def write_hidden(folder: Path, index: int, hidden: Sequence[Tensor]) -> None:
 
 
 def read_hidden(folder: Path, index: int) -> list[Tensor]:
-    """Inputs of a block; they are mapped into memory and read when they are used."""
+    """Inputs of a block, mapped into memory and read when they are used."""
     path = hidden_path(folder, index)
     try:
         with safe_open(path, framework="pt") as file:

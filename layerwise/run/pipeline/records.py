@@ -1,4 +1,4 @@
-"""What is known about a pruned layer: one line of ``layers.jsonl``."""
+"""Figures of a pruned matrix: one line of ``layers.jsonl``."""
 
 import math
 from collections.abc import Iterable
@@ -18,24 +18,24 @@ class LayerRecord:
     shape
         (out, in).
     method, pattern
-        What was asked for.
+        The method, and the pattern that the matrix satisfies.
     sparsity
         Fraction of zeros of the stored weight.
     relative_error
-        ``||W X - What Xhat||_F / ||W X||_F``, after the cast to the model's dtype.
+        ``||W X - What Xhat||_F / ||W X||_F``, after the cast to the type of the model.
     status
         Outcome of the solver.
     certificate, certificate_kind
-        Proven bound and what it bounds, or None; of the answer before the cast.
-    damping
-        The damping that was used, and `damping_raised` whether more than was asked for.
+        Proven bound and its kind, or None; for the answer before the cast.
+    damping, damping_raised
+        The damping that was used, and whether it is above the given one.
     rank, dead_channels, n_tokens
-        Of the inputs: rank of their gram, channels that are always zero, tokens seen.
+        Rank of the gram, number of inputs that are always zero, number of tokens.
     iterations, seconds
-        Of the solver.
+        Iterations and time of the solver.
     proven_gap
         Share of the damped objective of the stored weights that any other mask and weights
-        could save at most, see :func:`layerwise.proven_gap`; None if it was not asked for.
+        could save at most, see :func:`layerwise.proven_gap`; None without certificates.
     """
 
     name: str
@@ -73,5 +73,5 @@ def median_gap(records: Iterable[LayerRecord]) -> float | None:
 
 
 def in_percent(gap: float) -> str:
-    """A proven gap in percent, rounded up: what is shown is proven as well."""
+    """A proven gap in percent, rounded up, so that the printed number is proven as well."""
     return f"{math.ceil(1000 * gap) / 10:.1f} %"

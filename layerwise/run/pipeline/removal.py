@@ -1,4 +1,4 @@
-"""What a run removes: the kinds of removal, and what one needs to know and to give.
+"""Kinds of removal, and the interface that each of them implements.
 
 A kind of removal is one class. :class:`~layerwise.run.pipeline.zeros.ZeroWeights` sets
 single weights to zero, :class:`~layerwise.run.channels.removal.RemoveChannels` makes a
@@ -24,22 +24,22 @@ from layerwise.run.models.surgery import Cut
 from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.results import OnLayer, PrunedBlock
 from layerwise.run.pipeline.store import BlockStore
-from layerwise.run.pipeline.targets import Choice
+from layerwise.run.pipeline.targets import Selected
 from layerwise.run.pipeline.task import Task
 
-S = TypeVar("S", bound=Choice)
+S = TypeVar("S", bound=Selected)
 
 
 @dataclass(frozen=True)
 class Amount:
-    """How much of what a run removes, as its arguments say; None where left out.
+    """Arguments that say what a run removes, and how much; None if not given.
 
     Parameters
     ----------
     sparsity, pattern, group
         As in :func:`layerwise.prune_model`.
     allocation, format, multiple
-        The same, of smaller models.
+        The same, for smaller models.
     """
 
     sparsity: float | str | None = None
@@ -50,28 +50,28 @@ class Amount:
     multiple: int | None = None
 
     def given(self, *names: str) -> Iterator[str]:
-        """Those of some arguments that were not left out."""
+        """Those of the named arguments that were given."""
         return (name for name in names if getattr(self, name) is not None)
 
 
 @dataclass(frozen=True, eq=False)
 class Run(Generic[S]):
-    """A run that may begin: everything was checked.
+    """A run that may begin: everything is checked.
 
     Parameters
     ----------
     opened
         The model.
     selection
-        What of it takes part.
+        Its linears or channels that take part.
     task
         How every block is run and measured.
     tokens
-        The calibration data, all of it.
+        All calibration data.
     own_tokens
-        Those of this rank.
+        Calibration data of this rank.
     output
-        Folder that is written, or None.
+        Output folder, or None.
     """
 
     opened: OpenedModel
@@ -84,21 +84,21 @@ class Run(Generic[S]):
 
 @dataclass(frozen=True, eq=False)
 class Shrunk:
-    """A model that has lost parameters, for those who write it.
+    """Description of a model that has lost parameters, for writing it.
 
     Parameters
     ----------
     cuts
-        What was removed from every block.
+        Channels that every block keeps.
     format
         ``"stock"``, ``"native"`` or ``"padded"``.
     before
-        Hash of every tensor of the model as it was, by name; empty without an output.
+        Hash of every tensor of the dense model, by name; empty without an output.
     parameters_before, parameters_after
-        Of the decoder blocks.
+        Number of parameters of the decoder blocks.
     predicted_loss, price
-        Growth of the mean loss of a token that the optimised widths should cost, and its
-        slope per parameter; None where no widths were optimised.
+        Predicted growth of the mean loss of a token for the optimised widths, and its slope
+        per parameter; None if no widths were optimised.
     """
 
     cuts: Sequence[Cut]
@@ -112,16 +112,16 @@ class Shrunk:
 
 @dataclass(frozen=True, eq=False)
 class Removed:
-    """What is there at the end of a run.
+    """Result of a run for the whole model.
 
     Parameters
     ----------
     masks
         Mask of every pruned weight, by parameter name and in its shape, True = kept.
     weights
-        New values of the parameters, likewise; empty for a model that is smaller.
+        New values of the parameters, likewise; empty for a smaller model.
     shrunk
-        How the model is smaller, or None.
+        Description of a smaller model, or None.
     """
 
     masks: Mapping[str, Tensor]
@@ -130,14 +130,14 @@ class Removed:
 
     @property
     def parameters_left(self) -> float:
-        """Fraction of the parameters of the decoder blocks that is still there."""
+        """Remaining fraction of the parameters of the decoder blocks."""
         if self.shrunk is None:
             return 1.0
         return self.shrunk.parameters_after / self.shrunk.parameters_before
 
 
 class BlockStep(Protocol):
-    """What is done to one block after another."""
+    """Step that prunes one block after another."""
 
     def stages_of(self, inputs: BlockInputs) -> tuple[Stage, ...]:
         """Stages of a block whose dense inputs will be read."""
@@ -161,20 +161,20 @@ class BlockStep(Protocol):
         on_layer
             Called after every matrix.
         dense
-            What a pass through the dense block has kept; by default it is made anew.
+            The dense side of the block, with its inputs; by default a new one.
         """
         ...
 
 
 class Prepared(BlockStep, Protocol[S]):
-    """A removal that knows all it must know of the model."""
+    """A removal that has gathered all information about the whole model."""
 
     def findings(self, run: Run[S]) -> list[str]:
-        """What was learnt of the model, for the log."""
+        """Findings about the model, for the log."""
         ...
 
     def finish(self, run: Run[S], store: BlockStore) -> Removed:
-        """Return what the finished blocks make of the model; nothing is written here."""
+        """Return the result of all finished blocks; nothing is written here."""
         ...
 
 
@@ -183,12 +183,12 @@ class Removal(Protocol[S]):
 
     @property
     def method(self) -> Method:
-        """How the matrices are solved."""
+        """Method that solves the matrices."""
         ...
 
     @property
     def pattern(self) -> Pattern | None:
-        """Pattern of the zeros in every matrix; None if no zeros are what is removed."""
+        """Pattern of the zeros in every matrix; None if the run does not make zeros."""
         ...
 
     @property
@@ -198,12 +198,12 @@ class Removal(Protocol[S]):
 
     @property
     def refused_by_ranks(self) -> str | None:
-        """Why several ranks cannot share this, or None."""
+        """Why several ranks cannot share the run, or None."""
         ...
 
     @classmethod
-    def asked(cls, method: Method, amount: Amount) -> Self | None:
-        """Return what the arguments of a run ask for, or None if it is another kind.
+    def from_arguments(cls, method: Method, amount: Amount) -> Self | None:
+        """Create the removal from the arguments of a run; None if they mean another kind.
 
         Raises
         ------
@@ -213,31 +213,31 @@ class Removal(Protocol[S]):
         ...
 
     def check_storable(self) -> None:
-        """Refuse what no folder can hold."""
+        """Refuse a result that cannot be written to a folder."""
         ...
 
     def for_model(self, model_type: str) -> Self:
-        """Return it with what a paper prescribes for a family of models."""
+        """Return the removal with the values of a paper for a family of models."""
         ...
 
     def select(
         self, opened: OpenedModel, targets: Sequence[str], ignore: Sequence[str]
     ) -> S:
-        """Choose what takes part; whatever cannot be done to this model is refused."""
+        """Select the linears or channels that take part; refuse an unsuitable model."""
         ...
 
     def notes(self, run: Run[S]) -> list[str]:
-        """What a reader of the log should know before the run."""
+        """Remarks for the log before the run."""
         ...
 
     def disk_needed(self, run: Run[S]) -> int:
-        """Bytes that the output will need, as far as they are known."""
+        """Bytes that the output will need, as far as they are known before the run."""
         ...
 
     def prepare(self, run: Run[S]) -> Prepared[S]:
-        """Learn all that must be known of the whole model before the first block."""
+        """Gather information about the whole model before the first block."""
         ...
 
     def recipe_fields(self) -> dict[str, Any]:
-        """Fields of a recipe that ask for this again."""
+        """Fields of a recipe that describe this removal."""
         ...

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from layerwise.run.pipeline.records import LayerRecord
 
-OnLayer = Callable[[LayerRecord], None]  # told about every matrix that is done
+OnLayer = Callable[[LayerRecord], None]  # called after every matrix
 
 
 @dataclass
 class PrunedBlock:
     """Result of one block: stored weights, masks and figures, by linear.
 
-    `biases` holds those that a method changed or added.
+    `biases` holds the biases that a method changed or added.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -23,5 +23,5 @@ class PrunedBlock:
     biases: dict[str, Tensor] = field(default_factory=dict)
 
     def without_tensors(self) -> "PrunedBlock":
-        """Its figures alone."""
+        """Return the figures only."""
         return PrunedBlock(records=self.records)

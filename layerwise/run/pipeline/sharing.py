@@ -1,7 +1,7 @@
-"""What the ranks of a run share, and what each of them has for itself.
+"""Division of a run between ranks.
 
-Every rank has a part of the calibration sequences and of the matrices of a block. They
-agree on everything that decides the result, and rank 0 alone writes.
+Every rank has a part of the calibration sequences and of the matrices of a block. The
+ranks agree on everything that decides the result, and only rank 0 writes.
 """
 
 import json
@@ -24,12 +24,12 @@ from layerwise.run.workers.ranks import ALONE, Ranks
 
 
 def check_shared(ranks: Ranks, refusal: str | None, *, workers: bool) -> None:
-    """Refuse what several ranks cannot do together.
+    """Refuse a run that several ranks cannot share.
 
     Raises
     ------
     UsageError
-        The run has workers besides, or there is another reason.
+        The run also has workers, or there is another reason.
     """
     if not ranks.are_several:
         return
@@ -44,7 +44,7 @@ def check_shared(ranks: Ranks, refusal: str | None, *, workers: bool) -> None:
 
 
 def own_sequences(tokens: Calibration, ranks: Ranks) -> Calibration:
-    """Sequences of this rank, every ``size``-th one.
+    """Sequences of this rank: every ``size``-th one.
 
     Raises
     ------
@@ -64,12 +64,12 @@ def own_sequences(tokens: Calibration, ranks: Ranks) -> Calibration:
 
 
 def agree(ranks: Ranks, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Fingerprint of a run, the number of its ranks in it where there are several.
+    """Fingerprint of a run, including the number of ranks if there are several.
 
     Raises
     ------
     UsageError
-        This rank would do something else than rank 0.
+        The fingerprint of this rank differs from that of rank 0.
     """
     if not ranks.are_several:
         return dict(identity)
@@ -88,14 +88,14 @@ def agree(ranks: Ranks, identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Follower(BlockFolder):
-    """Blocks of rank 0 as the other ranks see them: they read, and write nothing.
+    """Blocks of rank 0 as the other ranks see them: they only read.
 
     Parameters
     ----------
     output
         The folder that the run will become.
     finished
-        Blocks that rank 0 has found there.
+        Blocks that were finished when the run began, according to rank 0.
     """
 
     def __init__(self, output: Path, finished: frozenset[int]) -> None:
@@ -103,7 +103,7 @@ class Follower(BlockFolder):
         self._finished = finished
         if not self.blocks.is_dir():
             message = (
-                f"{self.blocks} of rank 0 is not seen by another rank: put the output on a "
+                f"another rank does not see {self.blocks} of rank 0: put the output on a "
                 f"file system that all ranks share"
             )
             raise DataError(message)
@@ -122,16 +122,16 @@ class Follower(BlockFolder):
         return block
 
     def write_block(self, index: int, block: PrunedBlock) -> None:
-        """Nothing: rank 0 writes."""
+        """Do nothing: rank 0 writes."""
 
     def write_layers(self, records: list[LayerRecord]) -> None:
-        """Nothing: rank 0 writes."""
+        """Do nothing: rank 0 writes."""
 
     def publish(self, write: Callable[[Journal], None]) -> None:
-        """Nothing: rank 0 writes."""
+        """Do nothing: rank 0 writes."""
 
     def discard_if_empty(self) -> None:
-        """Nothing: rank 0 tidies up."""
+        """Do nothing: rank 0 cleans up."""
 
 
 @contextmanager
@@ -141,16 +141,16 @@ def open_store(
     ranks: Ranks = ALONE,
     needed: int = 0,
 ) -> Iterator[BlockStore]:
-    """Store of a run; a folder without a finished block is removed if the run fails.
+    """Open the store of a run; if the run fails, a folder without a block is removed.
 
     Parameters
     ----------
     destination
-        The folder that the run will become; without one the blocks stay in memory.
+        The folder that the run will become; without one the blocks are kept in memory.
     identity
         Everything that decides the bytes of the result.
     ranks
-        Rank 0 has the journal, the others follow it.
+        Rank 0 has the journal, the others read it.
     needed
         Bytes that the output will take.
     """

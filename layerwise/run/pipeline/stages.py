@@ -1,7 +1,7 @@
-"""Stages of a block whose moments are known: solve their matrices and write the weights.
+"""Stages of a block with known moments: solve their matrices and write the weights.
 
-Where several ranks share a run, each has seen a part of the tokens. Their sums are added
-up, and every matrix is solved by one rank and given to the others.
+If several ranks share a run, each has seen a part of the tokens. Their sums are added up,
+and every matrix is solved by one rank and broadcast to the others.
 """
 
 import json
@@ -30,11 +30,11 @@ from layerwise.run.workers.ranks import Ranks, owners
 
 
 class Zeros(Protocol):
-    """Which weights of every matrix may be zero, and how the rest is found."""
+    """Method and pattern of all matrices."""
 
     @property
     def method(self) -> Method:
-        """How a matrix is solved."""
+        """Method that solves a matrix."""
         ...
 
     @property
@@ -45,7 +45,7 @@ class Zeros(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class _Matrix:
-    """A matrix whose moments are known, and what makes its problem."""
+    """A matrix with known moments, and the function that poses its problem."""
 
     linear: str
     weight: Tensor
@@ -60,18 +60,18 @@ def solve_stages(
     on_layer: OnLayer,
     stages: Sequence[tuple[Stage, MomentAccumulator]],
 ) -> None:
-    """Solve the problems of some stages and write the weights.
+    """Solve the matrices of some stages and write the weights.
 
     Parameters
     ----------
     zeros, task, inputs
-        What is removed from which block, and how it is measured.
+        Method and pattern, and the block with its task.
     result
-        Gets the weights, masks and figures.
+        Receives the weights, masks and figures.
     on_layer
         Called after every matrix.
     stages
-        With the moments of their inputs.
+        Stages, each with the moments of its inputs.
     """
     matrices = [
         matrix
@@ -81,7 +81,7 @@ def solve_stages(
     for matrix, solved in _solutions(zeros.method, task.ranks, inputs.name, matrices):
         name = matrix.linear
         matrix.weight.copy_(solved.weight)  # last: the problem reads the dense weight
-        result.weights[name] = matrix.weight.cpu()  # on the CPU the layer's own, no copy
+        result.weights[name] = matrix.weight.cpu()  # on the CPU not a copy
         result.masks[name] = solved.mask.cpu()
         result.records.append(solved.record)
         trim_memory(matrix.weight.shape[1])  # before the next matrix needs it
@@ -101,22 +101,22 @@ def _matrices(
         if task.ranks.are_several:
             accumulator.add_over(task.ranks.all_reduce)
         moments, exponent = accumulator.release()
-    found = []
+    matrices = []
     for index, name in enumerate(stage.linears):
         weight = task.adapter.weight(inputs.block, name)
         drift = partial(accumulator.drift, index) if task.staged else lambda: None
         gradient = partial(_scaled, inputs.gradients.get(name), exponent, weight.device)
         pose = partial(_pose, zeros, weight, moments, drift, gradient)
-        found.append(_Matrix(name, weight, pose))
-    return found
+        matrices.append(_Matrix(name, weight, pose))
+    return matrices
 
 
 def _solutions(
     method: Method, ranks: Ranks, block: str, matrices: Sequence[_Matrix]
 ) -> Iterator[tuple[_Matrix, SolvedMatrix]]:
-    """Matrices one by one, each when it is solved.
+    """Solutions of the matrices, one by one.
 
-    With several ranks each solves its share first, then they tell each other.
+    Several ranks solve their shares first and exchange the solutions afterwards.
     """
     if not ranks.are_several:
         for matrix in matrices:
@@ -141,7 +141,7 @@ def _solutions(
 def _exchanged(
     ranks: Ranks, owner: int, name: str, matrix: _Matrix, own: SolvedMatrix | None
 ) -> SolvedMatrix:
-    """What the owner of a matrix has, on every rank."""
+    """Broadcast the solution of a matrix from its owner to every rank."""
     text = None if own is None else json.dumps(own.record.to_dict())
     record = LayerRecord.from_dict(json.loads(ranks.broadcast_text(name, text)))
     if own is None:
@@ -162,9 +162,9 @@ def _pose(
     drift: Callable[[], Tensor | None],
     gradient_norm: Callable[[], Tensor | None],
 ) -> LayerProblem:
-    """Problem of one matrix of a stage; what is large is made when it is needed."""
+    """Pose the problem of one matrix of a stage; create large tensors only now."""
     return LayerProblem.from_moments(
-        weight.contiguous(),  # solvers see one layout, however it is stored
+        weight.contiguous(),  # solvers see one layout, however the matrix is stored
         moments,
         pattern=zeros.pattern,
         damping=zeros.method.damping,

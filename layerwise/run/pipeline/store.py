@@ -1,4 +1,4 @@
-"""Where finished blocks are kept during a run."""
+"""Stores for finished blocks during a run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from layerwise.run.pipeline.results import PrunedBlock
 
 
 class BlockStore(Protocol):
-    """Keeps blocks from the moment they are finished to the end of the run."""
+    """Keeps blocks from the time they are finished to the end of the run."""
 
     @property
     def blocks(self) -> Path | None:
@@ -21,7 +21,7 @@ class BlockStore(Protocol):
         ...
 
     def read_block(self, index: int) -> PrunedBlock | None:
-        """Return a finished block, or None if it is not there."""
+        """Return a finished block, or None if there is none."""
         ...
 
     def write_block(self, index: int, block: PrunedBlock) -> None:
@@ -29,7 +29,7 @@ class BlockStore(Protocol):
         ...
 
     def read_tensor(self, kind: str, index: int, linear: str) -> Tensor:
-        """One weight or mask of a finished block."""
+        """Read one weight or mask of a finished block."""
         ...
 
     def write_layers(self, records: list[LayerRecord]) -> None:
@@ -37,11 +37,11 @@ class BlockStore(Protocol):
         ...
 
     def publish(self, write: Callable[[Journal], None]) -> None:
-        """Let the output be written, and give it its name."""
+        """Call `write` to write the output, and give it its name."""
         ...
 
     def discard_if_empty(self) -> None:
-        """Leave nothing of a run that stopped before its first block."""
+        """Remove all files of a run that stopped before its first block."""
         ...
 
 
@@ -54,7 +54,7 @@ class MemoryStore:
         self._done: dict[int, PrunedBlock] = {}
 
     def read_block(self, index: int) -> PrunedBlock | None:
-        """Return a finished block, or None if it is not there."""
+        """Return a finished block, or None if there is none."""
         return self._done.get(index)
 
     def write_block(self, index: int, block: PrunedBlock) -> None:
@@ -62,15 +62,15 @@ class MemoryStore:
         self._done[index] = block
 
     def read_tensor(self, kind: str, index: int, linear: str) -> Tensor:
-        """One weight or mask of a finished block."""
+        """Read one weight or mask of a finished block."""
         block = self._done[index]
         return (block.masks if kind == MASK else block.weights)[linear]
 
     def write_layers(self, records: list[LayerRecord]) -> None:
-        """Nothing: the report of the run has them."""
+        """Do nothing: the report of the run has the figures."""
 
     def publish(self, write: Callable[[Journal], None]) -> None:
-        """Nothing: there is no folder."""
+        """Do nothing: there is no folder."""
 
     def discard_if_empty(self) -> None:
-        """Nothing: there is no folder."""
+        """Do nothing: there is no folder."""

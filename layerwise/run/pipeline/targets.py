@@ -1,8 +1,8 @@
-"""Which linears to prune: ``targets`` minus ``ignore``, over the blocks of a model.
+"""Selection of the linears to prune: ``targets`` without ``ignore``, in all blocks.
 
 Entries are those of :mod:`layerwise.run.pipeline.judgement`. One that matches nothing is
-an error that lists what is there, because a run that silently prunes nothing is the most
-expensive kind.
+an error that lists the names in the model, because a run that silently prunes nothing is
+the most expensive kind.
 """
 
 import difflib
@@ -28,7 +28,7 @@ from layerwise.run.pipeline.judgement import (
 
 __all__ = [
     "ANY_LINEAR",
-    "Choice",
+    "Selected",
     "Selection",
     "matches",
     "note_on",
@@ -40,8 +40,8 @@ __all__ = [
 DEFAULT_IGNORE = ("lm_head",)  # need not exist
 
 
-class Choice(Protocol):
-    """What a selection tells the run, of single weights or of channels."""
+class Selected(Protocol):
+    """Linears that a run selected, to prune single weights or channels."""
 
     @property
     def blocks(self) -> Mapping[str, nn.Module]:
@@ -55,21 +55,21 @@ class Choice(Protocol):
 
     @property
     def targets(self) -> Sequence[str]:
-        """Entries that chose them."""
+        """Entries that select them."""
         ...
 
     @property
     def ignore(self) -> Sequence[str]:
-        """Entries that left some out."""
+        """Entries that leave some out."""
         ...
 
     def stages_of(self, block: str) -> tuple[Stage, ...]:
-        """Stages of a block with the chosen linears alone."""
+        """Stages of a block with the selected linears only."""
         ...
 
 
 class Selection:
-    """Which linears of which blocks are pruned, checked against the pattern."""
+    """Linears of the blocks that are pruned, checked against the pattern."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Selection:
         self.transposed = {name for name in self.names if is_transposed(candidates[name])}
 
     def stages_of(self, block: str) -> tuple[Stage, ...]:
-        """Stages of a block with the chosen linears alone."""
+        """Stages of a block with the selected linears only."""
         prefix = f"{block}."
         chosen = {
             name.removeprefix(prefix) for name in self.names if name.startswith(prefix)
@@ -105,14 +105,14 @@ class Selection:
         return tuple(stage for stage in stages if stage.linears)
 
     def by_parameter(self, read: Callable[[int, str], Tensor]) -> LazyTensors:
-        """Matrices by weight parameter and in its orientation.
+        """Matrices by the name of their parameter, and in its orientation.
 
         Parameters
         ----------
         read
-            Gives the matrix (out, in) of a linear of the block with an index.
+            Returns the matrix (out, in) of a linear, by index of the block and name.
         """
-        places = {
+        linears = {
             f"{block}.{linear}": (index, linear)
             for index, block in enumerate(self.blocks)
             for linear in self._adapter.linear_names(block)
@@ -120,7 +120,7 @@ class Selection:
 
         def oriented(parameter: str) -> Tensor:
             name = parameter.removesuffix(".weight")
-            tensor = read(*places[name])
+            tensor = read(*linears[name])
             return tensor.T.contiguous() if name in self.transposed else tensor
 
         return LazyTensors([f"{name}.weight" for name in self.names], oriented)
@@ -146,7 +146,7 @@ def select(
     Raises
     ------
     UsageError
-        If an entry matches nothing, or nothing is left.
+        If an entry matches nothing, or no linear is selected.
     """
     for entry in targets:
         if not any(matches(entry, name, module) for name, module in candidates.items()):
@@ -164,7 +164,7 @@ def select(
     if not chosen:
         message = (
             f"nothing is left to prune: ignore={list(ignore)} excludes all of "
-            f"{_listing(candidates)}"
+            f"{_listing(candidates)}; ignore fewer"
         )
         raise UsageError(message)
     return chosen
@@ -185,8 +185,8 @@ def _listing(candidates: Mapping[str, nn.Module]) -> str:
     return f"{shown} (class {', '.join(kinds)})"
 
 
-def note_on(model: nn.Module, adapter: Adapter, selection: Choice) -> str:
-    """What a run on an architecture without declared adapter is based on."""
+def note_on(model: nn.Module, adapter: Adapter, selection: Selected) -> str:
+    """Note on a run for an architecture without declared adapter."""
     blocks = [p for block in selection.blocks.values() for p in block.parameters()]
     chosen = [model.get_parameter(f"{name}.weight") for name in selection.names]
     share = sum(p.numel() for p in chosen) / sum(p.numel() for p in blocks)
@@ -198,36 +198,36 @@ def note_on(model: nn.Module, adapter: Adapter, selection: Choice) -> str:
 
 
 def refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise if a weight to prune is also the weight of another place in the model."""
+    """Raise if a weight to prune is shared with another module of the model."""
     known = names_of(model)
     for name in names:
         weight = f"{name}.weight"
         if (other := other_name(known[weight], weight)) is not None:
             message = (
-                f"{weight} and {other} are one tensor: pruning it for one place would "
-                f"change the other; ignore both"
+                f"{weight} and {other} are one tensor: pruning one of them would change "
+                f"the other; ignore both"
             )
             raise UnsupportedModelError(message)
 
 
 def refuse_unserved(model: nn.Module, adapter: Adapter, judgement: Judgement) -> None:
-    """Raise if weights that the adapter cannot serve are wanted and not ignored."""
+    """Raise if the entries select weights that the adapter cannot prune."""
     unserved = judgement.unserved
-    wanted = [name for name in unserved if judgement.of_unserved(name).status == "refused"]
-    if not wanted:
+    selected = [n for n in unserved if judgement.of_unserved(n).status == "refused"]
+    if not selected:
         return
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    sizes = [parameters.get(n, parameters.get(f"{n}.weight")) for n in wanted]
+    sizes = [parameters.get(n, parameters.get(f"{n}.weight")) for n in selected]
     prefix = f"{adapter.blocks}."
     total = sum(p.numel() for n, p in parameters.items() if n.startswith(prefix))
     share = sum(p.numel() for p in sizes if p is not None) / total
     kinds: dict[str, str] = {}  # expression for all blocks -> first name
-    for name in wanted:
+    for name in selected:
         kinds.setdefault("re:" + r"\.\d+".join(re.split(r"\\\.\d+", re.escape(name))), name)
     shown = [f"{name} ({adapter.unserved[name]})" for name in kinds.values()]
     message = (
-        f"{len(wanted)} weights of the blocks, {share:.1%} of their parameters, cannot be "
-        f"pruned, such as {', '.join(shown[:3])}; to leave them dense, ignore "
+        f"{len(selected)} weights of the blocks, {share:.1%} of their parameters, cannot "
+        f"be pruned, such as {', '.join(shown[:3])}; to leave them dense, ignore "
         f"{' '.join(kinds)}"
     )
     raise UnsupportedModelError(message)

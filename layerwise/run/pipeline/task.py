@@ -1,4 +1,4 @@
-"""Where the problems of a block come from: its inputs, its statistics, its device."""
+"""The task of a run: from which inputs, statistics and device its problems come."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -16,7 +16,7 @@ ERROR_CORRECTIONS: tuple[str, ...] = get_args(ErrorCorrection)
 
 @dataclass(frozen=True)
 class Task:
-    """How every block is run and measured, whatever is removed from it.
+    """How every block is run and measured, for any kind of removal.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ class Task:
     device
         Where blocks are computed.
     statistics
-        What the solvers read besides the grams, as their ``requires`` names it.
+        Statistics that the solvers read besides the grams, as named in their ``requires``.
     gradient
         Statistic of the gradients of the dense model, if one is needed.
     ranks

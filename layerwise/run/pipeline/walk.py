@@ -1,8 +1,8 @@
-"""From the first block of a model to the last: prune, store, advance.
+"""Walk from the first block of a model to the last: prune, store, advance.
 
-Every block is pruned in place from the hidden states that the blocks before it give, or
-restored from the store of the run that is resumed. Where error correction asks for them,
-two streams of hidden states run along: of the dense model and of the pruned one.
+Every block is pruned in place from the hidden states before it, or restored from the store
+of a resumed run. If error correction requires it, there are two streams of hidden states:
+one of the dense and one of the pruned model.
 """
 
 from typing import Any
@@ -32,14 +32,14 @@ def walk(
     hidden: HiddenStore,
     on_layer: OnLayer,
 ) -> list[LayerRecord]:
-    """Prune block after block, or take a block from the store.
+    """Prune block after block, or restore a block from the store.
 
     Parameters
     ----------
     run
-        The model, its calibration data, and how a block is run.
+        The model, its calibration data and its task.
     step
-        What is done to a block.
+        The step that prunes a block.
     store
         Keeps the finished blocks.
     hidden
@@ -96,9 +96,9 @@ def walk(
 
 
 def _gradients(run: Run[Any]) -> dict[str, dict[str, Tensor]]:
-    """Gradient norms of the targets of every block, where the method asks for them.
+    """Gradient norms of the targets of every block, if the method requires them.
 
-    They are those of the dense model, so a resumed run computes the same again.
+    They belong to the dense model, so a resumed run computes the same norms again.
     """
     task, selection = run.task, run.selection
     if task.gradient is None:

@@ -1,4 +1,4 @@
-"""Zeros in the weights: which are asked for, and how a block gets them."""
+"""Zeros in the weights: the removal of single weights, from arguments to results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,17 +40,17 @@ class ZeroWeights:
     Parameters
     ----------
     method
-        How the matrices are solved.
+        Method that solves the matrices.
     pattern
-        Which weights of a matrix may be zero.
+        Pattern of the zeros in every matrix.
     """
 
     method: Method
     pattern: Pattern
 
     @classmethod
-    def asked(cls, method: Method, amount: Amount) -> "ZeroWeights":
-        """Return what the arguments of a run ask for.
+    def from_arguments(cls, method: Method, amount: Amount) -> "ZeroWeights":
+        """Create the removal from the arguments of a run.
 
         Raises
         ------
@@ -75,7 +75,7 @@ class ZeroWeights:
 
     @property
     def refused_by_ranks(self) -> str | None:
-        """Why several ranks cannot share this, or None."""
+        """Why several ranks cannot share the run, or None."""
         if self.method.needs_whole_model:
             return (
                 f"{self.method.name} needs gradients of the whole model, which ranks do "
@@ -98,7 +98,7 @@ class ZeroWeights:
             raise UsageError(message)
 
     def for_model(self, model_type: str) -> "ZeroWeights":
-        """Return it with the warm start that a paper has for a family of models."""
+        """Return the removal with the warm start of a paper for a family of models."""
         start = PUBLISHED_STARTS.get(model_type, "wanda")
         if isinstance(self.pattern, Columns):  # SparseGPT prunes no columns
             start = "wanda"
@@ -107,18 +107,18 @@ class ZeroWeights:
     def select(
         self, opened: OpenedModel, targets: Sequence[str], ignore: Sequence[str]
     ) -> Selection:
-        """Choose the linears to prune; impossible entries and shapes are refused."""
+        """Select the linears to prune; refuse impossible entries and shapes."""
         return Selection(opened.model, opened.adapter, targets, ignore, self.pattern)
 
     def notes(self, run: Run[Selection]) -> list[str]:
-        """What a reader of the log should know."""
+        """Remarks for the log before the run."""
         opened = run.opened
         if not opened.adapter.found:
             return []
         return [note_on(opened.model, opened.adapter, run.selection)]
 
     def disk_needed(self, run: Run[Selection]) -> int:
-        """Bytes of the copy of the checkpoint, and of the finished blocks beside it."""
+        """Bytes of the copy of the checkpoint and of the finished blocks."""
         source, model = run.opened.source, run.opened.model
         if source is None:
             return 0
@@ -128,11 +128,11 @@ class ZeroWeights:
         return int(copy + blocks)
 
     def prepare(self, run: Run[Selection]) -> "ZeroWeights":
-        """Nothing of the whole model needs to be known before the first block."""
+        """Return the removal itself: the whole model need not be known."""
         return self
 
     def findings(self, run: Run[Selection]) -> list[str]:
-        """Nothing was learnt."""
+        """Return no findings."""
         return []
 
     def stages_of(self, inputs: BlockInputs) -> tuple[Stage, ...]:
@@ -157,14 +157,14 @@ class ZeroWeights:
         on_layer
             Called after every matrix.
         dense
-            What a pass through the dense block has kept; by default it is made anew.
+            The dense side of the block, with its inputs; by default a new one.
         """
         result = PrunedBlock()
         solve = partial(solve_stages, self, task, inputs, result, on_layer)
         if not task.staged:
             accumulators = collect_at_once(task, inputs)
             seen = list(zip(inputs.stages, accumulators, strict=True))
-            # ranks find more to divide in a block than in a stage
+            # a block has more matrices to divide between ranks than a stage
             parts = [seen] if task.ranks.are_several else [[one] for one in seen]
             for part in parts:
                 solve(part)
@@ -181,14 +181,14 @@ class ZeroWeights:
         return result
 
     def finish(self, run: Run[Selection], store: BlockStore) -> Removed:
-        """Weights and masks of all matrices, read from the store when asked for."""
+        """Weights and masks of all matrices, each read from the store when it is used."""
         return Removed(
             masks=run.selection.by_parameter(partial(store.read_tensor, MASK)),
             weights=run.selection.by_parameter(partial(store.read_tensor, WEIGHT)),
         )
 
     def recipe_fields(self) -> dict[str, Any]:
-        """Fields of a recipe that ask for this again."""
+        """Fields of a recipe that describe this removal."""
         pattern = self.pattern
         exact = str(pattern) if isinstance(pattern, NM) else None
         return {
@@ -201,16 +201,16 @@ class ZeroWeights:
 def choose_pattern(
     sparsity: float | str | None, pattern: Any = None, group: str | None = None
 ) -> Pattern:
-    """One pattern from the arguments that can give it; a conflict is an error.
+    """Return the pattern that the arguments describe; a conflict is an error.
 
     Parameters
     ----------
     sparsity
         Fraction of zeros, or ``"n:m"``.
     pattern
-        A pattern or ``"n:m"``, instead.
+        A pattern or ``"n:m"``, instead of `sparsity`.
     group
-        Where zeros are counted, ``"row"`` or ``"layer"``; for fractions alone.
+        Whether a fraction of zeros holds for every ``"row"`` or ``"layer"``.
     """
     if isinstance(pattern, str):
         pattern = parse_pattern(pattern)
@@ -222,22 +222,22 @@ def choose_pattern(
             message = 'say how much to prune: sparsity=0.5, or "2:4" (keeps 2 of every 4)'
             raise UsageError(message)
         return _grouped(pattern, group)
-    asked = parse_pattern(str(sparsity))
+    given = parse_pattern(str(sparsity))
     if pattern is None:
-        return _grouped(asked, group)
-    if isinstance(asked, NM):
-        agree = asked == pattern
+        return _grouped(given, group)
+    if isinstance(given, NM):
+        agree = given == pattern
     else:
-        difference = getattr(asked, "sparsity", 0) - getattr(pattern, "sparsity", -1)
+        difference = getattr(given, "sparsity", 0) - getattr(pattern, "sparsity", -1)
         agree = abs(difference) < ROUNDING
     if not agree:
-        message = f"sparsity {asked} contradicts the pattern {pattern}; give one of them"
+        message = f"sparsity {given} contradicts the pattern {pattern}; give one of them"
         raise UsageError(message)
     return _grouped(pattern, group)
 
 
 def _grouped(pattern: Pattern, group: str | None) -> Pattern:
-    """Pattern with zeros counted in a group; an n:m pattern has a group of its own."""
+    """Pattern with zeros counted per group; an n:m pattern has a group of its own."""
     if group is None or group == getattr(pattern, "group", "row"):
         return pattern
     if not isinstance(pattern, Unstructured):
@@ -250,7 +250,7 @@ def _grouped(pattern: Pattern, group: str | None) -> Pattern:
 
 
 def refuse_impossible(method: Method, pattern: Pattern) -> None:
-    """Refuse a method that cannot handle the pattern of a tiny problem."""
+    """Refuse a method that cannot solve a tiny problem with the pattern."""
     if not isinstance(pattern, NM | Unstructured):
         return
     width = pattern.m if isinstance(pattern, NM) else 4
