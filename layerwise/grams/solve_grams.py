@@ -122,33 +122,15 @@ def solve_grams(
     )
     studies = [study.for_model(manifest.model_type) for study in studies]
     _check_layers(folder, manifest, studies)
+    threads_matter = torch_device.type == "cpu"
+    machine = {"device": torch_device.type, "threads": each if threads_matter else None}
     solved = None
     if output is not None:
         recipe = recipe_of(manifest, studies[0], certify)
-        on_cpu = torch_device.type == "cpu"
         solved = SolvedFolder(
-            output,
-            folder,
-            manifest,
-            recipe,
-            model,
-            {"device": torch_device.type, "threads": each if on_cpu else None},
-            resume=resume,
-            force=force,
+            output, folder, manifest, recipe, model, machine, resume=resume, force=force
         )
-    jobs = [
-        LayerJob(
-            file=folder / file,
-            name=name,
-            zeros=study,
-            device=str(torch_device),
-            folder=None if solved is None else solved.journal.blocks,
-            index=0 if solved is None else solved.index(name),
-        )
-        for file, stage in manifest.files.items()
-        for study in studies
-        for name in stage.layers
-    ]
+    jobs = _jobs(folder, manifest, studies, torch_device, solved)
     on_start(len(jobs))
     done: dict[tuple[str, str, str], LayerRecord] = {}
 
@@ -156,20 +138,16 @@ def solve_grams(
         done[record.method, record.pattern, record.name] = record
         on_layer(record)
 
+    left = _unfinished(jobs, solved, on_done)
     try:
-        left = _unfinished(jobs, solved, on_done)
         if workers == 1:
             for job in left:
                 on_done(solve_layer(job))
         elif left:
+            name = "auto" if device == "auto" else str(torch_device)
             run_jobs(
                 (Job(key, job) for key, job in enumerate(left)),
-                local_workers(
-                    open_layers,
-                    workers,
-                    threads=each,
-                    device="auto" if device == "auto" else str(torch_device),
-                ),
+                local_workers(open_layers, workers, threads=each, device=name),
                 on_done=lambda job, record: on_done(record),
                 on_note=on_note,
             )
@@ -193,6 +171,29 @@ def solve_grams(
         time.perf_counter() - start,
         output,
     )
+
+
+def _jobs(
+    folder: Path,
+    manifest: GramManifest,
+    studies: Sequence[ZeroWeights],
+    device: torch.device,
+    solved: SolvedFolder | None,
+) -> list[LayerJob]:
+    """All layers by all studies, in the order of the files."""
+    return [
+        LayerJob(
+            file=folder / file,
+            name=name,
+            zeros=study,
+            device=str(device),
+            folder=None if solved is None else solved.journal.blocks,
+            index=0 if solved is None else solved.index(name),
+        )
+        for file, stage in manifest.files.items()
+        for study in studies
+        for name in stage.layers
+    ]
 
 
 def _label(study: ZeroWeights) -> tuple[str, str]:

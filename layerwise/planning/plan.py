@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from layerwise.errors import (
     InvalidProblemError,
     LayerwiseError,
@@ -105,19 +107,7 @@ def plan_run(
     place = choose_device(settings.device)
     capacity = capacity_of(place, destination.output)
     chosen = settings.removal.method
-    run = RunShape(
-        n_sequences=settings.calibration.n_sequences,
-        length=length,
-        error_correction=settings.error_correction,
-        base=base,
-        accelerator=place.type != "cpu",
-        workspace=workspace_of(
-            chosen.solver, pair=settings.error_correction in ("block", "full")
-        ),
-        workers=settings.workers.count,
-        streamed=streamed,
-        store=room(place),
-    )
+    run = _run_shape(settings, length, place, base, streamed=streamed)
     run = _with_store(sizes, run, settings.activations, capacity)
     disk = disk_of(source, sizes, run)
     machine = quick_machine(place)
@@ -154,6 +144,24 @@ def plan_run(
         refusal=refusal
         or next(iter(refusals(sizes, run, sum(disk.values()), capacity)), None),
         notes=tuple(_notes(opened, run, chosen)),
+    )
+
+
+def _run_shape(
+    settings: Settings, length: int, device: torch.device, base: int, *, streamed: bool
+) -> RunShape:
+    """What the memory of a run depends on, besides the model."""
+    pair = settings.error_correction in ("block", "full")
+    return RunShape(
+        n_sequences=settings.calibration.n_sequences,
+        length=length,
+        error_correction=settings.error_correction,
+        base=base,
+        accelerator=device.type != "cpu",
+        workspace=workspace_of(settings.removal.method.solver, pair=pair),
+        workers=settings.workers.count,
+        streamed=streamed,
+        store=room(device),
     )
 
 

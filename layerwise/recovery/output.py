@@ -23,28 +23,26 @@ CARD, RECIPE = "README.md", "recipe.yaml"
 
 
 def write_retrained(
-    journal: Journal,
     pruned: Pruned,
     values: Mapping[str, Tensor],
     records: Sequence[UnitRecord],
     settings: Mapping[str, Any],
+    journal: Journal,
 ) -> None:
     """Write the retrained model into the partial folder; the manifest comes last.
 
     Parameters
     ----------
-    journal
-        The partial folder.
     pruned
         The model and its folder, whose masks and layer log are copied.
     values
         New values by parameter name.
     records, settings
         Figures of every unit, and the arguments.
+    journal
+        The partial folder.
     """
-    folder, source, manifest = journal.folder, pruned.source, pruned.manifest
-    assert source is not None
-    assert manifest is not None
+    folder, (source, manifest) = journal.folder, pruned.stored()
     names = checkpoint_names(pruned.model, source)
     stored = {names[name]: value for name, value in values.items()}
     write_checkpoint(source, folder, stored, overwrite=True)

@@ -55,12 +55,6 @@ class Pruned:
     ) -> "Pruned":
         """Open a folder, or take a model object with its masks; both are checked."""
         if isinstance(model_or_path, nn.Module):
-            if output is not None:
-                message = (
-                    "a model object cannot be written to output_dir, because the masks are "
-                    "copied from a folder: give the folder of the pruned model"
-                )
-                raise UsageError(message)
             if masks is None and sets.on_weights:
                 message = (
                     f"{sets.on_weights[0]} needs the masks of the pruning run, which a "
@@ -68,6 +62,8 @@ class Pruned:
                 )
                 raise UsageError(message)
             pruned = cls(open_model(model_or_path, streamed=False), dict(masks or {}))
+            if output is not None:
+                pruned.stored()  # raises
         else:
             if masks is not None:
                 message = "give masks only with a model object; a folder has its own"
@@ -82,6 +78,22 @@ class Pruned:
             pruned = cls(opened, kept, manifest)
         pruned._check_masks()
         return pruned
+
+    def stored(self) -> tuple[Checkpoint, Manifest]:
+        """Return the folder that was opened and its manifest, to write a copy of it.
+
+        Raises
+        ------
+        UsageError
+            There is none: the model was given as an object.
+        """
+        if self.source is None or self.manifest is None:
+            message = (
+                "a model object cannot be written to output_dir, because the masks are "
+                "copied from a folder: give the folder of the pruned model"
+            )
+            raise UsageError(message)
+        return self.source, self.manifest
 
     @property
     def blocks(self) -> dict[str, nn.Module]:

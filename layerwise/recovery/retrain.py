@@ -7,6 +7,7 @@ files are checked before any weight is changed.
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.data.calibration import Calibration
 from layerwise.run.outputs.output import versions
 from layerwise.run.pipeline.destination import Destination
-from layerwise.run.pipeline.journal import Journal
+from layerwise.run.pipeline.sharing import open_states
 from layerwise.run.settings import CalibrationData, choose_device
 
 
@@ -174,46 +175,33 @@ def retrain_model(
     torch_device = choose_device(device)
     destination = Destination.of(output_dir, resume=resume, force=force)
     destination.check()
-    output = destination.output
-    pruned = Pruned.open(model_or_path, masks, settings.sets, output)
-    model, source = pruned.model, pruned.source
+    pruned = Pruned.open(model_or_path, masks, settings.sets, destination.output)
+    model = pruned.model
     width = int(model.config.hidden_size)
     original = pruned.dense_model(dense) if settings.reconstructs else None
     tokens = data.windows(pruned.opened, tokenizer)
     batches = torch.split(tokens.tokens, batch_size)
     split(len(batches))  # raises if there are too few
-    journal = None
-    if output is not None:
-        assert source is not None
-        identity = _identity(
-            settings.to_dict(width, tokens), tokens, source, original, torch_device
-        )
-        journal = Journal(output, identity, force=force, resume=resume)
+    plain = settings.to_dict(width, tokens)
+    identity = {}
+    if destination.output is not None:
+        identity = _identity(plain, tokens, pruned.source, original, torch_device)
     listeners = tuple(callbacks)
-    run = Runner(pruned, batches, torch_device, journal, listeners)
-    try:
-        with fast_scan(model, torch_device):
-            if original is None:
-                values, records = run.tokens(
-                    settings.sets, settings.training(width), checkpointing
-                )
-            else:
-                task = settings.reconstruction(width, torch_device)
-                values, records = run.blocks(task, original)
-    except BaseException:
-        if journal is not None:
-            journal.discard_if_empty()
-        raise
-    if journal is not None:
-        assert source is not None
-        write_retrained(journal, pruned, values, records, settings.to_dict(width, tokens))
-        journal.finish()
+    with open_states(destination, identity) as store, fast_scan(model, torch_device):
+        run = Runner(pruned, batches, torch_device, store, listeners)
+        if original is None:
+            training = settings.training(width)
+            values, records = run.tokens(settings.sets, training, checkpointing)
+        else:
+            task = settings.reconstruction(width, torch_device)
+            values, records = run.blocks(task, original)
+        store.publish(partial(write_retrained, pruned, values, records, plain))
     report = RetrainReport(
         model=model,
         records=tuple(records),
         trained=sum(record.trained for record in records),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        output_dir=output,
+        output_dir=destination.output,
         seconds=time.perf_counter() - start,
     )
     for listener in listeners:
@@ -224,7 +212,7 @@ def retrain_model(
 def _identity(
     settings: Mapping[str, Any],
     tokens: Calibration,
-    source: Checkpoint,
+    source: Checkpoint | None,
     dense: Any,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -232,7 +220,7 @@ def _identity(
     return {
         **settings,
         "calibration": tokens.sha256,
-        "weights": source.sha256(),
+        "weights": None if source is None else source.sha256(),
         "dense": parameters_sha256(dense),
         "versions": versions(),
         "device": device.type,

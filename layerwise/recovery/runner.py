@@ -22,7 +22,7 @@ from layerwise.recovery.trainable import ParameterSets
 from layerwise.recovery.training import State, Training
 from layerwise.recovery.units import count_units
 from layerwise.run.activations.streams import block_outputs, capture, evaluation_mode
-from layerwise.run.pipeline.journal import Journal
+from layerwise.run.pipeline.store import StateStore
 
 TRAINING = "training"  # name of the training state in the journal
 
@@ -54,8 +54,8 @@ class Runner:
         Token ids, each (sequences, length).
     device
         Where to compute.
-    journal
-        Stores finished blocks and training states; None: nothing is stored.
+    store
+        Keeps finished blocks and training states.
     listeners
         Callbacks.
     """
@@ -65,11 +65,11 @@ class Runner:
         pruned: Pruned,
         batches: Sequence[Tensor],
         device: torch.device,
-        journal: Journal | None,
+        store: StateStore,
         listeners: Sequence[Callback],
     ) -> None:
         self._pruned, self._batches, self._device = pruned, batches, device
-        self._journal, self._listeners = journal, listeners
+        self._store, self._listeners = store, listeners
 
     def tokens(
         self, sets: ParameterSets, training: Training, checkpointing: bool
@@ -77,7 +77,7 @@ class Runner:
         """Train the whole model on its next-token loss."""
         model = self._pruned.model
         self._start(1, training)
-        stored = self._journal.read_state(TRAINING) if self._journal else None
+        stored = self._store.read_state(TRAINING)
         home = next(model.parameters()).device
         model.to(self._device)
         blocks = list(self._pruned.blocks.values())
@@ -97,13 +97,12 @@ class Runner:
         return values, [record]
 
     def _save(self, state: State) -> None:
-        if self._journal is not None:
-            self._journal.write_state(TRAINING, *pack(state))
+        self._store.write_state(TRAINING, *pack(state))
 
     def blocks(
         self, task: Reconstruction, dense: Any
     ) -> tuple[dict[str, Tensor], list[UnitRecord]]:
-        """Reconstruct block after block, or take a block from the journal."""
+        """Reconstruct block after block, or take a block from the store."""
         adapter, model = self._pruned.adapter, self._pruned.model
         blocks, originals = self._pruned.blocks, adapter.blocks_of(dense)
         if blocks.keys() != originals.keys():
@@ -167,7 +166,7 @@ class Runner:
 
     def _block(self, index: int, task: Reconstruction, pair: Pair) -> RetrainedBlock:
         state = f"{index:05d}"
-        stored = self._journal.read_state(state) if self._journal else None
+        stored = self._store.read_state(state)
         if stored is not None:
             tensors, text = stored
             records = [UnitRecord.from_dict(values) for values in json.loads(text)]
@@ -179,9 +178,8 @@ class Runner:
                 self._unit(record)
             return retrained
         retrained = reconstruct_block(task, pair, self._step, self._unit)
-        if self._journal is not None:
-            text = json.dumps([record.to_dict() for record in retrained.records])
-            self._journal.write_state(state, retrained.values, text)
+        text = json.dumps([record.to_dict() for record in retrained.records])
+        self._store.write_state(state, retrained.values, text)
         return retrained
 
     def _start(self, units: int, training: Training) -> None:

@@ -19,7 +19,7 @@ from layerwise.run.pipeline.destination import BLOCKS, FOLDER, Destination, part
 from layerwise.run.pipeline.journal import Journal
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.results import PrunedBlock
-from layerwise.run.pipeline.store import BlockStore, MemoryStore
+from layerwise.run.pipeline.store import BlockStore, MemoryStore, StateStore
 from layerwise.run.workers.ranks import ALONE, Ranks
 
 
@@ -130,9 +130,6 @@ class Follower(BlockFolder):
     def publish(self, write: Callable[[Journal], None]) -> None:
         """Do nothing: rank 0 writes."""
 
-    def discard_if_empty(self) -> None:
-        """Do nothing: rank 0 cleans up."""
-
 
 @contextmanager
 def open_store(
@@ -162,13 +159,39 @@ def open_store(
         finished = json.loads(ranks.broadcast_text("finished", None))
         yield Follower(output, frozenset(finished))
         return
-    journal = Journal(output, identity, force=destination.force, resume=destination.resume)
-    if ranks.are_several:
-        files = journal.blocks.glob("[0-9]*-*.safetensors")
-        finished = sorted({int(path.name.partition("-")[0]) for path in files})
-        ranks.broadcast_text("finished", json.dumps(finished))
-    try:
+    with _open_journal(destination, output, identity) as journal:
+        if ranks.are_several:
+            files = journal.blocks.glob("[0-9]*-*.safetensors")
+            finished = sorted({int(path.name.partition("-")[0]) for path in files})
+            ranks.broadcast_text("finished", json.dumps(finished))
         refuse_full_disk(journal.folder, needed)
+        yield journal
+
+
+@contextmanager
+def open_states(
+    destination: Destination, identity: Mapping[str, Any]
+) -> Iterator[StateStore]:
+    """Open the store of a training; a folder without a state is removed if it fails.
+
+    Parameters
+    ----------
+    destination, identity
+        As for :func:`open_store`.
+    """
+    if destination.output is None:
+        yield MemoryStore()
+        return
+    with _open_journal(destination, destination.output, identity) as journal:
+        yield journal
+
+
+@contextmanager
+def _open_journal(
+    destination: Destination, output: Path, identity: Mapping[str, Any]
+) -> Iterator[Journal]:
+    journal = Journal(output, identity, force=destination.force, resume=destination.resume)
+    try:
         yield journal
     except BaseException:
         journal.discard_if_empty()

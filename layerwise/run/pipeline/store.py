@@ -1,6 +1,6 @@
-"""Stores for finished blocks during a run."""
+"""Stores for what a run has finished so far."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -40,13 +40,25 @@ class BlockStore(Protocol):
         """Call `write` to write the output, and give it its name."""
         ...
 
-    def discard_if_empty(self) -> None:
-        """Remove all files of a run that stopped before its first block."""
+
+class StateStore(Protocol):
+    """Keeps states of a training by name."""
+
+    def read_state(self, name: str) -> tuple[dict[str, Tensor], str] | None:
+        """Return the tensors and the text of a state, or None if there is none."""
+        ...
+
+    def write_state(self, name: str, tensors: Mapping[str, Tensor], text: str) -> None:
+        """Keep tensors and text under a name."""
+        ...
+
+    def publish(self, write: Callable[[Journal], None]) -> None:
+        """Call `write` to write the output, and give it its name."""
         ...
 
 
 class MemoryStore:
-    """Finished blocks of a run that writes no folder."""
+    """Store of a run that writes no folder."""
 
     blocks = None
 
@@ -72,5 +84,8 @@ class MemoryStore:
     def publish(self, write: Callable[[Journal], None]) -> None:
         """Do nothing: there is no folder."""
 
-    def discard_if_empty(self) -> None:
-        """Do nothing: there is no folder."""
+    def read_state(self, name: str) -> None:
+        """Return None: no state outlives the process."""
+
+    def write_state(self, name: str, tensors: Mapping[str, Tensor], text: str) -> None:
+        """Do nothing: no state outlives the process."""
