@@ -379,9 +379,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "NaN": (lambda f: edit_file(f, gram=NAN), rf"{FIRST}: gram contains nan at \(2, 3\)"),
     "no file": (lambda f: (f / FIRST).unlink(), rf"{FIRST} is missing"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "holds no manifest.json"),
-    "leaves by name": (lambda f: rename(f, f"../{FIRST}"), "manifest.json names the file"),
-    "absolute name": (lambda f: rename(f, f"/tmp/{FIRST}"), "manifest.json names the file"),
-    "hidden name": (lambda f: rename(f, f".{FIRST}"), "manifest.json names the file"),
+    "leaves by name": (lambda f: rename(f, f"../{FIRST}"), "manifest.json lists the file"),
+    "absolute name": (lambda f: rename(f, f"/tmp/{FIRST}"), "manifest.json lists the file"),
+    "hidden name": (lambda f: rename(f, f".{FIRST}"), "manifest.json lists the file"),
     "leaves by link": (link_away, rf"{FIRST} is a link that leaves the folder"),
     "another layer": (
         lambda f: edit_manifest(f, rename_layer),
@@ -391,7 +391,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no layers": (lambda f: edit_manifest(f, lambda c: c.update(files={})), "no layer"),
     "another format": (
         lambda f: edit_manifest(f, lambda c: c.update(format=2)),
-        "format 2, only 1 is known",
+        "format 2, this layerwise reads 1",
     ),
     "unknown key": (
         lambda f: edit_manifest(f, lambda c: c.update(more=1)),
@@ -434,7 +434,7 @@ def test_another_model(workshop: Path, grams: Path, tmp_path: Path) -> None:
     [
         ({"methods": "wnada"}, UsageError, "did you mean wanda"),
         ({"methods": []}, UsageError, "give a method"),
-        ({"methods": ["wanda", "wanda"]}, UsageError, "wanda at 0.5 is asked for twice"),
+        ({"methods": ["wanda", "wanda"]}, UsageError, "wanda at 0.5 is requested twice"),
         ({"methods": "least-squares"}, InvalidProblemError, "mask that is fixed"),
         ({"methods": "gblm"}, UsageError, "gblm needs the gradient .* layerwise prune"),
         ({"sparsities": 1.5}, InvalidProblemError, "must lie in"),
@@ -449,7 +449,7 @@ def test_another_model(workshop: Path, grams: Path, tmp_path: Path) -> None:
         ),
         ({"damping": -1.0}, InvalidProblemError, "damping must be"),
         ({"model": "llama"}, UsageError, "give an output"),
-        ({"sparsities": [0.5, 0.6], "output_dir": "out"}, UsageError, "not of 2"),
+        ({"sparsities": [0.5, 0.6], "output_dir": "out"}, UsageError, "got 2"),
         ({"output_dir": ".."}, UsageError, "does not name a new folder"),
         ({"workers": 0}, UsageError, "workers must be at least 1"),
         ({"workers": 2, "threads": 0}, UsageError, "threads must be at least 1"),

@@ -66,8 +66,8 @@ class RemoveChannels:
     structure: Structure
     needs_whole_model: ClassVar[bool] = True  # it is cut as a whole
     refused_by_ranks: ClassVar[str] = (
-        "the widths of a smaller model are chosen and cut for the model as a whole, which "
-        "ranks cannot share: start without torchrun"
+        "channels are chosen and cut for the model as a whole, which ranks cannot share: "
+        "start without torchrun"
     )
 
     @classmethod
