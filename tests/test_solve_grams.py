@@ -377,7 +377,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "one bit": (flip, rf"{FIRST} has the sha256 .* the manifest says"),
     "no gram": (lambda f: edit_file(f, gram=None), rf"{FIRST} has no gram of layer"),
     "NaN": (lambda f: edit_file(f, gram=NAN), rf"{FIRST}: gram contains nan at \(2, 3\)"),
-    "no file": (lambda f: (f / FIRST).unlink(), rf"{FIRST} is missing"),
+    "no file": (lambda f: (f / FIRST).unlink(), rf"{FIRST} is listed in the manifest but missing"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "holds no manifest.json"),
     "leaves by name": (lambda f: rename(f, f"../{FIRST}"), "manifest.json lists the file"),
     "absolute name": (lambda f: rename(f, f"/tmp/{FIRST}"), "manifest.json lists the file"),
