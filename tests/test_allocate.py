@@ -221,9 +221,11 @@ def test_at_least_one_unit_or_one_multiple_stays() -> None:
     curve = Curve("a", "mlp", [0.0] * 11, 1.0)
     assert allocate([curve], 9).removed == {"a": 9}
     assert allocate([curve], 6, multiple=4).removed == {"a": 6}
-    with pytest.raises(UsageError, match=r"of 9\.5 is out of reach: 9 of 10 can"):
+    with pytest.raises(UsageError, match=r"of 9\.5 is out of reach: at most 9 of 10 can"):
         allocate([curve], 9.5)
-    with pytest.raises(UsageError, match="of 7 is out of reach: 6 of 10 can be removed"):
+    with pytest.raises(
+        UsageError, match="of 7 is out of reach: at most 6 of 10 can be removed"
+    ):
         allocate([curve], 7, multiple=4)
 
 
@@ -286,8 +288,8 @@ def test_costs_without_common_multiple_are_answered_with_their_gap(
 @pytest.mark.parametrize(
     ("errors", "cost", "message"),
     [
-        ([0.0], 1.0, "a: errors are those of removing 0, 1, ... units"),
-        ([[0.0, 1.0]], 1.0, "a: errors are those of removing"),
+        ([0.0], 1.0, "a: errors must be a vector .* 0, 1, ... removed units"),
+        ([[0.0, 1.0]], 1.0, "a: errors must be a vector"),
         ([0.0, 1.0, math.nan], 1.0, "a: the error of removing 2 units is not finite"),
         ([0.0, 1.0], 0.0, "a: a unit costs 0.0"),
         ([0.0, 1.0], math.inf, "a: a unit costs inf"),

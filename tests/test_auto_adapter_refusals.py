@@ -131,7 +131,7 @@ def test_weights_that_cannot_be_served(kind: type[Block], name: str, reason: str
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        (Interrupted(), "layers.1 gives something else when it is run on its own"),
+        (Interrupted(), "layers.1 gives another output when it is run on its own"),
         (Backwards(), "do not run once each and in order, but layers.2, layers.1"),
         (Recurrent(), "do not run once each and in order, but layers.0, layers.1"),
         (TwoLists(), "found: layers (3 blocks), others (3 blocks)"),

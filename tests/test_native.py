@@ -159,7 +159,9 @@ def test_the_rest_of_the_toolkit_reads_native_folders(tmp_path: Path) -> None:
 def test_a_parameter_that_nothing_explains(tmp_path: Path) -> None:
     model, _ = model_of("llama")
     model.model.layers[0].scale = torch.nn.Parameter(torch.ones(1))
-    with pytest.raises(UsageError, match=r"layers\.0\.scale is no parameter of this Llama"):
+    with pytest.raises(
+        UsageError, match=r"layers\.0\.scale is not a parameter of this Llama"
+    ):
         save_native(model, tmp_path)
 
 
@@ -226,7 +228,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown coupling": (surgery(lambda v: first(v).update(inner=[0])), "'inner'"),
     "out of range": (
         surgery(lambda v: first(v).update(mlp=[0, 24])),
-        "'mlp' in model.layers.1 keeps units 0 to 24, but there are 24",
+        "'mlp' in model.layers.1 keeps units 0 to 24: choose from 0 to 23",
     ),
     "far out of range": (
         surgery(lambda v: first(v).update(mlp=[10**30])),
@@ -242,7 +244,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "bias elsewhere": (surgery(lambda v: v["biases"].append("lm_head")), "'lm_head'"),
     "bias of no linear": (
         surgery(lambda v: v["biases"].append("model.layers.0.mlp")),
-        "'model.layers.0.mlp' is no linear layer",
+        "'model.layers.0.mlp' is not a linear layer",
     ),
     "bias that is not stored": (
         surgery(lambda v: v["biases"].append("model.layers.0.mlp.down_proj")),
@@ -296,7 +298,11 @@ def test_damaged_folders_are_refused_by_name(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "error", "expected"),
     [
-        ({"model_type": "gpt2"}, UnsupportedModelError, "'gpt2', which was never cut"),
+        (
+            {"model_type": "gpt2"},
+            UnsupportedModelError,
+            "'gpt2', which this layerwise cannot cut",
+        ),
         ({"model_type": None}, DataError, "names no model_type"),
         ({"quantization_config": {"bits": 4}}, UnsupportedModelError, "quantised"),
         ({"transformers_weights": "x"}, DataError, "redirects the weights"),

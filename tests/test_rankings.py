@@ -268,12 +268,14 @@ def test_fraction_must_be_one(rule: str, fraction: float) -> None:
 
 
 def test_al_am_says_what_is_possible() -> None:
-    with pytest.raises(UsageError, match=r"0\.9 of 20 is out of reach: 16 can be removed"):
+    with pytest.raises(
+        UsageError, match=r"0\.9 of 20 is out of reach: .* at most 16 can be removed"
+    ):
         al_am([heads(0, [[1.0]] * 5), neurons(0, [1.0] * 5, cost=2.0)], 0.9)
 
 
 def test_impossible_units() -> None:
-    with pytest.raises(UsageError, match=r"0\.mlp: scores are finite, of shape"):
+    with pytest.raises(UsageError, match=r"0\.mlp: scores must be finite, of shape"):
         neurons(0, [1.0, math.nan])
     with pytest.raises(UsageError, match=r"0\.mlp: a unit costs 0"):
         neurons(0, [1.0], cost=0)

@@ -184,7 +184,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "gblm"}, "gblm needs gradients of the whole model"),
     (
         {"method": "columns", "pattern": "columns"},
-        "the widths of a smaller model are chosen",
+        "channels are chosen and cut",
     ),
     ({"n_sequences": 1}, "1 calibration sequences are fewer than the 2 ranks"),
 ]

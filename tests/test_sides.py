@@ -42,7 +42,7 @@ class Named(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Returns the output of its last linear, or something computed from it."""
+    """Passes through its last linear, unless `behind` does something with the output."""
 
     def __init__(self, behind: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -67,14 +67,14 @@ class Block(nn.Module):
 
 
 def pass_through_of(block: nn.Module, *batches: Tensor) -> dict[str, PassThrough]:
-    endings = PassThroughFinder(block, [OUT, DOWN])
-    handles = list(endings.attach())
+    finder = PassThroughFinder(block, [OUT, DOWN])
+    handles = list(finder.attach())
     for batch in batches or (torch.ones(2, WIDTH),):
         block(batch)
     for handle in handles:
         handle.remove()
     assert not any(module._forward_hooks for module in block.modules())
-    return dict(endings.found())
+    return dict(finder.modules())
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ SPARSEGPT = {"method": "sparsegpt", "pattern": "columns"}
     ("family", "options", "error", "message"),
     [
         ("llama", {"sparsity": "2:4"}, UsageError, "takes a fraction"),
-        ("llama", {"sparsity": 1.5}, UsageError, r"lies in \(0, 1\)"),
+        ("llama", {"sparsity": 1.5}, UsageError, r"must lie in \(0, 1\)"),
         ("llama", {"sparsity": None}, UsageError, "takes a fraction"),
         ("llama", {"sparsity": 0.95}, UsageError, "can be pruned; ask for less"),
         ("llama", {"format": "gguf"}, UsageError, "stock, native, padded"),

@@ -316,7 +316,7 @@ def test_another_model(workshop: Path, grams: Path, tmp_path: Path) -> None:
     [
         ({"methods": "wnada"}, UsageError, "did you mean wanda"),
         ({"methods": []}, UsageError, "give a method"),
-        ({"methods": ["wanda", "wanda"]}, UsageError, "wanda at 0.5 is asked for twice"),
+        ({"methods": ["wanda", "wanda"]}, UsageError, "wanda at 0.5 is requested twice"),
         ({"methods": "least-squares"}, InvalidProblemError, "for a fixed mask"),
         ({"methods": "gblm"}, UsageError, "gblm needs the gradient .* layerwise prune"),
         ({"sparsities": 1.5}, InvalidProblemError, "must lie in"),
@@ -331,7 +331,7 @@ def test_another_model(workshop: Path, grams: Path, tmp_path: Path) -> None:
         ),
         ({"damping": -1.0}, InvalidProblemError, "damping must be"),
         ({"model": "llama"}, UsageError, "give an output"),
-        ({"sparsities": [0.5, 0.6], "output_dir": "out"}, UsageError, "not of 2"),
+        ({"sparsities": [0.5, 0.6], "output_dir": "out"}, UsageError, "got 2"),
         ({"output_dir": ".."}, UsageError, "does not name a new folder"),
         ({"workers": 0}, UsageError, "workers must be at least 1"),
         ({"workers": 2, "threads": 0}, UsageError, "threads must be at least 1"),

@@ -69,11 +69,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "one bit": (flip, rf"{FIRST} has the sha256 .* the manifest says"),
     "no gram": (lambda f: edit_file(f, gram=None), rf"{FIRST} has no gram of layer"),
     "NaN": (lambda f: edit_file(f, gram=NAN), rf"{FIRST}: gram contains nan at \(2, 3\)"),
-    "no file": (lambda f: (f / FIRST).unlink(), rf"{FIRST} is missing"),
+    "no file": (
+        lambda f: (f / FIRST).unlink(),
+        rf"{FIRST} is listed in the manifest but missing",
+    ),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "holds no manifest.json"),
-    "leaves by name": (lambda f: rename(f, f"../{FIRST}"), "manifest.json names the file"),
-    "absolute name": (lambda f: rename(f, f"/tmp/{FIRST}"), "manifest.json names the file"),
-    "hidden name": (lambda f: rename(f, f".{FIRST}"), "manifest.json names the file"),
+    "leaves by name": (lambda f: rename(f, f"../{FIRST}"), "manifest.json lists the file"),
+    "absolute name": (lambda f: rename(f, f"/tmp/{FIRST}"), "manifest.json lists the file"),
+    "hidden name": (lambda f: rename(f, f".{FIRST}"), "manifest.json lists the file"),
     "leaves by link": (link_away, rf"{FIRST} is a link that leaves the folder"),
     "another layer": (
         lambda f: edit_manifest(f, rename_layer),
@@ -83,7 +86,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no layers": (lambda f: edit_manifest(f, lambda c: c.update(files={})), "no layer"),
     "another format": (
         lambda f: edit_manifest(f, lambda c: c.update(format=2)),
-        "format 2, only 1 is known",
+        "format 2, this layerwise reads 1",
     ),
     "unknown key": (
         lambda f: edit_manifest(f, lambda c: c.update(more=1)),

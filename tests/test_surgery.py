@@ -226,7 +226,7 @@ def cut(block: str, name: str, *kept: int) -> Cut:
         (
             [cut(A, "mlp", 1, 2)],
             "stock",
-            "keep equally many, choose format 'native', or pad",
+            "keep the same number, choose format 'native', or pad",
         ),
         ([cut(A, "mlp", 1, 2)], "stock", f"{A} would keep 2 units of 'mlp' and {B} 24"),
         (
@@ -235,14 +235,18 @@ def cut(block: str, name: str, *kept: int) -> Cut:
             "no place for fewer 'values': choose format 'nat",
         ),
         ([cut(A, "mlp", 1)], "safetensors", "choose one of stock, native"),
-        ([cut("model.layers.7", "mlp", 1)], "native", "choose from model.layers.0, model"),
+        (
+            [cut("model.layers.7", "mlp", 1)],
+            "native",
+            "choose one of model.layers.0, model",
+        ),
         ([cut(A, "mlp", 1), cut(A, "mlp", 2)], "native", "two cuts of 'mlp'"),
         ([cut(A, "mlp")], "native", "must keep at least one unit"),
         ([cut(A, "mlp", 3, 1)], "native", "give increasing indices"),
         ([cut(A, "mlp", 3, 3)], "native", "each once"),
-        ([cut(A, "mlp", 3, 24)], "native", "keeps units 3 to 24, but there are 24"),
-        ([cut(A, "mlp", -1, 3)], "native", "keeps units -1 to 3, but there are 24"),
-        ([cut(A, "heads", 0, 2)], "native", "keeps units 0 to 2, but there are 2"),
+        ([cut(A, "mlp", 3, 24)], "native", "keeps units 3 to 24: choose from 0 to 23"),
+        ([cut(A, "mlp", -1, 3)], "native", "keeps units -1 to 3: choose from 0 to 23"),
+        ([cut(A, "heads", 0, 2)], "native", "keeps units 0 to 2: choose from 0 to 1"),
         (
             [Cut(A, "mlp", torch.ones(24, dtype=torch.bool))],
             "native",

@@ -69,8 +69,8 @@ def test_chosen_names(targets: list[str], ignore: list[str], expected: list[str]
         (["Linear"], ["re:lm_haed"], "ignore entry 're:lm_haed' matches nothing"),
         (["Linear"], ["k_proj"], "ignore entry 'k_proj' matches nothing"),
         (["Linear"], ["Linear"], "nothing is left to prune: ignore=['Linear']"),
-        (["re:("], [], "'re:(' is no regular expression"),
-        (["Linear"], ["re:["], "'re:[' is no regular expression"),
+        (["re:("], [], "'re:(' is not a regular expression"),
+        (["Linear"], ["re:["], "'re:[' is not a regular expression"),
         ([], [], "nothing is left to prune"),
     ],
 )

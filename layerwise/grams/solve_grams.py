@@ -263,9 +263,7 @@ def _check_target(
 ) -> None:
     if output is None:
         if model is not None:
-            message = (
-                "model needs an output for the copy with pruned weights: give output_dir"
-            )
+            message = "the copy of the model needs a folder: give an output as well"
             raise UsageError(message)
         return
     if n_studies != 1:

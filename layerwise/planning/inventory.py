@@ -66,7 +66,7 @@ def zeros_of(pattern: Pattern, shape: tuple[int, int]) -> int:
         return rows * (width // pattern.m) * (pattern.m - pattern.n)
     if isinstance(pattern, FixedMask):
         return int((~pattern.kept).sum())
-    message = f"the zeros of {pattern} are not those of single weights"
+    message = f"only patterns of single weights can be counted, got {pattern}: choose one"
     raise InvalidProblemError(message)
 
 

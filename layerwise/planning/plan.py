@@ -63,7 +63,7 @@ def plan_run(
 ) -> Plan:
     """Plan what :func:`layerwise.prune_model` would do with the same arguments.
 
-    No weight is read. The plan lists every matrix, why it is not pruned if it is not, the
+    No weight is read. The plan lists every matrix, with the reason if it is not pruned, the
     exact counts of zeros, the peak memory, the disk space and the time.
 
     Parameters

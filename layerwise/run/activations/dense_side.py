@@ -40,7 +40,7 @@ def fits(widths: Sequence[int], tokens: int, itemsize: int, available: int) -> b
     Parameters
     ----------
     widths
-        Input channels of every stage; for a single stage it makes no difference.
+        Input channels of every stage; for a single stage there is nothing to save.
     tokens
         Number of calibration tokens.
     itemsize
@@ -109,7 +109,7 @@ class DenseSide:
     @property
     def pass_through(self) -> Mapping[str, PassThrough]:
         """Pass-through modules by the name of their linear, if the one pass is done."""
-        return self._finder.found()
+        return self._finder.modules()
 
     def _pass(self, *, stop: bool) -> Iterator[Tensor | None]:
         self._stored = {stage.linears[0]: [] for stage in self._stages}
@@ -131,7 +131,7 @@ class DenseSide:
 
     def _keep(self, name: str) -> Callable[[Tensor], None]:
         def visit(batch: Tensor) -> None:
-            self._stored[name].append(batch.clone())  # the block may go on in place
+            self._stored[name].append(batch.clone())  # the block may overwrite it
 
         return visit
 

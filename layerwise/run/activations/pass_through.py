@@ -79,7 +79,7 @@ class PassThroughFinder:
 
         return observe
 
-    def found(self) -> Mapping[str, PassThrough]:
+    def modules(self) -> Mapping[str, PassThrough]:
         """Outermost pass-through module of every linear, by the name of the linear."""
         modules = {}
         for linear, enclosing in self._enclosing.items():

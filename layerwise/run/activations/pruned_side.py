@@ -72,6 +72,6 @@ def _replay(passing: PassThrough, outputs: Sequence[Tensor]) -> Callable[..., An
     batches = iter(outputs)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return passing.output(next(batches).clone())  # the block may go on in place
+        return passing.output(next(batches).clone())  # the block may overwrite it
 
     return forward

@@ -80,7 +80,7 @@ class Allocation:
     error
         Sum of the errors of all curves at their counts.
     gap
-        Largest possible distance of `error` from the optimum; 0 if `error` is optimal.
+        Largest possible distance of `error` from the optimum; 0 if it is proven optimal.
     """
 
     removed: dict[str, int]

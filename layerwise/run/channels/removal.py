@@ -86,8 +86,8 @@ class RemoveChannels:
     def refused_by_ranks(self) -> str:
         """Why several ranks cannot share this."""
         return (
-            "a smaller model is chosen and cut as a whole, which ranks do not share: start "
-            "without torchrun"
+            "channels are chosen and cut for the model as a whole, which ranks cannot share: "
+            "start without torchrun"
         )
 
     def check_storable(self) -> None:

@@ -102,7 +102,7 @@ def save_native(
     Parameters
     ----------
     model
-        The model; its configuration is that of the model before the cuts.
+        The model, with the configuration that it had before the cuts.
     folder
         Folder of the files; the tokenizer is written separately.
     max_shard_size

@@ -28,7 +28,7 @@ def add_bias(linear: nn.Module, shift: Tensor) -> None:
 
 
 def update_bias_attributes(model: Any, adapter: Adapter) -> None:
-    """Set the attributes that tell a module whether its linears have a bias."""
+    """Set the attributes by which a module knows whether its linears have a bias."""
     blocks = model.get_submodule(adapter.blocks)
     for coupling in adapter.couplings:
         if coupling.bias is not None and coupling.bias.attribute is not None:
