@@ -30,8 +30,8 @@ class MomentAccumulator:
         Number of input channels.
     weights
         The matrices that read these inputs, each (out, in). If a pruned stream is given,
-        :meth:`drift` returns their drifts. All come from one gram, that of the difference
-        of the two streams.
+        :meth:`drift` returns their drifts, which share one gram of the difference of the
+        two streams, or cost a product each where that is cheaper.
     device
         Where the sums live; chunks are moved there.
     fluctuation

@@ -65,8 +65,8 @@ def _smallest_eigenvalue(matrix: Tensor) -> Tensor:
         for _ in range(2):  # orthogonal to all earlier rows, twice because of rounding
             row = row - (basis @ row) @ basis
         # a row in the span of the earlier ones becomes zero, without effect on `projected`
-        left = row.norm()
-        basis[step] = torch.where(left > 1e-10 * size, row / left, 0)
+        length = row.norm()
+        basis[step] = torch.where(length > 1e-10 * size, row / length, 0)
         row = torch.cholesky_solve(basis[step, :, None], lower)[:, 0]
         projected[:, step] = basis @ row
     largest: Tensor = torch.linalg.eigvalsh(projected, UPLO="U")[-1]
@@ -120,8 +120,8 @@ class _Barrier:
 
     def of(self, diagonal: Tensor) -> _Point:
         """Value at a diagonal, and the factor of its remainder."""
-        left = remainder(self._gram, diagonal[:, None, None])
-        lower, info = torch.linalg.cholesky_ex(left)
+        rest = remainder(self._gram, diagonal[:, None, None])
+        lower, info = torch.linalg.cholesky_ex(rest)
         value = self._importance @ diagonal + 2 * self._nu * lower.diagonal().log().sum()
         return _Point(torch.where(info == 0, value, torch.nan), lower)
 
@@ -151,9 +151,9 @@ def proven_split(gram: Tensor, split: Tensor) -> Tensor | None:
     if not bool((split.diagonal(dim1=1, dim2=2) > 0).all()):  # NaN as well
         return None
     for share in SHARES:
-        left = remainder(gram, share * split)
-        left.diagonal().sub_(margin)
-        if int(torch.linalg.cholesky_ex(left)[1]) == 0:
+        rest = remainder(gram, share * split)
+        rest.diagonal().sub_(margin)
+        if int(torch.linalg.cholesky_ex(rest)[1]) == 0:
             return share * split
     return None
 

@@ -187,10 +187,10 @@ class L1Path:
             if self.method == "auto":
                 steps = min(steps, SPLITTING_STEPS)
             point = self._splitting.run(penalty, point, tolerance, steps)
-        left = max_iterations - point.iterations
-        if self.method != "splitting" and left > 0 and len(point.open):
+        steps = max_iterations - point.iterations
+        if self.method != "splitting" and steps > 0 and len(point.open):
             point = run_fista(
-                quadratic, penalty, point, tolerance, left, restart=self.restart
+                quadratic, penalty, point, tolerance, steps, restart=self.restart
             )
         self._scaled, self._subgradient = point.scaled, point.subgradient
         return point

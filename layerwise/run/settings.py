@@ -36,8 +36,6 @@ from layerwise.solver import SolverLike
 LONGEST_DEFAULT = 2048  # of sequence_length; contexts of 131072 tokens need too much memory
 # kinds of removal: the first one that the arguments describe is used; zeros come last
 REMOVALS: tuple[type[Removal[Any]], ...] = (RemoveChannels, ZeroWeights)
-
-
 ONE_WORKER = Workers()
 
 

@@ -47,16 +47,16 @@ def removal_path(
     """
     several, order = len(quotas) > 1, []
     for index in range(int(quotas.max()) if several else 1):
-        left = (quotas > index).long() if several else quotas.clone()
-        while bool((left > 0).any()):
-            open_units = support.kept & (left > 0)[heads]
+        missing = (quotas > index).long() if several else quotas.clone()
+        while bool((missing > 0).any()):
+            open_units = support.kept & (missing > 0)[heads]
             costs = support.changes().masked_fill(~open_units, torch.inf)
             ranked = costs.argsort(stable=True)[: int(open_units.sum())]
             if several:
                 ranked = ranked[_first_of_each(heads[ranked])]
-            chosen = ranked[: min(step, int(left.sum()))]
+            chosen = ranked[: min(step, int(missing.sum()))]
             support.flip(chosen)
-            left.index_add_(0, heads[chosen], torch.full_like(chosen, -1))
+            missing.index_add_(0, heads[chosen], torch.full_like(chosen, -1))
             order.append(chosen)
     return torch.cat(order) if order else heads.new_zeros(0)
 

@@ -71,12 +71,12 @@ class FactorModel:
             basis = torch.linalg.qr(gram @ basis)[0]
         values, vectors = torch.linalg.eigh(basis.T @ (gram @ basis))
         values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
-        count, level, found = 0, 1.0, 0.0
+        count, level, modelled = 0, 1.0, 0.0
         noise = torch.finfo(gram.dtype).eps * width  # of the trace
         for value in values.tolist():
-            found += value
-            rest = max(width - found, 0.0) / max(width - count - 1, 1)  # of the trace
-            none_left = count + 1 == width or width - found <= noise
+            modelled += value
+            rest = max(width - modelled, 0.0) / max(width - count - 1, 1)  # of the trace
+            none_left = count + 1 == width or width - modelled <= noise
             if value <= LEADING * rest or none_left:  # a level for none is rounding
                 break
             count, level = count + 1, rest

@@ -86,7 +86,7 @@ class RemoveChannels:
     def refused_by_ranks(self) -> str:
         """Why several ranks cannot share this."""
         return (
-            "channels are chosen and cut for the model as a whole, which ranks cannot share: "
+            "channels are chosen and cut for the whole model, which ranks cannot share: "
             "start without torchrun"
         )
 
