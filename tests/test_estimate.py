@@ -11,7 +11,7 @@ from layerwise.adapters import get_adapter
 from layerwise.planning.estimate import forward_passes
 from layerwise.planning.model_shape import model_shape
 from layerwise.planning.shapes import RunShape
-from layerwise.run.activations import dense_side
+from layerwise.run import capacity
 from layerwise.run.prune import prune_model
 from tests.support.models import blocks_name, random_tokens, tiny_model
 
@@ -75,13 +75,13 @@ def made(patch: pytest.MonkeyPatch, family: str, mode: Any) -> tuple[float, floa
     )
 
 
-@pytest.mark.parametrize("store", [0, dense_side.STORE])
+@pytest.mark.parametrize("store", [0, capacity.STORE])
 @pytest.mark.parametrize("mode", ["none", "sequential", "block", "full"])
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_counted_passes_are_those_of_a_run(
     monkeypatch: pytest.MonkeyPatch, family: str, mode: str, store: int
 ) -> None:
-    monkeypatch.setattr(dense_side, "STORE", store)
+    monkeypatch.setattr(capacity, "STORE", store)
     linears, attention = made(monkeypatch, family, mode)
     assert planned(family, mode, store, attention=False) == linears
     whole = planned(family, mode, store, attention=True)

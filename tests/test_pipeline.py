@@ -14,6 +14,7 @@ from layerwise.adapters import Stage, get_adapter
 from layerwise.errors import InvalidProblemError, SolveError
 from layerwise.moments import even_exponent
 from layerwise.problem import LayerProblem
+from layerwise.run import capacity
 from layerwise.run.activations import dense_side
 from layerwise.run.activations.streams import BATCH
 from layerwise.run.pipeline.task import ERROR_CORRECTIONS
@@ -283,7 +284,7 @@ def test_dense_inputs_come_from_one_pass_where_they_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weights, passes = [], []
-    for store in (0, dense_side.STORE):
+    for store in (0, capacity.STORE):
         asked: list[str] = []
 
         original = dense_side.inputs_of
@@ -294,7 +295,7 @@ def test_dense_inputs_come_from_one_pass_where_they_fit(
 
         with monkeypatch.context() as patch:
             patch.setattr(dense_side, "inputs_of", count)
-            patch.setattr(dense_side, "STORE", store)
+            patch.setattr(capacity, "STORE", store)
             model = tiny_model("llama", layers=2)
             report = prune_model(
                 model,
@@ -350,12 +351,12 @@ def test_stored_inputs_are_those_that_the_linear_read(
         args[0].mul_(0.5)
 
     results = []
-    for store in (0, dense_side.STORE):
+    for store in (0, capacity.STORE):
         model = tiny_model("llama", layers=1)
         for name in ("self_attn.q_proj", "mlp.gate_proj"):
             model.model.layers[0].get_submodule(name).register_forward_hook(shrink)
         with monkeypatch.context() as patch:
-            patch.setattr(dense_side, "STORE", store)
+            patch.setattr(capacity, "STORE", store)
             report = prune_model(
                 model,
                 "wanda",

@@ -18,6 +18,8 @@ from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.channels.removal import RemoveChannels
 from layerwise.run.models.opening import OpenedModel, open_model
+from layerwise.run.outputs.recipe import Recipe
+from layerwise.run.outputs.verify import verify
 from layerwise.run.pipeline.block_files import MASK, WEIGHT
 from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.records import LayerRecord
@@ -42,6 +44,10 @@ class Halve:
     pattern: ClassVar[Pattern | None] = None
     needs_whole_model: ClassVar[bool] = False
     refused_by_ranks: ClassVar[str | None] = None
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        return ("halve",)
 
     @classmethod
     def from_arguments(cls, method: Method, amount: Amount) -> "Halve | None":
@@ -96,7 +102,7 @@ class Halve:
         )
 
     def recipe_fields(self) -> dict[str, Any]:
-        return self.method.recipe_fields()
+        return {**self.method.recipe_fields(), "pattern": "halve", "sparsity": 0.0}
 
 
 def record(name: str, weight: Tensor) -> LayerRecord:
@@ -141,6 +147,35 @@ def test_a_third_kind_is_one_class(tmp_path: Path) -> None:
     assert set(written.masks) == set(report.masks)
     for name, value in written.model.named_parameters():
         assert torch.equal(value, model.get_parameter(name)), name
+    assert all(check.holds for check in verify(out))
+    recipe = Recipe.read(out / "recipe.yaml")
+    assert isinstance(Settings.of(**recipe.arguments()).removal, Halve)
+
+
+@pytest.mark.usefixtures("toy")
+def test_two_kinds_do_not_mix(tmp_path: Path) -> None:
+    """An interrupted run of one kind is not continued by a run of another kind."""
+    source = save_checkpoint(tmp_path / "model", tiny_model("llama"))
+
+    class Stop:
+        def on_start(self, n_layers: int) -> None: ...
+
+        def on_layer(self, record: LayerRecord) -> None:
+            if ".layers.1." in record.name:
+                raise KeyboardInterrupt
+
+        def on_finish(self, report: Any) -> None: ...
+
+    shared: Any = {"output_dir": tmp_path / "out", **DATA}
+    with pytest.raises(KeyboardInterrupt):
+        prune_model(source, "magnitude", pattern="halve", callbacks=[Stop()], **shared)
+    with pytest.raises(UsageError, match="unfinished run with another pattern"):
+        prune_model(source, "magnitude", 0.0, **shared)
+
+
+def test_a_misspelt_kind_is_named() -> None:
+    with pytest.raises(UsageError, match=r"pattern is columns, heads, .*got 'colums'"):
+        Settings.of("columns", 0.3, "colums")
 
 
 def test_the_kind_follows_from_the_arguments() -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.adapters import OutputSlice, Stage
-from layerwise.run.activations import dense_side
+from layerwise.run import capacity
 from layerwise.run.activations.block import BlockInputs
-from layerwise.run.activations.dense_side import STORE, DenseSide, room
+from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.activations.pass_through import (
     PassThrough,
     PassThroughFinder,
@@ -21,9 +21,10 @@ from layerwise.run.activations.pass_through import (
 )
 from layerwise.run.activations.pruned_side import PrunedSide
 from layerwise.run.activations.streams import BATCH, Call
-from layerwise.run.pipeline import allocator, walk
-from layerwise.run.pipeline.allocator import trim_memory
+from layerwise.run.capacity import STORE, room
+from layerwise.run.pipeline import trim, walk
 from layerwise.run.pipeline.blocks import advance
+from layerwise.run.pipeline.trim import trim_memory
 from layerwise.run.prune import prune_model
 from tests.support.models import blocks_of, random_tokens, tiny_model
 
@@ -186,7 +187,7 @@ def pruned(model: Any, mode: Any, **options: Any) -> Any:
 def test_attention_is_computed_as_often_as_it_changes(
     monkeypatch: pytest.MonkeyPatch, mode: str, store: int, passes: int
 ) -> None:
-    monkeypatch.setattr(dense_side, "STORE", store)
+    monkeypatch.setattr(capacity, "STORE", store)
     model = tiny_model("llama", layers=3)
     with counted(nn.functional, "scaled_dot_product_attention") as calls:
         pruned(model, mode)
@@ -200,7 +201,7 @@ def test_what_is_kept_changes_no_bit(
 ) -> None:
     found = []
     for store in (0, STORE):
-        monkeypatch.setattr(dense_side, "STORE", store)
+        monkeypatch.setattr(capacity, "STORE", store)
         model = tiny_model(family, layers=2)
         pruned(model, mode)
         assert not any("forward" in vars(module) for module in model.modules())
@@ -266,7 +267,7 @@ def test_a_block_is_copied_only_where_passes_are_repeated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for store, copies in ((0, 2), (STORE, 0)):
-        monkeypatch.setattr(dense_side, "STORE", store)
+        monkeypatch.setattr(capacity, "STORE", store)
         model = tiny_model("llama", layers=2)
         with counted(copy, "deepcopy") as copied:
             pruned(model, "block")
@@ -303,6 +304,6 @@ def test_memory_is_given_back_behind_large_grams(
     monkeypatch: pytest.MonkeyPatch, width: int, times: int
 ) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(allocator, "_malloc_trim", lambda: calls.append)
+    monkeypatch.setattr(trim, "_malloc_trim", lambda: calls.append)
     trim_memory(width)
     assert len(calls) == times

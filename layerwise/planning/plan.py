@@ -32,9 +32,8 @@ from layerwise.planning.model_shape import model_shape
 from layerwise.planning.plan_result import Plan
 from layerwise.planning.shapes import ModelShape, RunShape
 from layerwise.planning.solver_costs import workspace_of
-from layerwise.run.activations.dense_side import room
 from layerwise.run.activations.hidden_store import goes_to_disk
-from layerwise.run.capacity import Capacity, capacity_of, own_memory
+from layerwise.run.capacity import Capacity, capacity_of, own_memory, room
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.models.headers import Headers
 from layerwise.run.models.opening import OpenedModel
@@ -169,8 +168,8 @@ def _pattern_of(removal: Removal[Any]) -> Pattern:
     """Pattern of the zeros; refuse to plan a run that removes something else."""
     if removal.pattern is None:
         message = (
-            f"{removal.method.name} removes channels; `plan` covers only runs that zero "
-            f"weights: leave pattern out, or choose another method"
+            f"`plan` covers only runs that zero weights; {removal.method.name} with this "
+            f"pattern does more: leave the pattern out, or choose another method"
         )
         raise UsageError(message)
     return removal.pattern

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from layerwise.planning.workspace import Workspace
-from layerwise.run.activations.dense_side import STORE
 from layerwise.run.activations.streams import BATCH
+from layerwise.run.capacity import STORE
 
 
 @dataclass(frozen=True)

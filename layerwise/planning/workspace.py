@@ -14,9 +14,9 @@ class Peak:
     matrices
         Arrays of the size of the matrix, with 8 bytes per entry.
     grams
-        Arrays of the size of the gram, likewise.
+        Arrays of the size of the gram, with 8 bytes per entry.
     rows
-        Arrays of the width, for every row of a chunk, likewise.
+        Arrays of length `in` for every row of a chunk, with 8 bytes per entry.
     """
 
     matrices: float = 0.0

@@ -1,4 +1,4 @@
-"""Free resources of this machine: memory of the host and of a device, disk space."""
+"""Memory and disk space of this machine: how much is free, how much a run may use."""
 
 import shutil
 from dataclasses import dataclass
@@ -7,7 +7,10 @@ from pathlib import Path
 import torch
 
 from layerwise.errors import DataError
-from layerwise.run.activations.hidden_store import free_memory
+
+STORE = 1 << 30  # bytes that the kept inputs of a block may take on any device
+DEVICE_SHARE = 8  # on an accelerator they may take the free memory divided by this
+HIDDEN_SHARE = 4  # hidden states go to the disk above the free memory divided by this
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Capacity:
 
 
 def capacity_of(device: torch.device, output: Path | None) -> Capacity:
-    """Return the free resources, counting the memory of this process as free."""
+    """Return the free resources; host memory of this process counts as free."""
     return Capacity(
         free_host(),
         None if device.type == "cpu" else free_device(device),
@@ -59,6 +62,18 @@ def free_device(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     return int(torch.cuda.mem_get_info(device)[0])
+
+
+def room(device: torch.device) -> int:
+    """Bytes that the kept inputs of a block may take on a device.
+
+    The result of a run does not depend on it, only the number of passes through a block.
+    """
+    if device.type != "cuda":
+        return STORE
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + cached
+    return max(STORE, int(free) // DEVICE_SHARE)
 
 
 def refuse_full_disk(folder: Path, needed: int) -> None:
@@ -90,3 +105,15 @@ def free_disk(path: Path) -> int | None:
         return shutil.disk_usage(folder).free
     except OSError:
         return None
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that a new allocation can get without swapping, if known."""
+    try:
+        with Path("/proc/meminfo").open(encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        return None
+    return None

@@ -54,7 +54,7 @@ class Settings:
     error_correction, targets, ignore
         As in :func:`layerwise.prune_model`.
     device, activations, workers
-        Where and how the run computes; the result does not depend on them.
+        Where and how the run computes. Only another kind of device rounds differently.
     """
 
     removal: Removal[Any]
@@ -102,6 +102,7 @@ class Settings:
             If an argument is impossible or contradicts another one.
         """
         configured = method_of(method, damping, certify, options or {}, memory_budget)
+        check_pattern_name(pattern)
         amount = Amount(sparsity, pattern, group, allocation, format, multiple)
         removals = (kind.from_arguments(configured, amount) for kind in REMOVALS)
         settings = cls(
@@ -138,7 +139,7 @@ class Settings:
         return streamed
 
     def for_model(self, opened: OpenedModel) -> "Settings":
-        """Return the settings with the values of the papers for a family of models."""
+        """Return the settings with what papers prescribe for the family of a model."""
         model_type = model_type_of(opened.model)
         return replace(self, removal=self.removal.for_model(model_type))
 
@@ -286,6 +287,18 @@ def method_of(
         return Method(solver, damping, certify, MEMORY_BUDGET)
     solver = with_memory_budget(solver, memory_budget)
     return Method(solver, damping, certify, memory_budget)
+
+
+def check_pattern_name(pattern: Any) -> None:
+    """Refuse a word that is neither a pattern nor the name of a kind of removal."""
+    names = [name for kind in REMOVALS for name in kind.names()]
+    if not isinstance(pattern, str) or pattern in names or ":" in pattern:
+        return
+    try:
+        float(pattern)
+    except ValueError:
+        message = f'pattern is {", ".join(names)}, "n:m" or a Pattern, got {pattern!r}'
+        raise UsageError(message) from None
 
 
 def check_error_correction(value: str) -> None:

@@ -20,18 +20,7 @@ from layerwise.adapters.linear import matrix
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.pass_through import PassThrough, PassThroughFinder
 from layerwise.run.activations.streams import Tap, block_outputs, visit_inputs
-
-STORE = 1 << 30  # bytes of inputs that may be kept on the host
-DEVICE_SHARE = 8  # inverse share of the free memory that they may take on an accelerator
-
-
-def room(device: torch.device) -> int:
-    """Bytes that inputs of a block may take on a device; results do not depend on it."""
-    if device.type != "cuda":
-        return STORE
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + cached
-    return max(STORE, int(free) // DEVICE_SHARE)
+from layerwise.run.capacity import room
 
 
 def fits(widths: Sequence[int], tokens: int, itemsize: int, available: int) -> bool:
@@ -46,7 +35,7 @@ def fits(widths: Sequence[int], tokens: int, itemsize: int, available: int) -> b
     itemsize
         Bytes of an activation.
     available
-        Bytes that the inputs may take, see :func:`room`.
+        Bytes that the inputs may take, see :func:`layerwise.run.capacity.room`.
     """
     return len(widths) > 1 and tokens * sum(widths) * itemsize <= available
 

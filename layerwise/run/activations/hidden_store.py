@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import DataError, UsageError
+from layerwise.run.capacity import HIDDEN_SHARE, free_memory
 
 Activations = Literal["auto", "memory", "disk"]
-LARGEST_SHARE = 4  # inverse share of the free memory: more than that goes to the disk
 
 
 class HiddenStore:
@@ -96,7 +96,7 @@ def goes_to_disk(activations: str, needed: int, free: int | None) -> bool:
     activations, needed, free
         As for :func:`choose_store`.
     """
-    short = free is not None and needed * LARGEST_SHARE > free
+    short = free is not None and needed * HIDDEN_SHARE > free
     wanted = activations == "disk" or (activations == "auto" and short)
     return wanted and hasattr(os, "posix_fallocate")
 
@@ -142,15 +142,3 @@ def hidden_store(
     width, size = embedding.shape[1], embedding.element_size()
     needed = hidden_bytes(error_correction, n_tokens, width, size)
     return choose_store(activations, folder, needed, free_memory())
-
-
-def free_memory() -> int | None:
-    """Bytes of memory that a new allocation can get without swapping, if known."""
-    try:
-        with Path("/proc/meminfo").open(encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        return None
-    return None

@@ -73,8 +73,8 @@ class Allocation:
     removed
         Number of removed units by name of the curve.
     price
-        Marginal error per unit of cost: slope of the optimum of the linear relaxation at
-        the budget, from below. Multiplied by 1 % of the model, it is the error of 1 % more.
+        Error per unit of cost for the next units that would be removed, by the linear
+        relaxation. Times 1 % of the model, it is the error of removing 1 % more.
     cost
         Removed cost, at least the budget.
     error

@@ -22,6 +22,7 @@ from layerwise.run.channels.selection import ChannelSelection, coupling_names
 from layerwise.run.channels.sites import Site
 from layerwise.run.channels.structure import (
     COUPLINGS,
+    KINDS,
     Structure,
     choose_structure,
     removes_columns,
@@ -66,6 +67,11 @@ class RemoveChannels:
     structure: Structure
 
     @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Return the names of the kinds of channels."""
+        return KINDS
+
+    @classmethod
     def from_arguments(cls, method: Method, amount: Amount) -> "RemoveChannels | None":
         """Create the removal from the arguments of a run; None if they mean zeros."""
         structure = choose_structure(method.solver, amount)
@@ -94,7 +100,7 @@ class RemoveChannels:
         """Every smaller model can be written to a folder."""
 
     def for_model(self, model_type: str) -> "RemoveChannels":
-        """Set the warm start to Wanda, because SparseGPT does not remove columns."""
+        """Return it with Wanda as warm start for every family: SparseGPT keeps columns."""
         return replace(self, method=self.method.with_start("wanda"))
 
     def select(

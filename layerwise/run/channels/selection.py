@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from layerwise.adapters import ADAPTERS
+from layerwise.adapters import ADAPTERS, get_adapter
 from layerwise.adapters.base import Adapter, Stage
 from layerwise.errors import UnsupportedModelError, UsageError
 from layerwise.run.channels.restoration import stages_at
@@ -99,10 +99,10 @@ def coupling_names(adapter: Adapter, structure: Structure) -> tuple[str, ...]:
         If the format can shrink none of them.
     """
     if not adapter.couplings:
-        families = ", ".join(ADAPTERS)
+        families = ", ".join(name for name in ADAPTERS if get_adapter(name).couplings)
         message = (
             f"no channels are declared for {adapter.name}, so it cannot become smaller: "
-            f"choose a model of {families} (except mamba2)"
+            f"choose a model of {families}"
         )
         raise UnsupportedModelError(message)
     known = [c for c in adapter.couplings if c.name in COUPLINGS[structure.kind]]

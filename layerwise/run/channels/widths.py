@@ -4,7 +4,7 @@
 rule       channels that are removed
 =========  ==========================================================================
 optimal    those of least growth of the loss, by error curves and measured gains
-uniform    the same fraction everywhere, raised for parameters that cannot be removed;
+uniform    the same fraction of every site, larger where other parameters must stay;
            the ratios of FASP, and UL-UM of FLAP
 ul-mm      FLAP: a number of heads per layer, channels of the MLP make up the rest
 al-mm      FLAP: the same totals, ranked over all layers
@@ -13,9 +13,9 @@ al-am      FLAP: heads and channels in one ranking over all layers
 =========  ==========================================================================
 
 ``ul-mm`` and ``al-mm`` take the number of heads of keys and values over all layers after a
-colon, ``ul-mm:8``; by default it is the number of ``uniform``. The last three count single
-units, whatever the `multiple` of the run. In all rules channels of the MLP fill the rest of
-the budget that whole heads cannot meet exactly.
+colon, ``ul-mm:8``; by default it is the number of ``uniform``. The rules of FLAP count
+single units, whatever the `multiple` of the run. In all rules channels of the MLP fill the
+rest of the budget that whole heads cannot meet exactly.
 """
 
 import math

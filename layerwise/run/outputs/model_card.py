@@ -24,7 +24,7 @@ def model_card(
     reached = f"{sparsity:.4f} zeros in the pruned layers"
     if smaller is not None:
         share = 1 - smaller.parameters_after / smaller.parameters_before
-        reached = f"{share:.4f} of the parameters of the blocks left"
+        reached = f"{share:.4f} of the parameters of the blocks removed"
     return f"""---
 base_model: {json.dumps(str(base))}
 library_name: transformers
@@ -42,7 +42,7 @@ tags:
 | | |
 |---|---|
 | method | `{recipe.method}` |
-| sparsity | {recipe.sparsity} asked for, {reached} |
+| sparsity | {recipe.sparsity} requested, {reached} |
 | calibration | {recipe.calibration} |
 | calibration tokens | {recipe.n_sequences} x {recipe.sequence_length} |
 | error correction | {recipe.error_correction} |
@@ -50,7 +50,7 @@ tags:
 | worst layer | `{worst.name}`, {worst.relative_error:.4f} |
 
 `recipe.yaml` repeats the run, `layerwise/layers.jsonl` holds the figures of every layer,
-`layerwise/{"masks.safetensors" if smaller is None else CHANNELS}` what stayed, and
+`layerwise/{"masks.safetensors" if smaller is None else CHANNELS}` what was kept, and
 `layerwise verify` checks all of it.
 """
 

@@ -186,7 +186,7 @@ def write_rest(
     written = Checkpoint.open(folder)
     manifest = Manifest(
         shards=written.sha256(written.shards),
-        sparsity=str(recipe.sparsity),
+        sparsity=str(recipe.sparsity or 0.0),
         group=recipe.group,
         source=source.sha256(),
         calibration=tokens.source,

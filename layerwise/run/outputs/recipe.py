@@ -14,7 +14,6 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from layerwise.configure import OptionValue
 from layerwise.errors import DataError, UsageError
-from layerwise.run.channels.structure import Kind
 from layerwise.run.models.stock import OutputFormat
 from layerwise.run.pipeline.task import ErrorCorrection
 
@@ -42,7 +41,7 @@ class Recipe(BaseModel):
     method: str = "fista"
     sparsity: float | str | None = None
     group: Literal["row", "layer"] = "row"
-    pattern: Kind | None = None
+    pattern: str | None = None
     allocation: str | None = None
     format: OutputFormat | None = None
     multiple: int | None = Field(

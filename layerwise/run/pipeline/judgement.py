@@ -26,7 +26,7 @@ Matches = Callable[[str, str, nn.Module], bool]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Status of a weight in a run, which a refused one stops; `reason`: why not pruned."""
+    """Status of a weight in a run, and why it is not pruned. A refused weight stops it."""
 
     status: Status
     reason: str = ""

@@ -12,9 +12,9 @@ from layerwise.errors import LayerwiseError
 from layerwise.evaluate import relative_error
 from layerwise.lower_bounds import proven_gap_of
 from layerwise.problem import LayerProblem
-from layerwise.run.pipeline.allocator import trim_memory
 from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.records import LayerRecord
+from layerwise.run.pipeline.trim import trim_memory
 from layerwise.run.stopwatch import timed
 from layerwise.solution import Solution
 from layerwise.solve import solve

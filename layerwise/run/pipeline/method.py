@@ -84,5 +84,5 @@ class Method:
         return replace(self, certify=by_default if self.certify is None else self.certify)
 
     def with_start(self, start: str) -> "Method":
-        """Return the method with the warm start of ``fista-paper``, unless one is set."""
+        """Return the method; a ``fista-paper`` without a warm start gets this one."""
         return replace(self, solver=with_warm_start(self.solver, "fista-paper", start))

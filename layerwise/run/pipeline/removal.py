@@ -181,6 +181,14 @@ class Prepared(BlockStep, Protocol[S]):
 class Removal(Protocol[S]):
     """What a run removes from a model, and by which method."""
 
+    @classmethod
+    def names(cls) -> Sequence[str]:
+        """Values of the argument `pattern` that mean this kind of removal.
+
+        The recipe and the fingerprint of a run hold the name, so no two kinds may share it.
+        """
+        ...
+
     @property
     def method(self) -> Method:
         """Method that solves the matrices."""
@@ -217,7 +225,7 @@ class Removal(Protocol[S]):
         ...
 
     def for_model(self, model_type: str) -> Self:
-        """Return the removal with the values of a paper for a family of models."""
+        """Return the removal with what its paper prescribes for a family of models."""
         ...
 
     def select(
@@ -239,5 +247,9 @@ class Removal(Protocol[S]):
         ...
 
     def recipe_fields(self) -> dict[str, Any]:
-        """Fields of a recipe that describe this removal."""
+        """Fields of a recipe by which :meth:`from_arguments` creates this removal again.
+
+        A kind with a name gives it as ``pattern``. ``sparsity`` is checked by ``layerwise
+        verify``: the fraction of zeros in every matrix, or ``"n:m"``; 0 for none.
+        """
         ...

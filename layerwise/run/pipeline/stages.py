@@ -19,12 +19,12 @@ from layerwise.moments import Moments
 from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.activations.block import BlockInputs
-from layerwise.run.pipeline.allocator import trim_memory
 from layerwise.run.pipeline.matrix import SolvedMatrix, naming, solve_matrix
 from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.results import OnLayer, PrunedBlock
 from layerwise.run.pipeline.task import Task
+from layerwise.run.pipeline.trim import trim_memory
 from layerwise.run.stopwatch import timed
 from layerwise.run.workers.ranks import Ranks, owners
 

@@ -49,6 +49,11 @@ class ZeroWeights:
     pattern: Pattern
 
     @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Return no names: the pattern of zeros has its own syntax."""
+        return ()
+
+    @classmethod
     def from_arguments(cls, method: Method, amount: Amount) -> "ZeroWeights":
         """Create the removal from the arguments of a run.
 
