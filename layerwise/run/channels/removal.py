@@ -84,10 +84,10 @@ class RemoveChannels:
 
     @property
     def refused_by_ranks(self) -> str:
-        """Why several ranks cannot share this."""
+        """Why several ranks cannot share the run."""
         return (
-            "channels are chosen and cut for the model as a whole, which ranks cannot share: "
-            "start without torchrun"
+            "channels are chosen and cut for the model as a whole, which ranks cannot "
+            "share: start without torchrun"
         )
 
     def check_storable(self) -> None:
