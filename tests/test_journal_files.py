@@ -98,5 +98,5 @@ def test_damaged_log_is_named(tmp_path: Path, line: str) -> None:
 
 def test_folder_of_somebody_else_has_no_log_and_no_masks(tmp_path: Path) -> None:
     for read in (read_layers, read_masks):
-        with pytest.raises(DataError, match="it is no output of layerwise"):
+        with pytest.raises(DataError, match="it is not an output of layerwise"):
             read(tmp_path)

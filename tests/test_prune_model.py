@@ -336,7 +336,7 @@ REFUSED: Mapping[str, tuple[dict[str, Any], type[Exception], str]] = {
     "mode": ({"error_correction": "both"}, UsageError, "sequential, block, full"),
     "method": ({"method": "fistaa"}, UsageError, "did you mean fista"),
     "mask": ({"method": "least-squares"}, InvalidProblemError, '"wanda+least-squares"'),
-    "no solver": ({"method": 3}, UsageError, "3 is no solver"),
+    "no solver": ({"method": 3}, UsageError, "3 is not a solver"),
     "option": ({"options": {"x": 1}}, UsageError, "wanda has no option 'x'"),
     "damping": ({"damping": -1.0}, InvalidProblemError, "damping must be"),
     "length": (
@@ -379,7 +379,7 @@ def test_refused_before_anything_is_touched(
 
 
 def test_what_is_no_language_model_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="Linear is no language model"):
+    with pytest.raises(UnsupportedModelError, match="Linear is not a language model"):
         in_memory(nn.Linear(4, 4))
 
 

@@ -82,7 +82,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_manifest(f, rename_layer),
         rf"{FIRST} holds other layers",
     ),
-    "a layer twice": (lambda f: edit_manifest(f, repeat_layer), "names the layer .* twice"),
+    "a layer twice": (lambda f: edit_manifest(f, repeat_layer), "lists the layer .* twice"),
     "no layers": (lambda f: edit_manifest(f, lambda c: c.update(files={})), "no layer"),
     "another format": (
         lambda f: edit_manifest(f, lambda c: c.update(format=2)),

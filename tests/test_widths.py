@@ -28,7 +28,7 @@ def site(block: int, name: str, units: int, cost: int, heads: int = 1) -> Site:
 
 
 def structure(**options: Any) -> Structure:
-    return Structure(**{"kind": "heads", "sparsity": 0.25, "unit": 1, **options})
+    return Structure(**{"kind": "heads", "sparsity": 0.25, "multiple": 1, **options})
 
 
 def finding(
@@ -57,12 +57,12 @@ def test_uniform_removes_the_fraction_of_all_from_what_can_leave() -> None:
 
 
 def test_widths_are_multiples_and_the_budget_is_still_met() -> None:
-    keep, _ = choose_widths(structure(unit=8), "fasp", MLPS, 1600, {})
+    keep, _ = choose_widths(structure(multiple=8), "fasp", MLPS, 1600, {})
     assert set(keep.values()) == {16}
 
 
 def test_a_place_narrower_than_the_unit_is_free() -> None:
-    keep, _ = choose_widths(structure(unit=64), "fasp", MLPS, 1600, {})
+    keep, _ = choose_widths(structure(multiple=64), "fasp", MLPS, 1600, {})
     assert set(keep.values()) == {20}
 
 
@@ -180,7 +180,7 @@ def test_what_cannot_be_reached_is_refused_with_what_can() -> None:
     with pytest.raises(UsageError, match=r"less than 0\.5"):
         check_reachable(structure(sparsity=0.6), MLPS, 1600)
     with pytest.raises(UsageError, match="would keep no channels"):
-        choose_widths(structure(sparsity=0.49, unit=8), "fasp", MLPS, 1600, {})
+        choose_widths(structure(sparsity=0.49, multiple=8), "fasp", MLPS, 1600, {})
 
 
 EIGHT = [

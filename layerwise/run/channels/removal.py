@@ -90,7 +90,7 @@ class RemoveChannels:
 
     @property
     def refused_by_ranks(self) -> str:
-        """Why several ranks cannot share this."""
+        """Why several ranks cannot share the run."""
         return (
             "channels are chosen and cut for the whole model, which ranks cannot share: "
             "start without torchrun"
