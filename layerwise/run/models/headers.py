@@ -7,7 +7,6 @@ import torch
 
 from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, stored_name
 from layerwise.run.models.loading import quiet_transformers, surplus_layers
-from layerwise.run.models.native import read_native
 from layerwise.run.models.native_type import is_native
 from layerwise.run.models.skeleton import read_config, refuse_mismatch, skeleton_of
 
@@ -48,6 +47,8 @@ class Headers:
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
             operate = None
             if is_native(checkpoint.config):
+                from layerwise.run.models.native import read_native  # needs pydantic
+
                 config, operate = read_native(checkpoint)
             else:
                 config = read_config(checkpoint)
