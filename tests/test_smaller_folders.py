@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import layerwise
 from layerwise.cli import run
+from layerwise.errors import DataError
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.outputs.verify import verify
 from layerwise.run.pipeline.journal import read_layers
@@ -270,3 +271,27 @@ def test_mistakes_on_the_command_line_are_one_line(
     assert len(captured) == 1
     assert message in captured[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["text.txt"]
+
+
+def test_a_block_that_is_lost_before_the_cut_is_an_error(
+    sources: Path, tmp_path: Path
+) -> None:
+    """Its channels would stay, and nothing would tell."""
+
+    class LosesFirstBlock:
+        def on_start(self, n_layers: int) -> None: ...
+
+        def on_layer(self, record: Any) -> None:
+            for path in tmp_path.glob("out.partial/layerwise/blocks/00000-*"):
+                path.unlink()
+
+        def on_finish(self, report: Any) -> None: ...
+
+    with pytest.raises(DataError, match="lost block 0"):
+        by_path(
+            sources / "llama",
+            tmp_path / "out",
+            method="columns",
+            callbacks=[LosesFirstBlock()],
+        )
+    assert not (tmp_path / "out").exists()

@@ -36,16 +36,10 @@ from layerwise.run.pipeline.sharing import open_store
 from layerwise.run.pipeline.targets import Selection
 from layerwise.run.pipeline.task import Task
 from layerwise.run.pipeline.walk import walk
-from layerwise.run.settings import (
-    CalibrationData,
-    as_entries,
-    choose_device,
-)
+from layerwise.run.settings import CalibrationData, as_entries, choose_device
 from layerwise.run.stopwatch import timed
 
 OnStage = Callable[[str, int], None]  # gets the first layer and the number of inputs
-
-
 # all statistics that a forward pass can collect, for any later solver
 STATISTICS = frozenset({"gram", "mean", "fluctuation"})
 

@@ -45,7 +45,7 @@ from layerwise.run.models.surgery import shrink
 from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.removal import Amount, Removed, Run, Shrunk
 from layerwise.run.pipeline.results import OnLayer, PrunedBlock
-from layerwise.run.pipeline.store import BlockStore
+from layerwise.run.pipeline.store import BlockStore, finished_block
 from layerwise.run.pipeline.task import Task
 from layerwise.run.stopwatch import timed
 from layerwise.solvers.columns import ColumnPruning
@@ -279,7 +279,7 @@ class ChosenChannels:
         masks: dict[str, Tensor] = {}
         cuts = []
         for index, block in enumerate(run.selection.blocks):
-            done = store.read_block(index) or PrunedBlock()
+            done = finished_block(store, index)
             for name, mask in done.masks.items():
                 masks[f"{block}.{name}.weight"] = mask
             for site in self.sites.get(block, ()):

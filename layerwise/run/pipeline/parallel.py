@@ -27,7 +27,7 @@ from layerwise.run.pipeline.block_files import write_block
 from layerwise.run.pipeline.blocks import advance
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.removal import BlockStep, Removal, Run
-from layerwise.run.pipeline.store import BlockStore
+from layerwise.run.pipeline.store import BlockStore, finished_block
 from layerwise.run.pipeline.task import ErrorCorrection, task_of
 from layerwise.run.pipeline.walk import walk
 from layerwise.run.stopwatch import timed
@@ -204,10 +204,7 @@ class ParallelRun:
         done: dict[int, list[LayerRecord]] = {}
 
         def finish(index: int) -> None:
-            result = self.store.read_block(index)
-            if result is None:
-                message = f"{self.folder} lacks block {index}, which a worker has written"
-                raise DataError(message)
+            result = finished_block(self.store, index)
             done[index] = result.records
             self.store.write_layers(_in_order(done))
             hidden_path(self.folder, index).unlink(missing_ok=True)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from layerwise.errors import DataError
 from layerwise.run.pipeline.block_files import MASK
 from layerwise.run.pipeline.journal import Journal
 from layerwise.run.pipeline.records import LayerRecord
@@ -89,3 +90,18 @@ class MemoryStore:
 
     def write_state(self, name: str, tensors: Mapping[str, Tensor], text: str) -> None:
         """Do nothing: no state outlives the process."""
+
+
+def finished_block(store: BlockStore, index: int) -> PrunedBlock:
+    """Return a block that must have been finished.
+
+    Raises
+    ------
+    DataError
+        Its file is gone.
+    """
+    block = store.read_block(index)
+    if block is None:
+        message = f"{store.blocks} lost block {index}, which was finished: run again"
+        raise DataError(message)
+    return block
