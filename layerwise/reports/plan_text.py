@@ -44,7 +44,7 @@ def sections(plan: Plan) -> Iterator[Section]:
     yield Section(
         f"{plan.model}: {plan.method}, {plan.pattern}, error correction "
         f"{plan.error_correction}, {plan.n_sequences} x {plan.length} tokens",
-        ("weights", "shape", "fate", "zeros", "reason"),
+        ("weights", "shape", "status", "zeros", "reason"),
         tuple(
             (
                 f"{group.count} x {group.name}",
@@ -168,7 +168,7 @@ def lines(section: Section) -> list[str]:
 
 
 def _is_text(column: str) -> bool:
-    return column in ("weights", "item", "stage", "fate", "reason")
+    return column in ("weights", "item", "stage", "status", "reason")
 
 
 def _table(section: Section) -> Table:
