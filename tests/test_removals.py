@@ -228,3 +228,15 @@ def test_settings_give_the_recipe_back(tmp_path: Path) -> None:
         for name, value in arguments.items():
             if name != "options":
                 assert getattr(recipe, name) == value
+
+
+def test_the_former_name_of_multiple_works_for_one_release(tmp_path: Path) -> None:
+    def recipe(**named: Any) -> Recipe:
+        out = tmp_path / "-".join(named)
+        source = save_checkpoint(tmp_path / "model", tiny_model("llama"))
+        prune_model(source, "fasp", 0.3, output_dir=out, **named, **DATA)
+        return Recipe.read(out / "recipe.yaml")
+
+    assert recipe(unit=2).multiple == recipe(multiple=2).multiple == 2
+    with pytest.raises(UsageError, match="unit=2 contradicts multiple=4"):
+        recipe(unit=2, multiple=4)

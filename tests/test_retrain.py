@@ -57,7 +57,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
             root / "source",
             "fasp",
             sparsity=0.2,
-            unit=1,
+            multiple=1,
             output_dir=root / name,
             format=format,
             **common,

@@ -36,7 +36,7 @@ def by_path(source: Path, output: Path, **options: Any) -> Any:
     given = {
         "method": "fasp",
         "sparsity": 0.3,
-        "unit": 1,
+        "multiple": 1,
         "calibration": TEXT,
         "n_sequences": 6,
         "sequence_length": 12,
@@ -221,9 +221,9 @@ def test_a_smaller_model_can_be_pruned_again(
     sources: Path, tmp_path: Path, second: str
 ) -> None:
     first, out = tmp_path / "first", tmp_path / "out"
-    by_path(sources / "llama", first, method="columns", unit=4)
+    by_path(sources / "llama", first, method="columns", multiple=4)
     if second == "2:4":
-        by_path(first, out, method="sparsegpt", sparsity="2:4", unit=None)
+        by_path(first, out, method="sparsegpt", sparsity="2:4", multiple=None)
     else:
         by_path(first, out, method="fasp", sparsity=0.2)
     assert problems(out) == []

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from layerwise.configure import OptionValue
+from layerwise.errors import UsageError
 from layerwise.patterns import Pattern
 from layerwise.run.activations.streams import evaluation_mode
 from layerwise.run.models.opening import open_model
@@ -171,7 +172,7 @@ def prune_model(
         group=group,
         allocation=allocation,
         format=format,
-        multiple=unit if multiple is None else multiple,
+        multiple=_multiple(multiple, unit),
         damping=damping,
         certify=certify,
         options=options,
@@ -240,3 +241,14 @@ def prune(
     report = PruneReport(tuple(records), masks, output, seconds, left, model)
     listeners.on_finish(report)
     return report
+
+
+def _multiple(multiple: int | None, unit: int | None) -> int | None:
+    """Return the multiple by its name or its former name."""
+    if unit is not None and multiple not in (None, unit):
+        message = (
+            f"unit={unit} contradicts multiple={multiple}: leave unit out, which is the "
+            f"former name of multiple"
+        )
+        raise UsageError(message)
+    return unit if multiple is None else multiple

@@ -34,7 +34,7 @@ def smaller(source: Any, **options: Any) -> PruneReport:
     given = {
         "method": "fasp",
         "sparsity": 0.3,
-        "unit": 1,
+        "multiple": 1,
         "calibration": random_tokens(20, LENGTH, seed=3).flatten(),
         "n_sequences": SEQUENCES,
         "sequence_length": LENGTH,
