@@ -120,7 +120,8 @@ class Workshop:
 def prepare(out: Path, family: str) -> None:
     """Make the older output that a run of LLaMA replaces."""
     if family == "llama":
-        out.mkdir()
+        (out / "layerwise").mkdir(parents=True)
+        (out / "layerwise" / "layers.jsonl").write_text("")  # an output of layerwise
         (out / "old.txt").write_text("precious")
 
 
@@ -154,13 +155,13 @@ def test_killed_run_is_continued(
     fatal = fatal_point(passed, stage, moment, family)
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     prepare(out, family)
-    old = files_of(tmp_path)
+    old, older = files_of(tmp_path), files_of(out)
     killed = workshop.run(family, mode, out, fatal, force=True)
     assert killed == {"signal": signal.SIGKILL}
     finished = (out / "config.json").exists()
     if not finished:
         kept = [path for path in (out, out.with_name(".out.replaced")) if path.exists()]
-        assert [files_of(path) for path in kept] == [{"old.txt": b"precious"}] * bool(old)
+        assert [files_of(path) for path in kept] == [older] * bool(old)
 
     stored = len(list((partial / "layerwise" / "blocks").glob("[!.]*")))
     resumed = workshop.run(family, mode, out, force=not finished)

@@ -21,8 +21,7 @@ from layerwise.reports import plots, report
 from layerwise.reports.report import comparison_page, run_page, write_report
 from layerwise.run.outputs.output import MANIFEST, Manifest
 from layerwise.run.outputs.recipe import Recipe
-from layerwise.run.pipeline.destination import FOLDER
-from layerwise.run.pipeline.journal import LAYERS
+from layerwise.run.pipeline.destination import FOLDER, LAYERS
 from layerwise.run.pipeline.records import LayerRecord
 from tests.support.reports import HOSTILE, Document, layers, record
 

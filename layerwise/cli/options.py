@@ -197,4 +197,4 @@ Json = Annotated[
 Resume = Annotated[
     bool, option(OUTPUT, None, "Continue an unfinished run from OUTPUT.partial.")
 ]
-Force = Annotated[bool, option(OUTPUT, None, "Replace an existing output.")]
+Force = Annotated[bool, option(OUTPUT, None, "Replace an existing output of layerwise.")]

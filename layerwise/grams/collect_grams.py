@@ -148,7 +148,8 @@ def collect_grams(
     one block are in memory at a time.
     """
     output = Path(output_dir)
-    destination = Destination(output, resume, force)
+    inputs = model, calibration
+    destination = Destination.of(output, resume=resume, force=force, inputs=inputs)
     destination.check()
     data = CalibrationData(calibration, n_sequences, sequence_length, seed)
     with timed("load"):

@@ -19,7 +19,7 @@ from layerwise.grams.layer_files import missing_statistic, read_file
 from layerwise.grams.layer_jobs import LayerJob, forget_files, open_layers, solve_layer
 from layerwise.grams.solved_folder import SolvedFolder, recipe_of
 from layerwise.grams.sweep import Sweep
-from layerwise.run.pipeline.destination import check_output
+from layerwise.run.pipeline.destination import check_output, local_path
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.removal import Amount
 from layerwise.run.pipeline.zeros import ZeroWeights
@@ -113,7 +113,7 @@ def solve_grams(
     single = isinstance(methods, str) or callable(getattr(methods, "solve", None))
     names = [methods] if single else list(methods)
     amounts = [sparsities] if isinstance(sparsities, int | float | str) else [*sparsities]
-    _check_target(output, model, len(names) * len(amounts), force)
+    _check_target(output, folder, model, len(names) * len(amounts), force)
     torch_device = choose_device(device)
     each = _threads(workers, threads)
     manifest = read_manifest(folder)
@@ -259,7 +259,11 @@ def _check_layers(
 
 
 def _check_target(
-    output: Path | None, model: str | Path | None, n_studies: int, force: bool
+    output: Path | None,
+    grams: Path,
+    model: str | Path | None,
+    n_studies: int,
+    force: bool,
 ) -> None:
     if output is None:
         if model is not None:
@@ -272,7 +276,8 @@ def _check_target(
             f"leave the output out, or give one method and one sparsity"
         )
         raise UsageError(message)
-    check_output(output, force=force)
+    inputs = [path for value in (grams, model) if (path := local_path(value)) is not None]
+    check_output(output, force=force, inputs=inputs)
 
 
 def _threads(workers: int, threads: int | None) -> int:

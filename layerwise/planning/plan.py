@@ -38,7 +38,7 @@ from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.models.headers import Headers
 from layerwise.run.models.opening import OpenedModel
 from layerwise.run.models.residency import InMemory
-from layerwise.run.pipeline.destination import Destination
+from layerwise.run.pipeline.destination import Destination, refuse_occupied
 from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.removal import Removal
 from layerwise.run.settings import (
@@ -87,7 +87,8 @@ def plan_run(
         damaged or does not match its configuration, as `prune_model` would raise.
     """
     settings = Settings.of(method, sparsity, pattern, **arguments)
-    destination = Destination.of(output_dir, resume=resume, force=force)
+    inputs = model, settings.calibration.source
+    destination = Destination.of(output_dir, resume=resume, force=force, inputs=inputs)
     asked = _pattern_of(settings.removal)
     source = Checkpoint.open(model)
     headers = Headers.read(source)
@@ -176,11 +177,16 @@ def _pattern_of(removal: Removal[Any]) -> Pattern:
 
 
 def _in_the_way(destination: Destination) -> LayerwiseError | None:
-    """Error of a run whose output exists already; nothing is touched."""
-    output = destination.output
-    if output is None or destination.force or not output.exists():
+    """Return why a run could not write its output; nothing is touched."""
+    if destination.output is None:
         return None
-    return UsageError(f"{output} exists; choose another output, or replace it with --force")
+    try:
+        refuse_occupied(
+            destination.output, force=destination.force, inputs=destination.inputs
+        )
+    except UsageError as error:
+        return error
+    return None
 
 
 def _selection_error(settings: Settings, opened: OpenedModel) -> LayerwiseError | None:

@@ -173,7 +173,8 @@ def retrain_model(
     )
     data = CalibrationData(calibration, n_sequences, sequence_length, seed)
     torch_device = choose_device(device)
-    destination = Destination.of(output_dir, resume=resume, force=force)
+    inputs = model_or_path, dense, calibration
+    destination = Destination.of(output_dir, resume=resume, force=force, inputs=inputs)
     destination.check()
     pruned = Pruned.open(model_or_path, masks, settings.sets, destination.output)
     model = pruned.model

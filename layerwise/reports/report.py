@@ -28,8 +28,8 @@ from layerwise.reports.plots import kinds_figure, methods_figure
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.outputs.output import Manifest
 from layerwise.run.outputs.recipe import Recipe
-from layerwise.run.pipeline.destination import FOLDER
-from layerwise.run.pipeline.journal import LAYERS, read_layers
+from layerwise.run.pipeline.destination import FOLDER, LAYERS
+from layerwise.run.pipeline.journal import read_layers
 from layerwise.run.pipeline.records import LayerRecord, in_percent, median_gap
 
 RECIPE = "recipe.yaml"

@@ -145,7 +145,7 @@ def prune_model(
     resume
         Continue an unfinished run with the same arguments in the same folder.
     force
-        Replace a finished `output_dir`.
+        Replace a finished `output_dir`, if layerwise wrote it and no input lies in it.
     callbacks
         Called with the progress of the run; with several ranks only those of rank 0.
 
@@ -189,7 +189,8 @@ def prune_model(
         workers=workers,
         ray=ray,
     )
-    destination = Destination.of(output_dir, resume=resume, force=force)
+    inputs = model_or_path, calibration
+    destination = Destination.of(output_dir, resume=resume, force=force, inputs=inputs)
     return prune(settings, model_or_path, tokenizer, destination, callbacks)
 
 

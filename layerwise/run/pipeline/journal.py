@@ -30,6 +30,7 @@ from layerwise.run.pipeline.destination import (
     BLOCKS,
     FINGERPRINT,
     FOLDER,
+    LAYERS,
     check_output,
     partial_path,
     replaced_path,
@@ -38,7 +39,6 @@ from layerwise.run.pipeline.destination import (
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.results import PrunedBlock
 
-LAYERS = "layers.jsonl"
 MASKS = "masks.safetensors"
 SHAPES = "shapes"
 TEXT = "text"
