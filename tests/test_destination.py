@@ -128,3 +128,9 @@ def test_command(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert error.count("\n") == 1
         assert IN_USE in error
     assert (home / "model" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_text_in_place_of_a_file_name_is_refused_in_words(home: Path) -> None:
+    with pytest.raises(UsageError, match="unknown text source"):
+        prune(home, home / "out", calibration="word " * 2000)
+    assert not (home / "out").exists()

@@ -81,7 +81,10 @@ def local_path(value: Any) -> Path | None:
         return None
     name = os.fspath(value)
     paths = [Path(name), Path(name.rpartition(":")[0] or name)]
-    return next((path for path in paths if path.exists()), None)
+    try:
+        return next((path for path in paths if path.exists()), None)
+    except OSError:  # a text instead of a name: too long for a file
+        return None
 
 
 def check_output(output: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
