@@ -19,6 +19,7 @@ from layerwise.errors import UsageError
 from layerwise.evaluate import objective_rows
 from layerwise.grams.layer_files import StoredLayer, missing_statistic, read_layers
 from layerwise.lower_bounds import lower_bounds
+from layerwise.modes import in_ordinary_mode
 from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.checkpoints.atomic import atomic_write
@@ -110,6 +111,7 @@ class Race:
         atomic_write(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
 
+@in_ordinary_mode
 def race(
     methods: str | Iterable[Any],
     *,
