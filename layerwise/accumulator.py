@@ -216,6 +216,7 @@ class MomentAccumulator:
             self._sum / n * root,
             None if cross is None else self._pruned_sum / n * root,
             n_tokens=n,
+            summed=True,
             fluctuation=None if fluctuation is None else fluctuation.value() * self._scale,
         )
 

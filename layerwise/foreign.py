@@ -92,13 +92,17 @@ def answer_of(result: Any) -> Answer:
         mask = tensor_of(mask, "the mask of the answer", (torch.bool,), "bool")
     if isinstance(result, Answer):
         return replace(result, weight=weight, mask=mask)
+    status = getattr(result, "status", Status.FEASIBLE)
+    if status not in tuple(Status):
+        message = f"the status of an answer is one of {', '.join(Status)}, got {status!r}"
+        raise UsageError(message)
     return Answer(
         weight,
         mask,
-        getattr(result, "status", Status.FEASIBLE),
+        Status(status),
         with_bias=getattr(result, "bias", None) is not None,
         certificate=getattr(result, "certificate", None),
         iterations=getattr(result, "iterations", 0),
-        history=tuple(getattr(result, "history", ())),
-        stats=getattr(result, "stats", {}),
+        history=tuple(getattr(result, "history", None) or ()),
+        stats=getattr(result, "stats", None) or {},
     )

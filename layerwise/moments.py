@@ -38,7 +38,7 @@ Shared = TypeVar("Shared")
 # moments that were stored in a shorter type, in units of its epsilon
 SUM_ROUNDING, STORED_EPSILONS = 1e-12, 8
 NOISE = 1e-6  # of second moments from products in float32, for the check of covariances
-NEGATIVE = 1e-6  # of the trace: eigenvalues that rounding can make negative
+NEGATIVE = 1e-6  # of the trace: how far rounding can make an eigenvalue negative
 VECTORS = ("input_mean", "pruned_input_mean", "fluctuation")
 EXACT_RANK_WIDTH = 2048  # above it, an eigenvalue decomposition takes too long
 
@@ -65,6 +65,9 @@ class Moments:
     rounding
         Relative rounding of the second moments. It is at least that of the type in which
         `gram` is given; a smaller variance is not in the data.
+    summed
+        Whether the moments were summed up from inputs, so that nothing has to show that
+        they are the moments of some.
 
     Notes
     -----
@@ -80,6 +83,7 @@ class Moments:
     n_tokens: int = 0
     fluctuation: Tensor | None = None
     rounding: float = SUM_ROUNDING
+    summed: bool = False
     _scaled: dict[float, "Moments"] = field(default_factory=dict, init=False, repr=False)
     _shared: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -125,10 +129,13 @@ class Moments:
     def check_definite(self) -> None:
         """Raise unless the gram is positive semi-definite up to rounding; checked once.
 
-        Cost: one Cholesky factorization in float32, in^3 / 3.
+        Cost: one Cholesky factorization in float32, in^3 / 3; none for summed moments.
         """
+        if self.summed:
+            return
         noise = self._noise()
-        slack = NEGATIVE * float(self.gram.diagonal().sum())
+        share = max(NEGATIVE, self.rounding / STORED_EPSILONS)
+        slack = share * float(self.gram.diagonal().sum())
         slack += 0.0 if noise is None else float(noise.sum())
         self.shared("definite", lambda: check_definite(self.gram, slack))
 
@@ -252,6 +259,7 @@ class Moments:
             pruned_mean,
             n_tokens=self.n_tokens,
             rounding=self.rounding,
+            summed=self.summed,
             left_out=left_out,
         )
 

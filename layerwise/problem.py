@@ -186,6 +186,7 @@ class LayerProblem:
             raise InvalidProblemError(message)
         weight = real_tensor(weight, "weight")
         check_weight(weight, moments.width, moments.gram.device)
+        check_scale(weight, moments.gram)
         known: dict[str, Tensor] = {}
         if drift is not None:
             drift = real_tensor(drift, "drift").double()
@@ -317,6 +318,7 @@ class LayerProblem:
         if isinstance(self, CenteredProblem):
             return self
         moments = self.moments.centered()
+        moments.check_definite()
         assert moments.input_mean is not None
         energy = self.energy - (self.weight.double() @ moments.input_mean).square()
         return CenteredProblem(
