@@ -29,9 +29,9 @@ TOKENS = random_tokens(4, 16)
 
 @contextmanager
 def nested() -> Iterator[None]:
-    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-        with torch.autocast("cpu", torch.float16):
-            yield
+    outer, inner = (torch.autocast("cpu", t) for t in (torch.bfloat16, torch.float16))
+    with outer, torch.inference_mode(), inner:
+        yield
 
 
 def pruned(context: AbstractContextManager[Any], method: str, **more: Any) -> list[Any]:
@@ -57,8 +57,10 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-@pytest.mark.parametrize("kind", AUTOCASTS)
-@pytest.mark.parametrize("method", ["sparsegpt", "fista", "gblm"])
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("sparsegpt", "float16"), ("fista", "bfloat16"), ("gblm", "nested")],
+)
 def test_a_run_inside_is_the_run_outside(method: str, kind: str) -> None:
     outside = pruned(nullcontext(), method, error_correction="full")
     inside = pruned(AUTOCASTS[kind](), method, error_correction="full")
