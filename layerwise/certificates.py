@@ -240,6 +240,11 @@ class L1Bounds(NamedTuple):
     excess: Tensor
 
     @property
+    def dual(self) -> Tensor:
+        """Lower bound of the optimum, (out,)."""
+        return self.primal - self.excess
+
+    @property
     def gap(self) -> float:
         """Excess over primal value of all rows, rounded up; inf if nothing is proven."""
         excess = float(self.excess.sum())
