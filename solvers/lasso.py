@@ -47,6 +47,9 @@ class LassoResult:
     primal
         ``damped objective + penalty * sum|weight|``, float64. Negative if rounded moments
         give an objective below zero.
+    rounding
+        Bound on the rounding of `primal`: large where the terms of the objective cancel,
+        as with large weights in directions in which the gram is singular.
     gap
         ``(primal - dual) / primal``: proven bound on the relative suboptimality; inf if
         nothing is proven, as with a primal value below its rounding.
@@ -62,6 +65,7 @@ class LassoResult:
     weight: Tensor
     subgradient: Tensor
     primal: float
+    rounding: float
     gap: float
     iterations: int
     checks: int
@@ -227,6 +231,7 @@ class L1Path:
             weight=weight,
             subgradient=subgradient * unit,
             primal=primal * unit,
+            rounding=float(bounds.rounding.sum()) * unit,
             gap=gap,
             iterations=point.iterations,
             checks=point.checks,
