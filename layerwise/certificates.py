@@ -316,7 +316,7 @@ def best_scale(
     largest_residual: Tensor,  # (out,)
     penalty: float,
 ) -> Tensor:  # (out,)
-    """Feasible a with the smallest ``(1 - a)^2 q - 2 a w r``, for excess q and inner w r."""
+    """Feasible a with the smallest ``(1 - a)^2 q - 2 a i``, for excess q and inner i."""
     tiny = torch.finfo(excess.dtype).tiny
     limit = penalty / (2 * largest_residual).clamp(min=tiny)
     best = (inner + excess) / excess.clamp(min=tiny)

@@ -114,10 +114,10 @@ class Factor:
 
     @cached_property
     def unit_trace(self) -> float:
-        """Trace of the inverse of the gram at unit diagonal: the squared norm of ``L^-1 D``.
+        """Trace of the inverse of the gram at unit diagonal.
 
-        No estimate, because certificates rest on it. Cost: O(in^3 / 3), as the factor, with
-        a copy of some columns at a time.
+        It is the squared norm of ``L^-1 D``, and no estimate, because certificates rest on
+        it. Cost: O(in^3 / 3), as the factor, with a copy of some columns at a time.
         """
         total = self.root.new_zeros((), dtype=torch.float64)
         for columns in slabs(len(self.lower)):
