@@ -58,6 +58,11 @@ class ExactProblem:
             total += weight * (image[0, j] - 2 * self.target[row, j])
         return total
 
+    def slope(self, row: int, weights: Sequence[arb]) -> list[arb]:
+        """``T - w H`` of a row: minus half the gradient."""
+        image = arb_mat([list(weights)]) * self.gram
+        return [self.target[row, j] - image[0, j] for j in range(self.width)]
+
     def best(
         self, row: int, kept: Sequence[int], pull: Sequence[float] | None = None
     ) -> list[arb] | None:
