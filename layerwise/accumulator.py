@@ -3,7 +3,9 @@
 Chunks of activations are scaled by a power of two, multiplied in float32 (float64 for
 float64 inputs, see :mod:`layerwise.gram` for bfloat16) and summed in float64, so half
 precision activations neither overflow nor lose their sums. Channels far from zero or far
-below the others keep their variance (:mod:`layerwise.shifted`).
+below the others keep their variance (:mod:`layerwise.shifted`). The first few tokens are
+multiplied in float64: weights can fit fewer tokens than channels with an error below the
+rounding of float32, which would spoil the error that is reported.
 """
 
 import math
@@ -22,6 +24,7 @@ from layerwise.moments import Moments, even_exponent
 from layerwise.shifted import shifted
 
 MAX_EXPONENT = 120  # 2 to this power is an ordinary number in float32
+FEW_TOKENS = 1024  # in float64 at most: where calibration is real, they cost nothing
 
 
 class MomentAccumulator:
@@ -116,7 +119,9 @@ class MomentAccumulator:
         device = self._gram.device
         exponent = math.frexp(float(largest))[1]
         exponent = max(-MAX_EXPONENT, min(MAX_EXPONENT, exponent))
-        tokens = tokens.to(device, precision_of(tokens.dtype, device), copy=True)
+        few = self.n_tokens + len(tokens) <= min(width, FEW_TOKENS)
+        precision = torch.float64 if few else precision_of(tokens.dtype, device)
+        tokens = tokens.to(device, precision, copy=True)
         return tokens.mul_(2.0**-exponent), exponent
 
     def _update_pair(

@@ -40,6 +40,19 @@ def objective_rows(
             change = problem.weight.double() - weight.double()
             rows += problem.ridge * change.square().sum(dim=1)
         return rows
+    return unclamped_rows(problem, weight, damped=damped).clamp(min=0)
+
+
+def unclamped_rows(
+    problem: LayerProblem,
+    weight: Tensor,  # (out, in)
+    *,
+    damped: bool = False,
+) -> Tensor:  # (out,)
+    """Objective of every row as the moments give it, float64.
+
+    Rounded moments can give a little less than zero. Bounds must not hide that.
+    """
     quadratic = []
     for part in slabs(len(weight)):
         change = problem.weight[part].double() - weight[part]  # no float64 copy of weight
@@ -52,7 +65,7 @@ def objective_rows(
     rows = torch.cat(quadratic) + problem.drift
     if not damped:
         rows += left_out_rows(problem, weight)
-    return rows.clamp(min=0)
+    return rows
 
 
 def left_out_rows(problem: LayerProblem, weight: Tensor) -> Tensor:  # (out,)
@@ -76,9 +89,18 @@ def objective_from_residual(
     rest: Tensor,  # (out, in)
 ) -> Tensor:  # (out,)
     """Damped objective of weights whose :func:`residual` is known, without a product."""
+    return unclamped_from_residual(problem, weight, rest).clamp(min=0)
+
+
+def unclamped_from_residual(
+    problem: LayerProblem,
+    weight: Tensor,  # (out, in)
+    rest: Tensor,  # (out, in)
+) -> Tensor:  # (out,)
+    """As :func:`objective_from_residual`, and negative where the moments say so."""
     change = problem.weight.double() - weight.double()
     slope = rest if problem.shift is None else rest + problem.shift
-    return ((change * slope).sum(dim=1) + problem.drift).clamp(min=0)
+    return (change * slope).sum(dim=1) + problem.drift
 
 
 def best_bias(problem: CenteredProblem, weight: Tensor) -> Tensor:
