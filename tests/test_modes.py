@@ -19,11 +19,6 @@ from layerwise.solvers.lasso import lasso
 from tests.support.models import random_tokens, tiny_model
 from tests.support.problems import make_layer
 
-AUTOCASTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
-    "float16": lambda: torch.autocast("cpu", torch.float16),
-    "nested": lambda: nested(),
-}
 TOKENS = random_tokens(4, 16)
 
 
@@ -32,6 +27,13 @@ def nested() -> Iterator[None]:
     outer, inner = (torch.autocast("cpu", t) for t in (torch.bfloat16, torch.float16))
     with outer, torch.inference_mode(), inner:
         yield
+
+
+AUTOCASTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "float16": lambda: torch.autocast("cpu", torch.float16),
+    "nested": nested,
+}
 
 
 def pruned(context: AbstractContextManager[Any], method: str, **more: Any) -> list[Any]:
