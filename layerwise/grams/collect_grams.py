@@ -18,6 +18,7 @@ from layerwise.adapters.base import Stage
 from layerwise.errors import UnsupportedModelError
 from layerwise.grams.gram_folder import GramManifest, StageFile, StoredMatrix
 from layerwise.grams.layer_files import write_file
+from layerwise.modes import in_ordinary_mode
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.activations.hidden_store import hidden_store
@@ -94,6 +95,7 @@ def stage_file(block: int, stage: int) -> str:
     return f"{block:05d}-{stage:02d}.safetensors"
 
 
+@in_ordinary_mode
 def collect_grams(
     model: str | Path,
     output_dir: str | Path,
