@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ NAMES_SHOWN = 3
 # layers that predict later tokens: by their own name, or by the matrix that joins the
 # hidden state and the embedding of the next token
 PREDICTION = re.compile(r"(^|\.)mtp(_|\.)")
-NUMBERED = re.compile(r".*?\.(\d+)\.")
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 JOINT = ".eh_proj."
 COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
 
@@ -45,6 +46,8 @@ class Account:
         transformers declares, and layers that predict later tokens.
     unplaced
         Stored tensors that have no place in the model.
+    doubled
+        Stored tensors whose place another stored tensor takes, by another name.
     missing
         Parameters without a stored tensor.
     initialized
@@ -55,6 +58,7 @@ class Account:
     converted: Mapping[str, tuple[str, ...]]
     left_out: frozenset[str]
     unplaced: frozenset[str]
+    doubled: frozenset[str]
     missing: frozenset[str]
     initialized: frozenset[str]
 
@@ -77,12 +81,15 @@ def account_of(model: nn.Module, checkpoint: Checkpoint) -> Account:
     rules = _Rules(model)
     names: dict[str, str] = {}
     converted: dict[str, tuple[str, ...]] = {}
-    unplaced: dict[str, list[str]] = {}  # name after renaming -> stored tensors
+    unknown: dict[str, set[str]] = {}  # name after renaming -> stored tensors
+    doubled: set[str] = set()
     for stored in rules.in_order(checkpoint.weight_map):
         targets, is_converted = rules.targets(stored)
         for target in targets:
-            if target not in rules.state or target in names:
-                unplaced.setdefault(target, []).append(stored)
+            if target not in rules.state:
+                unknown.setdefault(target, set()).add(stored)
+            elif target in names or (target in converted and not is_converted):
+                doubled.add(stored)
             elif is_converted:
                 converted[target] = (*converted.get(target, ()), stored)
             else:
@@ -91,16 +98,16 @@ def account_of(model: nn.Module, checkpoint: Checkpoint) -> Account:
     _add_tied(model, names)
     parameters = {name for name, _ in model.named_parameters()}
     missing = parameters - names.keys() - converted.keys()
-    required, unexpected = rules.not_ignored(missing, set(unplaced))
-    left = {name for target in unexpected for name in unplaced[target]}
-    everything = {name for several in unplaced.values() for name in several}
-    ahead = prediction_layers(model, checkpoint.config, left)
-    used = {*names.values(), *(n for several in converted.values() for n in several)}
+    required, unexpected = rules.not_ignored(missing, set(unknown))
+    unplaced = {stored for target in unexpected for stored in unknown[target]}
+    unplaced -= prediction_layers(model, checkpoint.config, unplaced)
+    used = {*names.values(), *doubled, *chain.from_iterable(converted.values())}
     return Account(
         names=names,
         converted=converted,
-        left_out=frozenset((everything - left | ahead) - used),
-        unplaced=frozenset(left - ahead),
+        left_out=frozenset(checkpoint.weight_map.keys() - unplaced - used),
+        unplaced=frozenset(unplaced),
+        doubled=frozenset(doubled),
         missing=frozenset(required),
         initialized=frozenset(missing - required),
     )
@@ -109,11 +116,11 @@ def account_of(model: nn.Module, checkpoint: Checkpoint) -> Account:
 class _Rules:
     """Rules of transformers for the names of one model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        self._model: Any = model
+        self._model = model
         self._prefix = getattr(model, "base_model_prefix", None) or None
         of_transformers = hasattr(model, "base_model_prefix")
         rules: list[Any] = get_model_conversion_mapping(model) if of_transformers else []
@@ -172,19 +179,21 @@ def prediction_layers(
     ``config.json`` counts them.
     """
     names = set(names)
+    ahead = {name for name in names if PREDICTION.search(name)}
     config = getattr(model, "config", None)
     blocks = getattr(config and config.get_text_config(), "num_hidden_layers", None)
-    nested = stored_config.get("text_config") or {}
-    counts = [{**nested, **stored_config}.get(name) for name in COUNTS]
-    counted = max((count for count in counts if isinstance(count, int)), default=0)
+    if blocks is None:
+        return ahead
     layers: dict[int, set[str]] = {}
     for name in names:
-        if number := NUMBERED.match(name):
+        if (number := LAYER.search(name)) and int(number[1]) >= blocks:
             layers.setdefault(int(number[1]), set()).add(name)
-    ahead = {name for name in names if PREDICTION.search(name)}
+    nested = stored_config.get("text_config")
+    sections = [stored_config, nested if isinstance(nested, dict) else {}]
+    counts = [section.get(name) for section in sections for name in COUNTS]
+    counted = max((count for count in counts if isinstance(count, int)), default=0)
     for index, layer in layers.items():
-        is_after = blocks is not None and index >= blocks
-        if is_after and (index < blocks + counted or any(JOINT in n for n in layer)):
+        if index < blocks + counted or any(JOINT in name for name in layer):
             ahead |= layer
     return ahead
 
@@ -204,12 +213,22 @@ def checkpoint_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]
     return {name: names[name] for name in parameters if name in names}
 
 
-def remarks(model: nn.Module, checkpoint: Checkpoint) -> Iterator[str]:
-    """Remarks on stored tensors that are not part of the model."""
+def remarks(
+    model: nn.Module, checkpoint: Checkpoint, *, are_kept: bool = True
+) -> Iterator[str]:
+    """Remarks on stored tensors that are not part of the model.
+
+    Parameters
+    ----------
+    model, checkpoint
+        The model and its folder.
+    are_kept
+        Whether the run copies them to its output.
+    """
     if left_out := account_of(model, checkpoint).left_out:
+        fate = "kept byte for byte" if are_kept else "left out of the smaller model"
         yield (
-            f"{len(left_out)} stored tensors are not part of the model as transformers "
-            f"loads it, and are kept as they are: {listed(left_out)}"
+            f"not part of the model that transformers opens, and {fate}: {listed(left_out)}"
         )
 
 

@@ -11,7 +11,7 @@ from layerwise.errors import LayerwiseError
 
 def flags_for(
     config: Any, build: Callable[[Any], nn.Module], unplaced: Iterable[str]
-) -> list[str]:
+) -> tuple[list[str], set[str]]:
     """Flags that are off and would together give every tensor a place.
 
     Parameters
@@ -25,23 +25,23 @@ def flags_for(
 
     Returns
     -------
-    list of str
-        Names of the flags; empty if no flags place all of the tensors.
+    tuple
+        Names of the flags, and the tensors that they would ask for besides; no flags if
+        none place all of the tensors.
     """
-    open_names, found = set(unplaced), []
+    unplaced = set(unplaced)
+    before, found, asked = set(build(config).state_dict()), [], set[str]()
     for flag in _switched_off(config):
         other = deepcopy(config)
         setattr(other.get_text_config(), flag, True)
         try:
-            names = set(build(other).state_dict())
+            names = set(build(other).state_dict()) - before
         except LayerwiseError:  # the flag does not fit the rest of the configuration
             continue
-        if open_names & names:
+        if names & unplaced - asked:
             found.append(flag)
-            open_names -= names
-        if not open_names:
-            return found
-    return []
+            asked |= names
+    return (found, asked - unplaced) if unplaced <= asked else ([], set())
 
 
 def _switched_off(config: Any) -> list[str]:

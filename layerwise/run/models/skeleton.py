@@ -6,8 +6,9 @@ Parameters are on the meta device and take no memory.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -130,20 +131,25 @@ def _check_tensors(checkpoint: Checkpoint, config: Any, model: nn.Module) -> Non
     _check_shapes(checkpoint, model, account)
     surplus = {name for name in account.unplaced if _is_of_more_layers(model, name)}
     refuse_mismatch(checkpoint, "lacks tensors of the model", account.missing)
+    refuse_mismatch(checkpoint, "stores tensors twice, by two names", account.doubled)
     refuse_mismatch(checkpoint, "has layers that config.json does not count", surplus)
     if account.unplaced:
-        path = checkpoint.path
-        flags = flags_for(
-            config,
-            lambda other: _build(checkpoint, other, torch.device("meta"), None),
-            account.unplaced,
-        )
-        cure = f"set {' and '.join(flags)} to true there" if flags else "correct it"
+        cure = _cure(checkpoint, config, account.unplaced)
         message = (
-            f"{path} has tensors for which its config.json has no place: "
+            f"{checkpoint.path} has tensors for which its config.json has no place: "
             f"{listed(account.unplaced)}; {cure}, or remove the tensors from the files"
         )
         raise DataError(message)
+
+
+def _cure(checkpoint: Checkpoint, config: Any, unplaced: Collection[str]) -> str:
+    """What to change in a configuration that has no place for tensors."""
+    build = partial(_build, checkpoint, device=torch.device("meta"), dtype=None)
+    flags, besides = flags_for(config, build, unplaced)
+    if not flags:
+        return "correct config.json"
+    also = f", which also asks for {listed(besides)}" if besides else ""
+    return f"set {' and '.join(flags)} to true there{also}"
 
 
 def _check_shapes(checkpoint: Checkpoint, model: nn.Module, account: Account) -> None:
