@@ -24,7 +24,8 @@ from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.activations.hidden_store import hidden_store
 from layerwise.run.activations.streams import evaluation_mode
 from layerwise.run.checkpoints.hashes import file_sha256
-from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.accounts import checkpoint_names
 from layerwise.run.models.opening import open_model
 from layerwise.run.outputs.output import fingerprint, versions
 from layerwise.run.outputs.recipe import Recipe

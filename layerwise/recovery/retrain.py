@@ -180,7 +180,7 @@ def retrain_model(
     destination.check()
     pruned = Pruned.open(model_or_path, masks, settings.sets, destination.output)
     model = pruned.model
-    width = int(model.config.hidden_size)
+    width = int(model.config.get_text_config().hidden_size)
     original = pruned.dense_model(dense) if settings.reconstructs else None
     tokens = data.windows(pruned.opened, tokenizer)
     batches = torch.split(tokens.tokens, batch_size)

@@ -15,6 +15,7 @@ from layerwise.problem import LayerProblem
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.activations.pruned_side import PrunedSide
+from layerwise.run.models.accounts import remarks
 from layerwise.run.models.opening import OpenedModel
 from layerwise.run.pipeline.block_files import MASK, WEIGHT
 from layerwise.run.pipeline.blocks import collect_at_once, collect_pair
@@ -117,10 +118,12 @@ class ZeroWeights:
 
     def notes(self, run: Run[Selection]) -> list[str]:
         """Remarks for the log before the run."""
-        opened = run.opened
-        if not opened.adapter.found:
-            return []
-        return [note_on(opened.model, opened.adapter, run.selection)]
+        opened, notes = run.opened, []
+        if opened.adapter.found:
+            notes.append(note_on(opened.model, opened.adapter, run.selection))
+        if opened.source is not None:
+            notes += remarks(opened.model, opened.source)
+        return notes
 
     def disk_needed(self, run: Run[Selection]) -> int:
         """Bytes of the copy of the checkpoint and of the finished blocks."""
