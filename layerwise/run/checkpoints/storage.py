@@ -7,6 +7,7 @@ source only in the bytes of the replaced tensors.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from layerwise.errors import DataError, UsageError, one_line
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.bitmask import pack_mask, unpack_mask
+from layerwise.run.checkpoints.config_types import says_auto, without_auto
 from layerwise.run.checkpoints.hashes import file_sha256
 from layerwise.run.checkpoints.shard import (
     TensorEntry,
@@ -115,6 +117,12 @@ class Checkpoint:
         indexes = {name for name in names if name.endswith(".index.json")}
         return sorted(names - indexes | ({INDEX} if indexed else set()))
 
+    def side_file(self, name: str) -> bytes:
+        """Content of a side file for a copy: config.json without types that say nothing."""
+        if name == "config.json" and says_auto(self.config):
+            return json.dumps(without_auto(self.config), indent=2).encode()
+        return (self.path / name).read_bytes()
+
     def entries(self) -> dict[str, TensorEntry]:
         """Type, shape and size of every tensor, from the headers alone."""
         entries: dict[str, TensorEntry] = {}
@@ -189,7 +197,7 @@ def write_checkpoint(
     for name in side_files:
         try:
             (output / name).parent.mkdir(exist_ok=True)
-            data = (source.path / name).read_bytes()
+            data = source.side_file(name)
         except OSError as error:
             message = f"cannot copy {source.path / name} to {output}: {one_line(error)}"
             raise DataError(message) from error

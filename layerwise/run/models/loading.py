@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import DataError, one_line
+from layerwise.run.checkpoints.config_types import says_auto
 from layerwise.run.checkpoints.storage import checkpoint_names
 from layerwise.run.models.skeleton import read_config, refuse_mismatch, skeleton_of
 
@@ -88,9 +89,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
     if not any((checkpoint.path / name).is_file() for name in TOKENIZER_FILES):
         return None
     with quiet_transformers():
+        # it would read a config.json with the type "auto" itself, and fail
+        auto = says_auto(checkpoint.config)
+        given = {"config": read_config(checkpoint)} if auto else {}
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                checkpoint.path, local_files_only=True, trust_remote_code=False
+                checkpoint.path, **given, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:
             message = (
@@ -132,14 +136,11 @@ def _instantiate(
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     own = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    loader: Any = AutoModelForCausalLM
-    given = {}
-    if operate is not None:
-        loader, given = _operated(own, operate), {"config": config}
+    loader: Any = AutoModelForCausalLM if operate is None else _operated(own, operate)
     try:
         loaded: Any = loader.from_pretrained(
             checkpoint.path,
-            **given,
+            config=config,
             dtype="auto",
             use_safetensors=True,
             local_files_only=True,

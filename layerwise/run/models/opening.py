@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from layerwise.adapters import Adapter
 from layerwise.run.checkpoints.storage import Checkpoint
@@ -15,6 +17,7 @@ from layerwise.run.models.architecture import adapter_of, is_declared
 from layerwise.run.models.loading import load_stock
 from layerwise.run.models.native_type import is_native
 from layerwise.run.models.residency import InMemory, Residency, Streamed
+from layerwise.run.models.stored_types import read_stored_weights
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +46,16 @@ class OpenedModel:
     def model(self) -> Any:
         """The model; a streamed one has the parameters of one block at a time."""
         return self.residency.model
+
+    @cached_property
+    def stored_weights(self) -> Mapping[str, Tensor]:
+        """Weights, (out, in), whose type in the files is not that of the model, by linear.
+
+        Each is read when it is used.
+        """
+        if self.source is None:
+            return {}
+        return read_stored_weights(self.source, self.model, self.adapter)
 
     @property
     def in_memory(self) -> bool:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from layerwise.errors import DataError, UnsupportedModelError, one_line
+from layerwise.run.checkpoints.config_types import says_auto
+from layerwise.run.checkpoints.shard import FLOATS
 from layerwise.run.checkpoints.storage import checkpoint_names
 
 if TYPE_CHECKING:
@@ -33,9 +37,10 @@ def read_config(checkpoint: Checkpoint) -> Any:
         message = f"model type {model_type!r} in {checkpoint.path}: {reason}"
         raise UnsupportedModelError(message)
     try:
-        config = AutoConfig.from_pretrained(
-            checkpoint.path, local_files_only=True, trust_remote_code=False
-        )
+        with _readable(checkpoint) as folder:
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:
         message = f"{checkpoint.path / 'config.json'} is invalid: {one_line(error)}"
         raise DataError(message) from error
@@ -46,6 +51,18 @@ def read_config(checkpoint: Checkpoint) -> Any:
         )
         raise UnsupportedModelError(message)
     return config
+
+
+@contextmanager
+def _readable(checkpoint: Checkpoint) -> Iterator[Path]:
+    """Folder whose config.json transformers can read: it does not know the type "auto"."""
+    if not says_auto(checkpoint.config):
+        yield checkpoint.path
+        return
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_bytes(checkpoint.side_file("config.json"))
+        yield folder
 
 
 def skeleton_of(
@@ -130,10 +147,18 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _check_shapes(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Compare the configuration with the headers, before weights take any memory."""
+    """Compare types and shapes with the headers, before weights take any memory."""
     entries = checkpoint.entries()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, stored in checkpoint_names(model, checkpoint).items():
+        kind = entries[stored].dtype
+        if kind not in FLOATS and parameters[name].is_floating_point():
+            message = (
+                f"tensor {stored!r} of {checkpoint.path} is stored as {kind}, a parameter "
+                f"must be {', '.join(FLOATS)}: take the checkpoint before its quantisation "
+                f"or conversion"
+            )
+            raise UnsupportedModelError(message)
         expected, shape = tuple(parameters[name].shape), entries[stored].shape
         if expected != shape:
             message = (

@@ -60,7 +60,7 @@ def write_smaller(
         for name in source.side_files():
             if not (folder / name).exists() and not name.endswith(".index.json"):
                 (folder / name).parent.mkdir(exist_ok=True)
-                atomic_write(folder / name, (source.path / name).read_bytes())
+                atomic_write(folder / name, source.side_file(name))
     elif tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return Checkpoint.open(folder)

@@ -81,6 +81,11 @@ class Run(Generic[S]):
     own_tokens: Calibration
     output: Path | None = None
 
+    @property
+    def stored_weights(self) -> Mapping[str, Tensor]:
+        """Weights that a file gets back in another type than the model has, by name."""
+        return {} if self.output is None else self.opened.stored_weights
+
 
 @dataclass(frozen=True, eq=False)
 class Shrunk:
