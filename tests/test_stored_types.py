@@ -225,7 +225,7 @@ def test_auto_says_nothing_about_the_type(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["int8", "bfloat17", "torch.float16", 16, ["float32"]])
 def test_a_type_that_no_model_has_is_refused(value: Any, tmp_path: Path) -> None:
     source = folder_with(tmp_path / "model", {}, {"dtype": value})
-    with pytest.raises(DataError, match="dtype .* is not one of float64, float32"):
+    with pytest.raises(DataError, match=r"dtype .* is not one of float64, float32"):
         load(source)
 
 
@@ -247,7 +247,5 @@ def test_other_types_are_refused_by_name(dtype: torch.dtype, tmp_path: Path) -> 
         lambda: Headers.read(Checkpoint.open(source)),
     )
     for opening in opens:
-        with pytest.raises(
-            UnsupportedModelError, match=r"layers\.1\.mlp\.up_proj.*stored as"
-        ):
+        with pytest.raises(UnsupportedModelError, match=r"1\.mlp\.up_proj.*stored as"):
             opening()

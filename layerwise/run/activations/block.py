@@ -24,7 +24,7 @@ class BlockInputs:
     stored: Mapping[str, Tensor] = field(default_factory=dict)
 
     def weight(self, adapter: Adapter, linear: str) -> Tensor:
-        """Dense weight of a linear, (out, in), in the type of the files; do not write it."""
+        """Dense weight of a linear, (out, in), in the type of its file, to be read only."""
         own = adapter.weight(self.block, linear)
         stored = self.stored.get(f"{self.name}.{linear}")
         return own if stored is None else stored.to(own.device)

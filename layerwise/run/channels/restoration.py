@@ -107,7 +107,7 @@ class Restoration:
 
     def problem(self, name: str, pattern: Pattern) -> LayerProblem:
         """Problem of one consumer of the block with its current weights."""
-        task, accumulator = self._task, self._collect(name)
+        accumulator = self._collect(name)
         return LayerProblem.from_moments(
             self._weight(name).contiguous(),
             accumulator.moments(),

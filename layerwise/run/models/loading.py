@@ -8,6 +8,7 @@ that comes with a checkpoint is never executed.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from layerwise.run.checkpoints.storage import Checkpoint
 
+ONE_THREAD = threading.RLock()
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -107,26 +109,31 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence warnings and progress bars of transformers inside the context."""
+    """Silence warnings and progress bars of transformers inside the context.
+
+    One thread at a time: transformers builds models under a default type of numbers that
+    all threads share.
+    """
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
     )
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    if bars:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
+    with ONE_THREAD:
+        verbosity = logging.get_verbosity()
+        bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+        logging.set_verbosity_error()
         if bars:
-            logging.enable_progress_bar()
-            if not hub_bars:  # the line above has switched them on as well
-                disable_progress_bars()
+            logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
+                if not hub_bars:  # the line above has switched them on as well
+                    disable_progress_bars()
 
 
 def _instantiate(

@@ -6,7 +6,7 @@ Parameters are on the meta device and take no memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -84,8 +84,8 @@ def skeleton_of(
     dtype
         Type of the parameters; by default that of the configuration.
     buffers
-        Whether buffers have values; they are small and mostly computed instead of stored
-        (rotary frequencies).
+        Whether buffers have values on the CPU; they are small and mostly computed instead
+        of stored (rotary frequencies).
 
     Raises
     ------
@@ -100,26 +100,21 @@ def skeleton_of(
         )
         raise DataError(message)
     # first without memory: a damaged configuration may describe any size
-    model = _build(checkpoint, config, torch.device("meta"), dtype)
+    model = _build(checkpoint, config, dtype)
     if operate is not None:
         operate(model)
     _check_shapes(checkpoint, model)
     if buffers:
-        model = _build(checkpoint, config, _parameters_on_meta(), dtype)
+        _compute_buffers(model)
     return model.eval()
 
 
-def _build(
-    checkpoint: Checkpoint,
-    config: Any,
-    device: AbstractContextManager[Any],
-    dtype: torch.dtype | None,
-) -> Any:
+def _build(checkpoint: Checkpoint, config: Any, dtype: torch.dtype | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     given = {} if dtype is None else {"dtype": dtype}
     try:
-        with device:
+        with torch.device("meta"):  # for this thread alone
             return AutoModelForCausalLM.from_config(
                 config, trust_remote_code=False, **given
             )
@@ -128,22 +123,15 @@ def _build(
         raise DataError(message) from error
 
 
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Move every parameter to the meta device as soon as a module registers it."""
-    original = nn.Module.register_parameter
-
-    def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            empty = torch.empty_like(parameter, device="meta")
-            parameter = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        original(self, name, parameter)
-
-    nn.Module.register_parameter = register  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+def _compute_buffers(model: Any) -> None:
+    """Give the buffers of a model on meta their values, as transformers does in loading."""
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # transformers leaves these as they are
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+    model.initialize_weights()
 
 
 def _check_shapes(checkpoint: Checkpoint, model: nn.Module) -> None:

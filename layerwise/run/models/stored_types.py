@@ -67,7 +67,7 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def in_stored_type(checkpoint: Checkpoint, name: str, value: Tensor) -> Tensor:
-    """New values of a tensor, in the type of the file; unchanged entries keep their bits."""
+    """New values of a tensor in the type of its file; unchanged entries keep their bits."""
     stored = read_tensor(checkpoint, name)
     if stored.dtype == value.dtype:
         return value
@@ -135,7 +135,7 @@ class RunTypes:
 def take_stored_types(
     checkpoint: Checkpoint, model: Any, weights: Mapping[str, Tensor]
 ) -> RunTypes:
-    """Give every parameter of a model the type, and what is unchanged the bits, of its file.
+    """Give every parameter of a model the type of its file, unchanged entries its bits.
 
     Parameters
     ----------
