@@ -37,6 +37,7 @@ from layerwise.run.checkpoints.validation import (
     confined,
     locate,
     read_weight_map,
+    refuse_adapter,
 )
 
 __all__ = [
@@ -90,6 +91,7 @@ class Checkpoint:
             The weights are quantised or the configuration requires foreign code.
         """
         path = locate(name_or_path, (*SIDE_FILES, "model*.safetensors"))
+        refuse_adapter(path)
         if not (path / "config.json").is_file():
             message = f"{path} has no config.json: it is not a model folder"
             raise DataError(message)

@@ -19,6 +19,7 @@ from layerwise.run.checkpoints.shard import read_header
 from layerwise.run.checkpoints.strict_json import read_object
 
 SINGLE_SHARD = "model.safetensors"
+ADAPTER = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -71,6 +72,28 @@ def confined(path: Path) -> Path:
         message = f"{path} is a link that leaves the folder: replace it by the file"
         raise DataError(message)
     return path
+
+
+def refuse_adapter(path: Path) -> None:
+    """Refuse a folder with an adapter of peft, alone or beside the weights of a model.
+
+    Where peft is installed, transformers loads the adapter and the model that it names,
+    instead of the weights in the folder.
+    """
+    if not (path / ADAPTER).is_file():
+        return
+    if (path / "config.json").is_file():
+        message = (
+            f"{path} holds an adapter ({ADAPTER}) beside a model, and transformers would "
+            f"load another model with it: move {ADAPTER} to another folder, if its "
+            f"weights are merged"
+        )
+    else:
+        message = (
+            f"{path} holds an adapter ({ADAPTER}) without its model: merge_and_unload() "
+            f"it with peft, then save_pretrained() the result"
+        )
+    raise DataError(message)
 
 
 def read_weight_map(path: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ that comes with a checkpoint is never executed.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from layerwise.run.checkpoints.storage import Checkpoint
 
 ONE_THREAD = threading.RLock()
+SENTENCEPIECE = "sentencepiece"  # a package of its own
+PEEK = 4096  # bytes
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -103,8 +107,29 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
                 f"the tokenizer in {checkpoint.path} cannot be loaded: "
                 f"{one_line(error)}; restore its files or pass token ids instead"
             )
+            if (name := _sentencepiece_file(checkpoint)) and not _has_sentencepiece():
+                message = (
+                    f"{checkpoint.path / name} is a SentencePiece model: pip install "
+                    f"{SENTENCEPIECE}, or pass token ids instead"
+                )
             raise DataError(message) from error
     return tokenizer
+
+
+def _sentencepiece_file(checkpoint: Checkpoint) -> str | None:
+    """File of a SentencePiece model, if the tokenizer is nothing else."""
+    if (checkpoint.path / "tokenizer.json").is_file():
+        return None
+    for name in SENTENCEPIECE_FILES:
+        path = checkpoint.path / name
+        # a list of tokens for tiktoken may have the same name: it is plain text
+        if path.is_file() and 0 in path.read_bytes()[:PEEK]:
+            return name
+    return None
+
+
+def _has_sentencepiece() -> bool:
+    return importlib.util.find_spec(SENTENCEPIECE) is not None
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.models.architecture import adapter_of, is_declared
 from layerwise.run.models.loading import load_stock
 from layerwise.run.models.native_type import is_native
+from layerwise.run.models.objects import check_object
 from layerwise.run.models.residency import InMemory, Residency, Streamed
 from layerwise.run.models.stored_types import read_stored_weights
 
@@ -83,9 +84,11 @@ def open_model(
     Raises
     ------
     DataError, UnsupportedModelError
-        As :func:`load`.
+        As :func:`load`, and of a model object as
+        :func:`~layerwise.run.models.objects.check_object`.
     """
     if isinstance(model_or_path, nn.Module):
+        check_object(model_or_path)
         return OpenedModel(InMemory(model_or_path), adapter_of(model_or_path))
     source = model_or_path
     if not isinstance(source, Checkpoint):
