@@ -46,7 +46,7 @@ def write_retrained(
     folder, (source, manifest) = journal.folder, pruned.stored()
     names = checkpoint_names(pruned.model, source)
     stored = {
-        names[name]: in_stored_type(source, names[name], value)
+        names[name]: in_stored_type(source, names[name], value) + 0.0  # none is negative
         for name, value in values.items()
     }
     write_checkpoint(source, folder, stored, overwrite=True)
