@@ -214,12 +214,45 @@ def test_entries_that_a_retraining_leaves_alone_keep_their_bits(precise: Path) -
     assert torch.equal(new, stored)
 
 
-def test_auto_says_nothing_about_the_type(tmp_path: Path) -> None:
-    source = folder_with(tmp_path / "model", {}, {"dtype": "auto", "torch_dtype": "auto"})
+SPARSE = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "dense"}}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"dtype": "auto", "torch_dtype": "auto"},
+        {"quantization_config": SPARSE},
+        {"quantization_config": {}},
+    ],
+)
+def test_keys_that_say_nothing_are_left_out(
+    config: Mapping[str, Any], tmp_path: Path
+) -> None:
+    source = folder_with(tmp_path / "model", {}, config)
     report = by_path(source, tmp_path / "out")
     assert len(report.records) == 14
-    assert "auto" not in (tmp_path / "out/config.json").read_text()
+    plain = json.loads((source / "config.json").read_text())
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written == {key: plain[key] for key in plain if key not in config}
+    assert load(source).dtype == torch.bfloat16
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({**SPARSE, "config_groups": {"0": {"weights": {"num_bits": 8}}}}, "is quantised"),
+        ({**SPARSE, "sparsity_config": {"format": "sparse-24-bitmask"}}, "compressed"),
+        ({"quant_method": "gptq", "bits": 4, "sparsity_config": {}}, "is quantised"),
+        ([4], "is quantised"),
+    ],
+)
+def test_quantised_or_compressed_weights_are_refused(
+    settings: Any, message: str, tmp_path: Path
+) -> None:
+    source = folder_with(tmp_path / "model", {}, {"quantization_config": settings})
+    with pytest.raises(UnsupportedModelError, match=message):
+        Checkpoint.open(source)
 
 
 @pytest.mark.parametrize("value", ["int8", "bfloat17", "torch.float16", 16, ["float32"]])

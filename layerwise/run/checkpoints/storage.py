@@ -7,7 +7,6 @@ source only in the bytes of the replaced tensors.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,8 +20,8 @@ from torch import Tensor, nn
 from layerwise.errors import DataError, UsageError, one_line
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.bitmask import pack_mask, unpack_mask
-from layerwise.run.checkpoints.config_types import says_auto, without_auto
 from layerwise.run.checkpoints.hashes import file_sha256
+from layerwise.run.checkpoints.plain_config import is_plain, plain_bytes
 from layerwise.run.checkpoints.shard import (
     TensorEntry,
     check_substitute,
@@ -120,9 +119,9 @@ class Checkpoint:
         return sorted(names - indexes | ({INDEX} if indexed else set()))
 
     def side_file(self, name: str) -> bytes:
-        """Content of a side file for a copy: config.json without types that say nothing."""
-        if name == "config.json" and says_auto(self.config):
-            return json.dumps(without_auto(self.config), indent=2).encode()
+        """Content of a side file for a copy: config.json without keys that say nothing."""
+        if name == "config.json" and not is_plain(self.config):
+            return plain_bytes(self.config)
         return (self.path / name).read_bytes()
 
     def entries(self) -> dict[str, TensorEntry]:

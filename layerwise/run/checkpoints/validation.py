@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import DataError, UnsupportedModelError, one_line
-from layerwise.run.checkpoints.config_types import check_types
+from layerwise.run.checkpoints.plain_config import check_types, refuse_quantised
 from layerwise.run.checkpoints.shard import read_header
 from layerwise.run.checkpoints.strict_json import read_object
 
@@ -166,9 +166,7 @@ def check_config(config: dict[str, Any], path: Path) -> None:
         message = f"{where} names no model_type: restore the file"
         raise DataError(message)
     check_types(config, where)
-    if config.get("quantization_config"):
-        message = f"{path} is quantised: prune the original, then quantise the result"
-        raise UnsupportedModelError(message)
+    refuse_quantised(config, path)
     if config.get("transformers_weights"):
         message = f"{where} redirects the weights (transformers_weights): remove the key"
         raise DataError(message)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import DataError, one_line
-from layerwise.run.checkpoints.config_types import says_auto
+from layerwise.run.checkpoints.plain_config import is_plain
 from layerwise.run.checkpoints.storage import checkpoint_names
 from layerwise.run.models.skeleton import read_config, refuse_mismatch, skeleton_of
 
@@ -95,9 +95,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
     if not any((checkpoint.path / name).is_file() for name in TOKENIZER_FILES):
         return None
     with quiet_transformers():
-        # it would read a config.json with the type "auto" itself, and fail
-        auto = says_auto(checkpoint.config)
-        given = {"config": read_config(checkpoint)} if auto else {}
+        given = {}
+        if not is_plain(checkpoint.config):  # transformers would fail to read it
+            given["config"] = read_config(checkpoint)
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 checkpoint.path, **given, local_files_only=True, trust_remote_code=False

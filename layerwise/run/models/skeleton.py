@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from layerwise.errors import DataError, UnsupportedModelError, one_line
-from layerwise.run.checkpoints.config_types import says_auto
+from layerwise.run.checkpoints.plain_config import is_plain
 from layerwise.run.checkpoints.shard import FLOATS
 from layerwise.run.checkpoints.storage import checkpoint_names
 
@@ -55,8 +55,8 @@ def read_config(checkpoint: Checkpoint) -> Any:
 
 @contextmanager
 def _readable(checkpoint: Checkpoint) -> Iterator[Path]:
-    """Folder whose config.json transformers can read: it does not know the type "auto"."""
-    if not says_auto(checkpoint.config):
+    """Folder with a config.json that transformers can read."""
+    if is_plain(checkpoint.config):
         yield checkpoint.path
         return
     with TemporaryDirectory() as name:
