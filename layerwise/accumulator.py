@@ -2,7 +2,9 @@
 
 Chunks of activations are scaled by a power of two, multiplied in float32 (float64 for
 float64 inputs, see :mod:`layerwise.gram` for bfloat16) and summed in float64, so half
-precision activations neither overflow nor lose their sums.
+precision activations neither overflow nor lose their sums. The first few tokens are
+multiplied in float64: weights can fit fewer tokens than channels with an error below the
+rounding of float32, which would spoil the error that is reported.
 """
 
 import math
@@ -19,6 +21,7 @@ from layerwise.linalg import ieee_products
 from layerwise.moments import Moments, even_exponent
 
 MAX_EXPONENT = 120  # 2 to this power is an ordinary number in float32
+FEW_TOKENS = 1024  # in float64 at most: where calibration is real, they cost nothing
 
 
 class MomentAccumulator:
@@ -109,7 +112,9 @@ class MomentAccumulator:
         device = self._gram.device
         exponent = math.frexp(float(largest))[1]
         exponent = max(-MAX_EXPONENT, min(MAX_EXPONENT, exponent))
-        tokens = tokens.to(device, precision_of(tokens.dtype, device), copy=True)
+        few = self.n_tokens + len(tokens) <= min(width, FEW_TOKENS)
+        precision = torch.float64 if few else precision_of(tokens.dtype, device)
+        tokens = tokens.to(device, precision, copy=True)
         return tokens.mul_(2.0**-exponent), exponent
 
     def _update_pair(

@@ -35,6 +35,19 @@ def objective_rows(
             change = problem.weight.double() - weight.double()
             rows += problem.ridge * change.square().sum(dim=1)
         return rows
+    return unclamped_rows(problem, weight, damped=damped).clamp(min=0)
+
+
+def unclamped_rows(
+    problem: LayerProblem,
+    weight: Tensor,  # (out, in)
+    *,
+    damped: bool = False,
+) -> Tensor:  # (out,)
+    """Objective of every row as the moments give it, float64.
+
+    Rounded moments can give a little less than zero. Bounds must not hide that.
+    """
     quadratic = []
     for part in slabs(len(weight)):
         change = problem.weight[part].double() - weight[part]  # no float64 copy of weight
@@ -44,7 +57,7 @@ def objective_rows(
         if damped:
             gradient.add_(change, alpha=problem.ridge)
         quadratic.append(gradient.mul_(change).sum(dim=1))
-    return (torch.cat(quadratic) + problem.drift).clamp(min=0)
+    return torch.cat(quadratic) + problem.drift
 
 
 def residual(problem: LayerProblem, weight: Tensor) -> Tensor:
@@ -60,9 +73,18 @@ def objective_from_residual(
     rest: Tensor,  # (out, in)
 ) -> Tensor:  # (out,)
     """Damped objective of weights whose :func:`residual` is known, without a product."""
+    return unclamped_from_residual(problem, weight, rest).clamp(min=0)
+
+
+def unclamped_from_residual(
+    problem: LayerProblem,
+    weight: Tensor,  # (out, in)
+    rest: Tensor,  # (out, in)
+) -> Tensor:  # (out,)
+    """As :func:`objective_from_residual`, and negative where the moments say so."""
     change = problem.weight.double() - weight.double()
     slope = rest if problem.shift is None else rest + problem.shift
-    return ((change * slope).sum(dim=1) + problem.drift).clamp(min=0)
+    return (change * slope).sum(dim=1) + problem.drift
 
 
 def best_bias(problem: CenteredProblem, weight: Tensor) -> Tensor:

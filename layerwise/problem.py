@@ -228,12 +228,15 @@ class LayerProblem:
 
     @cached_property
     def drift(self) -> Tensor:
-        """Objective of the dense weight, row by row, shape (out,), float64."""
+        """Objective of the dense weight, row by row, shape (out,), float64.
+
+        Computed from the energy, rounding can make it negative.
+        """
         if self.shift is None:
             return torch.zeros_like(self.energy)
         quadratic = _row_forms(self.weight, self.gram)
         quadratic += 2 * _row_dots(self.shift, self.weight)
-        return (self.energy - quadratic).clamp(min=0)
+        return self.energy - quadratic
 
     @property
     def ridge(self) -> float:
