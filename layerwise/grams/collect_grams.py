@@ -80,7 +80,7 @@ class CollectGrams:
         index = self.blocks.index(inputs.name)
         for number, stage in enumerate(inputs.stages):
             weights = {
-                f"{inputs.name}.{name}": task.adapter.weight(inputs.block, name)
+                f"{inputs.name}.{name}": inputs.weight(task.adapter, name)
                 for name in stage.linears
             }
             with naming(next(iter(weights))):
