@@ -24,6 +24,7 @@ from layerwise.run.data.calibration import Calibration
 from layerwise.run.outputs.output import Outcome, versions, write_rest
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.pipeline.block_files import MASK, WEIGHT
+from layerwise.run.pipeline.destination import Destination
 from layerwise.run.pipeline.journal import Journal
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.zeros import ZeroWeights
@@ -40,8 +41,8 @@ class SolvedFolder:
 
     Parameters
     ----------
-    output
-        The folder that the run will become.
+    destination
+        The folder that the run will become, and whether to continue or replace another.
     grams, manifest
         The gram folder, and its manifest.
     recipe
@@ -50,8 +51,6 @@ class SolvedFolder:
         The checkpoint to copy, or None.
     machine
         Properties of the machine that decide the bytes: kind of device, threads.
-    resume, force
-        Whether to continue a partial folder, and to replace a finished one.
 
     Raises
     ------
@@ -63,15 +62,12 @@ class SolvedFolder:
 
     def __init__(
         self,
-        output: Path,
+        destination: Destination,
         grams: Path,
         manifest: GramManifest,
         recipe: Recipe,
         model: str | Path | None,
         machine: Mapping[str, Any],
-        *,
-        resume: bool,
-        force: bool,
     ) -> None:
         self._manifest = manifest
         self._source = None if model is None else _calibrated(model, manifest)
@@ -85,7 +81,13 @@ class SolvedFolder:
             "versions": versions(),
             **machine,
         }
-        self.journal = Journal(output, identity, force=force, resume=resume)
+        assert destination.output is not None
+        self.journal = Journal(
+            destination.output,
+            identity,
+            force=destination.force,
+            resume=destination.resume,
+        )
         self._index = {name: i for i, (_, name, _) in enumerate(manifest.layers())}
 
     def index(self, name: str) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from layerwise.errors import DataError, UsageError, one_line
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.bitmask import pack_mask, unpack_mask
+from layerwise.run.checkpoints.files import copy_file
 from layerwise.run.checkpoints.hashes import file_sha256
 from layerwise.run.checkpoints.shard import (
     TensorEntry,
@@ -46,16 +47,26 @@ __all__ = [
     "write_checkpoint",
 ]
 
-SIDE_FILES = (
-    "*.json",
+SIDE_FILES = (  # what transformers reads, and what a licence asks to keep
+    "*config*.json",
+    "*token*.json",
+    "*vocab*.json",
+    "*_map.json",
+    "chat_template*.json",
+    "tekken.json",
+    "normalizer.json",
+    "*vocab*.txt",
+    "*merges*.txt",
+    "dict.txt",
     "*.model",
-    "*.txt",
+    "*.tiktoken",
     "*.jinja",
-    "*.py",
     "additional_chat_templates/*.jinja",
     "LICENSE*",
     "NOTICE*",
+    "USE_POLICY*",
 )
+CODE = "*.py"  # only of a model whose configuration names code of its own
 
 
 @dataclass(frozen=True)
@@ -87,8 +98,8 @@ class Checkpoint:
         UnsupportedModelError
             The weights are quantised or the configuration requires foreign code.
         """
-        path = locate(name_or_path, (*SIDE_FILES, "model*.safetensors"))
-        if not (path / "config.json").is_file():
+        path = locate(name_or_path, (*SIDE_FILES, CODE, "model*.safetensors"))
+        if not (path / "config.json").exists():
             message = f"{path} has no config.json: it is not a model folder"
             raise DataError(message)
         config = read_object(confined(path / "config.json"))
@@ -106,11 +117,12 @@ class Checkpoint:
     def side_files(self) -> list[str]:
         """Files that are copied with the weights: configuration, tokenizer, licence."""
         indexed = not (self.path / SINGLE_SHARD).is_file()
+        patterns = (*SIDE_FILES, CODE) if "auto_map" in self.config else SIDE_FILES
         names = {
             path.relative_to(self.path).as_posix()
-            for pattern in SIDE_FILES
+            for pattern in patterns
             for path in self.path.glob(pattern)
-            if path.is_file() and not path.name.startswith(".")
+            if not path.is_dir() and not path.name.startswith(".")
         }
         indexes = {name for name in names if name.endswith(".index.json")}
         return sorted(names - indexes | ({INDEX} if indexed else set()))
@@ -187,13 +199,17 @@ def write_checkpoint(
         inside = {name for name in replaced if source.weight_map[name] == shard}
         rewrite_shard(source.path / shard, output / shard, replaced, inside)
     for name in side_files:
-        try:
-            (output / name).parent.mkdir(exist_ok=True)
-            data = (source.path / name).read_bytes()
-        except OSError as error:
-            message = f"cannot copy {source.path / name} to {output}: {one_line(error)}"
-            raise DataError(message) from error
-        atomic_write(output / name, data)
+        copy_side_file(source.path / name, output / name)
+
+
+def copy_side_file(source: Path, target: Path) -> None:
+    """Copy a side file; its folder is created if it is missing."""
+    try:
+        target.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        message = f"cannot copy {source} to {target}: {one_line(error)}"
+        raise DataError(message) from error
+    copy_file(source, target)
 
 
 def _check_output(

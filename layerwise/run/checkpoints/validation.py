@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import DataError, UnsupportedModelError, one_line
+from layerwise.run.checkpoints.files import check_regular
 from layerwise.run.checkpoints.shard import read_header
 from layerwise.run.checkpoints.strict_json import read_object
 
@@ -49,7 +50,7 @@ def locate(name_or_path: str | os.PathLike[str], patterns: Iterable[str]) -> Pat
 
 
 def confined(path: Path) -> Path:
-    """Return the path, or raise if it leads out of its checkpoint folder.
+    """Return the path of a file, or raise if it leads out of its checkpoint folder.
 
     The download cache of the hub is a folder of links into ``blobs``, which are allowed.
     """
@@ -69,7 +70,7 @@ def confined(path: Path) -> Path:
     if not any(target.is_relative_to(root) for root in allowed):
         message = f"{path} is a link that leaves the folder: replace it by the file"
         raise DataError(message)
-    return path
+    return check_regular(path)
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
@@ -87,9 +88,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
         if not (path / shard).exists():
             message = f"{path / shard} is missing: download the checkpoint again"
             raise DataError(message)
-        if not confined(path / shard).is_file():  # reading a pipe would wait forever
-            message = f"{path / shard} is not a file: download the checkpoint again"
-            raise DataError(message)
+        confined(path / shard)
         for name in read_header(path / shard).tensors:
             if name in weight_map:
                 message = (

@@ -10,7 +10,11 @@ from torch import nn
 
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.hashes import digests
-from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names
+from layerwise.run.checkpoints.storage import (
+    Checkpoint,
+    checkpoint_names,
+    copy_side_file,
+)
 from layerwise.run.models.loading import quiet_transformers
 from layerwise.run.models.native import save_native
 from layerwise.run.models.stock import OutputFormat
@@ -59,8 +63,7 @@ def write_smaller(
     if source is not None:
         for name in source.side_files():
             if not (folder / name).exists() and not name.endswith(".index.json"):
-                (folder / name).parent.mkdir(exist_ok=True)
-                atomic_write(folder / name, (source.path / name).read_bytes())
+                copy_side_file(source.path / name, folder / name)
     elif tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return Checkpoint.open(folder)

@@ -140,6 +140,8 @@ class BlockWork:
         Token windows, shape (sequences, length).
     folder
         Folder from which inputs are read and into which blocks are written.
+    run
+        Key of the run, for the files of the blocks.
     """
 
     source: Path
@@ -150,10 +152,14 @@ class BlockWork:
     error_correction: ErrorCorrection
     tokens: Tensor
     folder: Path
+    run: str
 
 
-def open_blocks(work: BlockWork, spec: WorkerSpec) -> Callable[[int], None]:
-    """Open the checkpoint in a worker; return a function that prunes a block by number."""
+def open_blocks(work: BlockWork, spec: WorkerSpec) -> Callable[[int], str]:
+    """Open the checkpoint in a worker; return a function that prunes a block by number.
+
+    The function returns the name of the file that it wrote.
+    """
     opened = open_model(work.source, streamed=True, trusted=True)
     model, residency = opened.model, opened.residency
     selection = work.removal.select(opened, work.targets, work.ignore)
@@ -165,13 +171,14 @@ def open_blocks(work: BlockWork, spec: WorkerSpec) -> Callable[[int], None]:
         calls = capture(model, [block for _, block in blocks], batches).calls
 
     @torch.no_grad()
-    def prune(index: int) -> None:
+    def prune(index: int) -> str:
         name, block = blocks[index]
         hidden = read_hidden(work.folder, index)
         stages = selection.stages_of(name)
         inputs = BlockInputs(name, block, stages, calls[index], hidden, hidden)
         with evaluation_mode(model), residency.block(block, task.device):
-            write_block(work.folder, index, work.step.prune_block(task, inputs))
+            block = work.step.prune_block(task, inputs)
+            return write_block(work.folder, index, block, work.run)
 
     return prune
 
@@ -211,11 +218,15 @@ class ParallelRun:
             for record in result.records:
                 listeners.on_layer(record)
 
+        def add(job: Job, name: str) -> None:
+            self.store.add_file(int(job.key), name)
+            finish(int(job.key))
+
         opening = partial(open_blocks, self._work())
         run_jobs(
             self._jobs(finish),
             workers.executor(opening, self.run.task.device),
-            on_done=lambda job, _: finish(int(job.key)),
+            on_done=add,
             on_note=listeners.on_note,
         )
         return _in_order(done)
@@ -253,6 +264,7 @@ class ParallelRun:
             self.run.task.error_correction,
             self.run.tokens.tokens,
             self.folder.absolute(),
+            self.store.run,
         )
 
 
