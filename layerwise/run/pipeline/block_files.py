@@ -22,6 +22,7 @@ from layerwise.run.pipeline.records import read_records, record_lines
 from layerwise.run.pipeline.results import PrunedBlock
 
 WEIGHT, MASK, BIAS = "weight:", "mask:", "bias:"
+INPUTS = "inputs-"  # begin of the names of files with the inputs of blocks
 RECORDS, INDEX, RUN = "records", "index", "run"  # in the header
 DIGITS = 16  # of the hash of the content, in the name of a file
 FILE = re.compile(rf"(\d{{5,}})-[0-9a-f]{{{DIGITS}}}\.safetensors", re.ASCII)
@@ -52,7 +53,7 @@ class BlockFolder:
 
     def take_over(self) -> None:
         """Take over all blocks in the folder, as a resumed run does."""
-        for path in sorted(self.blocks.iterdir(), reverse=True):
+        for path in sorted(self.blocks.iterdir()):
             if named := FILE.fullmatch(path.name):
                 self.files[int(named[1])] = path.name
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from layerwise.errors import DataError, UsageError, one_line
@@ -27,7 +26,7 @@ from layerwise.run.checkpoints.hashes import bytes_sha256
 from layerwise.run.checkpoints.lazy import LazyTensors
 from layerwise.run.checkpoints.shard import write_shard
 from layerwise.run.checkpoints.strict_json import parse_json, read_object
-from layerwise.run.pipeline.block_files import DIGITS, BlockFolder
+from layerwise.run.pipeline.block_files import DIGITS, INPUTS, BlockFolder
 from layerwise.run.pipeline.destination import (
     BLOCKS,
     FINGERPRINT,
@@ -39,10 +38,10 @@ from layerwise.run.pipeline.destination import (
     settle,
 )
 from layerwise.run.pipeline.records import LayerRecord, read_records, record_lines
+from layerwise.run.pipeline.state_files import read_state, write_state
 
 MASKS = "masks.safetensors"
 SHAPES = "shapes"
-TEXT = "text"
 
 
 class Journal(BlockFolder):
@@ -131,21 +130,11 @@ class Journal(BlockFolder):
 
     def read_state(self, name: str) -> tuple[dict[str, Tensor], str] | None:
         """Return tensors and text of a state that was stored under a name, or None."""
-        path = self._state_path(name)
-        if not path.is_file():
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return tensors, file.metadata()[TEXT]
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
-            message = f"{path} is damaged ({error}); delete it to redo that part"
-            raise DataError(message) from error
+        return read_state(self._state_path(name), self.run)
 
     def write_state(self, name: str, tensors: Mapping[str, Tensor], text: str) -> None:
         """Store tensors and text under a name, atomically."""
-        ready = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        atomic_write(self._state_path(name), save(ready, metadata={TEXT: text}))
+        write_state(self._state_path(name), self.run, tensors, text)
 
     def _state_path(self, name: str) -> Path:
         return self._ours / BLOCKS / f"{name}.safetensors"
@@ -199,9 +188,15 @@ class Journal(BlockFolder):
             raise DataError(message) from error
         settle(self.output)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no block and no state is finished: inputs of blocks do not count."""
+        files = self.blocks.glob("*.safetensors")
+        return all(path.name.startswith(INPUTS) for path in files)
+
     def discard_if_empty(self) -> None:
         """Remove the partial folder of a run that stopped before its first block."""
-        if not any((self._ours / BLOCKS).glob("*.safetensors")):
+        if self.is_empty:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -23,7 +23,8 @@ from layerwise.run.activations.hidden_store import HiddenStore
 from layerwise.run.activations.streams import BATCH, capture, evaluation_mode
 from layerwise.run.checkpoints.shard import write_shard
 from layerwise.run.models.opening import open_model
-from layerwise.run.pipeline.block_files import write_block
+from layerwise.run.pipeline.block_checks import stored_block
+from layerwise.run.pipeline.block_files import INPUTS, write_block
 from layerwise.run.pipeline.blocks import advance
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.removal import BlockStep, Removal, Run
@@ -242,14 +243,16 @@ class ParallelRun:
         hidden = self.hidden.keep(stream.hidden)
         stream.hidden.clear()
         for index, (name, block) in enumerate(blocks):
-            if self.store.read_block(index) is None:
+            stages = self.run.selection.stages_of(name)
+            inputs = BlockInputs(name, block, stages, stream.calls[index], hidden, hidden)
+            pruned = self.step.stages_of(inputs)
+            if stored_block(self.store, index, task.adapter, inputs, pruned) is None:
                 with timed("write"):
                     write_hidden(self.folder, index, hidden)
                 yield Job(index, index)
             else:
                 finish(index)
             if index < len(blocks) - 1:
-                inputs = BlockInputs(name, block, (), stream.calls[index], hidden, hidden)
                 with residency.block(block, task.device):
                     hidden = self.hidden.keep(advance(task, inputs, hidden))
 
@@ -274,7 +277,7 @@ def _in_order(done: Mapping[int, list[LayerRecord]]) -> list[LayerRecord]:
 
 def hidden_path(folder: Path, index: int) -> Path:
     """File with the inputs of a block."""
-    return folder / f"inputs-{index:05d}.safetensors"
+    return folder / f"{INPUTS}{index:05d}.safetensors"
 
 
 def write_hidden(folder: Path, index: int, hidden: Sequence[Tensor]) -> None:
