@@ -8,18 +8,18 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from layerwise.recovery.pruned import Pruned
+from layerwise.recovery.pruned import CARD, Pruned
 from layerwise.recovery.records import UnitRecord
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.files import copy_file, read_bytes
 from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, write_checkpoint
-from layerwise.run.outputs.output import MANIFEST
+from layerwise.run.outputs.output import MANIFEST, written_files
 from layerwise.run.pipeline.destination import FINGERPRINT, FOLDER
 from layerwise.run.pipeline.journal import Journal
 
 RECORDS = "retraining.jsonl"
 SETTINGS = "retrain.yaml"
-CARD, RECIPE = "README.md", "recipe.yaml"
+RECIPE = "recipe.yaml"
 
 
 def write_retrained(
@@ -61,6 +61,7 @@ def write_retrained(
     claims = manifest.model_copy(
         update={
             "shards": written.sha256(written.shards),
+            "files": written_files(folder, written.shards),
             "retrained": sorted({*manifest.retrained, *stored}),
             "untouched": {n: h for n, h in manifest.untouched.items() if n not in stored},
         }

@@ -55,6 +55,7 @@ SIDE_FILES = (  # what transformers reads, and what a licence asks to keep
     "chat_template*.json",
     "tekken.json",
     "normalizer.json",
+    "surgery.json",  # of the native format
     "*vocab*.txt",
     "*merges*.txt",
     "dict.txt",
@@ -116,7 +117,7 @@ class Checkpoint:
 
     def side_files(self) -> list[str]:
         """Files that are copied with the weights: configuration, tokenizer, licence."""
-        indexed = not (self.path / SINGLE_SHARD).is_file()
+        indexed = not (self.path / SINGLE_SHARD).exists()
         patterns = (*SIDE_FILES, CODE) if "auto_map" in self.config else SIDE_FILES
         names = {
             path.relative_to(self.path).as_posix()

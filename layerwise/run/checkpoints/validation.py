@@ -75,10 +75,10 @@ def confined(path: Path) -> Path:
 
 def read_weight_map(path: Path) -> dict[str, str]:
     """Shard of every tensor, from the headers, which must agree with the index."""
-    if (path / SINGLE_SHARD).is_file():  # like transformers, prefer it to an index
+    if (path / SINGLE_SHARD).exists():  # like transformers, prefer it to an index
         listed: dict[str, str] = {}
         shards = [SINGLE_SHARD]
-    elif (path / INDEX).is_file():
+    elif (path / INDEX).exists():
         listed = _read_index(confined(path / INDEX))
         shards = sorted(set(listed.values()))
     else:
@@ -109,7 +109,8 @@ def read_weight_map(path: Path) -> dict[str, str]:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Weight map of an index file, where every value must be a plain file name."""
-    listed = read_object(path).get("weight_map")
+    index = read_object(path)
+    listed = index.get("weight_map")
     if not isinstance(listed, dict) or not listed:
         message = f"{path} has no weight_map: restore the file"
         raise DataError(message)
@@ -121,6 +122,9 @@ def _read_index(path: Path) -> dict[str, str]:
                 f"files in the same folder"
             )
             raise DataError(message)
+    if not isinstance(index.get("metadata"), dict):
+        message = f"{path} has no metadata, so transformers does not open it: add {{}}"
+        raise DataError(message)
     return listed
 
 
@@ -139,6 +143,12 @@ def check_config(config: dict[str, Any], path: Path) -> None:
     where = path / "config.json"
     if not isinstance(config.get("model_type"), str):
         message = f"{where} names no model_type: restore the file"
+        raise DataError(message)
+    if config.get("quantization_config") == {}:
+        message = (
+            f"{where} has an empty quantization_config, so transformers does not open the "
+            f"model: remove the key"
+        )
         raise DataError(message)
     if config.get("quantization_config"):
         message = f"{path} is quantised: prune the original, then quantise the result"

@@ -39,6 +39,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
     except Exception as error:
         message = f"{checkpoint.path / 'config.json'} is invalid: {one_line(error)}"
         raise DataError(message) from error
+    _check_generation(checkpoint)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         message = (
             f"model type {model_type!r} in {checkpoint.path} is not a causal language "
@@ -46,6 +47,25 @@ def read_config(checkpoint: Checkpoint) -> Any:
         )
         raise UnsupportedModelError(message)
     return config
+
+
+def _check_generation(checkpoint: Checkpoint) -> None:
+    """Refuse settings of generation with which transformers does not open a model."""
+    from transformers import GenerationConfig
+
+    name = "generation_config.json"
+    if name not in checkpoint.side_files():
+        return
+    try:
+        GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    except OSError:  # transformers takes its defaults
+        return
+    except Exception as error:
+        message = (
+            f"transformers cannot use {checkpoint.path / name} ({one_line(error)}): "
+            f"correct it, or remove it"
+        )
+        raise DataError(message) from error
 
 
 def skeleton_of(

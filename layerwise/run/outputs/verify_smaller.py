@@ -19,7 +19,7 @@ from layerwise.run.checkpoints.strict_json import read_object
 from layerwise.run.models.loading import load_stock
 from layerwise.run.models.opening import load_model
 from layerwise.run.models.rewrite import parameters_of
-from layerwise.run.outputs.checks import Check, shards, untouched
+from layerwise.run.outputs.checks import Check, files, shards, untouched
 from layerwise.run.outputs.output import Manifest
 from layerwise.run.outputs.smaller import CHANNELS, Smaller
 from layerwise.run.pipeline.destination import FOLDER
@@ -43,6 +43,7 @@ def verify_smaller(
         _finite(checkpoint, smaller),
         untouched(checkpoint, manifest, set(smaller.changed)),
         shards(checkpoint, manifest),
+        files(checkpoint, manifest),
         opens,
     ]
     if model is not None:

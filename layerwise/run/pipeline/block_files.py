@@ -79,7 +79,7 @@ class BlockFolder:
             The file is damaged, or it is not this block of this run.
         """
         path = self.block_path(index)
-        if path is None:
+        if path is None or not path.exists():
             return None
         block = PrunedBlock()
         with _damage(path):
