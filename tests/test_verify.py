@@ -250,7 +250,7 @@ TAMPERING: Mapping[str, tuple[Callable[[Path], None], set[str], str]] = {
     "recipe": (edit_text("recipe.yaml", "seed: 0", "seed: 1"), set(), "recipe.yaml"),
     "card": (edit_text("README.md", "0.5", "0.6"), set(), "README.md"),
     "figure": (edit_text(LOG, '"relative_error": 0.', '"relative_error": 0.0'), set(), LOG),
-    "seconds": (edit_text(LOG, '"rank": 1', '"rank": 2'), set(), LOG),
+    "rank": (edit_text(LOG, '"rank": 1', '"rank": 2'), set(), LOG),
     "pattern 3:7": (change_manifest(sparsity="3:7"), {"pattern"}, "layers.0.mlp"),
     "pattern 0.25": (change_manifest(sparsity="0.25"), {"pattern"}, "layers.0.mlp"),
     "log elsewhere": (link_out(LOG), {"files"}, f"{LOG}: is missing"),

@@ -135,7 +135,10 @@ def solve_grams(
         solved = None
         if destination.output is not None:
             recipe = recipe_of(manifest, studies[0], certify)
-            solved = SolvedFolder(destination, folder, manifest, recipe, model, machine)
+            solver = studies[0].method.solver
+            solved = SolvedFolder(
+                destination, folder, manifest, recipe, solver, model, machine
+            )
         jobs = _jobs(folder, manifest, studies, torch_device, solved)
         on_start(len(jobs))
         done: dict[tuple[str, str, str], LayerRecord] = {}

@@ -27,7 +27,9 @@ from layerwise.run.pipeline.block_files import MASK, WEIGHT
 from layerwise.run.pipeline.destination import Destination
 from layerwise.run.pipeline.journal import Journal
 from layerwise.run.pipeline.records import LayerRecord
+from layerwise.run.pipeline.solver_identity import own_solver
 from layerwise.run.pipeline.zeros import ZeroWeights
+from layerwise.solver import Solver
 
 
 def recipe_of(manifest: GramManifest, zeros: ZeroWeights, certify: bool | None) -> Recipe:
@@ -47,6 +49,8 @@ class SolvedFolder:
         The gram folder, and its manifest.
     recipe
         Recipe of the prune that gives the same weights.
+    solver
+        The solver of all layers.
     model
         The checkpoint to copy, or None.
     machine
@@ -66,6 +70,7 @@ class SolvedFolder:
         grams: Path,
         manifest: GramManifest,
         recipe: Recipe,
+        solver: Solver,
         model: str | Path | None,
         machine: Mapping[str, Any],
     ) -> None:
@@ -79,6 +84,7 @@ class SolvedFolder:
             "grams": file_sha256(grams / MANIFEST),
             "checkpoint": model is not None,
             "versions": versions(),
+            **own_solver(solver),
             **machine,
         }
         assert destination.output is not None

@@ -216,7 +216,8 @@ def prune(
         recipe, identity = settings.recipe(opened.source, run.tokens), {}
         if output is not None or ranks.are_several:
             with timed("hash"):
-                identity = agree(ranks, fingerprint(recipe, run))
+                solver = settings.removal.method.solver
+                identity = agree(ranks, fingerprint(recipe, run, solver))
         needed = settings.removal.disk_needed(run)
         with open_store(destination, identity, ranks, needed) as store:
             listeners = Listeners(callbacks if ranks.first else ())

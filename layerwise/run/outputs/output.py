@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from layerwise.adapters.linear import is_transposed
 from layerwise.errors import DataError, VerificationError
 from layerwise.run.checkpoints.atomic import atomic_write
-from layerwise.run.checkpoints.hashes import file_sha256, parameters_sha256, tensor_hashes
+from layerwise.run.checkpoints.files import read_bytes
+from layerwise.run.checkpoints.hashes import (
+    bytes_sha256,
+    file_sha256,
+    parameters_sha256,
+    tensor_hashes,
+)
 from layerwise.run.checkpoints.lazy import LazyTensors
 from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, write_checkpoint
 from layerwise.run.checkpoints.strict_json import read_object
@@ -31,6 +37,8 @@ from layerwise.run.pipeline.destination import BLOCKS, FINGERPRINT, FOLDER
 from layerwise.run.pipeline.journal import MASKS, Journal, read_masks
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.removal import Removed, Run, Shrunk
+from layerwise.run.pipeline.solver_identity import own_solver
+from layerwise.solver import Solver
 
 MANIFEST = "manifest.json"
 PACKAGES = ("layerwise", "torch", "transformers", "safetensors")
@@ -48,7 +56,7 @@ class Manifest(BaseModel):
     transposed: list[str] = []  # pruned parameters that are stored as (in, out)
     untouched: dict[str, str]  # tensor name -> sha256 of its bytes in the source
     shards: dict[str, str] = {}  # file name -> sha256, of what the run wrote
-    files: dict[str, str] = {}  # the same, of all other files but the manifest
+    files: dict[str, str] = {}  # all other files but this, logs without their seconds
     retrained: list[str] = []  # tensors that `layerwise retrain` changed
     source: dict[str, str]  # file name -> sha256
     calibration: str
@@ -86,7 +94,7 @@ class Manifest(BaseModel):
             path = folder / name
             if not _inside(path, folder):
                 problems[name] = "is missing"
-            elif file_sha256(path) != self.files[name]:
+            elif content_sha256(path) != self.files[name]:
                 problems[name] = "other bytes"
         return problems
 
@@ -111,10 +119,23 @@ def written_files(folder: Path, shards: Iterable[str]) -> dict[str, str]:
     ours = folder / FOLDER
     hidden = {ours / MANIFEST, ours / FINGERPRINT, *(folder / name for name in shards)}
     return {
-        path.relative_to(folder).as_posix(): file_sha256(path)
+        path.relative_to(folder).as_posix(): content_sha256(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path not in hidden and ours / BLOCKS not in path.parents
     }
+
+
+def content_sha256(path: Path) -> str:
+    """Hash of a file, of a log without its seconds: only they differ in a second run."""
+    if path.suffix != ".jsonl":
+        return file_sha256(path)
+    data = read_bytes(path)
+    try:
+        lines = [json.loads(line) for line in data.splitlines()]
+        figures = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    except (AttributeError, RecursionError, ValueError):  # it is no log any more
+        return bytes_sha256(data)
+    return bytes_sha256(json.dumps(figures).encode())
 
 
 def _inside(path: Path, folder: Path) -> bool:
@@ -125,7 +146,9 @@ def _inside(path: Path, folder: Path) -> bool:
         return False
 
 
-def fingerprint(recipe: Recipe, run: Run[Any]) -> dict[str, Any]:
+def fingerprint(
+    recipe: Recipe, run: Run[Any], solver: Solver | None = None
+) -> dict[str, Any]:
     """Everything that decides the bytes of the result."""
     opened, device = run.opened, run.task.device
     weights = (
@@ -136,6 +159,7 @@ def fingerprint(recipe: Recipe, run: Run[Any]) -> dict[str, Any]:
     settings = recipe.model_dump(mode="json", exclude={"model"})
     return {
         **settings,
+        **({} if solver is None else own_solver(solver)),
         "calibration": run.tokens.sha256,
         "weights": weights,
         "versions": versions(),

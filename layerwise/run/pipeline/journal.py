@@ -38,6 +38,7 @@ from layerwise.run.pipeline.destination import (
     settle,
 )
 from layerwise.run.pipeline.records import LayerRecord, read_records, record_lines
+from layerwise.run.pipeline.solver_identity import UNKNOWN
 from layerwise.run.pipeline.state_files import read_state, write_state
 
 MASKS = "masks.safetensors"
@@ -117,7 +118,8 @@ class Journal(BlockFolder):
             return
         other = read_object(path)
         keys = sorted({*other, *self._fingerprint})
-        differs = [key for key in keys if other.get(key) != self._fingerprint.get(key)]
+        own = self._fingerprint
+        differs = [k for k in keys if other.get(k) != own.get(k) or own.get(k) == UNKNOWN]
         if differs:
             message = (
                 f"{self.folder} is an unfinished run with another {', '.join(differs)}; "
