@@ -15,6 +15,7 @@ from layerwise.run.pipeline.lock import locked
 FOLDER = "layerwise"  # inside the output folder: all files that layerwise itself reads
 FINGERPRINT = "fingerprint.json"
 BLOCKS = "blocks"
+PARTIAL = ".partial"  # end of the name of a folder in which a run works
 LAYERS = "layers.jsonl"
 GRAMS_KEY = "calibration_sha256"  # in the manifest of a gram folder
 LONGEST_NAME = 255 - len(".replaced.")  # bytes of a name, on all common file systems
@@ -96,7 +97,7 @@ NOWHERE = Destination()
 
 def partial_path(output: Path) -> Path:
     """Folder in which a run works until it has finished."""
-    return output.with_name(output.name + ".partial")
+    return output.with_name(output.name + PARTIAL)
 
 
 def local_path(value: Any) -> Path | None:
@@ -160,6 +161,11 @@ def refuse_impossible_place(output: Path) -> None:
     """
     if output.name in ("", ".."):
         message = f"{output} does not name a new folder: choose another output"
+        raise UsageError(message)
+    if output.name.endswith(PARTIAL):
+        message = (
+            f"{output} has the name of an unfinished run ({PARTIAL}): choose another output"
+        )
         raise UsageError(message)
     try:
         if is_mount_point(output):
