@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from layerwise.errors import (
+    DataError,
     InvalidProblemError,
     LayerwiseError,
     UnsupportedModelError,
@@ -41,7 +42,7 @@ from layerwise.run.models.headers import Headers
 from layerwise.run.models.opening import OpenedModel
 from layerwise.run.models.residency import InMemory
 from layerwise.run.models.stored_types import weight_bytes
-from layerwise.run.pipeline.destination import Destination, refuse_occupied
+from layerwise.run.pipeline.destination import Destination
 from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.removal import Removal
 from layerwise.run.settings import (
@@ -182,13 +183,9 @@ def _pattern_of(removal: Removal[Any]) -> Pattern:
 
 def _in_the_way(destination: Destination) -> LayerwiseError | None:
     """Return why a run could not write its output; nothing is touched."""
-    if destination.output is None:
-        return None
     try:
-        refuse_occupied(
-            destination.output, force=destination.force, inputs=destination.inputs
-        )
-    except UsageError as error:
+        destination.refuse()
+    except (UsageError, DataError) as error:
         return error
     return None
 

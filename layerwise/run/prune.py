@@ -7,6 +7,7 @@ is pruned in place.
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -205,11 +206,11 @@ def prune(
 ) -> PruneReport:
     """Prune a model with resolved settings; see :func:`prune_model`."""
     start, output = time.perf_counter(), destination.output
-    with ranks_of_environment(settings.device) as ranks:
+    with ranks_of_environment(settings.device) as ranks, ExitStack() as held:
         from_folder = not isinstance(model_or_path, nn.Module)
         streamed = settings.check_placement(output, from_folder=from_folder, ranks=ranks)
         if ranks.first:
-            destination.check()
+            held.enter_context(destination.held())
         with timed("load"):
             opened = open_model(model_or_path, streamed=streamed)
         settings = settings.for_model(opened)
@@ -217,7 +218,8 @@ def prune(
         recipe, identity = settings.recipe(opened.source, run.tokens), {}
         if output is not None or ranks.are_several:
             with timed("hash"):
-                identity = agree(ranks, fingerprint(recipe, run))
+                solver = settings.removal.method.solver
+                identity = agree(ranks, fingerprint(recipe, run, solver))
         needed = settings.removal.disk_needed(run)
         with open_store(destination, identity, ranks, needed) as store:
             listeners = Listeners(callbacks if ranks.first else ())

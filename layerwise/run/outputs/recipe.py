@@ -14,6 +14,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from layerwise.configure import OptionValue
 from layerwise.errors import DataError, UsageError
+from layerwise.run.checkpoints.files import read_bytes
 from layerwise.run.models.stock import OutputFormat
 from layerwise.run.pipeline.task import ErrorCorrection
 
@@ -61,12 +62,12 @@ class Recipe(BaseModel):
     @classmethod
     def read(cls, path: Path) -> "Recipe":
         """Read a recipe from a YAML file."""
-        try:
-            values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-        except FileNotFoundError:
+        if not path.exists():
             message = f"there is no recipe file {path}: correct the path"
-            raise UsageError(message) from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UsageError(message)
+        try:
+            values = yaml.load(read_bytes(path).decode(), _Loader) or {}
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
             message = f"cannot read recipe {path}: {' '.join(str(error).split())}"
             raise DataError(message) from error
         if not isinstance(values, dict):
