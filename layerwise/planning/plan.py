@@ -59,6 +59,7 @@ def plan_run(
     sparsity: float | str | None = None,
     pattern: Pattern | str | None = None,
     *,
+    tokenizer: Any = None,
     output_dir: str | Path | None = None,
     resume: bool = True,
     force: bool = False,
@@ -73,7 +74,7 @@ def plan_run(
     ----------
     model
         A checkpoint folder or hub name.
-    method, sparsity, pattern, arguments
+    method, sparsity, pattern, tokenizer, arguments
         As for :func:`layerwise.prune_model`. The calibration text is not read and may be
         left out; a file that is named must be there.
     output_dir, resume, force
@@ -100,6 +101,7 @@ def plan_run(
     streamed = headers.one_to_one and not settings.removal.needs_whole_model
     settings.workers.check(settings.error_correction, streamable=streamed)
     length = settings.calibration.check(skeleton)
+    settings.calibration.check_tokenizer(source, tokenizer)
     base = own_memory()
     adapter = as_stored(adapter_without_memory(skeleton), skeleton, source)
     opened = OpenedModel(InMemory(skeleton), adapter, source)
@@ -193,7 +195,7 @@ def _in_the_way(destination: Destination) -> LayerwiseError | None:
 def _selection_error(settings: Settings, opened: OpenedModel) -> LayerwiseError | None:
     """Error by which a run refuses these matrices; entries that match nothing raise."""
     try:
-        settings.removal.select(opened, settings.targets, settings.ignore)
+        settings.check_selection(opened)
     except (UnsupportedModelError, InvalidProblemError) as error:
         return error
     return None

@@ -20,7 +20,11 @@ from layerwise.errors import UsageError
 from layerwise.modes import in_ordinary_mode
 from layerwise.patterns import Pattern
 from layerwise.run.activations.streams import evaluation_mode
-from layerwise.run.models.opening import open_model
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.architecture import adapter_of, is_declared
+from layerwise.run.models.headers import Headers
+from layerwise.run.models.opening import OpenedModel, open_model
+from layerwise.run.models.residency import InMemory
 from layerwise.run.outputs.output import Outcome, fingerprint, stored_masks, write_output
 from layerwise.run.pipeline.destination import NOWHERE, Destination
 from layerwise.run.pipeline.sharing import agree, open_store
@@ -212,6 +216,8 @@ def prune(
         if ranks.first:
             held.enter_context(destination.held())
         with timed("load"):
+            if not isinstance(model_or_path, nn.Module):
+                model_or_path = open_headers(model_or_path, settings, tokenizer)
             opened = open_model(model_or_path, streamed=streamed)
         settings = settings.for_model(opened)
         run = settings.run_on(opened, tokenizer, ranks, output)
@@ -246,6 +252,19 @@ def prune(
     report = PruneReport(tuple(records), masks, output, seconds, left, model)
     listeners.on_finish(report)
     return report
+
+
+def open_headers(
+    name_or_path: str | Path, settings: Settings, tokenizer: Any = None
+) -> Checkpoint:
+    """Open a checkpoint; refuse what needs no weight, which may take long to read."""
+    source = Checkpoint.open(name_or_path)
+    model = Headers.read(source).model
+    settings.calibration.check(model)
+    settings.calibration.check_tokenizer(source, tokenizer)
+    if is_declared(model):  # other adapters are found by running the model
+        settings.check_selection(OpenedModel(InMemory(model), adapter_of(model), source))
+    return source
 
 
 def _multiple(multiple: int | None, unit: int | None) -> int | None:
