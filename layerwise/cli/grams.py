@@ -52,6 +52,7 @@ def calibrate(
         force=force,
         on_start=lambda count: typer.echo(f"storing {count} files of grams", err=True),
         on_stage=on_stage,
+        on_note=lambda text: typer.echo(text, err=True),
         **chosen,
     )
     typer.echo(f"wrote {output}: {len(list(manifest.layers()))} layers")

@@ -113,6 +113,7 @@ def collect_grams(
     force: bool = False,
     on_start: Callable[[int], None] = lambda n_stages: None,
     on_stage: OnStage = lambda name, width: None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> GramManifest:
     """Write the moments and weights of all linear layers of a dense model.
 
@@ -132,6 +133,8 @@ def collect_grams(
         Called with the number of files.
     on_stage
         Called after every file with its first layer and its number of inputs.
+    on_note
+        Called with one line if a run is continued.
 
     Returns
     -------
@@ -174,8 +177,11 @@ def collect_grams(
         stages = _stages(opened.model, selection, checkpoint_names(opened.model, source))
         with timed("hash"):
             identity = fingerprint(recipe, run) | {"method": "calibrate"}
-        on_start(len(stages))
-        with open_store(destination, identity) as store:
+        total = len(selection.blocks)
+        with open_store(destination, identity, total=total) as store:
+            if store.continued:
+                on_note(store.continued)
+            on_start(len(stages))
             step = CollectGrams(partial_path(output), list(selection.blocks), on_stage)
             with evaluation_mode(opened.model):
                 sizes = tokens.tokens.numel(), task.error_correction
