@@ -23,7 +23,7 @@ UNTOUCHED = "model.layers.0.input_layernorm.weight"
 CLAIMS = {
     "complete": "a mask and a line of the log",
     "zeros": "exactly zero",
-    "negative": "no zero is negative",
+    "negative": "no zero of a pruned tensor is negative",
     "pattern": "every mask satisfies the pattern",
     "finite": "finite",
     "untouched": "other tensors have the bytes of the source",
@@ -184,6 +184,7 @@ NOT_FINITE = {"finite", "opens"}
 TAMPERING: Mapping[str, tuple[Callable[[Path], None], set[str], str]] = {
     "zero made nonzero": (set_weight(1e-3, kept=False), {"zeros"}, PRUNED),
     "zero made negative": (set_weight(-0.0, kept=False), {"negative"}, PRUNED),
+    "weight made -0": (set_weight(-0.0, kept=True), {"negative"}, PRUNED),
     "pruned weight nan": (set_weight(torch.nan, kept=True), NOT_FINITE, PRUNED),
     "pruned weight inf": (set_weight(torch.inf, kept=True), NOT_FINITE, PRUNED),
     "one bit of another": (flip_one_bit, {"untouched"}, UNTOUCHED),

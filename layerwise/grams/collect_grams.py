@@ -18,6 +18,7 @@ from layerwise.adapters.base import Stage
 from layerwise.errors import UnsupportedModelError
 from layerwise.grams.gram_folder import GramManifest, StageFile, StoredMatrix
 from layerwise.grams.layer_files import write_file
+from layerwise.modes import in_ordinary_mode
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.activations.hidden_store import hidden_store
@@ -79,7 +80,7 @@ class CollectGrams:
         index = self.blocks.index(inputs.name)
         for number, stage in enumerate(inputs.stages):
             weights = {
-                f"{inputs.name}.{name}": task.adapter.weight(inputs.block, name)
+                f"{inputs.name}.{name}": inputs.weight(task.adapter, name)
                 for name in stage.linears
             }
             with naming(next(iter(weights))):
@@ -95,6 +96,7 @@ def stage_file(block: int, stage: int) -> str:
     return f"{block:05d}-{stage:02d}.safetensors"
 
 
+@in_ordinary_mode
 def collect_grams(
     model: str | Path,
     output_dir: str | Path,

@@ -40,6 +40,7 @@ from layerwise.run.models.architecture import as_stored
 from layerwise.run.models.headers import Headers
 from layerwise.run.models.opening import OpenedModel
 from layerwise.run.models.residency import InMemory
+from layerwise.run.models.stored_types import weight_bytes
 from layerwise.run.pipeline.destination import Destination, refuse_occupied
 from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.removal import Removal
@@ -112,7 +113,7 @@ def plan_run(
     chosen = settings.removal.method
     run = _run_shape(settings, length, place, base, streamed=streamed)
     run = _with_store(sizes, run, settings.activations, capacity)
-    disk = disk_of(source, sizes, run)
+    disk = disk_of(source, sizes, run, weight_bytes(source, skeleton, shapes))
     machine = quick_machine(place)
     stored = sum(entry.n_bytes for entry in source.entries().values())
     stages = estimates(
@@ -209,14 +210,19 @@ def _with_store(
     return replace(run, on_disk=goes_to_disk(activations, needed, capacity.host))
 
 
-def disk_of(source: Checkpoint, sizes: ModelShape, run: RunShape) -> dict[str, int]:
-    """Bytes of the output on the disk at its largest, by kind."""
+def disk_of(
+    source: Checkpoint, sizes: ModelShape, run: RunShape, finished: int
+) -> dict[str, int]:
+    """Bytes of the output on the disk at its largest, by kind.
+
+    `finished` are the bytes of all pruned weights in the types of their files.
+    """
     weights = sum(block.weights for block in sizes.blocks)
     files = [*source.side_files(), *source.shards]
     sizes_on_disk = {
         "pruned model": sum((source.path / name).stat().st_size for name in files),
         "masks": weights // 8,
-        "finished blocks, until the end": weights * sizes.itemsize + weights // 8,
+        "finished blocks, until the end": finished + weights // 8,
     }
     if run.workers > 1:
         count = run.workers + Rules().look_ahead

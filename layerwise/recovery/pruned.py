@@ -16,6 +16,7 @@ from layerwise.adapters import Adapter
 from layerwise.errors import UsageError
 from layerwise.recovery.trainable import ParameterSets
 from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.objects import check_object
 from layerwise.run.models.opening import OpenedModel, load_model, open_model
 from layerwise.run.outputs.output import Manifest
 from layerwise.run.outputs.recipe import Recipe
@@ -121,6 +122,7 @@ class Pruned:
     def dense_model(self, given: nn.Module | str | Path | None) -> Any:
         """Open the model before pruning."""
         if isinstance(given, nn.Module):
+            check_object(given)
             return given
         path = given
         if path is None and self.source is not None:

@@ -21,6 +21,7 @@ from layerwise.errors import DataError, UsageError, one_line
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.bitmask import pack_mask, unpack_mask
 from layerwise.run.checkpoints.hashes import file_sha256
+from layerwise.run.checkpoints.plain_config import is_plain, plain_bytes
 from layerwise.run.checkpoints.shard import (
     TensorEntry,
     check_substitute,
@@ -35,6 +36,7 @@ from layerwise.run.checkpoints.validation import (
     confined,
     locate,
     read_weight_map,
+    refuse_adapter,
 )
 
 __all__ = [
@@ -87,6 +89,7 @@ class Checkpoint:
             The weights are quantised or the configuration requires foreign code.
         """
         path = locate(name_or_path, (*SIDE_FILES, "model*.safetensors"))
+        refuse_adapter(path)
         if not (path / "config.json").is_file():
             message = f"{path} has no config.json: it is not a model folder"
             raise DataError(message)
@@ -113,6 +116,12 @@ class Checkpoint:
         }
         indexes = {name for name in names if name.endswith(".index.json")}
         return sorted(names - indexes | ({INDEX} if indexed else set()))
+
+    def side_file(self, name: str) -> bytes:
+        """Content of a side file for a copy: config.json without keys that say nothing."""
+        if name == "config.json" and not is_plain(self.config):
+            return plain_bytes(self.config)
+        return (self.path / name).read_bytes()
 
     def entries(self) -> dict[str, TensorEntry]:
         """Type, shape and size of every tensor, from the headers alone."""
@@ -188,7 +197,7 @@ def write_checkpoint(
     for name in side_files:
         try:
             (output / name).parent.mkdir(exist_ok=True)
-            data = (source.path / name).read_bytes()
+            data = source.side_file(name)
         except OSError as error:
             message = f"cannot copy {source.path / name} to {output}: {one_line(error)}"
             raise DataError(message) from error

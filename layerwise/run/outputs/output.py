@@ -168,11 +168,11 @@ def _write_zeros(journal: Journal, outcome: Outcome, model: Any, removed: Remove
 def _write_shrunk(journal: Journal, outcome: Outcome, model: Any, shrunk: Shrunk) -> None:
     """Write a smaller model: all of its tensors, and the record of its cuts."""
     folder = journal.folder
-    written = write_smaller(
-        folder, model, outcome.source, outcome.tokenizer, shrunk.format == "native"
-    )
+    written = write_smaller(folder, model, outcome.source, outcome.tokenizer, shrunk)
     write_channels(folder, shrunk.cuts)
     smaller, untouched = describe(model, written, shrunk)
+    if shrunk.types is not None:
+        shrunk.types.restore(model)
     source = outcome.source or written
     write_rest(journal, outcome, source, pruned={}, untouched=untouched, smaller=smaller)
 

@@ -66,7 +66,7 @@ def verify(folder: Path) -> list[Check]:
             tuple(findings.missing),
         ),
         Check("every removed weight is exactly zero", tuple(findings.nonzero)),
-        Check("no zero is negative", tuple(findings.negative)),
+        Check("no zero of a pruned tensor is negative", tuple(findings.negative)),
         Check(f"every mask satisfies the pattern {pattern}", tuple(findings.pattern)),
         Check("every pruned weight is finite", tuple(findings.infinite)),
         untouched(checkpoint, manifest, set(manifest.pruned.values())),
@@ -109,7 +109,7 @@ class _Findings:
         outside = int((weight[~mask] != 0).sum())
         if outside:
             self.nonzero.append(f"{name}: {outside} removed weights are not zero")
-        negative = int((torch.signbit(weight) & (weight == 0) & ~mask).sum())
+        negative = int((torch.signbit(weight) & (weight == 0)).sum())
         if negative:
             self.negative.append(f"{name}: {negative} of its zeros are -0.0")
         if not pattern.accepts(mask):
