@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from layerwise.errors import (
+    DataError,
     InvalidProblemError,
     LayerwiseError,
     UnsupportedModelError,
@@ -41,7 +42,7 @@ from layerwise.run.models.headers import Headers
 from layerwise.run.models.opening import OpenedModel
 from layerwise.run.models.residency import InMemory
 from layerwise.run.models.stored_types import weight_bytes
-from layerwise.run.pipeline.destination import Destination, refuse_occupied
+from layerwise.run.pipeline.destination import Destination
 from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.removal import Removal
 from layerwise.run.settings import (
@@ -58,6 +59,7 @@ def plan_run(
     sparsity: float | str | None = None,
     pattern: Pattern | str | None = None,
     *,
+    tokenizer: Any = None,
     output_dir: str | Path | None = None,
     resume: bool = True,
     force: bool = False,
@@ -72,7 +74,7 @@ def plan_run(
     ----------
     model
         A checkpoint folder or hub name.
-    method, sparsity, pattern, arguments
+    method, sparsity, pattern, tokenizer, arguments
         As for :func:`layerwise.prune_model`. The calibration text is not read and may be
         left out; a file that is named must be there.
     output_dir, resume, force
@@ -99,6 +101,7 @@ def plan_run(
     streamed = headers.one_to_one and not settings.removal.needs_whole_model
     settings.workers.check(settings.error_correction, streamable=streamed)
     length = settings.calibration.check(skeleton)
+    settings.calibration.check_tokenizer(source, tokenizer)
     base = own_memory()
     adapter = as_stored(adapter_without_memory(skeleton), skeleton, source)
     opened = OpenedModel(InMemory(skeleton), adapter, source)
@@ -182,13 +185,9 @@ def _pattern_of(removal: Removal[Any]) -> Pattern:
 
 def _in_the_way(destination: Destination) -> LayerwiseError | None:
     """Return why a run could not write its output; nothing is touched."""
-    if destination.output is None:
-        return None
     try:
-        refuse_occupied(
-            destination.output, force=destination.force, inputs=destination.inputs
-        )
-    except UsageError as error:
+        destination.refuse()
+    except (UsageError, DataError) as error:
         return error
     return None
 
@@ -196,7 +195,7 @@ def _in_the_way(destination: Destination) -> LayerwiseError | None:
 def _selection_error(settings: Settings, opened: OpenedModel) -> LayerwiseError | None:
     """Error by which a run refuses these matrices; entries that match nothing raise."""
     try:
-        settings.removal.select(opened, settings.targets, settings.ignore)
+        settings.check_selection(opened)
     except (UnsupportedModelError, InvalidProblemError) as error:
         return error
     return None

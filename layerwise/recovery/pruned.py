@@ -22,6 +22,8 @@ from layerwise.run.outputs.output import Manifest
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.pipeline.journal import read_masks
 
+CARD = "README.md"  # people add to it
+
 
 @dataclass(frozen=True)
 class Pruned:
@@ -71,6 +73,7 @@ class Pruned:
                 raise UsageError(message)
             folder = Checkpoint.open(model_or_path).path
             manifest = Manifest.read(folder)
+            manifest.refuse_changed(folder, set(manifest.files) - {CARD})
             opened = open_model(folder, streamed=False)
             if manifest.smaller is None:
                 kept = dict(read_masks(folder))

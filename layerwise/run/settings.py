@@ -140,6 +140,11 @@ class Settings:
         check_shared(ranks, refusal, workers=self.workers.are_others)
         return streamed
 
+    def check_selection(self, opened: OpenedModel) -> None:
+        """Refuse what :meth:`run_on` would refuse, for a model without parameters."""
+        chosen = self.for_model(opened)
+        chosen.removal.select(opened, self.targets, self.ignore)
+
     def for_model(self, opened: OpenedModel) -> "Settings":
         """Return the settings with what papers prescribe for the family of a model."""
         model_type = model_type_of(opened.model)
@@ -242,6 +247,17 @@ class CalibrationData:
         if isinstance(self.source, str | Path):
             check_source(self.source)
         return length
+
+    def check_tokenizer(self, checkpoint: Checkpoint, tokenizer: Any = None) -> None:
+        """Refuse a tokenizer that is damaged, or missing for a text that is named.
+
+        Without a source, a text may be named later.
+        """
+        if tokenizer is not None or not isinstance(self.source, str | Path | None):
+            return
+        if load_tokenizer(checkpoint) is None and self.source is not None:
+            message = f"{self.source} needs a tokenizer: pass one"
+            raise UsageError(message)
 
     def windows(self, opened: OpenedModel, tokenizer: Any = None) -> Calibration:
         """Read the token windows for a model.

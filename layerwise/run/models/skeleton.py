@@ -47,6 +47,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
         message = f"{checkpoint.path / 'config.json'} is invalid: {one_line(error)}"
         raise DataError(message) from error
     refuse_other_kinds(checkpoint, config)
+    _check_generation(checkpoint)
     return config
 
 
@@ -58,8 +59,27 @@ def _readable(checkpoint: Checkpoint) -> Iterator[Path]:
         return
     with TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "config.json").write_bytes(checkpoint.side_file("config.json"))
+        checkpoint.copy_side_file("config.json", folder)
         yield folder
+
+
+def _check_generation(checkpoint: Checkpoint) -> None:
+    """Refuse settings of generation with which transformers does not open a model."""
+    from transformers import GenerationConfig
+
+    name = "generation_config.json"
+    if name not in checkpoint.side_files():
+        return
+    try:
+        GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    except OSError:  # transformers takes its defaults
+        return
+    except Exception as error:
+        message = (
+            f"transformers cannot use {checkpoint.path / name} ({one_line(error)}): "
+            f"correct it, or remove it"
+        )
+        raise DataError(message) from error
 
 
 def skeleton_of(

@@ -62,8 +62,7 @@ def write_smaller(
     if source is not None:
         for name in source.side_files():
             if not (folder / name).exists() and not name.endswith(".index.json"):
-                (folder / name).parent.mkdir(exist_ok=True)
-                atomic_write(folder / name, source.side_file(name))
+                source.copy_side_file(name, folder)
     elif tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return Checkpoint.open(folder)

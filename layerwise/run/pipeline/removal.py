@@ -149,7 +149,7 @@ class BlockStep(Protocol):
     """Step that prunes one block after another."""
 
     def stages_of(self, inputs: BlockInputs) -> tuple[Stage, ...]:
-        """Stages of a block whose dense inputs will be read."""
+        """Stages of a block that are pruned; their dense inputs are read."""
         ...
 
     def prune_block(

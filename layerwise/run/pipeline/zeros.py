@@ -265,7 +265,7 @@ def refuse_impossible(method: Method, pattern: Pattern) -> None:
         return
     width = pattern.m if isinstance(pattern, NM) else 4
     problem = LayerProblem.from_moments(
-        torch.ones(1, width),
+        torch.ones(2, width),  # whose masks may differ
         Moments(torch.eye(width, dtype=torch.float64)),
         pattern=pattern,
         damping=method.damping,
