@@ -139,7 +139,7 @@ def test_overflow_is_infinite() -> None:
     [
         (tokens(5), LENGTH, 8, DataError, "has 5 tokens, one window needs 6"),
         (tokens(40), 1, 8, UsageError, "sequence_length is 1"),
-        (tokens(40), LENGTH, 0, UsageError, "batch_size 0"),
+        (tokens(40), LENGTH, 0, UsageError, "batch_size is 0"),
         (tokens(40), 17, 8, UsageError, "the model has 16 positions"),
         (tokens(40)[None], LENGTH, 8, UsageError, "flatten"),
         (tokens(40) + 1, LENGTH, 8, DataError, "token id 32 at position .* of 32"),

@@ -41,6 +41,7 @@ class RunFlags:
     n_sequences: options.Windows = 128
     sequence_length: options.WindowLength = None
     seed: options.Seed = 0
+    bos: options.Bos = "auto"
     device: options.Device = "auto"
     threads: options.Threads = None
     workers: options.Workers = 1

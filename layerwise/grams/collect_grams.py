@@ -105,9 +105,11 @@ def collect_grams(
     targets: str | Sequence[str] = "Linear",
     ignore: str | Sequence[str] = ("lm_head",),
     seed: int = 0,
+    bos: str = "auto",
     device: str | torch.device = "auto",
     resume: bool = True,
     force: bool = False,
+    on_note: Callable[[str], None] = lambda note: None,
     on_start: Callable[[int], None] = lambda n_stages: None,
     on_stage: OnStage = lambda name, width: None,
 ) -> GramManifest:
@@ -119,12 +121,16 @@ def collect_grams(
         Checkpoint folder or hub name.
     output_dir
         New folder; work happens in ``output_dir.partial``.
-    calibration, tokenizer, n_sequences, sequence_length, targets, ignore, seed, device
+    calibration, tokenizer, n_sequences, sequence_length, seed, bos
+        As in :func:`layerwise.prune_model`.
+    targets, ignore, device
         As in :func:`layerwise.prune_model`.
     resume
         Continue an unfinished run with the same arguments in the same folder.
     force
         Replace a finished `output_dir`.
+    on_note
+        Called with remarks for the log.
     on_start
         Called with the number of files.
     on_stage
@@ -151,7 +157,7 @@ def collect_grams(
     inputs = model, calibration
     destination = Destination.of(output, resume=resume, force=force, inputs=inputs)
     destination.check()
-    data = CalibrationData(calibration, n_sequences, sequence_length, seed)
+    data = CalibrationData(calibration, n_sequences, sequence_length, seed, bos)
     with timed("load"):
         source = Checkpoint.open(model)
         opened = open_model(source, streamed=True)
@@ -171,6 +177,8 @@ def collect_grams(
     stages = _stages(opened.model, selection, checkpoint_names(opened.model, source))
     with timed("hash"):
         identity = fingerprint(recipe, run) | {"method": "calibrate"}
+    for note in tokens.notes:
+        on_note(note)
     on_start(len(stages))
     with open_store(destination, identity) as store:
         step = CollectGrams(partial_path(output), list(selection.blocks), on_stage)

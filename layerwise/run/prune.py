@@ -49,6 +49,7 @@ def prune_model(
     targets: str | Sequence[str] = "Linear",
     ignore: str | Sequence[str] = ("lm_head",),
     seed: int = 0,
+    bos: str = "auto",
     damping: float = 0.01,
     certify: bool | None = None,
     options: dict[str, OptionValue] | None = None,
@@ -95,8 +96,9 @@ def prune_model(
         and of the values of attention, or channels of the MLP and whole heads. Methods that
         only remove columns choose one of the two themselves.
     calibration
-        ``"wikitext2"``, ``"c4"``, ``"file.txt"``, ``"file.jsonl:field"``, a list of
-        strings, or token ids.
+        ``"wikitext2"``, ``"c4"``, ``"file.txt"``, ``"file.jsonl:field"``, also ``.json``,
+        ``.parquet`` and ``.gz``; strings, chats, token ids, a data set or a DataLoader, see
+        :func:`layerwise.run.data.calibration.token_windows`.
     tokenizer
         Tokenizer for text; by default the one in the checkpoint folder.
     n_sequences, sequence_length
@@ -110,6 +112,10 @@ def prune_model(
         ``"Linear"`` is every linear layer, including the ``Conv1D`` of transformers.
     seed
         Seed of the calibration windows; the global generators are not touched.
+    bos
+        Whether every window begins with BOS: ``"auto"`` (for text, of families in
+        :data:`layerwise.run.data.bos.NEEDS_BOS`), ``"always"`` or ``"never"``, the
+        contiguous windows of the papers. The length of the windows is the same.
     damping
         Ridge towards the dense weight, relative to the mean diagonal of the gram.
     certify
@@ -183,6 +189,7 @@ def prune_model(
         targets=targets,
         ignore=ignore,
         seed=seed,
+        bos=bos,
         device=device,
         memory_budget=memory_budget,
         activations=activations,
@@ -219,6 +226,7 @@ def prune(
         needed = settings.removal.disk_needed(run)
         with open_store(destination, identity, ranks, needed) as store:
             listeners = Listeners(callbacks if ranks.first else ())
+            listeners.on_notes(run.tokens.notes)
             listeners.on_notes(settings.removal.notes(run))
             if streamed and from_folder and opened.in_memory:
                 listeners.on_note(WHOLE)

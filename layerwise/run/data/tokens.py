@@ -37,6 +37,20 @@ def encode(
     return tokens
 
 
+def without_first(tokens: Tensor, first: int | None) -> Tensor:
+    """Return tokens without this one at their start; shape (tokens,)."""
+    while first is not None and len(tokens) and int(tokens[0]) == first:
+        tokens = tokens[1:]
+    return tokens
+
+
+def with_first(tokens: Tensor, first: int | None) -> Tensor:
+    """Return tokens that begin with this one; shape (tokens,)."""
+    if first is None or (len(tokens) and int(tokens[0]) == first):
+        return tokens
+    return torch.cat([tokens.new_tensor([first]), tokens])
+
+
 def check_token_ids(tokens: Tensor, vocab_size: int | None, where: str) -> None:
     """Raise a DataError for the first id below 0 or at least ``vocab_size``.
 

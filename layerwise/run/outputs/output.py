@@ -52,6 +52,7 @@ class Manifest(BaseModel):
     source: dict[str, str]  # file name -> sha256
     calibration: str
     calibration_sha256: str
+    bos: str = "never"  # "always" if every calibration window begins with BOS
     versions: dict[str, str]
     smaller: Smaller | None = None  # for a model that lost channels
 
@@ -191,6 +192,7 @@ def write_rest(
         source=source.sha256(),
         calibration=tokens.source,
         calibration_sha256=tokens.sha256,
+        bos=recipe.bos,
         versions=versions(),
         **claims,
     )

@@ -14,6 +14,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from layerwise.configure import OptionValue
 from layerwise.errors import DataError, UsageError
+from layerwise.run.data.bos import BosMode
 from layerwise.run.models.stock import OutputFormat
 from layerwise.run.pipeline.task import ErrorCorrection
 
@@ -54,6 +55,7 @@ class Recipe(BaseModel):
     targets: list[str] = Field(default_factory=lambda: ["Linear"])
     ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
     seed: int = 0
+    bos: BosMode = "auto"
     damping: float = 0.01
     certify: bool | None = None
     options: dict[str, OptionValue] = Field(default_factory=dict)
