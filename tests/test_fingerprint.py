@@ -16,6 +16,7 @@ from tests.support.models import random_tokens, save_checkpoint, tiny_model
 
 TOKENS = random_tokens(6, 12)
 COMMON: dict[str, Any] = {
+    "bos": "never",
     "certify": None,
     "damping": 0.01,
     "device": "cpu",

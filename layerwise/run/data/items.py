@@ -23,6 +23,7 @@ FIELDS = ("input_ids", "messages", "text")  # of a dict, the first one that is t
 EXPECTED = "input_ids, text or messages"
 DEEPEST = 4  # lists in lists, of a batch of chats
 FIELDS_SHOWN = 8
+LISTS_SHOWN = 3  # in one another
 FIELDS_LENGTH = 40  # characters shown of a name
 PAIR = 2
 
@@ -45,8 +46,9 @@ def items_of(value: Any, where: str, depth: int = 0) -> Iterator[Item]:
     Parameters
     ----------
     value
-        A string; token ids of one sequence, or of a batch; a message or a list of them; a
-        dict with one of these; a batch, or a pair of which the first is taken.
+        A string; token ids of one sequence, or of a batch; a list of messages; a dict with
+        one of these; a batch of them; or a tuple, of which the first is taken: an input
+        with its target.
     where
         Name of the element, for messages.
     depth
@@ -64,13 +66,13 @@ def items_of(value: Any, where: str, depth: int = 0) -> Iterator[Item]:
     elif isinstance(value, Tensor | np.ndarray) and value.ndim:
         rows = [value] if value.ndim == 1 or len(value) == 1 else value
         yield from (Item("token ids", row, where) for row in rows)
-    elif not isinstance(value, Sequence) or not len(value) or depth > DEEPEST:
+    elif not _is_list(value) or depth > DEEPEST:
         raise refusal(value, where)
     elif is_message(value[0]):
         yield Item("chat", list(value), where)
     elif is_number(value[0]):
         yield Item("token ids", value, where)
-    elif _is_pair(value):
+    elif _is_sample(value, where):
         yield from items_of(value[0], where, depth + 1)
     else:
         for element in value:
@@ -131,7 +133,7 @@ def refusal(value: Any, where: str) -> UsageError:
     return UsageError(f"{where} is {described(value)}: expected {EXPECTED}")
 
 
-def described(value: Any) -> str:
+def described(value: Any, depth: int = 0) -> str:
     """What a value is, in a few words."""
     if isinstance(value, Mapping):
         names = ", ".join(str(name)[:FIELDS_LENGTH] for name in list(value)[:FIELDS_SHOWN])
@@ -139,8 +141,10 @@ def described(value: Any) -> str:
     if isinstance(value, Tensor | np.ndarray):
         return f"a tensor of {value.dtype}, shape {tuple(value.shape)}"
     name = type(value).__name__
-    if isinstance(value, list | tuple) and value:
-        noun, space, rest = described(value[0]).partition(" ")[2].partition(" ")
+    if isinstance(value, list | tuple) and not value:
+        return f"an empty {name}"
+    if isinstance(value, list | tuple) and depth < LISTS_SHOWN:
+        noun, space, rest = described(value[0], depth + 1).partition(" ")[2].partition(" ")
         return f"a {name} of {len(value)} {noun}{'s' * (len(value) > 1)}{space}{rest}"
     article = "an" if name[0] in "aeiou" else "a"
     return f"{article} {name}"
@@ -154,8 +158,19 @@ def _field_of(record: Mapping[Any, Any], where: str) -> Any:
     raise refusal(record, where)
 
 
-def _is_pair(value: Sequence[Any]) -> bool:
-    """Whether a list of arrays is one input, or an input and its target."""
-    arrays = isinstance(value[0], Tensor | np.ndarray)
-    lists = isinstance(value, tuple) and isinstance(value[0], list)
-    return len(value) <= PAIR and (arrays or lists)
+def _is_list(value: Any) -> bool:
+    """Whether a value is a list that is not empty; bytes are not."""
+    return isinstance(value, Sequence) and not isinstance(value, bytes) and len(value) > 0
+
+
+def _is_sample(value: Sequence[Any], where: str) -> bool:
+    """Whether a list is an input and what belongs to it: a target, a mask.
+
+    Of one-dimensional arrays in a list there may be two; more could as well be a batch.
+    """
+    array = isinstance(value[0], Tensor | np.ndarray)
+    if isinstance(value, tuple):
+        return array or isinstance(value[0], list)
+    if array and value[0].ndim == 1 and len(value) > PAIR:
+        raise refusal(value, where)
+    return array

@@ -30,6 +30,7 @@ from layerwise.run.data.items import (
 from layerwise.run.data.texts import PARAGRAPH, Part, Text, check_text
 
 IDS, CHATS, STRINGS = "token ids", "the chats", "the list of strings"
+END = object()
 NOTHING = "the calibration source is empty: give text or token ids"
 
 
@@ -135,8 +136,8 @@ def _is_split(value: Any) -> bool:
 def _of_iterable(source: Iterable[Any], enough: int | None) -> Material:
     """Material of the elements of an iterable."""
     elements = iter(_known_columns(source))
-    first = next(elements, None)
-    if first is None:
+    first = next(elements, END)
+    if first is END:
         raise DataError(NOTHING)
     rest = itertools.chain([first], elements)
     if is_number(first):
@@ -211,7 +212,7 @@ def _read(values: Iterator[Any], enough: int | None) -> list[Any]:
     found, characters = [], 0
     for value in values:
         found.append(value)
-        contents = [value] if isinstance(value, str) else [m["content"] for m in value]
+        contents = [value] if isinstance(value, str) else [m.get("content") for m in value]
         characters += sum(len(str(content)) for content in contents)
         if enough is not None and characters >= enough:
             break
