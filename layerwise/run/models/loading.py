@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import DataError, one_line
 from layerwise.run.checkpoints.storage import checkpoint_names
+from layerwise.run.data.tokens import PANIC
 from layerwise.run.models.skeleton import read_config, refuse_mismatch, skeleton_of
 
 if TYPE_CHECKING:
@@ -92,7 +93,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 checkpoint.path, local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+                raise  # an interruption
             message = (
                 f"the tokenizer in {checkpoint.path} cannot be loaded: "
                 f"{one_line(error)}; restore its files or pass token ids instead"
