@@ -54,6 +54,7 @@ def sha256_of(tokens: torch.Tensor) -> str:
                 "options": {},
                 "sparsity": "2:4",
                 "group": "row",
+                "keep_zeros": False,
             },
         ),
         (
@@ -64,6 +65,7 @@ def sha256_of(tokens: torch.Tensor) -> str:
                 "options": {"sparsegpt.block_size": 4},
                 "sparsity": 0.5,
                 "group": "row",
+                "keep_zeros": False,
             },
         ),
         (
@@ -72,6 +74,7 @@ def sha256_of(tokens: torch.Tensor) -> str:
                 "allocation": "uniform",
                 "format": "native",
                 "group": "row",
+                "keep_zeros": None,
                 "method": "fasp",
                 "multiple": 8,
                 "options": {},

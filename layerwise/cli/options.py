@@ -119,6 +119,16 @@ Pattern = Annotated[
     str | None,
     option(METHOD, "KIND", "Make a smaller model: remove columns or heads."),
 ]
+KeepZeros = Annotated[
+    bool | None,
+    option(
+        METHOD,
+        None,
+        "Let every zero that is there already stay zero.",
+        "--keep-zeros/--no-keep-zeros",
+        default="for a folder that layerwise wrote",
+    ),
+]
 Allocation = Annotated[
     str | None,
     option(

@@ -33,6 +33,7 @@ class RunFlags:
     set_: options.Set = None
     effort: options.Effort = None
     pattern: options.Pattern = None
+    keep_zeros: options.KeepZeros = None
     allocation: options.Allocation = None
     format: options.Format = None
     multiple: options.Multiple = None

@@ -58,6 +58,7 @@ def prune_model(
     multiple: int | None = None,
     unit: int | None = None,
     group: str | None = None,
+    keep_zeros: bool | None = None,
     device: str | torch.device = "auto",
     memory_budget: int | None = None,
     activations: str = "auto",
@@ -132,6 +133,9 @@ def prune_model(
         Former name of `multiple`.
     group
         Whether a fraction of zeros holds for every ``"row"`` (default) or ``"layer"``.
+    keep_zeros
+        Whether every zero that a weight has already stays zero, with the pattern on top.
+        None: for a folder that layerwise wrote.
     device
         Where blocks are computed; ``"auto"`` is a GPU if one is available.
     memory_budget
@@ -179,6 +183,7 @@ def prune_model(
         allocation=allocation,
         format=format,
         multiple=_multiple(multiple, unit),
+        keep_zeros=keep_zeros,
         damping=damping,
         certify=certify,
         options=options,

@@ -27,6 +27,7 @@ from layerwise.run.models.architecture import embedding_rows, model_type_of
 from layerwise.run.models.loading import load_tokenizer
 from layerwise.run.models.opening import OpenedModel
 from layerwise.run.outputs.recipe import Recipe
+from layerwise.run.pipeline.destination import is_ours
 from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.parallel import Workers
 from layerwise.run.pipeline.removal import Amount, Removal, Run
@@ -81,6 +82,7 @@ class Settings:
         allocation: str | None = None,
         format: str | None = None,
         multiple: int | None = None,
+        keep_zeros: bool | None = None,
         damping: float = 0.01,
         certify: bool | None = None,
         options: Mapping[str, OptionValue] | None = None,
@@ -107,7 +109,7 @@ class Settings:
         """
         configured = method_of(method, damping, certify, options or {}, memory_budget)
         check_pattern_name(pattern)
-        amount = Amount(sparsity, pattern, group, allocation, format, multiple)
+        amount = Amount(sparsity, pattern, group, allocation, format, multiple, keep_zeros)
         removals = (kind.from_arguments(configured, amount) for kind in REMOVALS)
         settings = cls(
             removal=next(removal for removal in removals if removal is not None),
@@ -146,8 +148,9 @@ class Settings:
 
     def for_model(self, opened: OpenedModel) -> "Settings":
         """Return the settings with what papers prescribe for the family of a model."""
-        model_type = model_type_of(opened.model)
-        return replace(self, removal=self.removal.for_model(model_type))
+        model_type, source = model_type_of(opened.model), opened.source
+        ours = source is not None and is_ours(source.path)
+        return replace(self, removal=self.removal.for_model(model_type, ours=ours))
 
     def run_on(
         self,

@@ -44,6 +44,7 @@ class Manifest(BaseModel):
     format: int = 1
     sparsity: str
     group: str
+    keep_zeros: bool = False  # whether there may be more zeros than the sparsity says
     pruned: dict[str, str]  # parameter name -> tensor name in the checkpoint
     transposed: list[str] = []  # pruned parameters that are stored as (in, out)
     untouched: dict[str, str]  # tensor name -> sha256 of its bytes in the source
@@ -189,6 +190,7 @@ def write_rest(
         shards=written.sha256(written.shards),
         sparsity=str(recipe.sparsity or 0.0),
         group=recipe.group,
+        keep_zeros=bool(recipe.keep_zeros),
         source=source.sha256(),
         calibration=tokens.source,
         calibration_sha256=tokens.sha256,

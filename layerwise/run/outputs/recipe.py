@@ -43,6 +43,7 @@ class Recipe(BaseModel):
     sparsity: float | str | None = None
     group: Literal["row", "layer"] = "row"
     pattern: str | None = None
+    keep_zeros: bool | None = None
     allocation: str | None = None
     format: OutputFormat | None = None
     multiple: int | None = Field(
