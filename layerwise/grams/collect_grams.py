@@ -18,12 +18,14 @@ from layerwise.adapters.base import Stage
 from layerwise.errors import UnsupportedModelError
 from layerwise.grams.gram_folder import GramManifest, StageFile, StoredMatrix
 from layerwise.grams.layer_files import write_file
+from layerwise.modes import in_ordinary_mode
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.activations.hidden_store import hidden_store
 from layerwise.run.activations.streams import evaluation_mode
 from layerwise.run.checkpoints.hashes import file_sha256
-from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.accounts import checkpoint_names
 from layerwise.run.models.opening import open_model
 from layerwise.run.outputs.output import fingerprint, versions
 from layerwise.run.outputs.recipe import Recipe
@@ -94,6 +96,7 @@ def stage_file(block: int, stage: int) -> str:
     return f"{block:05d}-{stage:02d}.safetensors"
 
 
+@in_ordinary_mode
 def collect_grams(
     model: str | Path,
     output_dir: str | Path,

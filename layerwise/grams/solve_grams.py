@@ -19,6 +19,7 @@ from layerwise.grams.layer_files import missing_statistic, read_file
 from layerwise.grams.layer_jobs import LayerJob, forget_files, open_layers, solve_layer
 from layerwise.grams.solved_folder import SolvedFolder, recipe_of
 from layerwise.grams.sweep import Sweep
+from layerwise.modes import in_ordinary_mode
 from layerwise.run.pipeline.destination import check_output, local_path
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.removal import Amount
@@ -35,6 +36,7 @@ from layerwise.solve import resolve
 OnLayer = Callable[[LayerRecord], None]
 
 
+@in_ordinary_mode
 def solve_grams(
     grams: str | Path,
     methods: Any = "fista",

@@ -35,6 +35,8 @@ from layerwise.planning.solver_costs import workspace_of
 from layerwise.run.activations.hidden_store import goes_to_disk
 from layerwise.run.capacity import Capacity, capacity_of, own_memory, room
 from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.accounts import remarks
+from layerwise.run.models.architecture import as_stored
 from layerwise.run.models.headers import Headers
 from layerwise.run.models.opening import OpenedModel
 from layerwise.run.models.residency import InMemory
@@ -97,7 +99,8 @@ def plan_run(
     settings.workers.check(settings.error_correction, streamable=streamed)
     length = settings.calibration.check(skeleton)
     base = own_memory()
-    opened = OpenedModel(InMemory(skeleton), adapter_without_memory(skeleton), source)
+    adapter = as_stored(adapter_without_memory(skeleton), skeleton, source)
+    opened = OpenedModel(InMemory(skeleton), adapter, source)
     settings = settings.for_model(opened)
     refusal = _in_the_way(destination) or _selection_error(settings, opened)
     entries = settings.targets, settings.ignore
@@ -232,6 +235,8 @@ def _notes(opened: OpenedModel, run: RunShape, method: Method) -> Iterator[str]:
             f"{opened.adapter.blocks} were found by running it without numbers, and a run "
             f"proves them first"
         )
+    if opened.source is not None:
+        yield from remarks(opened.model, opened.source)
     if not run.streamed:
         yield "this run has the whole model in memory"
     if run.workspace is None:

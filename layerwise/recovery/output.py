@@ -12,7 +12,8 @@ from layerwise.errors import DataError, one_line
 from layerwise.recovery.pruned import Pruned
 from layerwise.recovery.records import UnitRecord
 from layerwise.run.checkpoints.atomic import atomic_write
-from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, write_checkpoint
+from layerwise.run.checkpoints.storage import Checkpoint, write_checkpoint
+from layerwise.run.models.accounts import checkpoint_names
 from layerwise.run.outputs.output import MANIFEST
 from layerwise.run.pipeline.destination import FINGERPRINT, FOLDER
 from layerwise.run.pipeline.journal import Journal

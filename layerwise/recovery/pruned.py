@@ -133,7 +133,7 @@ class Pruned:
             )
             raise UsageError(message)
         dense = load_model(Checkpoint.open(path))
-        ours, theirs = self.model.config, dense.config
+        ours, theirs = (m.config.get_text_config() for m in (self.model, dense))
         if (ours.model_type, ours.hidden_size) != (theirs.model_type, theirs.hidden_size):
             message = (
                 f"{path} and the pruned model differ in architecture: give the model that "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.adapters.selective_scan import fast_scan
+from layerwise.modes import in_ordinary_mode
 from layerwise.recovery.output import write_retrained
 from layerwise.recovery.pruned import Pruned
 from layerwise.recovery.records import UnitRecord
@@ -63,6 +64,7 @@ class RetrainReport:
         return self.trained / self.parameters
 
 
+@in_ordinary_mode
 def retrain_model(
     model_or_path: nn.Module | str | Path,
     *,
@@ -179,7 +181,7 @@ def retrain_model(
     destination.check()
     pruned = Pruned.open(model_or_path, masks, settings.sets, destination.output)
     model = pruned.model
-    width = int(model.config.hidden_size)
+    width = int(model.config.get_text_config().hidden_size)
     original = pruned.dense_model(dense) if settings.reconstructs else None
     tokens = data.windows(pruned.opened, tokenizer)
     batches = torch.split(tokens.tokens, batch_size)

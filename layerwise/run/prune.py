@@ -16,6 +16,7 @@ from torch import nn
 
 from layerwise.configure import OptionValue
 from layerwise.errors import UsageError
+from layerwise.modes import in_ordinary_mode
 from layerwise.patterns import Pattern
 from layerwise.run.activations.streams import evaluation_mode
 from layerwise.run.models.opening import open_model
@@ -35,6 +36,7 @@ WHOLE = (
 )
 
 
+@in_ordinary_mode
 def prune_model(
     model_or_path: nn.Module | str | Path,
     method: SolverLike = "fista",

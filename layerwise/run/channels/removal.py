@@ -36,6 +36,7 @@ from layerwise.run.channels.widths import (
     rule_of,
 )
 from layerwise.run.checkpoints.hashes import digests
+from layerwise.run.models.accounts import remarks
 from layerwise.run.models.cuts import Cut
 from layerwise.run.models.opening import OpenedModel
 from layerwise.run.models.padding import pad_to_widest
@@ -159,6 +160,8 @@ class RemoveChannels:
                 f"the stock format of {adapter.name} has no place for the biases of "
                 f"{self.method.name}: weights are refitted without biases"
             )
+        if (source := run.opened.source) is not None:
+            notes += remarks(run.opened.model, source, are_kept=False)
         return notes
 
     def disk_needed(self, run: Run[ChannelSelection]) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerwise.errors import DataError, UsageError, one_line
 from layerwise.run.checkpoints.atomic import atomic_write
@@ -40,7 +40,6 @@ from layerwise.run.checkpoints.validation import (
 __all__ = [
     "Checkpoint",
     "atomic_write",
-    "checkpoint_names",
     "pack_mask",
     "unpack_mask",
     "write_checkpoint",
@@ -215,36 +214,3 @@ def _check_output(
     if needed > (free := shutil.disk_usage(output).free):
         message = f"{output} needs {needed} bytes but its disk has {free}: free some space"
         raise DataError(message)
-
-
-def checkpoint_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """Name of the stored tensor of each parameter of a model.
-
-    Names agree, or differ by the prefix of the base model (``model.``) that some
-    checkpoints omit. Tied parameters share one stored tensor.
-
-    Returns
-    -------
-    dict
-        One entry per parameter name, tied parameters included. Parameters without a
-        stored tensor (such as those that transformers fuses while loading) are absent.
-    """
-    names: dict[str, str] = {}
-    first: dict[int, str] = {}  # identity of a parameter -> tensor name
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    for name, parameter in parameters:
-        stored = stored_name(model, checkpoint.weight_map, name)
-        if stored is not None:
-            names[name] = stored
-            first.setdefault(id(parameter), stored)
-    for name, parameter in parameters:
-        if name not in names and id(parameter) in first:
-            names[name] = first[id(parameter)]
-    return names
-
-
-def stored_name(model: nn.Module, stored: Mapping[str, Any], name: str) -> str | None:
-    """Name under which a parameter or buffer is stored, or None."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    candidates = (name, name.removeprefix(prefix), prefix + name)
-    return next((candidate for candidate in candidates if candidate in stored), None)

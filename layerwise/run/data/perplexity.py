@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import SolveError, UsageError
+from layerwise.modes import in_ordinary_mode
 from layerwise.run.activations.streams import evaluation_mode
 from layerwise.run.data.context import context_length
 from layerwise.run.data.protocol import Protocol, Window
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@in_ordinary_mode
 def perplexity(
     model: PreTrainedModel,
     token_ids: Tensor,
@@ -85,6 +87,7 @@ def perplexity(
         return math.inf
 
 
+@in_ordinary_mode
 def mean_loss(
     model: PreTrainedModel,
     token_ids: Tensor,  # (tokens,)

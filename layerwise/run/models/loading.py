@@ -7,8 +7,7 @@ that comes with a checkpoint is never executed.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import DataError, one_line
-from layerwise.run.checkpoints.storage import checkpoint_names
 from layerwise.run.data.tokens import PANIC
-from layerwise.run.models.skeleton import read_config, refuse_mismatch, skeleton_of
+from layerwise.run.models.accounts import account_of, refuse_mismatch
+from layerwise.run.models.kinds import auto_class_of, class_of
+from layerwise.run.models.skeleton import read_config, skeleton_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,8 +43,8 @@ def load_stock(checkpoint: Checkpoint, device: torch.device | str) -> PreTrained
     UnsupportedModelError
         The architecture is unknown, not a causal language model, or needs code of its own.
     DataError
-        A tensor is missing, has another shape than the configuration says, belongs to a
-        layer that the configuration does not have, or is not finite.
+        A tensor is missing, has another shape than the configuration says or no place in
+        it, or is not finite.
     """
     with quiet_transformers():
         config = read_config(checkpoint)
@@ -132,12 +132,10 @@ def _instantiate(
     checkpoint: Checkpoint, config: Any, operate: Callable[[nn.Module], object] | None
 ) -> Any:
     """Load with transformers, and check its loading report."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-
-    own = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    loader: Any = AutoModelForCausalLM
-    given = {}
+    loader = auto_class_of(config)
+    given, own = {}, None
     if operate is not None:
+        own = class_of(config)
         loader, given = _operated(own, operate), {"config": config}
     try:
         loaded: Any = loader.from_pretrained(
@@ -153,17 +151,14 @@ def _instantiate(
         message = f"{checkpoint.path} cannot be loaded: {one_line(error)}"
         raise DataError(message) from error
     model, report = loaded
-    unexpected = set(report["unexpected_keys"])
-    surplus = unexpected if operate is not None else surplus_layers(model, unexpected)
     problems = {
         "lacks tensors of the model": report["missing_keys"],
         "has tensors of another shape": {key[0] for key in report["mismatched_keys"]},
-        "has layers that config.json does not count": surplus,
         "does not load": set(report["error_msgs"]),
     }
     for problem, names in problems.items():
         refuse_mismatch(checkpoint, problem, names)
-    if operate is not None:
+    if own is not None:
         model.__class__ = own
     return model
 
@@ -178,19 +173,8 @@ def _operated(kind: Any, operate: Callable[[nn.Module], object]) -> Any:
     return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
 
 
-def surplus_layers(model: nn.Module, unexpected: Collection[str]) -> set[str]:
-    """Unexpected tensors that a model with more layers would have."""
-    expected = {_family(name) for name in model.state_dict()}
-    return {name for name in unexpected if _family(name) in expected}
-
-
-def _family(name: str) -> str:
-    """Name without the numbers of layers and experts."""
-    return re.sub(r"\.\d+(?=\.)", ".*", name)
-
-
 def _check_finite(model: nn.Module, checkpoint: Checkpoint) -> None:
-    stored = checkpoint_names(model, checkpoint)
+    stored = account_of(model, checkpoint).names
     for name, tensor in model.state_dict().items():
         check_finite(tensor, stored.get(name, name), checkpoint)
 

@@ -21,9 +21,10 @@ from layerwise.errors import DataError
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.hashes import parameters_sha256, tensor_hashes
 from layerwise.run.checkpoints.lazy import LazyTensors
-from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, write_checkpoint
+from layerwise.run.checkpoints.storage import Checkpoint, write_checkpoint
 from layerwise.run.checkpoints.strict_json import read_object
 from layerwise.run.data.calibration import Calibration
+from layerwise.run.models.accounts import checkpoint_names
 from layerwise.run.outputs.model_card import model_card
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.outputs.smaller import Smaller, describe, write_channels, write_smaller

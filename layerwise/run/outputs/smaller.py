@@ -10,7 +10,8 @@ from torch import nn
 
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.hashes import digests
-from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.accounts import checkpoint_names
 from layerwise.run.models.loading import quiet_transformers
 from layerwise.run.models.native import save_native
 from layerwise.run.models.stock import OutputFormat

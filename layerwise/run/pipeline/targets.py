@@ -198,10 +198,17 @@ def note_on(model: nn.Module, adapter: Adapter, selection: Selected) -> str:
 
 
 def refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise if a weight to prune is shared with another module of the model."""
+    """Raise if a weight to prune is shared with another module, or entries share memory."""
     known = names_of(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in names:
         weight = f"{name}.weight"
+        if 0 in parameters[weight].stride():
+            message = (
+                f"{weight} is expanded, so that entries share their memory, and cannot be "
+                f"changed in place: clone it"
+            )
+            raise UnsupportedModelError(message)
         if (other := other_name(known[weight], weight)) is not None:
             message = (
                 f"{weight} and {other} are one tensor: pruning one of them would change "

@@ -15,6 +15,7 @@ from layerwise.problem import LayerProblem
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.activations.pruned_side import PrunedSide
+from layerwise.run.models.accounts import remarks
 from layerwise.run.models.opening import OpenedModel
 from layerwise.run.pipeline.block_files import MASK, WEIGHT
 from layerwise.run.pipeline.blocks import collect_at_once, collect_pair
@@ -132,6 +133,8 @@ class ZeroWeights:
         opened, notes = run.opened, [KEPT] if self.keep_zeros else []
         if opened.adapter.found:
             notes.append(note_on(opened.model, opened.adapter, run.selection))
+        if opened.source is not None:
+            notes += remarks(opened.model, opened.source)
         return notes
 
     def disk_needed(self, run: Run[Selection]) -> int:
