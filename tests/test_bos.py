@@ -175,7 +175,11 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_says_what_it_did(gemma: Path) -> None:
     notes = Notes()
-    data = {"calibration": gemma / "text.txt", "n_sequences": 4, "sequence_length": LENGTH}
+    data: dict[str, Any] = {
+        "calibration": gemma / "text.txt",
+        "n_sequences": 4,
+        "sequence_length": LENGTH,
+    }
     for bos in ("auto", "never"):
         prune_model(
             gemma / "gemma",
@@ -199,7 +203,11 @@ def test_a_run_says_what_it_did(gemma: Path) -> None:
 
 
 def test_resume_notices_another_bos(gemma: Path) -> None:
-    data = {"calibration": gemma / "text.txt", "n_sequences": 4, "sequence_length": LENGTH}
+    data: dict[str, Any] = {
+        "calibration": gemma / "text.txt",
+        "n_sequences": 4,
+        "sequence_length": LENGTH,
+    }
 
     class Stop(Exception):
         pass

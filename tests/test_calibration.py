@@ -396,6 +396,10 @@ def test_output_of_a_foreign_tokenizer_is_checked(
     ],
 )
 def test_impossible_numbers(arguments: dict[str, int], match: str) -> None:
-    numbers = {"n_sequences": 1, "sequence_length": 4, "seed": 0} | arguments
+    numbers: dict[str, Any] = {
+        "n_sequences": 1,
+        "sequence_length": 4,
+        "seed": 0,
+    } | arguments
     with pytest.raises(UsageError, match=match):
         token_windows(range(9), None, **numbers)

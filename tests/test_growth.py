@@ -113,7 +113,7 @@ def test_slow_tokenizer_is_refused_before_the_whole_text(
 
     monkeypatch.setattr("layerwise.run.data.growth.PATIENCE", 0.01)
     with pytest.raises(DataError, match=r"needs 0\.\d s for 4 characters"):
-        encode(TEXT, Slow())  # type: ignore[arg-type]
+        encode(TEXT, Slow())
 
 
 def test_interruptions_are_not_taken_for_damage() -> None:
@@ -121,7 +121,7 @@ def test_interruptions_are_not_taken_for_damage() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        encode(TEXT, interrupted)  # type: ignore[arg-type]
+        encode(TEXT, interrupted)
 
 
 @pytest.mark.parametrize("part", ["model", "pre_tokenizer", "added_tokens"])

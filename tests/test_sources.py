@@ -40,7 +40,8 @@ CHATS = [
 
 def rows_of(source: Any, count: int = 4) -> list[list[int]]:
     found = token_windows(source, None, n_sequences=count, sequence_length=LENGTH)
-    return found.tokens.tolist()  # type: ignore[no-any-return]
+    rows: list[list[int]] = found.tokens.tolist()
+    return rows
 
 
 def set_of(**columns: Any) -> datasets.Dataset:
@@ -66,11 +67,11 @@ IDS_SOURCES: dict[str, Callable[[], Any]] = {
     "pairs": pairs,
     "pairs of lists": lambda: [(row, row) for row in ROWS],
     "pairs of arrays": lambda: [[np.array(row), np.array(row)] for row in ROWS],
-    "batches of tensors": lambda: DataLoader(IDS, batch_size=4),  # type: ignore[arg-type]
+    "batches of tensors": lambda: DataLoader(IDS, batch_size=4),
     "batches of pairs": lambda: DataLoader(TensorDataset(IDS, IDS), batch_size=3),
     "batches of one tensor": lambda: DataLoader(TensorDataset(IDS), batch_size=5),
     "batches of dicts": lambda: DataLoader(
-        set_of(input_ids=ROWS).with_format("torch"),  # type: ignore[arg-type]
+        set_of(input_ids=ROWS).with_format("torch"),
         batch_size=4,
     ),
     "ids, masks, labels": lambda: DataLoader(
@@ -93,7 +94,7 @@ TEXT_SOURCES: dict[str, Callable[[], Any]] = {
     "data set": lambda: set_of(text=TEXTS, id=[1, 2, 3, 4]),
     "its column": lambda: set_of(text=TEXTS)["text"],
     "stream of a data set": lambda: set_of(text=TEXTS).to_iterable_dataset(),
-    "batches": lambda: DataLoader(TEXTS, batch_size=3),  # type: ignore[arg-type]
+    "batches": lambda: DataLoader(TEXTS, batch_size=3),
     "batches of dicts": lambda: [{"text": TEXTS[:3]}, {"text": TEXTS[3:]}],
 }
 
@@ -101,7 +102,7 @@ TEXT_SOURCES: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", TEXT_SOURCES)
 def test_texts_of_objects(name: str) -> None:
     assert evaluation_text(TEXT_SOURCES[name]()) == "\n\n".join(TEXTS)
-    sizes = {"n_sequences": 3, "sequence_length": LENGTH}
+    sizes: dict[str, Any] = {"n_sequences": 3, "sequence_length": LENGTH}
     found = token_windows(TEXT_SOURCES[name](), tiny_tokenizer(), **sizes)
     expected = token_windows(TEXTS, tiny_tokenizer(), **sizes)
     assert torch.equal(found.tokens, expected.tokens)
@@ -135,7 +136,7 @@ def test_chats_go_through_the_template(source: Any) -> None:
 
 
 def test_one_chat_and_broken_ones() -> None:
-    sizes = {"n_sequences": 1, "sequence_length": 4}
+    sizes: dict[str, Any] = {"n_sequences": 1, "sequence_length": 4}
     found = token_windows(CHATS[0], chat_tokenizer(), **sizes)
     assert found.source == "the chats"
     with pytest.raises(UsageError, match=r"refuses chat 0: .*chat_template"):
@@ -314,7 +315,7 @@ def test_gzip_that_grows_without_end(
 
 def test_a_recipe_says_whether_it_can_be_repeated(tmp_path: Path) -> None:
     model, out = tiny_model("llama"), tmp_path / "out"
-    sizes = {"n_sequences": 4, "sequence_length": LENGTH}
+    sizes: dict[str, Any] = {"n_sequences": 4, "sequence_length": LENGTH}
     prune_model(
         model, "wanda", 0.5, calibration={"input_ids": IDS}, output_dir=out, **sizes
     )

@@ -65,7 +65,8 @@ def test_end_tokens_and_other_settings_do_not_stop_the_decoding() -> None:
 @pytest.mark.parametrize("family", ["opt", "gpt2", "llama"])
 def test_short_contexts(family: str, positions: int) -> None:
     name = "n_positions" if family == "gpt2" else "max_position_embeddings"
-    model = tiny_model(family, **{name: positions})
+    more: dict[str, Any] = {name: positions}
+    model = tiny_model(family, **more)
     (found,) = measure_speed([model], batches=(1, 2), repeats=1)
     assert found.length == positions
     assert found.decode.tokens == positions - 1

@@ -1,7 +1,7 @@
 """Runs a retraining, block by block or of the whole model, with journal and callbacks."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -49,8 +49,8 @@ class Callback(Protocol):
 def tell(callbacks: Sequence[Callback], notes: Sequence[str]) -> None:
     """Pass on lines for the log to the callbacks that take them."""
     for callback in callbacks:
-        on_note = getattr(callback, "on_note", None)
-        for note in notes if on_note is not None else ():
+        on_note: Callable[[str], None] = getattr(callback, "on_note", lambda text: None)
+        for note in notes:
             on_note(note)
 
 
