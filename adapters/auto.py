@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from layerwise.adapters.base import Adapter, Stage
 from layerwise.adapters.linear import is_linear
+from layerwise.adapters.untouched import Untouched
 from layerwise.errors import UnsupportedModelError
 
 
@@ -92,7 +93,10 @@ def _run(model: nn.Module, lists: Mapping[str, nn.ModuleList], tokens: Tensor) -
             for index, block in enumerate(blocks):
                 _watch_block(stack, trace, f"{name}.{index}", block)
         try:
-            model(input_ids=tokens, use_cache=False)
+            with Untouched(model):
+                model(input_ids=tokens, use_cache=False)
+        except UnsupportedModelError:
+            raise
         except Exception as error:
             reason = " ".join(str(error).split())
             message = (

@@ -7,6 +7,7 @@ is pruned in place.
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,11 @@ from layerwise.errors import UsageError
 from layerwise.modes import in_ordinary_mode
 from layerwise.patterns import Pattern
 from layerwise.run.activations.streams import evaluation_mode
-from layerwise.run.models.opening import open_model
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.architecture import adapter_of, is_declared
+from layerwise.run.models.headers import Headers
+from layerwise.run.models.opening import OpenedModel, open_model
+from layerwise.run.models.residency import InMemory
 from layerwise.run.outputs.output import Outcome, fingerprint, stored_masks, write_output
 from layerwise.run.pipeline.destination import NOWHERE, Destination
 from layerwise.run.pipeline.sharing import agree, open_store
@@ -217,19 +222,22 @@ def prune(
 ) -> PruneReport:
     """Prune a model with resolved settings; see :func:`prune_model`."""
     start, output = time.perf_counter(), destination.output
-    with ranks_of_environment(settings.device) as ranks:
+    with ranks_of_environment(settings.device) as ranks, ExitStack() as held:
         from_folder = not isinstance(model_or_path, nn.Module)
         streamed = settings.check_placement(output, from_folder=from_folder, ranks=ranks)
         if ranks.first:
-            destination.check()
+            held.enter_context(destination.held())
         with timed("load"):
+            if not isinstance(model_or_path, nn.Module):
+                model_or_path = open_headers(model_or_path, settings, tokenizer)
             opened = open_model(model_or_path, streamed=streamed)
         settings = settings.for_model(opened)
         run = settings.run_on(opened, tokenizer, ranks, output)
         recipe, identity = settings.recipe(opened.source, run.tokens), {}
         if output is not None or ranks.are_several:
             with timed("hash"):
-                identity = agree(ranks, fingerprint(recipe, run))
+                solver = settings.removal.method.solver
+                identity = agree(ranks, fingerprint(recipe, run, solver))
         needed = settings.removal.disk_needed(run)
         with open_store(destination, identity, ranks, needed) as store:
             listeners = Listeners(callbacks if ranks.first else ())
@@ -257,6 +265,19 @@ def prune(
     report = PruneReport(tuple(records), masks, output, seconds, left, model)
     listeners.on_finish(report)
     return report
+
+
+def open_headers(
+    name_or_path: str | Path, settings: Settings, tokenizer: Any = None
+) -> Checkpoint:
+    """Open a checkpoint; refuse what needs no weight, which may take long to read."""
+    source = Checkpoint.open(name_or_path)
+    model = Headers.read(source).model
+    settings.calibration.check(model)
+    settings.calibration.check_tokenizer(source, tokenizer)
+    if is_declared(model):  # other adapters are found by running the model
+        settings.check_selection(OpenedModel(InMemory(model), adapter_of(model), source))
+    return source
 
 
 def _multiple(multiple: int | None, unit: int | None) -> int | None:

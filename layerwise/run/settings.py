@@ -26,6 +26,8 @@ from layerwise.run.data.windows import Request, check_windows
 from layerwise.run.models.architecture import embedding_rows, model_type_of
 from layerwise.run.models.loading import load_tokenizer
 from layerwise.run.models.opening import OpenedModel
+from layerwise.run.models.surgery import steps_of
+from layerwise.run.models.writable import check_writable
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.pipeline.destination import is_ours
 from layerwise.run.pipeline.method import Method
@@ -146,6 +148,11 @@ class Settings:
         check_shared(ranks, refusal, workers=self.workers.are_others)
         return streamed
 
+    def check_selection(self, opened: OpenedModel) -> None:
+        """Refuse what :meth:`run_on` would refuse, for a model without parameters."""
+        chosen = self.for_model(opened)
+        chosen.removal.select(opened, self.targets, self.ignore)
+
     def for_model(self, opened: OpenedModel) -> "Settings":
         """Return the settings with what papers prescribe for the family of a model."""
         model_type, source = model_type_of(opened.model), opened.source
@@ -169,6 +176,10 @@ class Settings:
             The text is missing or damaged.
         """
         selection = self.removal.select(opened, self.targets, self.ignore)
+        if output is not None and opened.source is None:
+            cut_again = self.removal.pattern is None and steps_of(opened.model)
+            if not cut_again:  # its writer knows the record of the cuts
+                check_writable(opened.model, tokenizer)
         tokens = self.calibration.windows(opened, tokenizer)
         own = own_sequences(tokens, ranks)
         return Run(opened, selection, self.task(opened, ranks), tokens, own, output)
@@ -251,6 +262,17 @@ class CalibrationData:
         if isinstance(self.source, str | Path):
             check_source(self.source)
         return length
+
+    def check_tokenizer(self, checkpoint: Checkpoint, tokenizer: Any = None) -> None:
+        """Refuse a tokenizer that is damaged, or missing for a text that is named.
+
+        Without a source, a text may be named later.
+        """
+        if tokenizer is not None or not isinstance(self.source, str | Path | None):
+            return
+        if load_tokenizer(checkpoint) is None and self.source is not None:
+            message = f"{self.source} needs a tokenizer: pass one"
+            raise UsageError(message)
 
     def windows(self, opened: OpenedModel, tokenizer: Any = None) -> Calibration:
         """Read the token windows for a model.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import DataError, UsageError, one_line
+from layerwise.run.checkpoints.files import check_regular, open_regular, read_bytes
 from layerwise.run.data.items import FIELDS, field_values, is_message, shown_fields
 from layerwise.run.data.texts import DATASETS, PARAGRAPH, Part, Text, data_set
 
@@ -75,11 +76,7 @@ def check_source(source: str | os.PathLike[str]) -> None:
     if name in DATASETS:
         return
     path, field = file_of(name)
-    try:
-        with _regular(path).open("rb"):
-            pass
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    check_regular(path)
     if field:
         return
     kind = path.name.lower()
@@ -155,7 +152,7 @@ def _parquet_values(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
         )
         raise UsageError(message) from error
     try:
-        with pyarrow.parquet.ParquetFile(_regular(path)) as file:
+        with pyarrow.parquet.ParquetFile(check_regular(path)) as file:
             names = file.schema_arrow.names
             chosen = _column(path, names, field)
             column = chosen if chosen in names else chosen.partition(".")[0]
@@ -163,9 +160,7 @@ def _parquet_values(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
                 for record in batch.to_pylist():
                     for value in _chosen(record, chosen, path, str(path)):
                         yield _place(str(path), chosen), value
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except pyarrow.ArrowException as error:
+    except (OSError, pyarrow.ArrowException) as error:
         message = f"{path} is not readable as parquet: {one_line(error)}; write it again"
         raise DataError(message) from error
 
@@ -224,29 +219,15 @@ def _read_utf8(path: Path) -> str:
 
 def _read_bytes(path: Path) -> bytes:
     """Bytes of a file, decompressed."""
+    if path.suffix.lower() != ".gz":
+        return read_bytes(path, largest=None)
     try:
-        if path.suffix.lower() != ".gz":
-            return _regular(path).read_bytes()
-        with gzip.open(_regular(path)) as file:
+        with open_regular(path) as packed, gzip.open(packed) as file:
             data = file.read(LARGEST + 1)
-    except (zlib.error, EOFError, gzip.BadGzipFile) as error:
+    except (zlib.error, EOFError, OSError) as error:
         message = f"{path} is not readable as gzip: {one_line(error)}; write it again"
         raise DataError(message) from error
-    except OSError as error:
-        raise _unreadable(path, error) from error
     if len(data) > LARGEST:
         message = f"{path} has more than {LARGEST} bytes of text: give a part of it"
         raise DataError(message)
     return data
-
-
-def _regular(path: Path) -> Path:
-    """Refuse a pipe or a device, which may never end."""
-    if path.exists() and not path.is_file():
-        message = f"{path} is not a regular file: name a file with text"
-        raise DataError(message)
-    return path
-
-
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"cannot read {path}: {error.strerror or error}; check the path")

@@ -5,18 +5,12 @@ from typing import Any
 
 import torch
 
+from layerwise.run.checkpoints.shard import FLOATS
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.models.accounts import account_of
 from layerwise.run.models.loading import quiet_transformers
 from layerwise.run.models.native_type import is_native
 from layerwise.run.models.skeleton import read_config, skeleton_of
-
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,8 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from layerwise.errors import DataError, InvalidProblemError, LayerwiseError
 from layerwise.patterns import Pattern, parse_pattern
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.models.opening import load_model
-from layerwise.run.outputs.checks import Check, shards, untouched
+from layerwise.run.outputs.checks import Check, files, shards, untouched
 from layerwise.run.outputs.output import MANIFEST, Manifest
 from layerwise.run.outputs.verify_smaller import verify_smaller
 from layerwise.run.pipeline.destination import FOLDER
@@ -32,8 +32,8 @@ def verify(folder: Path) -> list[Check]:
     -------
     list of Check
         Zeros off the mask, pattern, finite values, no negative zeros, untouched tensors,
-        the layer log, and whether stock transformers opens it. Of a smaller model see
-        :mod:`layerwise.run.outputs.verify_smaller`.
+        unchanged files, the layer log, and whether stock transformers opens it. Of a
+        smaller model see :mod:`layerwise.run.outputs.verify_smaller`.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def verify(folder: Path) -> list[Check]:
     masks = read_masks(folder)
     pattern = _pattern(folder, manifest)
     holds = holds_at_least if manifest.keep_zeros else type(pattern).accepts
-    findings = _Findings(partial(holds, pattern))
+    findings = _Findings(pattern, holds)
     findings.compare("mask", sorted(manifest.pruned), sorted(masks))
     tensors = set(manifest.pruned.values())
     lost = sorted(tensors - set(checkpoint.weight_map))
@@ -71,11 +71,12 @@ def verify(folder: Path) -> list[Check]:
             tuple(findings.missing),
         ),
         Check("every removed weight is exactly zero", tuple(findings.nonzero)),
-        Check("no zero is negative", tuple(findings.negative)),
+        Check("no zero of a pruned tensor is negative", tuple(findings.negative)),
         Check(f"every mask satisfies the pattern {asked}", tuple(findings.pattern)),
         Check("every pruned weight is finite", tuple(findings.infinite)),
         untouched(checkpoint, manifest, set(manifest.pruned.values())),
         shards(checkpoint, manifest),
+        files(checkpoint, manifest),
         _opens(checkpoint),
     ]
 
@@ -91,8 +92,8 @@ def _pattern(folder: Path, manifest: Manifest) -> Pattern:
 
 
 class _Findings:
-    def __init__(self, holds: Callable[[Tensor], bool]) -> None:
-        self._holds = holds
+    def __init__(self, pattern: Pattern, holds: Callable[[Any, Tensor], bool]) -> None:
+        self._pattern, self._holds = pattern, holds
         self.missing: list[str] = []
         self.nonzero: list[str] = []
         self.negative: list[str] = []
@@ -115,11 +116,15 @@ class _Findings:
         outside = int((weight[~mask] != 0).sum())
         if outside:
             self.nonzero.append(f"{name}: {outside} removed weights are not zero")
-        negative = int((torch.signbit(weight) & (weight == 0) & ~mask).sum())
+        negative = int((torch.signbit(weight) & (weight == 0)).sum())
         if negative:
             self.negative.append(f"{name}: {negative} of its zeros are -0.0")
-        if not self._holds(mask):
-            self.pattern.append(f"{name}: another number of zeros")
+        try:
+            self._pattern.check(mask.shape)
+            if not self._holds(self._pattern, mask):
+                self.pattern.append(f"{name}: another number of zeros")
+        except InvalidProblemError as error:
+            self.pattern.append(f"{name}: {error}")
         if not bool(torch.isfinite(weight).all()):
             self.infinite.append(f"{name}: not finite")
 

@@ -20,7 +20,7 @@ from layerwise.run.models.accounts import checkpoint_names
 from layerwise.run.models.loading import load_stock
 from layerwise.run.models.opening import load_model
 from layerwise.run.models.rewrite import parameters_of
-from layerwise.run.outputs.checks import Check, shards, untouched
+from layerwise.run.outputs.checks import Check, files, shards, untouched
 from layerwise.run.outputs.output import Manifest
 from layerwise.run.outputs.smaller import CHANNELS, Smaller
 from layerwise.run.pipeline.destination import FOLDER
@@ -44,6 +44,7 @@ def verify_smaller(
         _finite(checkpoint, smaller),
         untouched(checkpoint, manifest, set(smaller.changed)),
         shards(checkpoint, manifest),
+        files(checkpoint, manifest),
         opens,
     ]
     if model is not None:

@@ -56,7 +56,7 @@ def solve_matrix(
         trim_memory(problem.shape[1])
         find = solve_within if keep_zeros else solve
         solution = find(problem, method.solver)
-        stored = solution.weight.to(problem.weight.dtype)
+        stored = solution.weight.to(problem.weight.dtype) + 0.0  # no zero is negative
         seconds = time.perf_counter() - start
         error = solution.relative_error
         if not torch.equal(stored.to(solution.weight.dtype), solution.weight):

@@ -17,6 +17,7 @@ from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.activations.pruned_side import PrunedSide
 from layerwise.run.models.accounts import remarks
 from layerwise.run.models.opening import OpenedModel
+from layerwise.run.models.stored_types import weight_bytes
 from layerwise.run.pipeline.block_files import MASK, WEIGHT
 from layerwise.run.pipeline.blocks import collect_at_once, collect_pair
 from layerwise.run.pipeline.method import Method
@@ -143,9 +144,10 @@ class ZeroWeights:
         if source is None:
             return 0
         copy = sum(entry.n_bytes for entry in source.entries().values())
-        pruned = [model.get_parameter(f"{name}.weight") for name in run.selection.names]
-        blocks = sum(p.numel() * p.element_size() + p.numel() // 8 for p in pruned)
-        return int(copy + blocks)
+        names = run.selection.names
+        pruned = [model.get_parameter(f"{name}.weight") for name in names]
+        masks = sum(p.numel() // 8 for p in pruned)
+        return int(copy + weight_bytes(source, model, names) + masks)
 
     def prepare(self, run: Run[Selection]) -> "ZeroWeights":
         """Return the removal itself: the whole model need not be known."""
@@ -276,7 +278,7 @@ def refuse_impossible(method: Method, pattern: Pattern) -> None:
         return
     width = pattern.m if isinstance(pattern, NM) else 4
     problem = LayerProblem.from_moments(
-        torch.ones(1, width),
+        torch.ones(2, width),  # whose masks may differ
         Moments(torch.eye(width, dtype=torch.float64)),
         pattern=pattern,
         damping=method.damping,
