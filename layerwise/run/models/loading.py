@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import DataError, one_line
 from layerwise.run.checkpoints.plain_config import is_plain
+from layerwise.run.data.tokens import PANIC
 from layerwise.run.models.accounts import account_of, refuse_mismatch
 from layerwise.run.models.kinds import auto_class_of, class_of
 from layerwise.run.models.skeleton import read_config, skeleton_of
@@ -102,7 +103,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 checkpoint.path, **given, local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+                raise  # an interruption
             message = (
                 f"the tokenizer in {checkpoint.path} cannot be loaded: "
                 f"{one_line(error)}; restore its files or pass token ids instead"
