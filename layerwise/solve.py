@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from layerwise.chunks import all_finite
 from layerwise.errors import InvalidProblemError, SolveError, UsageError
 from layerwise.evaluate import check_feasible, grade
 from layerwise.foreign import UserSolver, answer_of
 from layerwise.linalg import ieee_products
-from layerwise.patterns import FixedMask
+from layerwise.patterns import Columns, FixedMask
 from layerwise.problem import LayerProblem
 from layerwise.solution import Answer, Solution, Start, Status, mask_of
 from layerwise.solver import OnIteration, Solver, SolverLike, requirements
@@ -160,8 +161,19 @@ class Chain:
         return "+".join(step.name for step in self.steps)
 
     def can_solve(self, problem: LayerProblem) -> bool:
-        """Whether the first step can solve the problem."""
-        return self.steps[0].can_solve(problem)
+        """Whether every step can solve the problem, after the step before it."""
+        return self.unable(problem) is None
+
+    def unable(self, problem: LayerProblem) -> Solver | None:
+        """First step, of this chain or one inside it, that cannot solve its problem."""
+        posed = problem
+        for number, step in enumerate(self.steps):
+            if number and "mask" in requirements(step):
+                posed = problem.with_pattern(FixedMask(_a_mask(problem)))
+            if not step.can_solve(posed):
+                return (step.unable(posed) if isinstance(step, Chain) else None) or step
+            posed = problem
+        return None
 
     def solve(
         self,
@@ -233,13 +245,24 @@ def _as_posed(entry: Mapping[str, float], exponent: int) -> Mapping[str, float]:
     }
 
 
+def _a_mask(problem: LayerProblem) -> Tensor:
+    """Mask of the kind that a step leaves: rows differ unless whole columns are removed."""
+    kept = torch.ones(problem.shape, dtype=torch.bool, device=problem.weight.device)
+    kept[:, 0] = not isinstance(problem.pattern, Columns)
+    kept[0, 0] = False
+    return kept
+
+
 def _refusal(solver: Solver, problem: LayerProblem) -> str:
     if isinstance(solver, Chain):
-        solver = solver.steps[0]
+        solver = solver.unable(problem) or solver
     name = solver.name
     if "mask" in requirements(solver):
         return (
             f"{name} finds weights for a fixed mask: give it a FixedMask, or chain it "
             f'after a method that chooses one, as in "wanda+{name}"'
         )
-    return f"{name} does not handle the pattern {problem.pattern}"
+    return (
+        f"{name} does not handle the pattern {problem.pattern}: choose another method or "
+        f"pattern"
+    )

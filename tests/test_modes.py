@@ -24,8 +24,8 @@ TOKENS = random_tokens(4, 16)
 
 @contextmanager
 def nested() -> Iterator[None]:
-    outer, inner = (torch.autocast("cpu", t) for t in (torch.bfloat16, torch.float16))
-    with outer, torch.inference_mode(), inner:
+    outer = torch.autocast("cpu", torch.bfloat16)
+    with outer, torch.inference_mode(), torch.autocast("cpu", torch.float16):
         yield
 
 

@@ -32,13 +32,12 @@ from layerwise.moments import VECTORS, Moments
 from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.checkpoints.atomic import atomic_write
-from layerwise.run.checkpoints.shard import Header, read_header
+from layerwise.run.checkpoints.shard import FLOATS, Header, read_header
 from layerwise.solve import steps_of
 from layerwise.solver import Solver, requirements
 
 MOMENTS = ("gram", "cross_gram", *VECTORS)  # layers can share these
 FIELDS = ("weight", "energy", *MOMENTS)
-FLOATS = ("F64", "F32", "F16", "BF16")
 N_TOKENS = "n_tokens"
 
 
