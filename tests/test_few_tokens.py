@@ -45,7 +45,7 @@ def test_only_few_tokens_are_multiplied_in_float64(
     seen: list[torch.dtype] = []
     module = import_module("layerwise.accumulator")
     monkeypatch.setattr(
-        module, "add_gram", lambda total, chunk, scale: seen.append(chunk.dtype)
+        module, "add_gram", lambda total, chunk, scale: seen.append(chunk.values.dtype)
     )
     accumulator = MomentAccumulator(64)
     for count in (8, 56, 1, 64):
