@@ -93,9 +93,7 @@ def lower_bounds(
     return _unclamped(problem, weight, memory_budget).clamp(min=0)
 
 
-def _unclamped(
-    problem: LayerProblem, weight: Tensor | None, memory_budget: int
-) -> Tensor:
+def _unclamped(problem: LayerProblem, weight: Tensor | None, memory_budget: int) -> Tensor:
     """Bounds of the objective as the moments give it, also below zero; -inf if unknown."""
     none = _total(torch.full_like(problem.energy, -torch.inf), problem.pattern)
     if problem.shift is None:  # the objective is a quadratic form

@@ -9,10 +9,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 import layerwise
 from layerwise.cli import run
-from layerwise.cli.signals import stopping_on_sigterm
+from layerwise.cli.signals import stopping_on_signals
 from layerwise.demo import model_path
 from layerwise.errors import Interrupted
 from tests.support.models import shard_hashes, tiny_text
@@ -105,7 +106,7 @@ def stop_twice() -> None:
 def test_handler_raises_and_the_old_one_comes_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     expected = pytest.raises(Interrupted, match="the same command continues")
-    with expected, stopping_on_sigterm():
+    with expected, stopping_on_signals():
         stop_twice()
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -126,7 +127,7 @@ def test_run_restores_the_handler(outcome: str, capsys: pytest.CaptureFixture[st
 def test_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with stopping_on_sigterm():
+        with stopping_on_signals():
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -138,3 +139,46 @@ def test_another_thread_may_run_commands(capsys: pytest.CaptureFixture[str]) -> 
     thread.start()
     thread.join()
     assert codes == [0]
+
+
+def fail_in_an_import(number: signal.Signals) -> None:
+    try:
+        signal.raise_signal(number)
+    except BaseException as error:
+        message = "Could not import module 'LlamaConfig'"
+        raise ModuleNotFoundError(message) from error
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Interrupted)],
+)
+def test_an_error_after_a_signal_is_the_signal(
+    number: signal.Signals, expected: type[BaseException]
+) -> None:
+    """A library takes what the handler raises for a failed import, and goes on."""
+    before = signal.getsignal(number)
+    with pytest.raises(expected), stopping_on_signals():
+        fail_in_an_import(number)
+    assert signal.getsignal(number) is before
+
+
+def test_an_error_without_a_signal_is_itself() -> None:
+    with pytest.raises(ModuleNotFoundError), stopping_on_signals():
+        raise ModuleNotFoundError
+
+
+def test_ctrl_c_while_transformers_imports_is_no_damage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def importing(*args: object, **options: object) -> object:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ModuleNotFoundError from None
+        return None
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", importing)
+    (tmp_path / "text.txt").write_text(tiny_text())
+    assert run(prune(tmp_path, "out")) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"layerwise: interrupted; {KEPT}"

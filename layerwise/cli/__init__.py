@@ -13,7 +13,7 @@ import typer
 import layerwise
 from layerwise.cli import bench, demo, grams, inspect, plan, prune, retrain
 from layerwise.cli.help import EXAMPLES, GroupedCommand
-from layerwise.cli.signals import stopping_on_sigterm
+from layerwise.cli.signals import stopping_on_signals
 from layerwise.errors import LayerwiseError, UsageError
 
 EXIT_INTERRUPTED = 130
@@ -80,7 +80,7 @@ def run(arguments: list[str]) -> int:
     debug = DEBUG in arguments  # anywhere, also behind the command
     arguments = [argument for argument in arguments if argument != DEBUG]
     try:
-        with stopping_on_sigterm():
+        with stopping_on_signals():
             code = int(app(arguments, standalone_mode=False) or 0)
         if code == EXIT_INTERRUPTED:  # typer has caught the interruption
             raise KeyboardInterrupt

@@ -10,6 +10,8 @@ from typing import Any
 
 from layerwise.errors import DataError
 
+SHOWN = 40  # characters of a key in a message
+
 
 def read_json(path: Path) -> Any:
     """Parse a JSON file, or raise a DataError with its path and the position."""
@@ -48,7 +50,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value: dict[str, Any] = {}
     for key, item in pairs:
         if key in value:
-            message = f"key {key!r} appears twice"
+            message = f"key {key[:SHOWN]!r} appears twice"
             raise ValueError(message)
         value[key] = item
     return value
