@@ -9,8 +9,11 @@ from torch import Tensor
 
 from layerwise.chunks import slabs
 from layerwise.errors import VerificationError
+from layerwise.moments import CenteredMoments
 from layerwise.problem import CenteredProblem, LayerProblem
-from layerwise.solution import Answer, Solution, mask_of
+from layerwise.solution import Answer, Solution, Status, mask_of
+
+UNPROVEN = 1e-8  # of the objective: a larger part by constant channels voids a certificate
 
 
 def objective_rows(
@@ -25,7 +28,9 @@ def objective_rows(
     Computed as ``<E G, E> + 2 <E, S> + drift`` with ``E = W - What``; `damped` adds
     ``ridge * ||E||^2``. With a `bias` b, the value is the objective about the means plus
     the squared distance of b from the best bias. Without one, b is zero, or the best bias
-    if the problem is centered. Cost: one (out, in, in) product in float64.
+    if the problem is centered; then channels that count as constant are measured as well,
+    unless the objective is `damped`, as solvers see it. Cost: one (out, in, in) product in
+    float64.
     """
     if bias is not None:
         centered = problem.centered()
@@ -57,7 +62,18 @@ def unclamped_rows(
         if damped:
             gradient.add_(change, alpha=problem.ridge)
         quadratic.append(gradient.mul_(change).sum(dim=1))
-    return torch.cat(quadratic) + problem.drift
+    rows = torch.cat(quadratic) + problem.drift
+    if not damped:
+        rows += left_out_rows(problem, weight)
+    return rows
+
+
+def left_out_rows(problem: LayerProblem, weight: Tensor) -> Tensor:  # (out,)
+    """Part of the objective of channels that count as constant in a centered problem."""
+    moments = problem.moments
+    if not isinstance(moments, CenteredMoments) or moments.left_out is None:
+        return torch.zeros_like(problem.energy)
+    return moments.left_out.objective_rows(problem.weight.double(), weight.double())
 
 
 def residual(problem: LayerProblem, weight: Tensor) -> Tensor:
@@ -107,11 +123,18 @@ def grade(problem: LayerProblem, answer: Answer) -> Solution:
     """Grade an answer: return the solution with its objective and relative error.
 
     Weights that rely on a bias are graded with their best bias. The error is relative to
-    the energy of the problem as posed. Cost: as :func:`objective_rows`.
+    the energy of the problem as posed. A certificate is left out if it ignores channels
+    that count as constant and matter. Cost: as :func:`objective_rows`.
     """
     measured = problem.centered() if answer.with_bias else problem
-    objective = float(objective_rows(measured, answer.weight).sum())
-    bias = None
+    rows = objective_rows(measured, answer.weight)
+    objective, bias = float(rows.sum()), None
+    status, certificate = answer.status, answer.certificate
+    left_out = left_out_rows(measured, answer.weight).abs()
+    if certificate is not None and bool((left_out > UNPROVEN * rows).any()):
+        certificate = None  # it is about the other channels alone
+        if status is not Status.NUMERICAL_ERROR:
+            status = Status.FEASIBLE
     if isinstance(measured, CenteredProblem):
         bias = best_bias(measured, answer.weight)
     return Solution(
@@ -119,8 +142,8 @@ def grade(problem: LayerProblem, answer: Answer) -> Solution:
         mask=mask_of(answer, problem.pattern),
         objective=objective,
         relative_error=_ratio(objective, problem),
-        status=answer.status,
-        certificate=answer.certificate,
+        status=status,
+        certificate=certificate,
         bias=bias,
         iterations=answer.iterations,
         history=answer.history,

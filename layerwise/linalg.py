@@ -16,6 +16,7 @@ from torch import Tensor
 
 from layerwise.chunks import slabs
 from layerwise.errors import InvalidProblemError, SolveError
+from layerwise.modes import without_autocast
 
 FIRST_DAMPING = 1e-8  # tried after an undamped gram that is singular
 POWER_ITERATIONS = 40
@@ -29,8 +30,14 @@ def ieee_products() -> Iterator[None]:
 
     Shorter formats such as TF32 would silently make grams, residuals and exact refits wrong
     in the fourth digit. PyTorch has two interfaces to allow these formats, which refuse
-    each other's settings. Both are restored at the end.
+    each other's settings. Both are restored at the end. Autocast is off meanwhile.
     """
+    with without_autocast(), _without_short_formats():
+        yield
+
+
+@contextmanager
+def _without_short_formats() -> Iterator[None]:
     backends: Any = torch.backends
     libraries = (backends.cuda.matmul, backends.mkldnn.matmul)
     before = [library.fp32_precision for library in libraries]

@@ -1,66 +1,63 @@
-"""SIGTERM, by which schedulers stop a job, ends a command as Ctrl-C does: in order.
+"""SIGTERM, by which schedulers stop a job, and Ctrl-C end a command in order.
 
-The handler raises, so files are closed, partial folders are tidied and the exit code says
-that the work can be continued. Without it the process would die where it stands. Libraries
-may turn what a handler raises into an error of their own, such as a failed import. So an
-error after a signal is the end of a stopped command.
+The handler raises, so files are closed, partial folders are tidied, and the last line says
+what is kept. Without it the process would die where it stands. A library may turn what the
+handler raises into an error of its own; a command that was stopped ends as stopped all the
+same.
 """
 
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 from layerwise.errors import Interrupted
 
+NOTHING = "stopped; nothing was saved"
+
 
 class Stopped(BaseException):
-    """A SIGTERM came; no ``except Exception`` on the way may take it for a failure."""
+    """A signal came; no ``except Exception`` on the way may take it for a failure."""
 
 
 @contextmanager
-def stopping_on_signals() -> Iterator[None]:
-    """Raise an error that says so if a signal ends what runs inside.
+def stopping_in_order() -> Iterator[None]:
+    """Raise one line that says what is kept if a signal ends what runs inside.
 
-    :class:`~layerwise.errors.Interrupted` after a SIGTERM, ``KeyboardInterrupt`` after a
-    SIGINT. The handlers that were there are restored. Only the main thread may have
-    handlers, so in another one nothing changes; nor for a signal that is ignored or handled
-    outside Python.
+    The handlers that were there are restored. Only the main thread may have handlers, so in
+    another one nothing changes; nor where a signal is ignored or handled outside Python.
+
+    Raises
+    ------
+    Interrupted
+        After a SIGTERM.
+    KeyboardInterrupt
+        After Ctrl-C.
     """
-    received: list[int] = []
-    with ExitStack() as stack:
-        if threading.current_thread() is threading.main_thread():
-            _handle(stack, signal.SIGTERM, received, Stopped)
-            _handle(stack, signal.SIGINT, received, KeyboardInterrupt)
-        try:
-            yield
-        except BaseException:
-            if signal.SIGTERM in received:
-                message = (
-                    "stopped; what is finished of an output is kept, and the same command "
-                    "continues it"
-                )
-                raise Interrupted(message) from None
-            if received:
-                raise KeyboardInterrupt from None
-            raise
-
-
-def _handle(
-    stack: ExitStack, number: int, received: list[int], error: type[BaseException]
-) -> None:
-    """Let a signal be noted and raise an error, until the stack is closed."""
-    before: Any = signal.getsignal(number)
-    if before in (None, signal.SIG_IGN):
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
+    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
+    received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        if number == signal.SIGTERM:  # a second one must not disturb the tidying up
-            signal.signal(number, signal.SIG_IGN)
-        raise error
+        for other in handled:  # a second one must not disturb the tidying up
+            signal.signal(other, signal.SIG_IGN)
+        raise Stopped
 
-    signal.signal(number, stop)
-    stack.callback(signal.signal, number, before)
+    handled = [one for one in before if before[one] not in (None, signal.SIG_IGN)]
+    for number in handled:
+        signal.signal(number, stop)
+    try:
+        yield
+    except BaseException as error:
+        if not received:
+            raise
+        message = "; ".join(getattr(error, "__notes__", ())) or NOTHING
+        kind = KeyboardInterrupt if received[0] == signal.SIGINT else Interrupted
+        raise kind(message) from None
+    finally:
+        for number in handled:
+            signal.signal(number, before[number])

@@ -18,12 +18,14 @@ from layerwise.adapters.base import Stage
 from layerwise.errors import UnsupportedModelError
 from layerwise.grams.gram_folder import GramManifest, StageFile, StoredMatrix
 from layerwise.grams.layer_files import write_file
+from layerwise.modes import in_ordinary_mode
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.activations.hidden_store import hidden_store
 from layerwise.run.activations.streams import evaluation_mode
 from layerwise.run.checkpoints.hashes import file_sha256
-from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.accounts import checkpoint_names
 from layerwise.run.models.opening import open_model
 from layerwise.run.outputs.output import fingerprint, versions
 from layerwise.run.outputs.recipe import Recipe
@@ -63,8 +65,8 @@ class CollectGrams:
     on_stage: OnStage = lambda name, width: None
 
     def stages_of(self, inputs: BlockInputs) -> tuple[Stage, ...]:
-        """Stages whose dense inputs will be read."""
-        return inputs.stages
+        """Return no stages: nothing is pruned."""
+        return ()
 
     def prune_block(
         self,
@@ -94,6 +96,7 @@ def stage_file(block: int, stage: int) -> str:
     return f"{block:05d}-{stage:02d}.safetensors"
 
 
+@in_ordinary_mode
 def collect_grams(
     model: str | Path,
     output_dir: str | Path,
@@ -105,9 +108,11 @@ def collect_grams(
     targets: str | Sequence[str] = "Linear",
     ignore: str | Sequence[str] = ("lm_head",),
     seed: int = 0,
+    bos: str = "auto",
     device: str | torch.device = "auto",
     resume: bool = True,
     force: bool = False,
+    on_note: Callable[[str], None] = lambda note: None,
     on_start: Callable[[int], None] = lambda n_stages: None,
     on_stage: OnStage = lambda name, width: None,
 ) -> GramManifest:
@@ -119,12 +124,16 @@ def collect_grams(
         Checkpoint folder or hub name.
     output_dir
         New folder; work happens in ``output_dir.partial``.
-    calibration, tokenizer, n_sequences, sequence_length, targets, ignore, seed, device
+    calibration, tokenizer, n_sequences, sequence_length, seed, bos
+        As in :func:`layerwise.prune_model`.
+    targets, ignore, device
         As in :func:`layerwise.prune_model`.
     resume
         Continue an unfinished run with the same arguments in the same folder.
     force
         Replace a finished `output_dir`.
+    on_note
+        Called with remarks for the log, such as that a run is continued.
     on_start
         Called with the number of files.
     on_stage
@@ -147,40 +156,43 @@ def collect_grams(
     The folder needs ``8 in^2`` bytes per stage, and the bytes of the weights. The grams of
     one block are in memory at a time.
     """
-    output = Path(output_dir)
     inputs = model, calibration
-    destination = Destination.of(output, resume=resume, force=force, inputs=inputs)
-    destination.check()
-    data = CalibrationData(calibration, n_sequences, sequence_length, seed)
-    with timed("load"):
-        source = Checkpoint.open(model)
-        opened = open_model(source, streamed=True)
-    selection = Selection(
-        opened.model, opened.adapter, as_entries(targets), as_entries(ignore)
-    )
-    tokens = data.windows(opened, tokenizer)
-    task = Task(opened.adapter, "none", choose_device(device), STATISTICS)
-    run = Run(opened, selection, task, tokens, tokens, output)
-    recipe = Recipe(
-        **data.recipe_fields(tokens),
-        model=str(source.path),
-        error_correction="none",
-        targets=list(selection.targets),
-        ignore=list(selection.ignore),
-    )
-    stages = _stages(opened.model, selection, checkpoint_names(opened.model, source))
-    with timed("hash"):
-        identity = fingerprint(recipe, run) | {"method": "calibrate"}
-    on_start(len(stages))
-    with open_store(destination, identity) as store:
-        step = CollectGrams(partial_path(output), list(selection.blocks), on_stage)
-        with evaluation_mode(opened.model):
-            sizes = tokens.tokens.numel(), task.error_correction
-            hidden = hidden_store("auto", store.blocks, opened.model, *sizes)
-            walk(run, step, store, hidden, lambda record: None)
-        manifest = _manifest(run, recipe, identity, stages, partial_path(output))
-        store.publish(lambda journal: manifest.write(journal.folder))
-    shutil.rmtree(output / FOLDER)  # only a resumed run needs it
+    destination = Destination.of(output_dir, resume=resume, force=force, inputs=inputs)
+    output = Path(destination.output or output_dir)
+    with destination.held():
+        data = CalibrationData(calibration, n_sequences, sequence_length, seed, bos)
+        with timed("load"):
+            source = Checkpoint.open(model)
+            opened = open_model(source, streamed=True)
+        selection = Selection(
+            opened.model, opened.adapter, as_entries(targets), as_entries(ignore)
+        )
+        tokens = data.windows(opened, tokenizer)
+        task = Task(opened.adapter, "none", choose_device(device), STATISTICS)
+        run = Run(opened, selection, task, tokens, tokens, output)
+        recipe = Recipe(
+            **data.recipe_fields(tokens),
+            model=str(source.path),
+            error_correction="none",
+            targets=list(selection.targets),
+            ignore=list(selection.ignore),
+        )
+        stages = _stages(opened.model, selection, checkpoint_names(opened.model, source))
+        with timed("hash"):
+            identity = fingerprint(recipe, run) | {"method": "calibrate"}
+        total = len(selection.blocks)
+        with open_store(destination, identity, total=total) as store:
+            for note in filter(None, (store.continued, *tokens.notes)):
+                on_note(note)
+            on_start(len(stages))
+            step = CollectGrams(partial_path(output), list(selection.blocks), on_stage)
+            with evaluation_mode(opened.model):
+                sizes = tokens.tokens.numel(), task.error_correction
+                hidden = hidden_store("auto", store.blocks, opened.model, *sizes)
+                walk(run, step, store, hidden, lambda record: None)
+            manifest = _manifest(run, recipe, identity, stages, partial_path(output))
+            store.publish(lambda journal: manifest.write(journal.folder))
+        shutil.rmtree(output / FOLDER)  # only a resumed run needs it
     return manifest
 
 

@@ -112,7 +112,7 @@ def missing_statistic(solver: Solver, moments: Moments) -> str | None:
     return None
 
 
-def read_layers(path: Path) -> Iterator[StoredLayer]:
+def read_layers(path: str | Path) -> Iterator[StoredLayer]:
     """Read the layers of a file or a folder, one file at a time; headers are checked first.
 
     Raises
@@ -120,6 +120,7 @@ def read_layers(path: Path) -> Iterator[StoredLayer]:
     DataError
         There is no file, or a file is damaged or does not hold complete layers only.
     """
+    path = Path(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
         message = f"{path} holds no safetensors file: store layers as weight and gram"
@@ -136,7 +137,7 @@ def read_file(file: Path) -> Iterator[StoredLayer]:
     ------
     DataError
         The file is damaged, does not hold complete layers only, or holds impossible moments
-        (NaN, not symmetric).
+        (NaN, not symmetric, indefinite).
     """
     header = read_header(file)
     layers = layer_tensors(file, header)
@@ -153,6 +154,7 @@ def read_file(file: Path) -> Iterator[StoredLayer]:
                         if field in tensors
                     }
                     made[key] = Moments(**known, n_tokens=n_tokens)
+                    made[key].check_definite()
                 own = [tensors[f] for f in ("weight", "energy") if f in tensors]
                 weight, *energy = (stream.get_tensor(tensor) for tensor in own)
         except (InvalidProblemError, SafetensorError, OSError) as error:

@@ -22,6 +22,8 @@ from layerwise.run.outputs.output import Manifest
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.pipeline.journal import read_masks
 
+CARD = "README.md"  # people add to it
+
 
 @dataclass(frozen=True)
 class Pruned:
@@ -71,6 +73,7 @@ class Pruned:
                 raise UsageError(message)
             folder = Checkpoint.open(model_or_path).path
             manifest = Manifest.read(folder)
+            manifest.refuse_changed(folder, set(manifest.files) - {CARD})
             opened = open_model(folder, streamed=False)
             if manifest.smaller is None:
                 kept = dict(read_masks(folder))
@@ -135,7 +138,7 @@ class Pruned:
             )
             raise UsageError(message)
         dense = load_model(Checkpoint.open(path))
-        ours, theirs = self.model.config, dense.config
+        ours, theirs = (m.config.get_text_config() for m in (self.model, dense))
         if (ours.model_type, ours.hidden_size) != (theirs.model_type, theirs.hidden_size):
             message = (
                 f"{path} and the pruned model differ in architecture: give the model that "

@@ -1,13 +1,13 @@
 """Runs a retraining, block by block or of the whole model, with journal and callbacks."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import UsageError
+from layerwise.errors import DataError, UsageError
 from layerwise.recovery.next_token import retrain_tokens
 from layerwise.recovery.pruned import Pruned
 from layerwise.recovery.reconstruct import (
@@ -16,7 +16,7 @@ from layerwise.recovery.reconstruct import (
     RetrainedBlock,
     reconstruct_block,
 )
-from layerwise.recovery.records import UnitRecord
+from layerwise.recovery.records import UnitRecord, unit_records
 from layerwise.recovery.states import pack, unpack
 from layerwise.recovery.trainable import ParameterSets
 from layerwise.recovery.training import State, Training
@@ -28,7 +28,10 @@ TRAINING = "training"  # name of the training state in the journal
 
 
 class Callback(Protocol):
-    """Called as a retraining progresses."""
+    """Called as a retraining progresses.
+
+    A callback may also have a method ``on_note(text)``, called with lines for the log.
+    """
 
     def on_start(self, total: int, per_unit: int) -> None:
         """All checks passed; at most so many updates follow, in total and per unit."""
@@ -41,6 +44,14 @@ class Callback(Protocol):
 
     def on_finish(self, report: Any) -> None:
         """The retraining is finished and saved; `report` is a `RetrainReport`."""
+
+
+def tell(callbacks: Sequence[Callback], notes: Sequence[str]) -> None:
+    """Pass on lines for the log to the callbacks that take them."""
+    for callback in callbacks:
+        on_note: Callable[[str], None] = getattr(callback, "on_note", lambda text: None)
+        for note in notes:
+            on_note(note)
 
 
 class Runner:
@@ -169,8 +180,9 @@ class Runner:
         stored = self._store.read_state(state)
         if stored is not None:
             tensors, text = stored
-            records = [UnitRecord.from_dict(values) for values in json.loads(text)]
+            records = unit_records(text)
             retrained = RetrainedBlock(tensors, records)
+            _refuse_misfits(pair, tensors)
             with torch.no_grad():
                 for name, value in retrained.values.items():
                     pair.block.get_parameter(name).copy_(value)
@@ -194,3 +206,18 @@ class Runner:
     def _unit(self, record: UnitRecord) -> None:
         for listener in self._listeners:
             listener.on_unit(record)
+
+
+def _refuse_misfits(pair: Pair, values: Mapping[str, Tensor]) -> None:
+    """Refuse stored values that this block, with its masks, cannot have."""
+    own = dict(pair.block.named_parameters())
+    for name, value in values.items():
+        fits = name in own and own[name].shape == value.shape
+        if fits and name in pair.masks:
+            fits = not bool((value[~pair.masks[name]] != 0).any())
+        if not fits or not bool(torch.isfinite(value).all()):
+            message = (
+                f"the stored {name} does not fit {pair.name} of the pruned model: start "
+                f"over with --no-resume"
+            )
+            raise DataError(message)

@@ -18,6 +18,7 @@ import torch
 from layerwise.errors import UsageError
 from layerwise.grams.layer_files import StoredLayer, missing_statistic, read_layers
 from layerwise.lower_bounds import gap_above, least_objective
+from layerwise.modes import in_ordinary_mode
 from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.checkpoints.atomic import atomic_write
@@ -109,6 +110,7 @@ class Race:
         atomic_write(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
 
+@in_ordinary_mode
 def race(
     methods: str | Iterable[Any],
     *,

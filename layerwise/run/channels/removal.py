@@ -35,6 +35,7 @@ from layerwise.run.channels.widths import (
     default_rule,
     rule_of,
 )
+from layerwise.run.models.accounts import remarks
 from layerwise.run.models.cuts import Cut
 from layerwise.run.models.opening import OpenedModel
 from layerwise.run.models.padding import pad_to_widest
@@ -77,6 +78,9 @@ class RemoveChannels:
         structure = choose_structure(method.solver, amount)
         if structure is None:
             return None
+        for name in amount.given("keep_zeros"):
+            message = f"{name} is for zeros, not for smaller models: leave it out"
+            raise UsageError(message)
         return cls(method.with_certify(bounded=False), structure)
 
     @property
@@ -99,7 +103,7 @@ class RemoveChannels:
     def check_storable(self) -> None:
         """Every smaller model can be written to a folder."""
 
-    def for_model(self, model_type: str) -> "RemoveChannels":
+    def for_model(self, model_type: str, *, ours: bool = False) -> "RemoveChannels":
         """Return it with Wanda as warm start for every family: SparseGPT keeps columns."""
         return replace(self, method=self.method.with_start("wanda"))
 
@@ -156,6 +160,8 @@ class RemoveChannels:
                 f"the stock format of {adapter.name} has no place for the biases of "
                 f"{self.method.name}: weights are refitted without biases"
             )
+        if (source := run.opened.source) is not None:
+            notes += remarks(run.opened.model, source, are_kept=False)
         return notes
 
     def disk_needed(self, run: Run[ChannelSelection]) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 from layerwise.errors import DataError, UnsupportedModelError, one_line
 from layerwise.run.checkpoints.config_bounds import check_counts
+from layerwise.run.checkpoints.files import check_regular
 from layerwise.run.checkpoints.plain_config import check_types, refuse_quantised
 from layerwise.run.checkpoints.shard import read_header
 from layerwise.run.checkpoints.strict_json import read_object
@@ -53,7 +54,7 @@ def locate(name_or_path: str | os.PathLike[str], patterns: Iterable[str]) -> Pat
 
 
 def confined(path: Path) -> Path:
-    """Return the path, or raise if it leads out of its checkpoint folder.
+    """Return the path of a file, or raise if it leads out of its checkpoint folder.
 
     The download cache of the hub is a folder of links into ``blobs``, which are allowed.
     """
@@ -73,7 +74,7 @@ def confined(path: Path) -> Path:
     if not any(target.is_relative_to(root) for root in allowed):
         message = f"{path} is a link that leaves the folder: replace it by the file"
         raise DataError(message)
-    return path
+    return check_regular(path)
 
 
 def refuse_adapter(path: Path) -> None:
@@ -100,10 +101,10 @@ def refuse_adapter(path: Path) -> None:
 
 def read_weight_map(path: Path) -> dict[str, str]:
     """Shard of every tensor, from the headers, which must agree with the index."""
-    if (path / SINGLE_SHARD).is_file():  # like transformers, prefer it to an index
+    if (path / SINGLE_SHARD).exists():  # like transformers, prefer it to an index
         listed: dict[str, str] = {}
         shards = [SINGLE_SHARD]
-    elif (path / INDEX).is_file():
+    elif (path / INDEX).exists():
         listed = _read_index(confined(path / INDEX))
         shards = sorted(set(listed.values()))
     else:
@@ -113,9 +114,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
         if not (path / shard).exists():
             message = f"{path / shard} is missing: download the checkpoint again"
             raise DataError(message)
-        if not confined(path / shard).is_file():  # reading a pipe would wait forever
-            message = f"{path / shard} is not a file: download the checkpoint again"
-            raise DataError(message)
+        confined(path / shard)
         for name in read_header(path / shard).tensors:
             if name in weight_map:
                 message = (
@@ -136,7 +135,8 @@ def read_weight_map(path: Path) -> dict[str, str]:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Weight map of an index file, where every value must be a plain file name."""
-    listed = read_object(path).get("weight_map")
+    index = read_object(path)
+    listed = index.get("weight_map")
     if not isinstance(listed, dict) or not listed:
         message = f"{path} has no weight_map: restore the file"
         raise DataError(message)
@@ -148,6 +148,9 @@ def _read_index(path: Path) -> dict[str, str]:
                 f"files in the same folder"
             )
             raise DataError(message)
+    if not isinstance(index.get("metadata"), dict):
+        message = f"{path} has no metadata, so transformers does not open it: add {{}}"
+        raise DataError(message)
     return listed
 
 

@@ -8,9 +8,8 @@ that comes with a checkpoint is never executed.
 from __future__ import annotations
 
 import importlib.util
-import re
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,10 @@ from torch import Tensor, nn
 
 from layerwise.errors import DataError, one_line
 from layerwise.run.checkpoints.plain_config import is_plain
-from layerwise.run.checkpoints.storage import checkpoint_names
-from layerwise.run.models.skeleton import read_config, refuse_mismatch, skeleton_of
+from layerwise.run.data.tokens import PANIC
+from layerwise.run.models.accounts import account_of, refuse_mismatch
+from layerwise.run.models.kinds import auto_class_of, class_of
+from layerwise.run.models.skeleton import read_config, skeleton_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,8 +50,8 @@ def load_stock(checkpoint: Checkpoint, device: torch.device | str) -> PreTrained
     UnsupportedModelError
         The architecture is unknown, not a causal language model, or needs code of its own.
     DataError
-        A tensor is missing, has another shape than the configuration says, belongs to a
-        layer that the configuration does not have, or is not finite.
+        A tensor is missing, has another shape than the configuration says or no place in
+        it, or is not finite.
     """
     with quiet_transformers():
         config = read_config(checkpoint)
@@ -102,7 +103,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 checkpoint.path, **given, local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+                raise  # an interruption
             message = (
                 f"the tokenizer in {checkpoint.path} cannot be loaded: "
                 f"{one_line(error)}; restore its files or pass token ids instead"
@@ -165,10 +168,8 @@ def _instantiate(
     checkpoint: Checkpoint, config: Any, operate: Callable[[nn.Module], object] | None
 ) -> Any:
     """Load with transformers, and check its loading report."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-
-    own = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    loader: Any = AutoModelForCausalLM if operate is None else _operated(own, operate)
+    own = class_of(config)
+    loader: Any = auto_class_of(config) if operate is None else _operated(own, operate)
     try:
         loaded: Any = loader.from_pretrained(
             checkpoint.path,
@@ -183,12 +184,9 @@ def _instantiate(
         message = f"{checkpoint.path} cannot be loaded: {one_line(error)}"
         raise DataError(message) from error
     model, report = loaded
-    unexpected = set(report["unexpected_keys"])
-    surplus = unexpected if operate is not None else surplus_layers(model, unexpected)
     problems = {
         "lacks tensors of the model": report["missing_keys"],
         "has tensors of another shape": {key[0] for key in report["mismatched_keys"]},
-        "has layers that config.json does not count": surplus,
         "does not load": set(report["error_msgs"]),
     }
     for problem, names in problems.items():
@@ -208,19 +206,8 @@ def _operated(kind: Any, operate: Callable[[nn.Module], object]) -> Any:
     return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
 
 
-def surplus_layers(model: nn.Module, unexpected: Collection[str]) -> set[str]:
-    """Unexpected tensors that a model with more layers would have."""
-    expected = {_family(name) for name in model.state_dict()}
-    return {name for name in unexpected if _family(name) in expected}
-
-
-def _family(name: str) -> str:
-    """Name without the numbers of layers and experts."""
-    return re.sub(r"\.\d+(?=\.)", ".*", name)
-
-
 def _check_finite(model: nn.Module, checkpoint: Checkpoint) -> None:
-    stored = checkpoint_names(model, checkpoint)
+    stored = account_of(model, checkpoint).names
     for name, tensor in model.state_dict().items():
         check_finite(tensor, stored.get(name, name), checkpoint)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from layerwise.adapters import Adapter
 from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.models.architecture import adapter_of, is_declared
+from layerwise.run.models.architecture import adapter_of, as_stored, is_declared
 from layerwise.run.models.loading import load_stock
 from layerwise.run.models.native_type import is_native
 from layerwise.run.models.objects import check_object
@@ -95,7 +95,8 @@ def open_model(
         source = Checkpoint.open(source)
     opened = Streamed.open(source, trusted=trusted) if streamed else None
     residency = InMemory(load_model(source)) if opened is None else opened
-    return OpenedModel(residency, _adapter_in(residency), source)
+    adapter = as_stored(_adapter_in(residency), residency.model, source)
+    return OpenedModel(residency, adapter, source)
 
 
 def _adapter_in(residency: Residency) -> Adapter:

@@ -5,8 +5,10 @@ Parameters are on the meta device and take no memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -17,19 +19,20 @@ from torch import nn
 from layerwise.errors import DataError, UnsupportedModelError, one_line
 from layerwise.run.checkpoints.plain_config import is_plain
 from layerwise.run.checkpoints.shard import FLOATS
-from layerwise.run.checkpoints.storage import checkpoint_names
+from layerwise.run.models.accounts import Account, account_of, listed, refuse_mismatch
+from layerwise.run.models.flags import flags_for
+from layerwise.run.models.kinds import auto_class_of, refuse_other_kinds
 
 if TYPE_CHECKING:
     from layerwise.run.checkpoints.storage import Checkpoint
 
-NAMES_SHOWN = 3
 SHOWN = 40  # characters of a value of config.json in a message
 LARGE_BUFFERS = 1 << 30  # bytes
 
 
 def read_config(checkpoint: Checkpoint) -> Any:
     """Parse the configuration of an architecture that is part of transformers."""
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     model_type = checkpoint.config["model_type"]
     shown = repr(model_type[:SHOWN])
@@ -47,12 +50,8 @@ def read_config(checkpoint: Checkpoint) -> Any:
     except Exception as error:
         message = f"{checkpoint.path / 'config.json'} is invalid: {one_line(error)}"
         raise DataError(message) from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        message = (
-            f"model type {shown} in {checkpoint.path} is not a causal language "
-            f"model: choose a text-generation checkpoint"
-        )
-        raise UnsupportedModelError(message)
+    refuse_other_kinds(checkpoint, config)
+    _check_generation(checkpoint)
     return config
 
 
@@ -64,8 +63,27 @@ def _readable(checkpoint: Checkpoint) -> Iterator[Path]:
         return
     with TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "config.json").write_bytes(checkpoint.side_file("config.json"))
+        checkpoint.copy_side_file("config.json", folder)
         yield folder
+
+
+def _check_generation(checkpoint: Checkpoint) -> None:
+    """Refuse settings of generation with which transformers does not open a model."""
+    from transformers import GenerationConfig
+
+    name = "generation_config.json"
+    if name not in checkpoint.side_files():
+        return
+    try:
+        GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    except OSError:  # transformers takes its defaults
+        return
+    except Exception as error:
+        message = (
+            f"transformers cannot use {checkpoint.path / name} ({one_line(error)}): "
+            f"correct it, or remove it"
+        )
+        raise DataError(message) from error
 
 
 def skeleton_of(
@@ -76,7 +94,7 @@ def skeleton_of(
     *,
     buffers: bool = False,
 ) -> Any:
-    """Build the model of a checkpoint without parameters, after a check of all shapes.
+    """Build the model of a checkpoint without parameters, after a check of all tensors.
 
     Parameters
     ----------
@@ -93,7 +111,8 @@ def skeleton_of(
     Raises
     ------
     DataError
-        The configuration is invalid, or a tensor has another shape than it describes.
+        The configuration is invalid, a tensor has another shape than it describes, is
+        missing, or has no place in the model.
     """
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if not 0 < layers <= len(checkpoint.weight_map):
@@ -106,7 +125,7 @@ def skeleton_of(
     model = _build(checkpoint, config, dtype)
     if operate is not None:
         operate(model)
-    _check_shapes(checkpoint, model)
+    _check_tensors(checkpoint, config, model)
     _check_buffers(checkpoint, model)
     if buffers:
         _compute_buffers(model)
@@ -114,12 +133,10 @@ def skeleton_of(
 
 
 def _build(checkpoint: Checkpoint, config: Any, dtype: torch.dtype | None) -> Any:
-    from transformers import AutoModelForCausalLM
-
     given = {} if dtype is None else {"dtype": dtype}
     try:
         with torch.device("meta"):  # for this thread alone
-            return AutoModelForCausalLM.from_config(
+            return auto_class_of(config).from_config(
                 config, trust_remote_code=False, **given
             )
     except Exception as error:
@@ -138,11 +155,40 @@ def _compute_buffers(model: Any) -> None:
     model.initialize_weights()
 
 
-def _check_shapes(checkpoint: Checkpoint, model: nn.Module) -> None:
+def _check_tensors(checkpoint: Checkpoint, config: Any, model: nn.Module) -> None:
+    """Compare the configuration with the headers, before weights take any memory."""
+    account = account_of(model, checkpoint)
+    _check_shapes(checkpoint, model, account)
+    surplus = {name for name in account.unplaced if _is_of_more_layers(model, name)}
+    refuse_mismatch(checkpoint, "lacks tensors of the model", account.missing)
+    refuse_mismatch(checkpoint, "stores tensors twice, by two names", account.doubled)
+    refuse_mismatch(checkpoint, "has layers that config.json does not count", surplus)
+    if account.unplaced:
+        cure = _cure(checkpoint, config, account.unplaced)
+        message = (
+            f"{checkpoint.path} has tensors for which its config.json has no place: "
+            f"{listed(account.unplaced)}; {cure}, or remove the tensors from the files"
+        )
+        raise DataError(message)
+
+
+def _cure(checkpoint: Checkpoint, config: Any, unplaced: Collection[str]) -> str:
+    """What to change in a configuration that has no place for tensors."""
+    build = partial(_build, checkpoint, dtype=None)
+    flags, besides = flags_for(config, build, unplaced)
+    if not flags:
+        return "correct config.json"
+    also = f", which also asks for {listed(besides)}" if besides else ""
+    return f"set {' and '.join(flags)} to true there{also}"
+
+
+def _check_shapes(checkpoint: Checkpoint, model: nn.Module, account: Account) -> None:
     """Compare types and shapes with the headers, before weights take any memory."""
     entries = checkpoint.entries()
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, stored in checkpoint_names(model, checkpoint).items():
+    for name, stored in account.names.items():
+        if name not in parameters:
+            continue
         kind = entries[stored].dtype
         if kind not in FLOATS and parameters[name].is_floating_point():
             message = (
@@ -172,13 +218,12 @@ def _check_buffers(checkpoint: Checkpoint, model: nn.Module) -> None:
         raise DataError(message)
 
 
-def refuse_mismatch(checkpoint: Checkpoint, problem: str, names: set[str]) -> None:
-    """Raise an error that lists some of the names, if there are any."""
-    if names:
-        shown = ", ".join(sorted(names)[:NAMES_SHOWN])
-        more = f" and {len(names) - NAMES_SHOWN} more" * (len(names) > NAMES_SHOWN)
-        message = (
-            f"{checkpoint.path} {problem}: {shown}{more}; config.json does not fit the "
-            f"weights, or the download is incomplete: download it again"
-        )
-        raise DataError(message)
+def _is_of_more_layers(model: nn.Module, name: str) -> bool:
+    """Whether a model with more layers would have a tensor."""
+    expected = {_family(known) for known in model.state_dict()}
+    return _family(name) in expected
+
+
+def _family(name: str) -> str:
+    """Name without the numbers of layers and experts."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)

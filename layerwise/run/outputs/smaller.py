@@ -10,7 +10,8 @@ from torch import nn
 
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.hashes import digests
-from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.accounts import checkpoint_names
 from layerwise.run.models.loading import quiet_transformers
 from layerwise.run.models.native import save_native
 from layerwise.run.models.stock import OutputFormat
@@ -61,8 +62,7 @@ def write_smaller(
     if source is not None:
         for name in source.side_files():
             if not (folder / name).exists() and not name.endswith(".index.json"):
-                (folder / name).parent.mkdir(exist_ok=True)
-                atomic_write(folder / name, source.side_file(name))
+                source.copy_side_file(name, folder)
     elif tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return Checkpoint.open(folder)

@@ -94,13 +94,13 @@ class Follower(BlockFolder):
     ----------
     output
         The folder that the run will become.
-    finished
-        Blocks that were finished when the run began, according to rank 0.
+    run, files
+        Key of the run, and the files of the blocks that were finished when the run began,
+        according to rank 0.
     """
 
-    def __init__(self, output: Path, finished: frozenset[int]) -> None:
-        super().__init__(partial_path(output) / FOLDER / BLOCKS)
-        self._finished = finished
+    def __init__(self, output: Path, run: str, files: Mapping[int, str]) -> None:
+        super().__init__(partial_path(output) / FOLDER / BLOCKS, run, files)
         if not self.blocks.is_dir():
             message = (
                 f"another rank does not see {self.blocks} of rank 0: put the output on a "
@@ -110,16 +110,18 @@ class Follower(BlockFolder):
 
     def read_block(self, index: int) -> PrunedBlock | None:
         """Return a block that was finished when the run began, or None."""
-        if index not in self._finished:
-            return None
-        block = super().read_block(index)
-        if block is None:
+        path = self.block_path(index)
+        if path is not None and not path.exists():
             message = (
                 f"{self.blocks} lacks block {index}, which rank 0 has: put the output on a "
                 f"file system that all ranks share"
             )
             raise DataError(message)
-        return block
+        return super().read_block(index)
+
+    @property
+    def continued(self) -> None:
+        """No line: rank 0 writes the log."""
 
     def write_block(self, index: int, block: PrunedBlock) -> None:
         """Do nothing: rank 0 writes."""
@@ -137,6 +139,7 @@ def open_store(
     identity: Mapping[str, Any],
     ranks: Ranks = ALONE,
     needed: int = 0,
+    total: int | None = None,
 ) -> Iterator[BlockStore]:
     """Open the store of a run; if the run fails, a folder without a block is removed.
 
@@ -150,20 +153,20 @@ def open_store(
         Rank 0 has the journal, the others read it.
     needed
         Bytes that the output will take.
+    total
+        Number of blocks, for people.
     """
     output = destination.output
     if output is None:
         yield MemoryStore()
         return
     if not ranks.first:
-        finished = json.loads(ranks.broadcast_text("finished", None))
-        yield Follower(output, frozenset(finished))
+        run, files = json.loads(ranks.broadcast_text("finished", None))
+        yield Follower(output, run, {int(index): name for index, name in files.items()})
         return
-    with _open_journal(destination, output, identity) as journal:
+    with _open_journal(destination, output, identity, total) as journal:
         if ranks.are_several:
-            files = journal.blocks.glob("[0-9]*-*.safetensors")
-            finished = sorted({int(path.name.partition("-")[0]) for path in files})
-            ranks.broadcast_text("finished", json.dumps(finished))
+            ranks.broadcast_text("finished", json.dumps([journal.run, journal.files]))
         refuse_full_disk(journal.folder, needed)
         yield journal
 
@@ -188,11 +191,15 @@ def open_states(
 
 @contextmanager
 def _open_journal(
-    destination: Destination, output: Path, identity: Mapping[str, Any]
+    destination: Destination,
+    output: Path,
+    identity: Mapping[str, Any],
+    total: int | None = None,
 ) -> Iterator[Journal]:
-    journal = Journal(output, identity, force=destination.force, resume=destination.resume)
+    force, resume = destination.force, destination.resume
+    journal = Journal(output, identity, force=force, resume=resume, total=total)
     try:
         yield journal
-    except BaseException:
-        journal.discard_if_empty()
+    except BaseException as error:
+        journal.stop(error)
         raise

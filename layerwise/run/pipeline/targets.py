@@ -197,7 +197,7 @@ def note_on(model: nn.Module, adapter: Adapter, selection: Selected) -> str:
 
 
 def refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise if weights to prune are shared with other modules of the model."""
+    """Raise if weights to prune share memory with others, or their entries do."""
     if reasons := _shared(model, names):
         message = f"{len(reasons)} weights cannot be pruned{_listed(reasons)}"
         raise UnsupportedModelError(message)
@@ -228,10 +228,17 @@ def refuse_unserved(model: nn.Module, adapter: Adapter, judgement: Judgement) ->
 
 
 def _shared(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
-    """Reason for every named linear that shares its weight with another module."""
+    """Reason for every named linear whose entries are shared, among each other or not."""
     known = names_of(model)
-    others = {n: other_name(known[f"{n}.weight"], f"{n}.weight") for n in names}
-    return {n: f"one tensor with {o}" for n, o in others.items() if o is not None}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    reasons = {}
+    for name in names:
+        weight = f"{name}.weight"
+        if (other := other_name(known[weight], weight)) is not None:
+            reasons[name] = f"one tensor with {other}"
+        elif 0 in parameters[weight].stride():
+            reasons[name] = "expanded, so that entries share their memory: clone it"
+    return reasons
 
 
 def _listed(reasons: Mapping[str, str]) -> str:
