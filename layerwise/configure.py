@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from layerwise.errors import UsageError
+from layerwise.errors import UsageError, quoted
 from layerwise.foreign import UserSolver
 from layerwise.solve import Chain, resolve
 from layerwise.solver import Solver, SolverLike
@@ -105,12 +105,14 @@ def _checked(solver: Solver, field: str, value: OptionValue) -> Any:
     hint = get_type_hints(type(_owner(solver)))[field]
     try:
         if isinstance(value, bool) and hint is not bool:
-            message = f"option {field} of {solver.name} is not a switch, got {value!r}"
+            message = (
+                f"option {field} of {solver.name} is not a switch, got {quoted(value)}"
+            )
             raise UsageError(message)
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
-        message = f"option {field} of {solver.name}: {reason}, got {value!r}"
+        message = f"option {field} of {solver.name}: {reason}, got {quoted(value)}"
         raise UsageError(message) from None
 
 

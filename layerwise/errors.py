@@ -5,13 +5,21 @@ Misuse raises an exception; the outcome of an optimisation is a
 where (layer, tensor, index), and what to change.
 """
 
-from typing import ClassVar
+import reprlib
+from typing import Any, ClassVar
+
+LONGEST_MESSAGE = 1000  # characters; what is quoted may be of any length
+LONGEST_QUOTE = 80
 
 
 class LayerwiseError(Exception):
     """Base class: ``except LayerwiseError`` catches everything raised on purpose."""
 
     exit_code: ClassVar[int] = 2
+
+    def __str__(self) -> str:
+        """Message; the middle of a very long one is left out."""
+        return shortened(super().__str__(), LONGEST_MESSAGE)
 
 
 class UsageError(LayerwiseError, ValueError):
@@ -60,6 +68,21 @@ class Interrupted(LayerwiseError):
     """The run was stopped; finished work is kept and the run can be resumed."""
 
     exit_code: ClassVar[int] = 75
+
+
+def shortened(text: str, length: int) -> str:
+    """Text of at most ``length`` characters, without its middle if it is longer."""
+    half = (length - 5) // 2
+    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
+
+
+def quoted(value: Any, length: int = LONGEST_QUOTE) -> str:
+    """Representation of any value for an error: short, and made in a short time."""
+    try:
+        text = repr(value[:length]) if isinstance(value, str) else reprlib.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a huge {type(value).__name__}"
+    return shortened(text, length)
 
 
 def one_line(error: BaseException, length: int = 300) -> str:

@@ -7,12 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from layerwise.chunks import all_finite
 from layerwise.errors import InvalidProblemError, SolveError, UsageError
 from layerwise.evaluate import check_feasible, grade
 from layerwise.foreign import UserSolver, answer_of
 from layerwise.linalg import ieee_products
-from layerwise.patterns import FixedMask
+from layerwise.patterns import Columns, FixedMask
 from layerwise.problem import LayerProblem
 from layerwise.solution import Answer, Solution, Start, Status, mask_of
 from layerwise.solver import OnIteration, Solver, SolverLike, requirements
@@ -42,7 +45,8 @@ def solve(
         The layer to prune.
     solver
         A name of :data:`layerwise.SOLVERS`, names joined by ``+``, a configured solver,
-        or an object with ``solve(problem)`` that returns something with ``weight``.
+        or an object with ``solve(problem)`` that returns the weight or something that has
+        it as ``weight``.
     initial
         Starting point, for solvers that use one.
     on_iteration
@@ -53,29 +57,58 @@ def solve(
     Raises
     ------
     UsageError
-        If the name is unknown.
+        If the name is unknown, or the object is not a solver or returns no weight.
     InvalidProblemError
-        If the solver does not handle the pattern, or `initial` has another shape.
+        If the solver does not handle the pattern, `initial` has another shape, or the gram
+        is indefinite.
     SolveError
         If arithmetic failed.
     VerificationError
         If the solver broke the pattern.
     """
+    if not isinstance(problem, LayerProblem):
+        message = (
+            f"the problem must be a LayerProblem, got {type(problem).__name__}: build it "
+            f"with LayerProblem.from_inputs"
+        )
+        raise UsageError(message)
     chosen = resolve(solver)
     refuse_unless_solvable(chosen, problem)
     start = None if initial is None else _checked_start(problem, initial)
     scaled, exponent = problem.normalized()
     report = on_iteration and (lambda entry: on_iteration(_as_posed(entry, exponent)))
+    if problem.squares_leave_float32:
+        scaled = replace(scaled, weight=scaled.weight.double())
     answer = _checked_answer(chosen, scaled, start, report)
+    overflow = all_finite(answer.weight)
+    if problem.squares_leave_float32:
+        answer = _shortened(answer, problem.dtype)
+    overflow = overflow and not all_finite(answer.weight)
     history = tuple(_as_posed(entry, exponent) for entry in answer.history)
     graded = grade(problem, replace(answer, history=history))
     if throw and graded.status is Status.NUMERICAL_ERROR:
-        message = (
-            f"{chosen.name} failed numerically; raise the damping "
-            f"(now {problem.damping:g}) or check the calibration activations"
-        )
-        raise SolveError(message)
+        raise SolveError(_failure(chosen, problem, overflow))
     return graded
+
+
+def _shortened(answer: Answer, dtype: torch.dtype) -> Answer:
+    """Answer in a shorter type; infinite weights are a numerical error."""
+    weight = answer.weight.to(dtype)
+    status = answer.status if all_finite(weight) else Status.NUMERICAL_ERROR
+    return replace(answer, weight=weight, status=status)
+
+
+def _failure(solver: Solver, problem: LayerProblem, overflow: bool) -> str:
+    if overflow:
+        largest = float(problem.weight.double().abs().max())
+        return (
+            f"{solver.name}: the weights reach {largest:.1e} and the best ones overflow "
+            f"float32: give the weight in float64, or multiply it by a power of two"
+        )
+    return (
+        f"{solver.name} failed numerically; raise the damping "
+        f"(now {problem.damping:g}) or check the calibration activations"
+    )
 
 
 def _checked_answer(
@@ -96,12 +129,13 @@ def _checked_answer(
 
 def _checked_start(problem: LayerProblem, initial: Start) -> Answer:
     """Start of the right shape, detached from any graph of gradients."""
+    initial = answer_of(initial)
     for name, tensor in (("weight", initial.weight), ("mask", initial.mask)):
         if tensor is not None and tuple(tensor.shape) != problem.shape:
             shape = tuple(tensor.shape)
             message = f"initial has a {name} of shape {shape}, expected {problem.shape}"
             raise InvalidProblemError(message)
-    return Answer(initial.weight.detach(), mask_of(initial, problem.pattern))
+    return Answer(initial.weight, mask_of(initial, problem.pattern))
 
 
 def refuse_unless_solvable(solver: Solver, problem: LayerProblem) -> None:
@@ -127,8 +161,19 @@ class Chain:
         return "+".join(step.name for step in self.steps)
 
     def can_solve(self, problem: LayerProblem) -> bool:
-        """Whether the first step can solve the problem."""
-        return self.steps[0].can_solve(problem)
+        """Whether every step can solve the problem, after the step before it."""
+        return self.unable(problem) is None
+
+    def unable(self, problem: LayerProblem) -> Solver | None:
+        """First step, of this chain or one inside it, that cannot solve its problem."""
+        posed = problem
+        for number, step in enumerate(self.steps):
+            if number and "mask" in requirements(step):
+                posed = problem.with_pattern(FixedMask(_a_mask(problem)))
+            if not step.can_solve(posed):
+                return (step.unable(posed) if isinstance(step, Chain) else None) or step
+            posed = problem
+        return None
 
     def solve(
         self,
@@ -184,7 +229,8 @@ def resolve(method: SolverLike) -> Solver:
     :class:`layerwise.foreign.UserSolver`, so the result is always a solver.
     """
     if not isinstance(method, str):
-        return method if isinstance(method, Solver) else UserSolver(method)
+        known = isinstance(method, Solver) and not isinstance(method, type)
+        return method if known else UserSolver(method)
     names = method.split("+")
     return chain(*names) if len(names) > 1 else get_solver(method)
 
@@ -198,13 +244,24 @@ def _as_posed(entry: Mapping[str, float], exponent: int) -> Mapping[str, float]:
     }
 
 
+def _a_mask(problem: LayerProblem) -> Tensor:
+    """Mask of the kind that a step leaves: rows differ unless whole columns are removed."""
+    kept = torch.ones(problem.shape, dtype=torch.bool, device=problem.weight.device)
+    kept[:, 0] = not isinstance(problem.pattern, Columns)
+    kept[0, 0] = False
+    return kept
+
+
 def _refusal(solver: Solver, problem: LayerProblem) -> str:
     if isinstance(solver, Chain):
-        solver = solver.steps[0]
+        solver = solver.unable(problem) or solver
     name = solver.name
     if "mask" in requirements(solver):
         return (
             f"{name} finds weights for a fixed mask: give it a FixedMask, or chain it "
             f'after a method that chooses one, as in "wanda+{name}"'
         )
-    return f"{name} does not handle the pattern {problem.pattern}"
+    return (
+        f"{name} does not handle the pattern {problem.pattern}: choose another method or "
+        f"pattern"
+    )

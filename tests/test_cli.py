@@ -100,7 +100,7 @@ BAD: Mapping[str, tuple[Mapping[str, Any], int, str]] = {
     "no recipe": ({"--recipe": "none.yaml"}, 2, "no recipe file none.yaml"),
     "bad recipe": ({"--recipe": "bad.yaml"}, 2, "unknown name 'methods'; known: model"),
     "source": ({"--calibration": "wikitext"}, 2, "did you mean 'wikitext2'"),
-    "field": ({"--calibration": "text.jsonl"}, 2, "needs a field, as in text.jsonl:field"),
+    "field": ({"--calibration": "text.jsonl:"}, 2, "needs a field, as in text.jsonl:field"),
     "no tokenizer": ({"MODEL": "mute"}, 2, "needs a tokenizer"),
     "experts": ({"MODEL": "mixture"}, 2, "model.layers.0.mlp.experts.gate_up_proj (a par"),
     "budget": (

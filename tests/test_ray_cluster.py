@@ -2,13 +2,19 @@
 
 import os
 import signal
+import socket
+import stat
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray._private import services
+from ray._raylet import AuthenticationMode, get_authentication_mode
 
 from layerwise.errors import DataError, SolveError, UsageError, WorkerError
 from layerwise.run.workers import pool as pool_module
@@ -16,7 +22,7 @@ from layerwise.run.workers import ray_cluster
 from layerwise.run.workers.executor import Attempt, Done, Failed, Job
 from layerwise.run.workers.messages import Opening
 from layerwise.run.workers.pool import Pool
-from layerwise.run.workers.ray_cluster import RayWorker, connect, disconnect, ray_workers
+from layerwise.run.workers.ray_cluster import RayWorker, connect, ray_workers
 from layerwise.run.workers.schedule import run_jobs
 from tests.support import worker_jobs
 
@@ -26,24 +32,51 @@ AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 @pytest.mark.slow
 def test_workers_on_a_local_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One test, as Ray is slow to start, and parallel tests would start many."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "")  # which Ray sets, and the test takes back
-    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # which must not count
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(private := tempfile.mkdtemp()))
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    assert connect("local", n_cpus=2)
-    try:
+    with connect("local", n_cpus=2):
         assert signal.getsignal(signal.SIGTERM) is on_sigterm
+        _check_that_strangers_are_refused(Path(private))
         _check_results()
         _check_a_killed_worker(tmp_path)
         _check_errors()
         _check_an_opening_that_fails(monkeypatch)
         with pytest.raises(UsageError, match="Ray has 2 CPUs and 0 GPUs, too few for 3"):
             ray_workers(worker_jobs.squares, 3)
-        assert not connect("local", n_cpus=2)
-        disconnect(False)
+        connect("local", n_cpus=2).close()
         assert ray.is_initialized()
-    finally:
-        disconnect(True)
     assert not ray.is_initialized()
+    assert os.environ["RAY_AUTH_MODE"] == "disabled"
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    Path(private).rmdir()  # nothing is left in it
+
+
+ASK = """
+import sys
+from ray._raylet import GcsClient
+GcsClient(address=sys.argv[1]).internal_kv_get(b"key", b"space", timeout=5)
+"""
+
+
+def _check_that_strangers_are_refused(private: Path) -> None:
+    """Only this program has the token; nothing listens to other machines."""
+    address = ray.get_runtime_context().gcs_address
+    token = os.environ["RAY_AUTH_TOKEN"]
+    for mode, known in (("token", token), ("token", "0" * 64), ("disabled", "")):
+        variables = os.environ | {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": known}
+        command = [sys.executable, "-c", ASK, address]
+        ends = subprocess.run(command, env=variables, capture_output=True, text=True)
+        assert (ends.returncode == 0) == (known == token), ends.stderr
+        assert known == token or "ray-security" in ends.stderr
+    (node,) = ray.nodes()
+    ports = [node["NodeManagerPort"], node["ObjectManagerPort"], address.rpartition(":")[2]]
+    for port in ports:  # whoever listens everywhere answers here too
+        with pytest.raises(OSError, match=r"refused|unreachable|assign"):
+            socket.create_connection(("127.0.0.2", int(port)), timeout=5)
+    (folder,) = private.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
 def _run_all(opening: Opening, count: int, payloads: Sequence[Any], **options: Any) -> Any:
@@ -186,18 +219,47 @@ def test_local_ray_is_small_and_sends_nothing_home(
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
-def test_local_ray_asks_for_a_token(
-    init_calls: Calls, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("mode", [None, "disabled", "token"])
+def test_local_ray_asks_for_a_token_of_its_own(
+    mode: str | None,
+    init_calls: Calls,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    """Ray reads the variable when it is imported, so it is set before, or not at all."""
-    monkeypatch.setattr(ray_cluster, "_import_ray", lambda: ray)
-    with pytest.raises(WorkerError, match="cannot use Ray at local"):
+    address = services.get_node_ip_address()
+    theirs = {"RAY_AUTH_TOKEN": "theirs"} | (
+        {} if mode is None else {"RAY_AUTH_MODE": mode}
+    )
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    seen: list[tuple[str, str]] = []
+    refuse = ray.init
+
+    def init(address: str, **options: Any) -> None:
+        seen.append((os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]))
+        assert get_authentication_mode() == AuthenticationMode.TOKEN
+        assert services.get_node_ip_address() == "127.0.0.1"
+        refuse(address, **options)
+
+    monkeypatch.setattr(ray, "init", init)
+    for _ in range(2):
+        with pytest.raises(WorkerError, match="cannot use Ray at local"):
+            ray_workers(worker_jobs.squares, 2)
+    (first, token), (_, other) = seen
+    assert len({token, other, "theirs"}) == 3
+    assert (first, len(token)) == ("token", 64)
+    assert {n: os.environ[n] for n in AUTHENTICATION if n in os.environ} == theirs
+    assert services.get_node_ip_address() == address
+    assert list(tmp_path.iterdir()) == []  # no file in the home folder
+
+
+def test_local_ray_needs_a_folder_for_its_files(
+    init_calls: Calls, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "missing"))
+    with pytest.raises(WorkerError, match=r"No such file.*change RAY_TMPDIR"):
         ray_workers(worker_jobs.squares, 2)
-    assert "RAY_AUTH_MODE" not in os.environ
-    monkeypatch.delitem(sys.modules, "ray")
-    with pytest.raises(WorkerError, match="cannot use Ray at local"):
-        ray_workers(worker_jobs.squares, 2)
-    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert init_calls == []
 
 
 @pytest.mark.parametrize(

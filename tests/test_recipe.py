@@ -1,5 +1,7 @@
 """Recipes and options: what text says becomes a solver, or an error with a name."""
 
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +90,7 @@ def test_what_people_write(tmp_path: Path, text: str, expected: dict[str, Any]) 
         ("n_sequences: many", UsageError, "n_sequences: Input should be a valid integer"),
         ("error_correction: both", UsageError, "'none', 'sequential', 'block' or 'full'"),
         ("group: column", UsageError, "group: Input should be 'row' or 'layer'"),
-        ("targets: Linear", UsageError, "targets: Input should be a valid list"),
+        ("targets: 3", UsageError, "targets: Input should be a valid list"),
         ("1: 2", UsageError, "1"),
     ],
 )
@@ -224,3 +226,76 @@ def test_memory_budget_goes_to_every_step_that_takes_one() -> None:
     assert isinstance(solver, Chain)
     assert [vars(step)["memory_budget"] for step in solver.steps] == [1000, 1000]
     assert with_memory_budget(Magnitude(), 1000) == Magnitude()
+
+
+# --- recipes that attack -----------------------------------------------------------------
+
+LAUGHS = "\n".join(
+    [
+        "a: &a [x, x, x, x, x, x, x, x, x, x]",
+        *(
+            f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]"
+            for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+        ),
+        "targets: *i",
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (LAUGHS, "references"),
+        ("targets: &t [Linear]\nignore: *t\n", "references"),
+        ("base: &b {method: wanda}\n<<: *b\n", "references"),
+        ("options: " + "[" * 3000 + "]" * 3000, "inside values"),
+        ("options: " + "{a: " * 3000 + "1" + "}" * 3000, "inside values"),
+        ("targets:\n" + "".join(" " * n + "-\n" for n in range(1, 300)), "inside values"),
+        ("method: wanda\nmethod: fista\n", "'method' appears twice"),
+        ("options: {steps: 1, steps: 2}\n", "'steps' appears twice"),
+        ("seed: " + "9" * 5000, "limit"),
+        ("method: " + "w" * 200_000, "longer than"),
+        ("method: !!python/object/apply:os.system [true]", "could not determine"),
+        ("method: \x00", "unacceptable character"),
+    ],
+)
+def test_recipe_that_attacks_is_refused_at_once(
+    text: str, expected: str, tmp_path: Path
+) -> None:
+    path, start = write(tmp_path, text), time.perf_counter()
+    with pytest.raises(DataError, match=f"cannot read recipe .*{expected}") as caught:
+        Recipe.read(path)
+    assert time.perf_counter() - start < 1
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"model": ["x" * 10**6]}, "model"),
+        ({"options": {"a": [["y" * 10**6] * 1000]}}, "options"),
+        ({"sparsity": {"z" * 10**6: 1}}, "sparsity"),
+        ({"n_sequences": "1" * 10**5}, "n_sequences"),
+        ({"w" * 10**6: 1}, "unknown name"),
+    ],
+)
+def test_what_an_error_quotes_is_short(values: dict[str, Any], field: str) -> None:
+    with pytest.raises(UsageError, match=field) as caught:
+        Recipe.check(values, "the recipe")
+    assert len(str(caught.value)) < 1001
+
+
+def test_recipe_that_is_not_a_file(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe.yaml")
+    for path in (pipe, tmp_path, Path("/dev/zero")):
+        with pytest.raises(DataError, match="is not a file"):
+            Recipe.read(path)
+
+
+@pytest.mark.parametrize("name", ["targets", "ignore"])
+def test_one_entry_may_stand_alone(name: str, tmp_path: Path) -> None:
+    """As in prune_model, which takes one name or several."""
+    recipe = Recipe.read(write(tmp_path, f"{name}: re:.*q_proj\n"))
+    assert getattr(recipe, name) == ["re:.*q_proj"]
+    with pytest.raises(UsageError, match=f"{name}: Input should be a valid list, got 3"):
+        Recipe.read(write(tmp_path, f"{name}: 3\n"))

@@ -91,15 +91,6 @@ def test_settings_of_generation_that_transformers_ignores(source: Path, text: st
     Headers.read(Checkpoint.open(source))
 
 
-def test_empty_quantization_is_refused(source: Path) -> None:
-    config = json.loads((source / "config.json").read_text())
-    add(source, "config.json", json.dumps(config | {"quantization_config": {}}))
-    with pytest.raises(DataError, match="an empty quantization_config"):
-        Checkpoint.open(source)
-    add(source, "config.json", json.dumps(config | {"quantization_config": None}))
-    Checkpoint.open(source)
-
-
 @pytest.mark.parametrize("metadata", [None, [], "absent"])
 def test_index_without_metadata_is_refused(tmp_path: Path, metadata: Any) -> None:
     source = save_checkpoint(tmp_path / "m", tiny_model("llama"), max_shard_size="9KB")

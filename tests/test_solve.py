@@ -218,6 +218,26 @@ def test_unknown_names_are_answered_with_close_ones() -> None:
         lw.chain()
 
 
+@pytest.mark.parametrize(
+    ("steps", "at_fault"),
+    [
+        (("wanda", "columns"), "columns"),
+        (("wanda", "least-squares", "dsnot", "fasp"), "fasp"),
+        ((lw.chain("wanda", "flap"), "least-squares"), "flap"),
+    ],
+)
+def test_chain_is_refused_before_its_first_step(steps: Any, at_fault: str) -> None:
+    """Any step that cannot take what the others leave, also in a chain inside."""
+    problem = PROBLEMS["plain"].problem(Unstructured(0.5))
+    asked: list[tuple[Pattern, Start | None]] = []
+    watched = lw.chain(Recorder(asked), *steps)
+    assert not watched.can_solve(problem)
+    with pytest.raises(InvalidProblemError, match=f"^{at_fault} does not handle the patt"):
+        lw.solve(problem, watched)
+    assert asked == []
+    assert lw.chain("columns", "least-squares").can_solve(problem.with_pattern(Columns(3)))
+
+
 def test_pattern_that_a_solver_cannot_take() -> None:
     layer = PROBLEMS["plain"]
     with pytest.raises(InvalidProblemError, match=r'"wanda\+least-squares"'):

@@ -15,8 +15,17 @@ from layerwise.cli import bench, demo, grams, inspect, plan, prune, retrain
 from layerwise.cli.help import EXAMPLES, GroupedCommand
 from layerwise.cli.signals import stopping_in_order
 from layerwise.cli.streams import lasting, open_standard_files
-from layerwise.errors import LayerwiseError, UsageError
+from layerwise.errors import (
+    LONGEST_MESSAGE,
+    DataError,
+    LayerwiseError,
+    MemoryBudgetError,
+    UsageError,
+    one_line,
+    shortened,
+)
 
+EXIT_UNEXPECTED = 1
 EXIT_INTERRUPTED = 130
 DEBUG = "--debug"
 COMMANDS = (  # in the order of --help
@@ -98,11 +107,36 @@ def _run(arguments: list[str], debug: bool) -> int:
         return _fail(error, str(error) or "interrupted", EXIT_INTERRUPTED, debug)
     except typer.Exit as error:
         return int(error.exit_code)
+    except OSError as error:
+        return _fail(error, _of_system(error), DataError.exit_code, debug)
+    except MemoryError as error:
+        message = f"there is too little memory: {one_line(error)}"
+        return _fail(error, message, MemoryBudgetError.exit_code, debug)
     except Exception as error:
         describe: Callable[[], str] | None = getattr(error, "format_message", None)
-        if describe is None:
-            raise
-        return _fail(error, describe(), 2, debug)
+        if describe is not None:
+            return _fail(error, _with_hint(error, describe()), UsageError.exit_code, debug)
+        message = (
+            f"unexpected {type(error).__name__}: {one_line(error)}; this is a fault of "
+            f"layerwise, and --debug shows where"
+        )
+        return _fail(error, message, EXIT_UNEXPECTED, debug)
+
+
+def _of_system(error: OSError) -> str:
+    """Message of an error of the operating system, with the whole path."""
+    if isinstance(error, BrokenPipeError):
+        return "nobody reads the output any more"
+    where = "a file or the output" if error.filename is None else error.filename
+    return f"cannot read or write {where}: {error.strerror or one_line(error)}"
+
+
+def _with_hint(error: Exception, message: str) -> str:
+    """Message of the parser, and where an option belongs that stands before a command."""
+    context = getattr(error, "ctx", None)
+    if message.startswith("No such option") and context and context.parent is None:
+        return f"{message.rstrip('.')}; options go after the command: layerwise prune ..."
+    return message
 
 
 def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
@@ -110,5 +144,6 @@ def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
         import traceback
 
         traceback.print_exception(error)
-    typer.echo(f"layerwise: {' '.join(message.split())}", err=True)
+    line = shortened(" ".join(message.split()), LONGEST_MESSAGE)
+    typer.echo(f"layerwise: {line}", err=True)
     return code

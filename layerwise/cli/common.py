@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
-import yaml
 from rich.console import Console
 
-from layerwise.errors import UsageError
+from layerwise.errors import DataError, UsageError, quoted
+from layerwise.run.outputs.strict_yaml import parse_yaml
 
 TYPED = "COMMANDLINE"  # source of a parameter, as click names it
 
@@ -58,11 +58,11 @@ def _assignments(items: list[str]) -> dict[str, Any]:
     for item in items:
         name, equals, value = item.partition("=")
         if not equals or not name:
-            message = f"--set takes name=value, got {item!r}"
+            message = f"--set takes name=value, got {quoted(item)}"
             raise UsageError(message)
         try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            message = f"--set {name} takes one number or word, got {value!r}"
+            found[name] = parse_yaml(value, "the value")
+        except DataError:
+            message = f"--set {name} takes one number or word, got {quoted(value)}"
             raise UsageError(message) from None
     return found

@@ -19,6 +19,7 @@ def calibrate(
     n_sequences: options.Windows = 128,
     sequence_length: options.WindowLength = None,
     seed: options.Seed = 0,
+    bos: options.Bos = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
     resume: options.Resume = True,
@@ -47,12 +48,13 @@ def calibrate(
         n_sequences=n_sequences,
         sequence_length=sequence_length,
         seed=seed,
+        bos=bos,
         device=device,
         resume=resume,
         force=force,
+        on_note=lambda note: typer.echo(note, err=True),
         on_start=lambda count: typer.echo(f"storing {count} files of grams", err=True),
         on_stage=on_stage,
-        on_note=lambda text: typer.echo(text, err=True),
         **chosen,
     )
     typer.echo(f"wrote {output}: {len(list(manifest.layers()))} layers")

@@ -29,14 +29,15 @@ class Lasting:
         self._lost: str | None = None  # why
 
     def write(self, text: str) -> int:
-        """Write text; characters that the encoding lacks are replaced."""
+        """Write text; characters that the encoding lacks are escaped."""
         if not isinstance(text, str):  # libraries try what kind of stream this is
             message = f"a text stream takes no {type(text).__name__}"
             raise TypeError(message)
         with self._losing():
             if self._stream is not None and text:
                 encoding = self._stream.encoding or "utf-8"
-                self._stream.write(text.encode(encoding, "replace").decode(encoding))
+                known = text.encode(encoding, "backslashreplace").decode(encoding)
+                self._stream.write(known)
         return len(text)
 
     def flush(self) -> None:

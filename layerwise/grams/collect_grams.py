@@ -18,12 +18,14 @@ from layerwise.adapters.base import Stage
 from layerwise.errors import UnsupportedModelError
 from layerwise.grams.gram_folder import GramManifest, StageFile, StoredMatrix
 from layerwise.grams.layer_files import write_file
+from layerwise.modes import in_ordinary_mode
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.activations.hidden_store import hidden_store
 from layerwise.run.activations.streams import evaluation_mode
 from layerwise.run.checkpoints.hashes import file_sha256
-from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.accounts import checkpoint_names
 from layerwise.run.models.opening import open_model
 from layerwise.run.outputs.output import fingerprint, versions
 from layerwise.run.outputs.recipe import Recipe
@@ -78,7 +80,7 @@ class CollectGrams:
         index = self.blocks.index(inputs.name)
         for number, stage in enumerate(inputs.stages):
             weights = {
-                f"{inputs.name}.{name}": task.adapter.weight(inputs.block, name)
+                f"{inputs.name}.{name}": inputs.weight(task.adapter, name)
                 for name in stage.linears
             }
             with naming(next(iter(weights))):
@@ -94,6 +96,7 @@ def stage_file(block: int, stage: int) -> str:
     return f"{block:05d}-{stage:02d}.safetensors"
 
 
+@in_ordinary_mode
 def collect_grams(
     model: str | Path,
     output_dir: str | Path,
@@ -105,12 +108,13 @@ def collect_grams(
     targets: str | Sequence[str] = "Linear",
     ignore: str | Sequence[str] = ("lm_head",),
     seed: int = 0,
+    bos: str = "auto",
     device: str | torch.device = "auto",
     resume: bool = True,
     force: bool = False,
+    on_note: Callable[[str], None] = lambda note: None,
     on_start: Callable[[int], None] = lambda n_stages: None,
     on_stage: OnStage = lambda name, width: None,
-    on_note: Callable[[str], None] = lambda text: None,
 ) -> GramManifest:
     """Write the moments and weights of all linear layers of a dense model.
 
@@ -120,18 +124,20 @@ def collect_grams(
         Checkpoint folder or hub name.
     output_dir
         New folder; work happens in ``output_dir.partial``.
-    calibration, tokenizer, n_sequences, sequence_length, targets, ignore, seed, device
+    calibration, tokenizer, n_sequences, sequence_length, seed, bos
+        As in :func:`layerwise.prune_model`.
+    targets, ignore, device
         As in :func:`layerwise.prune_model`.
     resume
         Continue an unfinished run with the same arguments in the same folder.
     force
         Replace a finished `output_dir`.
+    on_note
+        Called with remarks for the log, such as that a run is continued.
     on_start
         Called with the number of files.
     on_stage
         Called after every file with its first layer and its number of inputs.
-    on_note
-        Called with one line if a run is continued.
 
     Returns
     -------
@@ -154,7 +160,7 @@ def collect_grams(
     destination = Destination.of(output_dir, resume=resume, force=force, inputs=inputs)
     output = Path(destination.output or output_dir)
     with destination.held():
-        data = CalibrationData(calibration, n_sequences, sequence_length, seed)
+        data = CalibrationData(calibration, n_sequences, sequence_length, seed, bos)
         with timed("load"):
             source = Checkpoint.open(model)
             opened = open_model(source, streamed=True)
@@ -176,8 +182,8 @@ def collect_grams(
             identity = fingerprint(recipe, run) | {"method": "calibrate"}
         total = len(selection.blocks)
         with open_store(destination, identity, total=total) as store:
-            if store.continued:
-                on_note(store.continued)
+            for note in filter(None, (store.continued, *tokens.notes)):
+                on_note(note)
             on_start(len(stages))
             step = CollectGrams(partial_path(output), list(selection.blocks), on_stage)
             with evaluation_mode(opened.model):

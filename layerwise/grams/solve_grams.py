@@ -25,6 +25,7 @@ from layerwise.grams.layer_jobs import (
 )
 from layerwise.grams.solved_folder import SolvedFolder, recipe_of
 from layerwise.grams.sweep import Sweep
+from layerwise.modes import in_ordinary_mode
 from layerwise.run.pipeline.destination import Destination
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.removal import Amount
@@ -41,6 +42,7 @@ from layerwise.solve import resolve
 OnLayer = Callable[[LayerRecord], None]
 
 
+@in_ordinary_mode
 def solve_grams(
     grams: str | Path,
     methods: Any = "fista",

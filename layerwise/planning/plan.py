@@ -36,9 +36,12 @@ from layerwise.planning.solver_costs import workspace_of
 from layerwise.run.activations.hidden_store import goes_to_disk
 from layerwise.run.capacity import Capacity, capacity_of, own_memory, room
 from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.accounts import remarks
+from layerwise.run.models.architecture import as_stored
 from layerwise.run.models.headers import Headers
 from layerwise.run.models.opening import OpenedModel
 from layerwise.run.models.residency import InMemory
+from layerwise.run.models.stored_types import weight_bytes
 from layerwise.run.pipeline.destination import Destination
 from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.removal import Removal
@@ -56,6 +59,7 @@ def plan_run(
     sparsity: float | str | None = None,
     pattern: Pattern | str | None = None,
     *,
+    tokenizer: Any = None,
     output_dir: str | Path | None = None,
     resume: bool = True,
     force: bool = False,
@@ -70,7 +74,7 @@ def plan_run(
     ----------
     model
         A checkpoint folder or hub name.
-    method, sparsity, pattern, arguments
+    method, sparsity, pattern, tokenizer, arguments
         As for :func:`layerwise.prune_model`. The calibration text is not read and may be
         left out; a file that is named must be there.
     output_dir, resume, force
@@ -97,8 +101,10 @@ def plan_run(
     streamed = headers.one_to_one and not settings.removal.needs_whole_model
     settings.workers.check(settings.error_correction, streamable=streamed)
     length = settings.calibration.check(skeleton)
+    settings.calibration.check_tokenizer(source, tokenizer)
     base = own_memory()
-    opened = OpenedModel(InMemory(skeleton), adapter_without_memory(skeleton), source)
+    adapter = as_stored(adapter_without_memory(skeleton), skeleton, source)
+    opened = OpenedModel(InMemory(skeleton), adapter, source)
     settings = settings.for_model(opened)
     refusal = _in_the_way(destination) or _selection_error(settings, opened)
     entries = settings.targets, settings.ignore
@@ -110,7 +116,7 @@ def plan_run(
     chosen = settings.removal.method
     run = _run_shape(settings, length, place, base, streamed=streamed)
     run = _with_store(sizes, run, settings.activations, capacity)
-    disk = disk_of(source, sizes, run)
+    disk = disk_of(source, sizes, run, weight_bytes(source, skeleton, shapes))
     machine = quick_machine(place)
     stored = sum(entry.n_bytes for entry in source.entries().values())
     stages = estimates(
@@ -189,7 +195,7 @@ def _in_the_way(destination: Destination) -> LayerwiseError | None:
 def _selection_error(settings: Settings, opened: OpenedModel) -> LayerwiseError | None:
     """Error by which a run refuses these matrices; entries that match nothing raise."""
     try:
-        settings.removal.select(opened, settings.targets, settings.ignore)
+        settings.check_selection(opened)
     except (UnsupportedModelError, InvalidProblemError) as error:
         return error
     return None
@@ -203,14 +209,19 @@ def _with_store(
     return replace(run, on_disk=goes_to_disk(activations, needed, capacity.host))
 
 
-def disk_of(source: Checkpoint, sizes: ModelShape, run: RunShape) -> dict[str, int]:
-    """Bytes of the output on the disk at its largest, by kind."""
+def disk_of(
+    source: Checkpoint, sizes: ModelShape, run: RunShape, finished: int
+) -> dict[str, int]:
+    """Bytes of the output on the disk at its largest, by kind.
+
+    `finished` are the bytes of all pruned weights in the types of their files.
+    """
     weights = sum(block.weights for block in sizes.blocks)
     files = [*source.side_files(), *source.shards]
     sizes_on_disk = {
         "pruned model": sum((source.path / name).stat().st_size for name in files),
         "masks": weights // 8,
-        "finished blocks, until the end": weights * sizes.itemsize + weights // 8,
+        "finished blocks, until the end": finished + weights // 8,
     }
     if run.workers > 1:
         count = run.workers + Rules().look_ahead
@@ -229,6 +240,8 @@ def _notes(opened: OpenedModel, run: RunShape, method: Method) -> Iterator[str]:
             f"{opened.adapter.blocks} were found by running it without numbers, and a run "
             f"proves them first"
         )
+    if opened.source is not None:
+        yield from remarks(opened.model, opened.source)
     if not run.streamed:
         yield "this run has the whole model in memory"
     if run.workspace is None:

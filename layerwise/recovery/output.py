@@ -12,7 +12,9 @@ from layerwise.recovery.pruned import CARD, Pruned
 from layerwise.recovery.records import UnitRecord
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.files import copy_file, read_bytes
-from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, write_checkpoint
+from layerwise.run.checkpoints.storage import Checkpoint, write_checkpoint
+from layerwise.run.models.accounts import checkpoint_names
+from layerwise.run.models.stored_types import in_stored_type
 from layerwise.run.outputs.output import MANIFEST, written_files
 from layerwise.run.pipeline.destination import FINGERPRINT, FOLDER
 from layerwise.run.pipeline.journal import Journal
@@ -44,7 +46,10 @@ def write_retrained(
     """
     folder, (source, manifest) = journal.folder, pruned.stored()
     names = checkpoint_names(pruned.model, source)
-    stored = {names[name]: value for name, value in values.items()}
+    stored = {
+        names[name]: in_stored_type(source, names[name], value) + 0.0  # none is negative
+        for name, value in values.items()
+    }
     write_checkpoint(source, folder, stored, overwrite=True)
     ours = source.path / FOLDER
     for path in sorted(ours.iterdir()):

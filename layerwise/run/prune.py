@@ -17,9 +17,14 @@ from torch import nn
 
 from layerwise.configure import OptionValue
 from layerwise.errors import UsageError
+from layerwise.modes import in_ordinary_mode
 from layerwise.patterns import Pattern
 from layerwise.run.activations.streams import evaluation_mode
-from layerwise.run.models.opening import open_model
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.architecture import adapter_of, is_declared
+from layerwise.run.models.headers import Headers
+from layerwise.run.models.opening import OpenedModel, open_model
+from layerwise.run.models.residency import InMemory
 from layerwise.run.outputs.output import Outcome, fingerprint, stored_masks, write_output
 from layerwise.run.pipeline.destination import NOWHERE, Destination
 from layerwise.run.pipeline.sharing import agree, open_store
@@ -36,6 +41,7 @@ WHOLE = (
 )
 
 
+@in_ordinary_mode
 def prune_model(
     model_or_path: nn.Module | str | Path,
     method: SolverLike = "fista",
@@ -50,6 +56,7 @@ def prune_model(
     targets: str | Sequence[str] = "Linear",
     ignore: str | Sequence[str] = ("lm_head",),
     seed: int = 0,
+    bos: str = "auto",
     damping: float = 0.01,
     certify: bool | None = None,
     options: dict[str, OptionValue] | None = None,
@@ -58,6 +65,7 @@ def prune_model(
     multiple: int | None = None,
     unit: int | None = None,
     group: str | None = None,
+    keep_zeros: bool | None = None,
     device: str | torch.device = "auto",
     memory_budget: int | None = None,
     activations: str = "auto",
@@ -96,8 +104,9 @@ def prune_model(
         and of the values of attention, or channels of the MLP and whole heads. Methods that
         only remove columns choose one of the two themselves.
     calibration
-        ``"wikitext2"``, ``"c4"``, ``"file.txt"``, ``"file.jsonl:field"``, a list of
-        strings, or token ids.
+        ``"wikitext2"``, ``"c4"``, ``"file.txt"``, ``"file.jsonl:field"``, also ``.json``,
+        ``.parquet`` and ``.gz``; strings, chats, token ids, a data set or a DataLoader, see
+        :func:`layerwise.run.data.calibration.token_windows`.
     tokenizer
         Tokenizer for text; by default the one in the checkpoint folder.
     n_sequences, sequence_length
@@ -111,6 +120,10 @@ def prune_model(
         ``"Linear"`` is every linear layer, including the ``Conv1D`` of transformers.
     seed
         Seed of the calibration windows; the global generators are not touched.
+    bos
+        Whether every window begins with BOS: ``"auto"`` (for text, of families in
+        :data:`layerwise.run.data.bos.NEEDS_BOS`), ``"always"`` or ``"never"``, the
+        contiguous windows of the papers. The length of the windows is the same.
     damping
         Ridge towards the dense weight, relative to the mean diagonal of the gram.
     certify
@@ -127,6 +140,9 @@ def prune_model(
         Former name of `multiple`.
     group
         Whether a fraction of zeros holds for every ``"row"`` (default) or ``"layer"``.
+    keep_zeros
+        Whether every zero that a weight has already stays zero, with the pattern on top.
+        None: for a folder that layerwise wrote.
     device
         Where blocks are computed; ``"auto"`` is a GPU if one is available.
     memory_budget
@@ -174,6 +190,7 @@ def prune_model(
         allocation=allocation,
         format=format,
         multiple=_multiple(multiple, unit),
+        keep_zeros=keep_zeros,
         damping=damping,
         certify=certify,
         options=options,
@@ -184,6 +201,7 @@ def prune_model(
         targets=targets,
         ignore=ignore,
         seed=seed,
+        bos=bos,
         device=device,
         memory_budget=memory_budget,
         activations=activations,
@@ -210,6 +228,8 @@ def prune(
         if ranks.first:
             held.enter_context(destination.held())
         with timed("load"):
+            if not isinstance(model_or_path, nn.Module):
+                model_or_path = open_headers(model_or_path, settings, tokenizer)
             opened = open_model(model_or_path, streamed=streamed)
         settings = settings.for_model(opened)
         run = settings.run_on(opened, tokenizer, ranks, output)
@@ -222,7 +242,7 @@ def prune(
         total = len(run.selection.blocks)
         with open_store(destination, identity, ranks, needed, total) as store:
             listeners = Listeners(callbacks if ranks.first else ())
-            listeners.on_notes([store.continued] if store.continued else [])
+            listeners.on_notes(filter(None, (store.continued, *run.tokens.notes)))
             listeners.on_notes(settings.removal.notes(run))
             if streamed and from_folder and opened.in_memory:
                 listeners.on_note(WHOLE)
@@ -246,6 +266,19 @@ def prune(
     report = PruneReport(tuple(records), masks, output, seconds, left, model)
     listeners.on_finish(report)
     return report
+
+
+def open_headers(
+    name_or_path: str | Path, settings: Settings, tokenizer: Any = None
+) -> Checkpoint:
+    """Open a checkpoint; refuse what needs no weight, which may take long to read."""
+    source = Checkpoint.open(name_or_path)
+    model = Headers.read(source).model
+    settings.calibration.check(model)
+    settings.calibration.check_tokenizer(source, tokenizer)
+    if is_declared(model):  # other adapters are found by running the model
+        settings.check_selection(OpenedModel(InMemory(model), adapter_of(model), source))
+    return source
 
 
 def _multiple(multiple: int | None, unit: int | None) -> int | None:

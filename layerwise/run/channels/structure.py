@@ -16,6 +16,7 @@ from layerwise.patterns import Columns, Pattern, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.run.models.stock import OUTPUT_FORMATS, OutputFormat
 from layerwise.run.pipeline.removal import Amount
+from layerwise.solve import steps_of
 from layerwise.solver import Solver
 
 Kind = Literal["columns", "heads"]
@@ -97,8 +98,9 @@ def choose_structure(solver: Solver, amount: Amount) -> Structure | None:
 
 
 def prunes_columns_only(solver: Solver) -> bool:
-    """Whether a method removes whole columns and nothing smaller."""
-    return removes_columns(solver) and not _solves(solver, Unstructured(0.5))
+    """Whether a method removes whole columns; one that begins with zeros does not."""
+    first = next(steps_of(solver))
+    return removes_columns(solver) and not _solves(first, Unstructured(0.5))
 
 
 def removes_columns(solver: Solver) -> bool:

@@ -40,6 +40,12 @@ TYPE_NAMES = {
 }
 
 
+FLOATS = {
+    TYPE_NAMES[dtype]: dtype
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+}
+
+
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
     """Entry of one tensor in the header; ``dtype`` is the name that safetensors uses."""

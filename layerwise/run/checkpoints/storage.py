@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerwise.errors import DataError, UsageError, one_line
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.bitmask import pack_mask, unpack_mask
 from layerwise.run.checkpoints.files import copy_file
 from layerwise.run.checkpoints.hashes import file_sha256
+from layerwise.run.checkpoints.plain_config import is_plain, plain_bytes
 from layerwise.run.checkpoints.shard import (
     TensorEntry,
     check_substitute,
@@ -36,12 +37,12 @@ from layerwise.run.checkpoints.validation import (
     confined,
     locate,
     read_weight_map,
+    refuse_adapter,
 )
 
 __all__ = [
     "Checkpoint",
     "atomic_write",
-    "checkpoint_names",
     "pack_mask",
     "unpack_mask",
     "write_checkpoint",
@@ -100,6 +101,7 @@ class Checkpoint:
             The weights are quantised or the configuration requires foreign code.
         """
         path = locate(name_or_path, (*SIDE_FILES, CODE, "model*.safetensors"))
+        refuse_adapter(path)
         if not (path / "config.json").exists():
             message = f"{path} has no config.json: it is not a model folder"
             raise DataError(message)
@@ -127,6 +129,19 @@ class Checkpoint:
         }
         indexes = {name for name in names if name.endswith(".index.json")}
         return sorted(names - indexes | ({INDEX} if indexed else set()))
+
+    def copy_side_file(self, name: str, folder: Path) -> None:
+        """Copy a side file to a folder: config.json without keys that say nothing."""
+        target = folder / name
+        try:
+            target.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            message = f"cannot copy {self.path / name} to {target}: {one_line(error)}"
+            raise DataError(message) from error
+        if name == "config.json" and not is_plain(self.config):
+            atomic_write(target, plain_bytes(self.config))
+        else:
+            copy_file(self.path / name, target)
 
     def entries(self) -> dict[str, TensorEntry]:
         """Type, shape and size of every tensor, from the headers alone."""
@@ -200,17 +215,7 @@ def write_checkpoint(
         inside = {name for name in replaced if source.weight_map[name] == shard}
         rewrite_shard(source.path / shard, output / shard, replaced, inside)
     for name in side_files:
-        copy_side_file(source.path / name, output / name)
-
-
-def copy_side_file(source: Path, target: Path) -> None:
-    """Copy a side file; its folder is created if it is missing."""
-    try:
-        target.parent.mkdir(exist_ok=True)
-    except OSError as error:
-        message = f"cannot copy {source} to {target}: {one_line(error)}"
-        raise DataError(message) from error
-    copy_file(source, target)
+        source.copy_side_file(name, output)
 
 
 def _check_output(
@@ -232,36 +237,3 @@ def _check_output(
     if needed > (free := shutil.disk_usage(output).free):
         message = f"{output} needs {needed} bytes but its disk has {free}: free some space"
         raise DataError(message)
-
-
-def checkpoint_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """Name of the stored tensor of each parameter of a model.
-
-    Names agree, or differ by the prefix of the base model (``model.``) that some
-    checkpoints omit. Tied parameters share one stored tensor.
-
-    Returns
-    -------
-    dict
-        One entry per parameter name, tied parameters included. Parameters without a
-        stored tensor (such as those that transformers fuses while loading) are absent.
-    """
-    names: dict[str, str] = {}
-    first: dict[int, str] = {}  # identity of a parameter -> tensor name
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    for name, parameter in parameters:
-        stored = stored_name(model, checkpoint.weight_map, name)
-        if stored is not None:
-            names[name] = stored
-            first.setdefault(id(parameter), stored)
-    for name, parameter in parameters:
-        if name not in names and id(parameter) in first:
-            names[name] = first[id(parameter)]
-    return names
-
-
-def stored_name(model: nn.Module, stored: Mapping[str, Any], name: str) -> str | None:
-    """Name under which a parameter or buffer is stored, or None."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    candidates = (name, name.removeprefix(prefix), prefix + name)
-    return next((candidate for candidate in candidates if candidate in stored), None)

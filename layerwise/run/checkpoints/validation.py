@@ -15,10 +15,12 @@ from typing import Any
 
 from layerwise.errors import DataError, UnsupportedModelError, one_line
 from layerwise.run.checkpoints.files import check_regular
+from layerwise.run.checkpoints.plain_config import check_types, refuse_quantised
 from layerwise.run.checkpoints.shard import read_header
 from layerwise.run.checkpoints.strict_json import read_object
 
 SINGLE_SHARD = "model.safetensors"
+ADAPTER = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -71,6 +73,28 @@ def confined(path: Path) -> Path:
         message = f"{path} is a link that leaves the folder: replace it by the file"
         raise DataError(message)
     return check_regular(path)
+
+
+def refuse_adapter(path: Path) -> None:
+    """Refuse a folder with an adapter of peft, alone or beside the weights of a model.
+
+    Where peft is installed, transformers loads the adapter and the model that it names,
+    instead of the weights in the folder.
+    """
+    if not (path / ADAPTER).is_file():
+        return
+    if (path / "config.json").is_file():
+        message = (
+            f"{path} holds an adapter ({ADAPTER}) beside a model, and transformers would "
+            f"load another model with it: move {ADAPTER} to another folder, if its "
+            f"weights are merged"
+        )
+    else:
+        message = (
+            f"{path} holds an adapter ({ADAPTER}) without its model: merge_and_unload() "
+            f"it with peft, then save_pretrained() the result"
+        )
+    raise DataError(message)
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
@@ -144,15 +168,8 @@ def check_config(config: dict[str, Any], path: Path) -> None:
     if not isinstance(config.get("model_type"), str):
         message = f"{where} names no model_type: restore the file"
         raise DataError(message)
-    if config.get("quantization_config") == {}:
-        message = (
-            f"{where} has an empty quantization_config, so transformers does not open the "
-            f"model: remove the key"
-        )
-        raise DataError(message)
-    if config.get("quantization_config"):
-        message = f"{path} is quantised: prune the original, then quantise the result"
-        raise UnsupportedModelError(message)
+    check_types(config, where)
+    refuse_quantised(config, path)
     if config.get("transformers_weights"):
         message = f"{where} redirects the weights (transformers_weights): remove the key"
         raise DataError(message)

@@ -27,9 +27,10 @@ from layerwise.run.checkpoints.hashes import (
     tensor_hashes,
 )
 from layerwise.run.checkpoints.lazy import LazyTensors
-from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, write_checkpoint
+from layerwise.run.checkpoints.storage import Checkpoint, write_checkpoint
 from layerwise.run.checkpoints.strict_json import read_object
 from layerwise.run.data.calibration import Calibration
+from layerwise.run.models.accounts import checkpoint_names
 from layerwise.run.outputs.model_card import model_card
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.outputs.smaller import Smaller, describe, write_channels, write_smaller
@@ -52,6 +53,7 @@ class Manifest(BaseModel):
     format: int = 1
     sparsity: str
     group: str
+    keep_zeros: bool = False  # whether there may be more zeros than the sparsity says
     pruned: dict[str, str]  # parameter name -> tensor name in the checkpoint
     transposed: list[str] = []  # pruned parameters that are stored as (in, out)
     untouched: dict[str, str]  # tensor name -> sha256 of its bytes in the source
@@ -61,6 +63,7 @@ class Manifest(BaseModel):
     source: dict[str, str]  # file name -> sha256
     calibration: str
     calibration_sha256: str
+    bos: str = "never"  # "always" if every calibration window begins with BOS
     versions: dict[str, str]
     smaller: Smaller | None = None  # for a model that lost channels
 
@@ -245,11 +248,11 @@ def _write_zeros(journal: Journal, outcome: Outcome, model: Any, removed: Remove
 def _write_shrunk(journal: Journal, outcome: Outcome, model: Any, shrunk: Shrunk) -> None:
     """Write a smaller model: all of its tensors, and the record of its cuts."""
     folder = journal.folder
-    written = write_smaller(
-        folder, model, outcome.source, outcome.tokenizer, shrunk.format == "native"
-    )
+    written = write_smaller(folder, model, outcome.source, outcome.tokenizer, shrunk)
     write_channels(folder, shrunk.cuts)
     smaller, untouched = describe(model, written, shrunk)
+    if shrunk.types is not None:
+        shrunk.types.restore(model)
     source = outcome.source or written
     write_rest(journal, outcome, source, pruned={}, untouched=untouched, smaller=smaller)
 
@@ -270,9 +273,11 @@ def write_rest(
         files=written_files(folder, written.shards),
         sparsity=str(recipe.sparsity or 0.0),
         group=recipe.group,
+        keep_zeros=bool(recipe.keep_zeros),
         source=source.sha256(),
         calibration=tokens.source,
         calibration_sha256=tokens.sha256,
+        bos=recipe.bos,
         versions=versions(),
         **claims,
     )

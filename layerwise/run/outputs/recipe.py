@@ -4,33 +4,35 @@ A recipe is written into every output folder as ``recipe.yaml`` and can be given
 ``--recipe``; unknown keys are errors.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 
 from layerwise.configure import OptionValue
-from layerwise.errors import DataError, UsageError
+from layerwise.errors import DataError, UsageError, one_line, quoted
 from layerwise.run.checkpoints.files import read_bytes
+from layerwise.run.data.bos import BosMode
 from layerwise.run.models.stock import OutputFormat
+from layerwise.run.outputs.strict_yaml import LONGEST, parse_yaml
 from layerwise.run.pipeline.task import ErrorCorrection
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which ``2:4`` is text; by default it is 124, a number to base 60."""
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 - as the class above declares it
-        first: [
-            (tag, re.compile(rf"(?!.*:){expression.pattern}", expression.flags))
-            if tag.endswith((":int", ":float"))
-            else (tag, expression)
-            for tag, expression in resolvers
-        ]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+
+# one entry may stand alone, as in `prune_model`
+Entries = Annotated[list[str], BeforeValidator(_listed)]
 
 
 class Recipe(BaseModel):
@@ -43,6 +45,7 @@ class Recipe(BaseModel):
     sparsity: float | str | None = None
     group: Literal["row", "layer"] = "row"
     pattern: str | None = None
+    keep_zeros: bool | None = None
     allocation: str | None = None
     format: OutputFormat | None = None
     multiple: int | None = Field(
@@ -52,9 +55,10 @@ class Recipe(BaseModel):
     n_sequences: int = 128
     sequence_length: int | None = None
     error_correction: ErrorCorrection = "block"
-    targets: list[str] = Field(default_factory=lambda: ["Linear"])
-    ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
+    targets: Entries = Field(default_factory=lambda: ["Linear"])
+    ignore: Entries = Field(default_factory=lambda: ["lm_head"])
     seed: int = 0
+    bos: BosMode = "auto"
     damping: float = 0.01
     certify: bool | None = None
     options: dict[str, OptionValue] = Field(default_factory=dict)
@@ -62,14 +66,7 @@ class Recipe(BaseModel):
     @classmethod
     def read(cls, path: Path) -> "Recipe":
         """Read a recipe from a YAML file."""
-        if not path.exists():
-            message = f"there is no recipe file {path}: correct the path"
-            raise UsageError(message)
-        try:
-            values = yaml.load(read_bytes(path).decode(), _Loader) or {}
-        except (ValueError, RecursionError, yaml.YAMLError) as error:
-            message = f"cannot read recipe {path}: {' '.join(str(error).split())}"
-            raise DataError(message) from error
+        values = parse_yaml(_text_of(path), f"recipe {path}") or {}
         if not isinstance(values, dict):
             message = f"recipe {path} is not a mapping: write lines NAME: VALUE"
             raise UsageError(message)
@@ -88,7 +85,8 @@ class Recipe(BaseModel):
                     f"{source}: unknown name {where!r}; known: {', '.join(cls.names())}"
                 )
             else:
-                message = f"{source}: {where}: {first['msg']}, got {first['input']!r}"
+                given = quoted(first["input"])
+                message = f"{source}: {where}: {first['msg']}, got {given}"
             raise UsageError(message) from None
 
     @classmethod
@@ -103,3 +101,15 @@ class Recipe(BaseModel):
     def to_yaml(self) -> str:
         """YAML text of everything that is set."""
         return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False)
+
+
+def _text_of(path: Path) -> str:
+    """Text of a recipe file, which must not be longer than a recipe can be."""
+    if not path.exists():
+        message = f"there is no recipe file {path}: correct the path"
+        raise UsageError(message)
+    try:
+        return read_bytes(path, 4 * LONGEST).decode()
+    except UnicodeDecodeError as error:
+        message = f"cannot read recipe {path}: {one_line(error)}; check the file"
+        raise DataError(message) from error

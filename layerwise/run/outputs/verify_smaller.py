@@ -14,8 +14,9 @@ from torch import nn
 
 from layerwise.adapters import Adapter, get_adapter
 from layerwise.errors import DataError, LayerwiseError
-from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names
+from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.checkpoints.strict_json import read_object
+from layerwise.run.models.accounts import checkpoint_names
 from layerwise.run.models.loading import load_stock
 from layerwise.run.models.opening import load_model
 from layerwise.run.models.rewrite import parameters_of

@@ -176,7 +176,15 @@ def open_blocks(work: BlockWork, spec: WorkerSpec) -> Callable[[int], str]:
         name, block = blocks[index]
         hidden = read_hidden(work.folder, index)
         stages = selection.stages_of(name)
-        inputs = BlockInputs(name, block, stages, calls[index], hidden, hidden)
+        inputs = BlockInputs(
+            name,
+            block,
+            stages,
+            calls[index],
+            hidden,
+            hidden,
+            stored=opened.stored_weights,
+        )
         with evaluation_mode(model), residency.block(block, task.device):
             block = work.step.prune_block(task, inputs)
             return write_block(work.folder, index, block, work.run)

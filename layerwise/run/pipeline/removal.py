@@ -20,6 +20,7 @@ from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.data.calibration import Calibration
 from layerwise.run.models.opening import OpenedModel
 from layerwise.run.models.stock import OutputFormat
+from layerwise.run.models.stored_types import RunTypes
 from layerwise.run.models.surgery import Cut
 from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.results import OnLayer, PrunedBlock
@@ -40,6 +41,8 @@ class Amount:
         As in :func:`layerwise.prune_model`.
     allocation, format, multiple
         The same, for smaller models.
+    keep_zeros
+        The same, for zeros only.
     """
 
     sparsity: float | str | None = None
@@ -48,6 +51,7 @@ class Amount:
     allocation: str | None = None
     format: str | None = None
     multiple: int | None = None
+    keep_zeros: bool | None = None
 
     def given(self, *names: str) -> Iterator[str]:
         """Those of the named arguments that were given."""
@@ -81,6 +85,11 @@ class Run(Generic[S]):
     own_tokens: Calibration
     output: Path | None = None
 
+    @property
+    def stored_weights(self) -> Mapping[str, Tensor]:
+        """Weights that a file gets back in another type than the model has, by name."""
+        return {} if self.output is None else self.opened.stored_weights
+
 
 @dataclass(frozen=True, eq=False)
 class Shrunk:
@@ -99,6 +108,8 @@ class Shrunk:
     predicted_loss, price
         Predicted growth of the mean loss of a token for the optimised widths, and its slope
         per parameter; None if no widths were optimised.
+    types
+        Types of a model that now has those of its files, to be restored after writing.
     """
 
     cuts: Sequence[Cut]
@@ -108,6 +119,7 @@ class Shrunk:
     parameters_after: int
     predicted_loss: float | None = None
     price: float | None = None
+    types: RunTypes | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,8 +236,16 @@ class Removal(Protocol[S]):
         """Refuse a result that cannot be written to a folder."""
         ...
 
-    def for_model(self, model_type: str) -> Self:
-        """Return the removal with what its paper prescribes for a family of models."""
+    def for_model(self, model_type: str, *, ours: bool = False) -> Self:
+        """Return the removal with what its paper prescribes for a family of models.
+
+        Parameters
+        ----------
+        model_type
+            The family.
+        ours
+            Whether layerwise wrote the model.
+        """
         ...
 
     def select(

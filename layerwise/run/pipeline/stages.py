@@ -42,13 +42,19 @@ class Zeros(Protocol):
         """Pattern of the matrices."""
         ...
 
+    @property
+    def keep_zeros(self) -> bool | None:
+        """Whether every zero of a matrix stays zero."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class _Matrix:
     """A matrix with known moments, and the function that poses its problem."""
 
     linear: str
-    weight: Tensor
+    weight: Tensor  # of the model
+    dtype: torch.dtype  # of the result
     pose: Callable[[], LayerProblem]
 
 
@@ -78,10 +84,12 @@ def solve_stages(
         for stage, accumulator in stages
         for matrix in _matrices(zeros, task, inputs, stage, accumulator)
     ]
-    for matrix, solved in _solutions(zeros.method, task.ranks, inputs.name, matrices):
+    for matrix, solved in _solutions(zeros, task.ranks, inputs.name, matrices):
         name = matrix.linear
         matrix.weight.copy_(solved.weight)  # last: the problem reads the dense weight
-        result.weights[name] = matrix.weight.cpu()  # on the CPU not a copy
+        same = solved.weight.dtype == matrix.weight.dtype
+        kept = matrix.weight if same else solved.weight
+        result.weights[name] = kept.cpu()  # on the CPU not a copy
         result.masks[name] = solved.mask.cpu()
         result.records.append(solved.record)
         trim_memory(matrix.weight.shape[1])  # before the next matrix needs it
@@ -103,30 +111,36 @@ def _matrices(
         moments, exponent = accumulator.release()
     matrices = []
     for index, name in enumerate(stage.linears):
-        weight = task.adapter.weight(inputs.block, name)
+        weight = inputs.weight(task.adapter, name)
         drift = partial(accumulator.drift, index) if task.staged else lambda: None
         gradient = partial(_scaled, inputs.gradients.get(name), exponent, weight.device)
         pose = partial(_pose, zeros, weight, moments, drift, gradient)
-        matrices.append(_Matrix(name, weight, pose))
+        own = task.adapter.weight(inputs.block, name)
+        matrices.append(_Matrix(name, own, weight.dtype, pose))
     return matrices
 
 
 def _solutions(
-    method: Method, ranks: Ranks, block: str, matrices: Sequence[_Matrix]
+    zeros: Zeros, ranks: Ranks, block: str, matrices: Sequence[_Matrix]
 ) -> Iterator[tuple[_Matrix, SolvedMatrix]]:
     """Solutions of the matrices, one by one.
 
     Several ranks solve their shares first and exchange the solutions afterwards.
     """
+
+    def solved_by(matrix: _Matrix) -> SolvedMatrix:
+        name, keep = f"{block}.{matrix.linear}", bool(zeros.keep_zeros)
+        return solve_matrix(zeros.method, name, matrix.pose, keep_zeros=keep)
+
     if not ranks.are_several:
         for matrix in matrices:
-            yield matrix, solve_matrix(method, f"{block}.{matrix.linear}", matrix.pose)
+            yield matrix, solved_by(matrix)
         return
     # factorizations and sweeps: rows times the square of the width
     costs = [float(m.weight.numel() * m.weight.shape[1]) for m in matrices]
     by = owners(costs, ranks.size)
     own = {
-        matrix.linear: solve_matrix(method, f"{block}.{matrix.linear}", matrix.pose)
+        matrix.linear: solved_by(matrix)
         for matrix, owner in zip(matrices, by, strict=True)
         if owner == ranks.rank
     }
@@ -146,7 +160,7 @@ def _exchanged(
     record = LayerRecord.from_dict(json.loads(ranks.broadcast_text(name, text)))
     if own is None:
         weight = torch.empty(
-            matrix.weight.shape, dtype=matrix.weight.dtype, device=matrix.weight.device
+            matrix.weight.shape, dtype=matrix.dtype, device=matrix.weight.device
         )
         mask = torch.empty_like(weight, dtype=torch.bool)
     else:

@@ -67,6 +67,7 @@ def walk(
             dense,
             pruned,
             gradients.pop(name, {}),
+            run.stored_weights,
         )
         last = index == len(blocks) - 1  # nothing reads its output
         next_dense, side = dense, None

@@ -15,7 +15,9 @@ from layerwise.problem import LayerProblem
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.activations.pruned_side import PrunedSide
+from layerwise.run.models.accounts import remarks
 from layerwise.run.models.opening import OpenedModel
+from layerwise.run.models.stored_types import weight_bytes
 from layerwise.run.pipeline.block_files import MASK, WEIGHT
 from layerwise.run.pipeline.blocks import collect_at_once, collect_pair
 from layerwise.run.pipeline.method import Method
@@ -29,6 +31,10 @@ from layerwise.run.stopwatch import timed
 from layerwise.solve import refuse_unless_solvable
 
 ROUNDING = 1e-9  # of a sparsity such as 1 - 2 / 5
+KEPT = (
+    "every zero that is there already stays zero, and the pattern holds as well; where "
+    "there are more zeros than it asks for, all of them stay (or say --no-keep-zeros)"
+)
 # FISTAPruner starts from SparseGPT on OPT and from Wanda on every LLaMA
 PUBLISHED_STARTS = {"opt": "sparsegpt"}
 
@@ -43,10 +49,14 @@ class ZeroWeights:
         Method that solves the matrices.
     pattern
         Pattern of the zeros in every matrix.
+    keep_zeros
+        Whether every zero that a weight has already stays zero; None, which is the same as
+        False, until the model is known.
     """
 
     method: Method
     pattern: Pattern
+    keep_zeros: bool | None = None
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -71,7 +81,7 @@ class ZeroWeights:
         pattern = choose_pattern(amount.sparsity, amount.pattern, amount.group)
         bounded = isinstance(pattern, NM | Unstructured | FixedMask)
         refuse_impossible(method, pattern)
-        return cls(method.with_certify(bounded=bounded), pattern)
+        return cls(method.with_certify(bounded=bounded), pattern, amount.keep_zeros)
 
     @property
     def needs_whole_model(self) -> bool:
@@ -102,12 +112,16 @@ class ZeroWeights:
             )
             raise UsageError(message)
 
-    def for_model(self, model_type: str) -> "ZeroWeights":
-        """Return the removal with the warm start of a paper for a family of models."""
+    def for_model(self, model_type: str, *, ours: bool = False) -> "ZeroWeights":
+        """Return the removal with the warm start of a paper for a family of models.
+
+        The zeros of a model that layerwise wrote are kept unless it was said otherwise.
+        """
         start = PUBLISHED_STARTS.get(model_type, "wanda")
         if isinstance(self.pattern, Columns):  # SparseGPT prunes no columns
             start = "wanda"
-        return replace(self, method=self.method.with_start(start))
+        keep = ours or None if self.keep_zeros is None else self.keep_zeros
+        return replace(self, method=self.method.with_start(start), keep_zeros=keep)
 
     def select(
         self, opened: OpenedModel, targets: Sequence[str], ignore: Sequence[str]
@@ -117,10 +131,12 @@ class ZeroWeights:
 
     def notes(self, run: Run[Selection]) -> list[str]:
         """Remarks for the log before the run."""
-        opened = run.opened
-        if not opened.adapter.found:
-            return []
-        return [note_on(opened.model, opened.adapter, run.selection)]
+        opened, notes = run.opened, [KEPT] if self.keep_zeros else []
+        if opened.adapter.found:
+            notes.append(note_on(opened.model, opened.adapter, run.selection))
+        if opened.source is not None:
+            notes += remarks(opened.model, opened.source)
+        return notes
 
     def disk_needed(self, run: Run[Selection]) -> int:
         """Bytes of the copy of the checkpoint and of the finished blocks."""
@@ -128,9 +144,10 @@ class ZeroWeights:
         if source is None:
             return 0
         copy = sum(entry.n_bytes for entry in source.entries().values())
-        pruned = [model.get_parameter(f"{name}.weight") for name in run.selection.names]
-        blocks = sum(p.numel() * p.element_size() + p.numel() // 8 for p in pruned)
-        return int(copy + blocks)
+        names = run.selection.names
+        pruned = [model.get_parameter(f"{name}.weight") for name in names]
+        masks = sum(p.numel() // 8 for p in pruned)
+        return int(copy + weight_bytes(source, model, names) + masks)
 
     def prepare(self, run: Run[Selection]) -> "ZeroWeights":
         """Return the removal itself: the whole model need not be known."""
@@ -200,6 +217,7 @@ class ZeroWeights:
             **self.method.recipe_fields(),
             "sparsity": exact or getattr(pattern, "sparsity", None),
             "group": getattr(pattern, "group", "row"),
+            "keep_zeros": bool(self.keep_zeros),
         }
 
 
@@ -260,7 +278,7 @@ def refuse_impossible(method: Method, pattern: Pattern) -> None:
         return
     width = pattern.m if isinstance(pattern, NM) else 4
     problem = LayerProblem.from_moments(
-        torch.ones(1, width),
+        torch.ones(2, width),  # whose masks may differ
         Moments(torch.eye(width, dtype=torch.float64)),
         pattern=pattern,
         damping=method.damping,

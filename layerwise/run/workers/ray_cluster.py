@@ -5,15 +5,14 @@ the same rules as for processes. Only file names and small values go through Ray
 machines must share the file system of the run.
 """
 
-import contextlib
 import logging
 import os
 import pickle
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from layerwise.run.workers.messages import (
     read_message,
 )
 from layerwise.run.workers.pool import Pool
+from layerwise.run.workers.private_ray import private_ray
 
 LOCAL = "local"
 
@@ -76,46 +76,53 @@ def ray_workers(
     if count < 1:
         message = f"there must be at least one worker, not {count}"
         raise UsageError(message)
-    connected = connect(address, n_cpus=count * threads)
+    connection = connect(address, n_cpus=count * threads)
     try:
         has_gpus = _check_resources(count, threads)
         specs = [
             WorkerSpec(i, "cuda" if has_gpus else "cpu", threads) for i in range(count)
         ]
-        return Pool(RayBackend(opening, has_gpus, connected), specs)
+        return Pool(RayBackend(opening, has_gpus, connection), specs)
     except BaseException:
-        disconnect(connected)
+        connection.close()
         raise
 
 
-def connect(address: str, *, n_cpus: int) -> bool:
-    """Connect to Ray, and start it if it is local; False if already connected."""
+def connect(address: str, *, n_cpus: int) -> ExitStack:
+    """Connect to Ray, and start it if it is local.
+
+    Returns
+    -------
+    ExitStack
+        Closing it undoes this; it is empty if the process was already connected.
+    """
     if address != LOCAL:
         _check_token(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray reads this variable once, when it is imported; later versions set it themselves.
-    if address == LOCAL and "ray" not in sys.modules:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     ray = _import_ray()
-    if ray.is_initialized():
-        return False
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address == LOCAL:
-        options |= {"num_cpus": n_cpus, "include_dashboard": False}
-        options["object_store_memory"] = OBJECT_STORE
+    with ExitStack() as connection:
+        if not ray.is_initialized():
+            options: dict[str, Any] = {}
+            if address == LOCAL:
+                options = connection.enter_context(private_ray())
+                options |= {"num_cpus": n_cpus, "object_store_memory": OBJECT_STORE}
+            connection.callback(ray.shutdown)
+            _initialize(ray, address, options)
+        return connection.pop_all()
+
+
+def _initialize(ray: Any, address: str, options: dict[str, Any]) -> None:
     try:
         with _signals_kept():
-            ray.init(address=address, **options)
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **options,
+            )
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         message = f"cannot use Ray at {address}: {_first_line(error)}"
         raise WorkerError(message) from error
-    return True
-
-
-def disconnect(connected: bool) -> None:
-    """Undo `connect`, given its return value."""
-    if connected:
-        _import_ray().shutdown()
 
 
 def _import_ray() -> Any:
@@ -154,7 +161,7 @@ def _check_resources(count: int, threads: int) -> bool:
     return bool(gpus)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _signals_kept() -> Iterator[None]:
     """Restore the program's handler of SIGTERM, which Ray replaces."""
     before = signal.getsignal(signal.SIGTERM)
@@ -176,9 +183,9 @@ class RayWorker:
 class RayBackend:
     """Starts actors and listens to them."""
 
-    def __init__(self, opening: Opening, has_gpus: bool, connected: bool) -> None:
+    def __init__(self, opening: Opening, has_gpus: bool, connection: ExitStack) -> None:
         self._opening = pickle.dumps(opening)
-        self._connected = connected
+        self._connection = connection
         self._ray = _import_ray()
         self._actor_class = self._ray.remote(_Actor)
         self._n_gpus = 1 if has_gpus else 0
@@ -223,7 +230,7 @@ class RayBackend:
 
     def close(self) -> None:
         """End the connection to Ray, or the Ray, that was started for these workers."""
-        disconnect(self._connected)
+        self._connection.close()
 
 
 def _first_line(error: Exception) -> str:
