@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from layerwise.chunks import SLAB, slabs
-from layerwise.errors import InvalidProblemError
+from layerwise.errors import InvalidProblemError, quoted
+from layerwise.limits import LARGEST_GROUP, check_limit
 
 ENTRIES_AT_ONCE = 1 << 26  # of the scores on a GPU
 LONG_ROW = 1 << 20  # sorted on a GPU, as faster: github.com/pytorch/pytorch/issues/75599
@@ -107,6 +108,7 @@ class NM(Pattern):
                 f"{self.n}:{self.m}"
             )
             raise InvalidProblemError(message)
+        check_limit("m of n:m", self.m, LARGEST_GROUP)
 
     @property
     def sparsity(self) -> float:
@@ -325,5 +327,5 @@ def parse_pattern(text: str, group: Literal["row", "layer"] = "row") -> Pattern:
     except ValueError as error:
         if isinstance(error, InvalidProblemError):
             raise
-        message = f"sparsity is a fraction (0.5) or n:m (2:4), got {text!r}"
+        message = f"sparsity is a fraction (0.5) or n:m (2:4), got {quoted(text)}"
         raise InvalidProblemError(message) from None

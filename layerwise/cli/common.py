@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from layerwise.errors import DataError, UsageError, quoted
+from layerwise.limits import MOST_THREADS, check_limit
 from layerwise.run.outputs.strict_yaml import parse_yaml
 
 TYPED = "COMMANDLINE"  # source of a parameter, as click names it
@@ -30,6 +31,7 @@ def set_threads(threads: int | None, workers: int = 1) -> None:
         if threads < 1:
             message = f"--threads must be at least 1, got {threads}"
             raise UsageError(message)
+        check_limit("--threads", threads, MOST_THREADS)
         torch.set_num_threads(threads)
 
 

@@ -7,6 +7,7 @@ import typer
 
 from layerwise.cli import options
 from layerwise.errors import DataError, UsageError, VerificationError
+from layerwise.limits import check_limit
 
 
 def evaluate(
@@ -107,6 +108,7 @@ def _find_tasks(
     if limit is not None and limit < 1:
         message = f"--limit must be at least 1, got {limit}"
         raise UsageError(message)
+    check_limit("--limit", limit or 1)
     return names, find_tasks(names, folder)
 
 
