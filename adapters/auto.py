@@ -9,7 +9,7 @@ exactly once, and matrices outside linear layers, such as the fused experts of a
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from layerwise.adapters.base import Adapter, Stage
 from layerwise.adapters.linear import is_linear
+from layerwise.adapters.untouched import Untouched
 from layerwise.errors import UnsupportedModelError
 
 
@@ -30,6 +31,8 @@ class _Trace:
     calls: list[tuple[str, Tensor, int]] = field(default_factory=list)
     # per call of a linear: its full name, its input, the version of the input; the
     # tensors stay alive, so that no two of them have the same id()
+    written: dict[str, str] = field(default_factory=dict)
+    # arguments that a block writes to, with the first such block
 
 
 def discover(model: nn.Module, tokens: Tensor) -> Adapter:
@@ -50,6 +53,7 @@ def discover(model: nn.Module, tokens: Tensor) -> Adapter:
     lists = lists_of_blocks(model)
     trace = _run(model, lists, tokens)
     name = _decoder(model, lists, trace)
+    _refuse_sharing(model, trace)
     by_block: dict[str, tuple[Stage, ...]] = {}
     unserved: dict[str, str] = {}
     for index, block in enumerate(lists[name]):
@@ -89,7 +93,10 @@ def _run(model: nn.Module, lists: Mapping[str, nn.ModuleList], tokens: Tensor) -
             for index, block in enumerate(blocks):
                 _watch_block(stack, trace, f"{name}.{index}", block)
         try:
-            model(input_ids=tokens, use_cache=False)
+            with Untouched(model):
+                model(input_ids=tokens, use_cache=False)
+        except UnsupportedModelError:
+            raise
         except Exception as error:
             reason = " ".join(str(error).split())
             message = (
@@ -101,8 +108,18 @@ def _run(model: nn.Module, lists: Mapping[str, nn.ModuleList], tokens: Tensor) -
 
 
 def _watch_block(stack: ExitStack, trace: _Trace, name: str, block: nn.Module) -> None:
-    def enter(*_: Any) -> None:
+    sizes: dict[str, int] = {}
+
+    def enter(_: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         trace.blocks.append(name)
+        sizes.update(
+            {key: len(v) for key, v in kwargs.items() if isinstance(v, MutableMapping)}
+        )
+
+    def leave(_: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        for key, size in sizes.items():
+            if len(kwargs[key]) > size:
+                trace.written.setdefault(key, name)
 
     def call(linear: str) -> Any:
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -111,7 +128,8 @@ def _watch_block(stack: ExitStack, trace: _Trace, name: str, block: nn.Module) -
 
         return note
 
-    stack.callback(block.register_forward_pre_hook(enter).remove)
+    stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+    stack.callback(block.register_forward_hook(leave, with_kwargs=True).remove)
     for linear, module in _linears(block):
         hook = call(f"{name}.{linear}")
         stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -136,12 +154,27 @@ def _decoder(model: nn.Module, lists: Mapping[str, nn.ModuleList], trace: _Trace
         raise UnsupportedModelError(message)
     name = longest[0]
     if ran[name] != [f"{name}.{index}" for index in range(sizes[name])]:
+        idle = [f"{name}.{i}" for i in range(sizes[name]) if f"{name}.{i}" not in ran[name]]
+        text = f", and {_shortened(idle)} not at all on text alone" if idle else ""
         message = (
             f"the blocks of {name} do not run once each and in order, but "
-            f"{_shortened(ran[name])}; this model needs an adapter of its own"
+            f"{_shortened(ran[name])}{text}; this model needs an adapter of its own"
         )
         raise UnsupportedModelError(message)
     return name
+
+
+def _refuse_sharing(model: nn.Module, trace: _Trace) -> None:
+    """Refuse a model whose blocks read more of earlier blocks than the hidden states."""
+    if not trace.written:
+        return
+    argument, block = next(iter(trace.written.items()))
+    message = (
+        f"the blocks of this {type(model).__name__} share more than hidden states: {block} "
+        f"writes keys and values or other states into {argument!r}, which later blocks "
+        f"read, so no block can be run on its own; choose a model without such sharing"
+    )
+    raise UnsupportedModelError(message)
 
 
 def _shortened(names: Sequence[str], limit: int = 4) -> str:

@@ -8,7 +8,18 @@ optimizer to train pruned models. Importing this package loads torch and nothing
 from typing import TYPE_CHECKING, Any
 
 from layerwise.accumulator import MomentAccumulator
-from layerwise.errors import LayerwiseError
+from layerwise.errors import (
+    DataError,
+    Interrupted,
+    InvalidProblemError,
+    LayerwiseError,
+    MemoryBudgetError,
+    SolveError,
+    UnsupportedModelError,
+    UsageError,
+    VerificationError,
+    WorkerError,
+)
 from layerwise.lower_bounds import lower_bounds, proven_gap
 from layerwise.moments import Moments
 from layerwise.patterns import NM, Columns, FixedMask, Unstructured
@@ -33,15 +44,24 @@ __all__ = [
     "Answer",
     "Certificate",
     "Columns",
+    "DataError",
     "FixedMask",
+    "Interrupted",
+    "InvalidProblemError",
     "LayerProblem",
     "LayerwiseError",
+    "MemoryBudgetError",
     "MomentAccumulator",
     "Moments",
     "Solution",
+    "SolveError",
     "Solver",
     "Status",
     "Unstructured",
+    "UnsupportedModelError",
+    "UsageError",
+    "VerificationError",
+    "WorkerError",
     "chain",
     "load",
     "lower_bounds",

@@ -2,7 +2,10 @@
 
 Chunks of activations are scaled by a power of two, multiplied in float32 (float64 for
 float64 inputs, see :mod:`layerwise.gram` for bfloat16) and summed in float64, so half
-precision activations neither overflow nor lose their sums.
+precision activations neither overflow nor lose their sums. The first few tokens are
+multiplied in float64: weights can fit fewer tokens than channels with an error below the
+rounding of float32, which would spoil the error that is reported. Channels far from zero
+or far below the others keep their variance (:mod:`layerwise.shifted`).
 """
 
 import math
@@ -11,14 +14,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from layerwise.arrays import Array, check_integer, real_tensor
 from layerwise.chunks import slabs
 from layerwise.errors import InvalidProblemError
 from layerwise.fluctuation import RunningFluctuation
 from layerwise.gram import add_gram, add_product, mirror_, mirrored, precision_of
 from layerwise.linalg import ieee_products
 from layerwise.moments import Moments, even_exponent
+from layerwise.shifted import shifted
 
 MAX_EXPONENT = 120  # 2 to this power is an ordinary number in float32
+FEW_TOKENS = 1024  # in float64 at most: where calibration is real, they cost nothing
 
 
 class MomentAccumulator:
@@ -41,7 +47,7 @@ class MomentAccumulator:
     def __init__(
         self,
         width: int,
-        weights: Sequence[Tensor] = (),
+        weights: Sequence[Array] = (),
         device: torch.device | str = "cpu",
         *,
         fluctuation: bool = False,
@@ -51,7 +57,8 @@ class MomentAccumulator:
 
         self.n_tokens = 0
         self._scale = 1.0
-        self._weights = [weight.detach().to(device) for weight in weights]
+        check_integer(width, "width")
+        self._weights = [real_tensor(weight, "weight").to(device) for weight in weights]
         self._gram, self._sum = zeros(width, width), zeros(width)
         self._cross: Tensor | None = None
         self._pruned_sum = zeros(width)
@@ -62,19 +69,22 @@ class MomentAccumulator:
         self._fluctuation = RunningFluctuation(width, device) if fluctuation else None
 
     @ieee_products()
-    def update(self, inputs: Tensor, pruned_inputs: Tensor | None = None) -> None:
+    def update(self, inputs: Array, pruned_inputs: Array | None = None) -> None:
         """Add tokens: inputs of shape (..., in) of the dense and of the pruned model.
 
         For the fluctuation, the second to last dimension runs over a sequence.
         """
+        inputs = real_tensor(inputs, "inputs")
         dense, exponent = self._prepare(inputs, "inputs")
-        self._sum += _descale(_sum(dense), exponent)
         if pruned_inputs is None:
             if self._cross is not None:
                 message = "give pruned inputs to every update of an accumulator or to none"
                 raise InvalidProblemError(message)
-            add_gram(self._gram, dense, 2.0 ** (2 * exponent))
+            chunk = shifted(dense)
+            self._sum += _descale(chunk.sums(), exponent)
+            add_gram(self._gram, chunk, 2.0 ** (2 * exponent))
         else:
+            pruned_inputs = real_tensor(pruned_inputs, "pruned inputs")
             pruned, pruned_exponent = self._prepare(pruned_inputs, "pruned inputs")
             if pruned.shape != dense.shape:
                 message = (
@@ -85,19 +95,19 @@ class MomentAccumulator:
             self._update_pair(dense, exponent, pruned, pruned_exponent)
         if self._fluctuation is not None:
             sequences = inputs if pruned_inputs is None else pruned_inputs
-            self._fluctuation.update(sequences.detach().to(self._gram))
+            self._fluctuation.update(sequences.to(self._gram))
         self.n_tokens += dense.shape[0]
 
     def _prepare(self, inputs: Tensor, name: str) -> tuple[Tensor, int]:
         """Chunk in its product precision, scaled to magnitude 1, and the exponent."""
         width = self._gram.shape[0]
-        if inputs.dim() == 0 or inputs.shape[-1] != width or inputs.is_complex():
+        if inputs.dim() == 0 or inputs.shape[-1] != width:
             message = (
-                f"{name} must be a real tensor of shape (..., {width}), got "
-                f"{inputs.dtype} of shape {tuple(inputs.shape)}"
+                f"{name} must be a tensor of shape (..., {width}), got shape "
+                f"{tuple(inputs.shape)}"
             )
             raise InvalidProblemError(message)
-        tokens = inputs.detach().reshape(-1, width)
+        tokens = inputs.reshape(-1, width)
         largest = tokens.abs().amax() if tokens.numel() else tokens.new_zeros(())
         if not bool(torch.isfinite(largest)):
             row, channel = (~torch.isfinite(tokens)).nonzero()[0].tolist()
@@ -109,7 +119,9 @@ class MomentAccumulator:
         device = self._gram.device
         exponent = math.frexp(float(largest))[1]
         exponent = max(-MAX_EXPONENT, min(MAX_EXPONENT, exponent))
-        tokens = tokens.to(device, precision_of(tokens.dtype, device), copy=True)
+        few = self.n_tokens + len(tokens) <= min(width, FEW_TOKENS)
+        precision = torch.float64 if few else precision_of(tokens.dtype, device)
+        tokens = tokens.to(device, precision, copy=True)
         return tokens.mul_(2.0**-exponent), exponent
 
     def _update_pair(
@@ -120,17 +132,21 @@ class MomentAccumulator:
                 message = "give pruned inputs to every update of an accumulator or to none"
                 raise InvalidProblemError(message)
             self._cross = torch.zeros_like(self._gram)
-        add_gram(self._gram, pruned, 2.0 ** (2 * pruned_exponent))
-        cross_scale = 2.0 ** (exponent + pruned_exponent)
-        add_product(self._cross, dense, pruned, cross_scale)
-        self._pruned_sum += _descale(_sum(pruned), pruned_exponent)
         if self._weights:
-            # the difference of two bfloat16 numbers is not a bfloat16 number
-            precision = torch.promote_types(dense.dtype, torch.float32)
-            other = _descale(pruned.to(precision), pruned_exponent - exponent)
-            self._add_drift(other.neg_().add_(dense), 2.0 ** (2 * exponent))
+            self._add_drift(dense, exponent, pruned, pruned_exponent)
+        one, other = shifted(dense), shifted(pruned)
+        self._sum += _descale(one.sums(), exponent)
+        self._pruned_sum += _descale(other.sums(), pruned_exponent)
+        add_gram(self._gram, other, 2.0 ** (2 * pruned_exponent))
+        add_product(self._cross, one, other, 2.0 ** (exponent + pruned_exponent))
 
-    def _add_drift(self, change: Tensor, scale: float) -> None:
+    def _add_drift(
+        self, dense: Tensor, exponent: int, pruned: Tensor, pruned_exponent: int
+    ) -> None:
+        # the difference of two bfloat16 numbers is not a bfloat16 number
+        precision = torch.promote_types(dense.dtype, torch.float32)
+        other = _descale(pruned.to(precision), pruned_exponent - exponent)
+        change, scale = shifted(other.neg_().add_(dense)), 2.0 ** (2 * exponent)
         if self._by_gram:
             if self._drift is None:
                 self._drift = torch.zeros_like(self._gram)
@@ -138,9 +154,7 @@ class MomentAccumulator:
             return
         for weight, drift in zip(self._weights, self._drifts, strict=True):
             for rows in slabs(len(weight)):
-                outputs = change @ weight[rows].to(change.dtype).T
-                squares = outputs.square_().sum(dim=0, dtype=torch.float64)
-                drift[rows].add_(squares, alpha=scale)
+                drift[rows].add_(change.output_squares(weight[rows]), alpha=scale)
 
     def add_over(self, add: Callable[[list[Tensor]], None]) -> None:
         """Add the sums of the accumulators of other processes, before the averages.
@@ -207,6 +221,7 @@ class MomentAccumulator:
             self._sum / n * root,
             None if cross is None else self._pruned_sum / n * root,
             n_tokens=n,
+            summed=True,
             fluctuation=None if fluctuation is None else fluctuation.value() * self._scale,
         )
 
@@ -231,12 +246,6 @@ def sums_drift_gram(outputs: int, width: int) -> bool:
         Number of rows of all matrices that read the inputs, and of input channels.
     """
     return 2 * outputs > width
-
-
-def _sum(tokens: Tensor) -> Tensor:
-    """Sum over tokens, float64; bfloat16 is summed in float32, to avoid a float64 copy."""
-    half = tokens.dtype == torch.bfloat16
-    return tokens.sum(dim=0, dtype=torch.float32 if half else torch.float64).double()
 
 
 def _descale(values: Tensor, exponent: int) -> Tensor:

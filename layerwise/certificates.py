@@ -10,33 +10,38 @@ vanishes on S,
 One triangular solve certifies every row. The natural y is v off the support; the dual
 method of the refit (:mod:`layerwise.solvers.least_squares`) finds better ones.
 
-v is known only up to its rounding, which a small eigenvalue of G magnifies. The bound
-includes this rounding (:func:`bounded_energy`). It is negligible for a gram with the usual
-damping, and dominates for a gram that is singular up to rounding.
+v is known only up to its rounding, which a small eigenvalue of G magnifies, and f only up
+to its own. The bounds include both (:mod:`layerwise.rounding`). They are negligible for a
+gram with the usual damping, and dominate for a gram that is singular up to rounding.
+Nothing is clamped at zero: where rounded moments give an objective below zero, nothing is
+known about a ratio to it.
 
 l1. For ``f(w) + penalty * ||w||_1`` two points are dual feasible: the scaled residual, and
 half of any subgradient of the penalty. The primal value minus the better dual value bounds
 the excess of every row.
-
-References
-----------
-.. [1] N. Higham, T. Mary, "A New Approach to Probabilistic Rounding Error Analysis",
-   SIAM J. Scientific Computing 2019: the error of a sum of n terms is some sqrt(n) eps.
 """
 
+import math
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from layerwise.evaluate import objective_from_residual, objective_rows, residual
+from layerwise.evaluate import residual, unclamped_from_residual
 from layerwise.linalg import Factor
 from layerwise.problem import LayerProblem
+from layerwise.rounding import (
+    EPSILON,
+    ROUNDING,
+    damped_diagonal,
+    rounding_of_objective,
+    size_of_rows,
+    size_of_terms,
+)
 from layerwise.solution import Certificate
 
 ENERGY_FLOOR = 1e-12  # of a row's energy: the least optimum that an excess is divided by
-EPSILON = torch.finfo(torch.float64).eps
-ROUNDING = 4.0  # times the root of the width: rounding errors of random signs, added [1]_
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,11 +106,13 @@ def refit_state(
     """
     factor = problem.factor(torch.float64)
     gradient = residual(problem, weight)
-    objective = objective_from_residual(problem, weight, gradient)
+    value = unclamped_from_residual(problem, weight, gradient)
     natural = multipliers is None
     if multipliers is None:
         multipliers = torch.where(mask, 0, gradient)
-    size = size_of_terms(problem, weight, multipliers)
+    size = size_of_terms(problem, weight)
+    least = value - rounding_of_objective(problem, size)
+    size = size + size_of_rows(problem, multipliers)
     if natural:
         size *= mask.any(dim=1)  # the residual of a row that keeps nothing is exactly zero
     rest = gradient.sub_(multipliers)
@@ -114,7 +121,8 @@ def refit_state(
         relative = excess
     else:
         excess = bounded_energy(factor, rest, size)
-        relative = relative_excess(problem, objective, excess)
+        relative = relative_excess(problem, least, excess)
+    objective = value.clamp(min=0)
     return RefitState(rest, multipliers, objective, excess, relative, problem.energy)
 
 
@@ -137,11 +145,12 @@ def dense_state(problem: LayerProblem, mask: Tensor) -> RefitState:
     if problem.shift is not None or problem.factor(torch.float64).raised:
         return refit_state(problem, weight, mask, zeros)
     gradient = residual(problem, weight)
-    objective = objective_from_residual(problem, weight, gradient)
-    relative = relative_excess(problem, objective, objective)
-    return RefitState(
-        gradient, zeros, objective, objective.clone(), relative, problem.energy
-    )
+    value = unclamped_from_residual(problem, weight, gradient)
+    rounding = rounding_of_objective(problem, size_of_terms(problem, weight))
+    excess = (value + rounding).clamp(min=0)
+    relative = relative_excess(problem, value - rounding, excess)
+    objective = value.clamp(min=0)
+    return RefitState(gradient, zeros, objective, excess, relative, problem.energy)
 
 
 def bounded_energy(factor: Factor, rest: Tensor, size: Tensor) -> Tensor:  # (out,)
@@ -158,32 +167,18 @@ def bounded_energy(factor: Factor, rest: Tensor, size: Tensor) -> Tensor:  # (ou
     rest
         Rows r, shape (out, in).
     size
-        Size of the terms that r was computed from (:func:`size_of_terms`), shape (out,);
-        zero for rows without rounding.
+        Size of the terms that r was computed from, in the sense of
+        :func:`layerwise.rounding.size_of_terms`, shape (out,); zero for rows without
+        rounding.
     """
-    width, trace = len(factor.lower), factor.trace_bound
+    width, trace = len(factor.lower), factor.unit_trace
     energy = factor.inverse_norms(rest)
     lost = width * EPSILON * trace
     if not lost < 0.5:  # only rows of zeros have a known energy
-        return torch.where((size > 0) | (energy > 0), torch.inf, 0.0)
+        return torch.where((size > 0) | (energy > 0), torch.inf, 0.0).to(energy)
     rounding = size.sqrt() * (ROUNDING * EPSILON * (width * trace) ** 0.5)
     bound: Tensor = (energy.sqrt() + rounding).square_() / (1 - lost)
     return bound
-
-
-def size_of_terms(problem: LayerProblem, weight: Tensor, *more: Tensor) -> Tensor:
-    """Squared size of the terms of a residual, in units of the gram's diagonal g, (out,).
-
-    The size is ``(W - w)^2 g``, plus ``s^2 / g`` for the shift and for `more` rows.
-    """
-    diagonal = problem.gram.diagonal() + problem.ridge
-    change = problem.weight.double() - weight.double()
-    size = change.square_() @ diagonal
-    if problem.shift is not None:
-        more = (*more, problem.shift)
-    for rows in more:
-        size += rows.square() @ (1 / diagonal)
-    return size
 
 
 def refit_excess(problem: LayerProblem, weight: Tensor, mask: Tensor) -> Tensor:
@@ -206,9 +201,12 @@ def refit_excess(problem: LayerProblem, weight: Tensor, mask: Tensor) -> Tensor:
     return refit_state(problem, weight, mask).relative
 
 
-def relative_excess(problem: LayerProblem, objective: Tensor, excess: Tensor) -> Tensor:
-    """Excess of every row divided by a lower bound of its damped optimum; all (out,)."""
-    floor = torch.maximum(objective - excess, ENERGY_FLOOR * problem.energy)
+def relative_excess(problem: LayerProblem, least: Tensor, excess: Tensor) -> Tensor:
+    """Excess of every row divided by a lower bound of its damped optimum; all (out,).
+
+    `least` is the objective minus its rounding.
+    """
+    floor = torch.maximum(least - excess, ENERGY_FLOOR * problem.energy)
     relative = torch.where(excess == 0, 0, excess / floor)
     return relative.nan_to_num(nan=torch.inf, posinf=torch.inf)  # nan: nothing is proven
 
@@ -224,60 +222,117 @@ def certificate_of(relative: Tensor) -> Certificate:
     return Certificate("refit", worst, "damped optimum of the row on its mask")
 
 
+class L1Bounds(NamedTuple):
+    """What is proven about weights of the damped l1 problem, row by row, float64, (out,).
+
+    Parameters
+    ----------
+    primal
+        Value at the weights, which rounded moments can make negative.
+    rounding
+        Bound on the rounding of the primal value.
+    excess
+        Bound on the primal value minus the optimum, with all rounding.
+    """
+
+    primal: Tensor
+    rounding: Tensor
+    excess: Tensor
+
+    @property
+    def dual(self) -> Tensor:
+        """Lower bound of the optimum, (out,)."""
+        return self.primal - self.excess
+
+    @property
+    def gap(self) -> float:
+        """Excess over primal value of all rows, rounded up; inf if nothing is proven."""
+        excess = float(self.excess.sum())
+        if excess == 0:
+            return 0.0
+        least = float((self.primal - self.rounding).sum())
+        return excess / least * (1 + len(self.excess) * EPSILON) if least > 0 else math.inf
+
+
 def l1_bounds(
     problem: LayerProblem,
     weight: Tensor,  # (out, in)
     penalty: float,
     subgradient: Tensor | None = None,  # (out, in)
-) -> tuple[Tensor, Tensor]:  # (out,), (out,)
-    """Primal value and a dual lower bound of the damped l1 problem, row by row, float64.
+) -> L1Bounds:
+    """Primal value and proven excess of weights of the damped l1 problem.
 
-    The first dual point is ``2 a (Aw - b)`` with ``A^T A = G``. Its value at the best
-    feasible scale a in ``[-1, 1] * penalty / (2 max|r|)`` is
-    ``f_min - a^2 q + 2 a (w r + q)``, where ``q = f(w) - f_min`` and f_min is the damped
-    least squares minimum without penalty.
+    The first dual point is ``2 a (Aw - b)`` with ``A^T A = G``. At the best feasible scale
+    a in ``[-1, 1] * penalty / (2 max|r|)`` it proves the excess
+    ``(1 - a)^2 q + penalty ||w||_1 - 2 a w r``, where ``q = f(w) - f_min`` and f_min is the
+    damped least squares minimum without penalty.
 
-    A second dual point comes from any n with entries in ``[-1, 1] * penalty / 2``, such
-    as half a `subgradient` of the penalty. The minimum of ``f(v) + 2 n v`` over v is
-    ``f(w) + 2 n w - (r - n) G^-1 (r - n)``. The better of the two bounds counts.
+    A second dual point comes from any n with entries in ``[-1, 1] * penalty / 2``, such as
+    half a `subgradient` of the penalty. The minimum of ``f(v) + 2 n v`` over v is
+    ``f(w) + 2 n w - (r - n) G^-1 (r - n)``, so that the excess is at most
+    ``penalty ||w||_1 - 2 n w + (r - n) G^-1 (r - n)``. The smaller excess counts.
     """
-    stationarity = residual(problem, weight)
-    smooth = objective_rows(problem, weight, damped=True)
-    primal = smooth + penalty * weight.double().abs().sum(dim=1)
-    minimum = least_squares_minimum(problem)
-    inner = (weight.double() * stationarity).sum(dim=1)
-    dual = l1_dual(smooth - minimum, inner, stationarity.abs().amax(dim=1), penalty)
-    dual += minimum
+    dense, rest = weight.double(), residual(problem, weight)
+    size = size_of_terms(problem, weight)
+    smooth = unclamped_from_residual(problem, weight, rest)
+    of_smooth = rounding_of_objective(problem, size)
+    norm = penalty * dense.abs().sum(dim=1)
+    of_norm = problem.shape[1] * EPSILON * norm
+    above = (smooth + of_smooth - least_squares_minimum(problem)).clamp(min=0)
+    excess = norm + of_norm + _scaled_residual(problem, dense, rest, above, size, penalty)
     factor = problem.factor(torch.float64)
-    if subgradient is None or factor.raised:  # a bound at a larger damping is not valid
-        return primal, dual
-    feasible = subgradient.double().clamp(-penalty / 2, penalty / 2)
-    second = smooth + 2 * (feasible * weight.double()).sum(dim=1)
-    size = size_of_terms(problem, weight, feasible)
-    second -= bounded_energy(factor, stationarity - feasible, size)
-    return primal, torch.maximum(dual, second)
+    if subgradient is not None and not factor.raised:  # else the bound is not valid
+        feasible = subgradient.double().clamp(-penalty / 2, penalty / 2)
+        second = norm + 2 * of_norm - 2 * (feasible * dense).sum(dim=1)
+        size = size + size_of_rows(problem, feasible)
+        second = second.clamp(min=0) + bounded_energy(factor, rest - feasible, size)
+        excess = torch.minimum(excess, second)
+    excess = excess.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return L1Bounds(smooth + norm, of_smooth + of_norm, excess)
 
 
-def l1_dual(
+def _scaled_residual(
+    problem: LayerProblem,
+    weight: Tensor,  # (out, in)
+    rest: Tensor,  # (out, in)
+    above: Tensor,  # (out,)
+    size: Tensor,  # (out,)
+    penalty: float,
+) -> Tensor:  # (out,)
+    """``(1 - a)^2 q - 2 a w r`` at the best feasible a, with its rounding."""
+    width, diagonal = problem.shape[1], damped_diagonal(problem)
+    unit = ROUNDING * EPSILON * width**0.5
+    entry = unit * size.sqrt()[:, None] * diagonal.sqrt()  # rounding of the residual
+    largest = (rest.abs() + entry).amax(dim=1)
+    inner = (weight * rest).sum(dim=1)
+    of_inner = unit * (width * (weight.square() @ diagonal) * size).sqrt()
+    scale = best_scale(above, inner, largest, penalty)
+    return (1 - scale).square() * above - 2 * scale * inner + 2 * scale.abs() * of_inner
+
+
+def best_scale(
     excess: Tensor,  # (out,)
     inner: Tensor,  # (out,)
     largest_residual: Tensor,  # (out,)
     penalty: float,
 ) -> Tensor:  # (out,)
-    """Dual value above the least squares minimum, at the best feasible scaling."""
-    limit = penalty / (2 * largest_residual).clamp(min=torch.finfo(excess.dtype).tiny)
-    slope = inner + excess
-    best = slope / excess.clamp(min=torch.finfo(excess.dtype).tiny)
-    scale = torch.minimum(torch.maximum(best, -limit), limit)
-    return torch.where(excess > 0, scale * (2 * slope - scale * excess), 0)
+    """Feasible a with the smallest ``(1 - a)^2 q - 2 a i``, for excess q and inner i."""
+    tiny = torch.finfo(excess.dtype).tiny
+    limit = penalty / (2 * largest_residual).clamp(min=tiny)
+    best = (inner + excess) / excess.clamp(min=tiny)
+    return torch.minimum(torch.maximum(best, -limit), limit)
 
 
 def least_squares_minimum(problem: LayerProblem) -> Tensor:
-    """Damped minimum without any constraint, row by row, shape (out,), float64."""
-    if problem.shift is None:
-        return problem.drift
-    factor = problem.factor(torch.float64)
+    """Lower bound of the damped minimum without any constraint, shape (out,), float64.
+
+    Minus infinity if the gram is singular at this damping, so that nothing is proven.
+    """
+    factor, drift = problem.factor(torch.float64), problem.drift
     if factor.raised:  # a larger damping would overstate the minimum
-        return torch.zeros_like(problem.drift)
-    gained = bounded_energy(factor, problem.shift, torch.zeros_like(problem.drift))
-    return (problem.drift - gained).clamp(min=0)
+        return torch.full_like(drift, -torch.inf)
+    if problem.shift is None:
+        return drift
+    size = size_of_terms(problem, problem.weight)
+    gained = bounded_energy(factor, problem.shift, size)
+    return drift - gained - 4 * EPSILON * drift.abs()

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from layerwise.chunks import slabs
 from layerwise.errors import VerificationError
+from layerwise.moments import CenteredMoments
 from layerwise.problem import CenteredProblem, LayerProblem
-from layerwise.solution import Answer, Solution, mask_of
+from layerwise.solution import Answer, Solution, Status, mask_of
+
+UNPROVEN = 1e-8  # of the objective: a larger part by constant channels voids a certificate
 
 
 def objective_rows(
@@ -25,7 +28,9 @@ def objective_rows(
     Computed as ``<E G, E> + 2 <E, S> + drift`` with ``E = W - What``; `damped` adds
     ``ridge * ||E||^2``. With a `bias` b, the value is the objective about the means plus
     the squared distance of b from the best bias. Without one, b is zero, or the best bias
-    if the problem is centered. Cost: one (out, in, in) product in float64.
+    if the problem is centered; then channels that count as constant are measured as well,
+    unless the objective is `damped`, as solvers see it. Cost: one (out, in, in) product in
+    float64.
     """
     if bias is not None:
         centered = problem.centered()
@@ -35,6 +40,19 @@ def objective_rows(
             change = problem.weight.double() - weight.double()
             rows += problem.ridge * change.square().sum(dim=1)
         return rows
+    return unclamped_rows(problem, weight, damped=damped).clamp(min=0)
+
+
+def unclamped_rows(
+    problem: LayerProblem,
+    weight: Tensor,  # (out, in)
+    *,
+    damped: bool = False,
+) -> Tensor:  # (out,)
+    """Objective of every row as the moments give it, float64.
+
+    Rounded moments can give a little less than zero. Bounds must not hide that.
+    """
     quadratic = []
     for part in slabs(len(weight)):
         change = problem.weight[part].double() - weight[part]  # no float64 copy of weight
@@ -44,7 +62,18 @@ def objective_rows(
         if damped:
             gradient.add_(change, alpha=problem.ridge)
         quadratic.append(gradient.mul_(change).sum(dim=1))
-    return (torch.cat(quadratic) + problem.drift).clamp(min=0)
+    rows = torch.cat(quadratic) + problem.drift
+    if not damped:
+        rows += left_out_rows(problem, weight)
+    return rows
+
+
+def left_out_rows(problem: LayerProblem, weight: Tensor) -> Tensor:  # (out,)
+    """Part of the objective of channels that count as constant in a centered problem."""
+    moments = problem.moments
+    if not isinstance(moments, CenteredMoments) or moments.left_out is None:
+        return torch.zeros_like(problem.energy)
+    return moments.left_out.objective_rows(problem.weight.double(), weight.double())
 
 
 def residual(problem: LayerProblem, weight: Tensor) -> Tensor:
@@ -60,9 +89,18 @@ def objective_from_residual(
     rest: Tensor,  # (out, in)
 ) -> Tensor:  # (out,)
     """Damped objective of weights whose :func:`residual` is known, without a product."""
+    return unclamped_from_residual(problem, weight, rest).clamp(min=0)
+
+
+def unclamped_from_residual(
+    problem: LayerProblem,
+    weight: Tensor,  # (out, in)
+    rest: Tensor,  # (out, in)
+) -> Tensor:  # (out,)
+    """As :func:`objective_from_residual`, and negative where the moments say so."""
     change = problem.weight.double() - weight.double()
     slope = rest if problem.shift is None else rest + problem.shift
-    return ((change * slope).sum(dim=1) + problem.drift).clamp(min=0)
+    return (change * slope).sum(dim=1) + problem.drift
 
 
 def best_bias(problem: CenteredProblem, weight: Tensor) -> Tensor:
@@ -85,11 +123,18 @@ def grade(problem: LayerProblem, answer: Answer) -> Solution:
     """Grade an answer: return the solution with its objective and relative error.
 
     Weights that rely on a bias are graded with their best bias. The error is relative to
-    the energy of the problem as posed. Cost: as :func:`objective_rows`.
+    the energy of the problem as posed. A certificate is left out if it ignores channels
+    that count as constant and matter. Cost: as :func:`objective_rows`.
     """
     measured = problem.centered() if answer.with_bias else problem
-    objective = float(objective_rows(measured, answer.weight).sum())
-    bias = None
+    rows = objective_rows(measured, answer.weight)
+    objective, bias = float(rows.sum()), None
+    status, certificate = answer.status, answer.certificate
+    left_out = left_out_rows(measured, answer.weight).abs()
+    if certificate is not None and bool((left_out > UNPROVEN * rows).any()):
+        certificate = None  # it is about the other channels alone
+        if status is not Status.NUMERICAL_ERROR:
+            status = Status.FEASIBLE
     if isinstance(measured, CenteredProblem):
         bias = best_bias(measured, answer.weight)
     return Solution(
@@ -97,8 +142,8 @@ def grade(problem: LayerProblem, answer: Answer) -> Solution:
         mask=mask_of(answer, problem.pattern),
         objective=objective,
         relative_error=_ratio(objective, problem),
-        status=answer.status,
-        certificate=answer.certificate,
+        status=status,
+        certificate=certificate,
         bias=bias,
         iterations=answer.iterations,
         history=answer.history,

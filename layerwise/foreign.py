@@ -1,8 +1,13 @@
 """Users' own objects as solvers: ``solve(problem)`` returns something with a `weight`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerwise.arrays import real_tensor, tensor_of
 from layerwise.errors import UsageError
 from layerwise.problem import LayerProblem
 from layerwise.solution import Answer, Start, Status
@@ -25,6 +30,10 @@ class UserSolver:
     own: UserObject
 
     def __post_init__(self) -> None:
+        if isinstance(self.own, type):
+            name = self.own.__name__
+            message = f"{name} is a class, not a solver: give an instance, {name}()"
+            raise UsageError(message)
         if not callable(getattr(self.own, "solve", None)):
             message = f"{self.own!r} is not a solver: it has no solve(problem) method"
             raise UsageError(message)
@@ -58,16 +67,42 @@ class UserSolver:
 
 
 def answer_of(result: Any) -> Answer:
-    """Answer from the result of any `solve`, without the grades that it gave itself."""
+    """Answer from the result of any `solve`, without the grades that it gave itself.
+
+    A bare tensor or numpy array is the weight.
+
+    Raises
+    ------
+    UsageError
+        If there is no weight in it.
+    InvalidProblemError
+        If the weight or the mask is not a tensor or array of the right kind.
+    """
+    if isinstance(result, Tensor | np.ndarray):
+        return Answer(real_tensor(result, "the weight of the answer"))
+    if not hasattr(result, "weight"):
+        message = (
+            f"an answer must be a weight or have one (answer.weight), got "
+            f"{'None' if result is None else type(result).__name__}"
+        )
+        raise UsageError(message)
+    weight = real_tensor(result.weight, "the weight of the answer")
+    mask = getattr(result, "mask", None)
+    if mask is not None:
+        mask = tensor_of(mask, "the mask of the answer", (torch.bool,), "bool")
     if isinstance(result, Answer):
-        return result
+        return replace(result, weight=weight, mask=mask)
+    status = getattr(result, "status", Status.FEASIBLE)
+    if status not in tuple(Status):
+        message = f"the status of an answer is one of {', '.join(Status)}, got {status!r}"
+        raise UsageError(message)
     return Answer(
-        result.weight,
-        getattr(result, "mask", None),
-        getattr(result, "status", Status.FEASIBLE),
+        weight,
+        mask,
+        Status(status),
         with_bias=getattr(result, "bias", None) is not None,
         certificate=getattr(result, "certificate", None),
         iterations=getattr(result, "iterations", 0),
-        history=tuple(getattr(result, "history", ())),
-        stats=getattr(result, "stats", {}),
+        history=tuple(getattr(result, "history", None) or ()),
+        stats=getattr(result, "stats", None) or {},
     )

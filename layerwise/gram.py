@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from layerwise.chunks import slabs
+from layerwise.shifted import Shifted, add_offsets
 
 BLOCKS = 8  # of columns: 9/16 of the products of a full square remain
 SMALLEST_BLOCK = 128  # columns: fewer are not worth a product of their own
 SMALLEST_GPU_BLOCK = 1024  # columns: fewer do not occupy a whole GPU
 
 
-def add_gram(total: Tensor, tokens: Tensor, scale: float) -> None:
+def add_gram(total: Tensor, tokens: Shifted, scale: float) -> None:
     """Add ``scale * tokens^T tokens`` to the upper triangle of a sum.
 
     Parameters
@@ -24,17 +25,21 @@ def add_gram(total: Tensor, tokens: Tensor, scale: float) -> None:
     total
         Shape (in, in), float64; entries below the diagonal are undefined.
     tokens
-        Shape (n, in).
+        Chunk of n tokens of width in.
     scale
         A power of two.
     """
-    width = tokens.shape[1]
-    smallest = SMALLEST_GPU_BLOCK if tokens.is_cuda else SMALLEST_BLOCK
+    values, unit = tokens.values, tokens.unit
+    width = values.shape[1]
+    smallest = SMALLEST_GPU_BLOCK if values.is_cuda else SMALLEST_BLOCK
     block = max(smallest, -(-width // BLOCKS))
     for begin in range(0, width, block):
         rows = slice(begin, begin + block)
-        part = product(tokens[:, rows], tokens[:, begin:])
+        part = product(values[:, rows], values[:, begin:])
+        if unit is not None:
+            part = part * unit[rows, None] * unit[begin:]
         total[rows, begin:].add_(part, alpha=scale)
+    add_offsets(total, tokens, tokens, scale)
 
 
 def mirrored(total: Tensor) -> Tensor:
@@ -51,10 +56,14 @@ def mirror_(total: Tensor) -> Tensor:
     return total
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """Add ``scale * left^T right`` of activations (n, a) and (n, b) to a sum (a, b)."""
+def add_product(total: Tensor, left: Shifted, right: Shifted, scale: float) -> None:
+    """Add ``scale * left^T right`` of chunks of widths a and b to a sum (a, b)."""
     for rows in slabs(len(total)):
-        total[rows].add_(product(left[:, rows], right), alpha=scale)
+        part = product(left.values[:, rows], right.values)
+        for unit in (left.unit if left.unit is None else left.unit[rows, None], right.unit):
+            part = part if unit is None else part * unit
+        total[rows].add_(part, alpha=scale)
+    add_offsets(total, left, right, scale)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

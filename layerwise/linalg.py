@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerwise.chunks import slabs
 from layerwise.errors import InvalidProblemError, SolveError
+from layerwise.modes import without_autocast
 
 FIRST_DAMPING = 1e-8  # tried after an undamped gram that is singular
 POWER_ITERATIONS = 40
 EXACT_WIDTH = 128
-PROBES, TRACE_MARGIN = 16, 8.0
+PROBES = 16
 
 
 @contextmanager
@@ -28,8 +30,14 @@ def ieee_products() -> Iterator[None]:
 
     Shorter formats such as TF32 would silently make grams, residuals and exact refits wrong
     in the fourth digit. PyTorch has two interfaces to allow these formats, which refuse
-    each other's settings. Both are restored at the end.
+    each other's settings. Both are restored at the end. Autocast is off meanwhile.
     """
+    with without_autocast(), _without_short_formats():
+        yield
+
+
+@contextmanager
+def _without_short_formats() -> Iterator[None]:
     backends: Any = torch.backends
     libraries = (backends.cuda.matmul, backends.mkldnn.matmul)
     before = [library.fp32_precision for library in libraries]
@@ -98,8 +106,7 @@ class Factor:
         """Trace and squared norm of the inverse of the gram at unit diagonal.
 
         Exact up to width ``EXACT_WIDTH``, else estimated by ``PROBES`` vectors of random
-        signs. If one eigenvalue dominates the trace, the estimate is below an eighth of the
-        trace with a probability of 1e-5.
+        signs, which is enough to choose a method and not enough for a bound.
         """
         root, width = self.root, len(self.lower)
         if width <= EXACT_WIDTH:
@@ -112,11 +119,23 @@ class Factor:
         trace = (images * probes).sum(dim=1).mean()
         return float(trace), float(images.square().sum(dim=1).mean())
 
-    @property
-    def trace_bound(self) -> float:
-        """Upper bound of the trace of the inverse at unit diagonal."""
-        margin = 1.0 if len(self.lower) <= EXACT_WIDTH else TRACE_MARGIN
-        return margin * self.unit_inverse[0]
+    @cached_property
+    def unit_trace(self) -> float:
+        """Trace of the inverse of the gram at unit diagonal.
+
+        It is the squared norm of ``L^-1 D``, and no estimate, because certificates rest on
+        it. Cost: O(in^3 / 3), as the factor, with a copy of some columns at a time.
+        """
+        total = self.root.new_zeros((), dtype=torch.float64)
+        for columns in slabs(len(self.lower)):
+            begin = columns.start
+            part = self.root[columns].diag()
+            below = len(self.lower) - columns.stop
+            rhs = torch.nn.functional.pad(part, (0, 0, 0, below))
+            lower = self.lower[begin:, begin:]
+            solved = torch.linalg.solve_triangular(lower, rhs, upper=False)
+            total += solved.square_().sum(dtype=torch.float64)
+        return float(total)
 
     def solve_rows(self, rows: Tensor) -> Tensor:
         """``rows @ inverse`` for a matrix (m, in) of row vectors."""

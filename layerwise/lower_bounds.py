@@ -14,7 +14,9 @@ Notes
 -----
 The bound is valid however well y and D were optimised. The last evaluation is in float64;
 its rounding is bounded term by term, with ``(in + 8) eps`` for a sum, and subtracted. A
-factorization with a margin proves that R is positive semi-definite.
+factorization with a margin proves that R is positive semi-definite. The moments count as
+exact. If rounded moments give an optimum below zero, so are the bounds until the very end:
+zero is returned because an objective is a norm, and nothing is derived from that zero.
 """
 
 from collections.abc import Iterator
@@ -27,12 +29,13 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import InvalidProblemError
-from layerwise.evaluate import objective_rows
+from layerwise.evaluate import unclamped_rows
 from layerwise.gram import exact_bfloat16
 from layerwise.linalg import ieee_products
 from layerwise.patterns import NM, FixedMask, Pattern, Unstructured
 from layerwise.perspective import has_one_budget, relax, shared_inverse
 from layerwise.problem import LayerProblem
+from layerwise.rounding import EPSILON, objective_bounds, terms_of_shift
 from layerwise.solution import Certificate, Solution
 from layerwise.splits import (
     proven_split,
@@ -41,7 +44,6 @@ from layerwise.splits import (
     weighted_split,
 )
 
-EPSILON = torch.finfo(torch.float64).eps
 TINY = 1e-30  # floor of the importance, for problems that lose nothing in any row
 ROUNDS = 5  # splits, each improved with the relaxed answer to the one before
 INSIDE = 0.98  # first split, in units of the largest multiple of the diagonal
@@ -75,7 +77,7 @@ def lower_bounds(
     Tensor
         Float64, shape (out,): no feasible row has a smaller damped objective. With one
         budget for the layer, shape (1,): a bound of the sum over the rows. Never negative,
-        and zero if the damped gram is numerically singular.
+        because an objective is a norm; zero if the damped gram is numerically singular.
 
     Raises
     ------
@@ -88,17 +90,25 @@ def lower_bounds(
             "with whole columns the rows are not independent"
         )
         raise InvalidProblemError(message)
-    none = _total(torch.zeros_like(problem.energy), problem.pattern)
+    return _unclamped(problem, weight, memory_budget).clamp(min=0)
+
+
+def _unclamped(problem: LayerProblem, weight: Tensor | None, memory_budget: int) -> Tensor:
+    """Bounds of the objective as the moments give it, also below zero; -inf if unknown."""
+    none = _total(torch.full_like(problem.energy, -torch.inf), problem.pattern)
+    if problem.shift is None:  # the objective is a quadratic form
+        none = torch.zeros_like(none)
     if problem.factor(torch.float64).raised:
         return none
     scaled = _ScaledProblem(problem, memory_budget)
     if scaled.largest is None:
         return none
     if isinstance(problem.pattern, FixedMask):
-        return scaled.bound_on_mask(problem.pattern.kept.to(problem.weight.device))
+        bound = scaled.bound_on_mask(problem.pattern.kept.to(problem.weight.device))
+        return torch.where(torch.isfinite(bound), bound, none)
     best = none
     for bound in scaled.bounds(scaled.largest, weight):
-        best = torch.maximum(best, torch.where(torch.isfinite(bound), bound, 0))
+        best = torch.maximum(best, torch.where(torch.isfinite(bound), bound, none))
     return best
 
 
@@ -130,11 +140,33 @@ def proven_gap_of(
     problem: LayerProblem, weight: Tensor, *, memory_budget: int = MEMORY_BUDGET
 ) -> float:
     """Gap of :func:`proven_gap` for weights (out, in) from any source."""
-    value = float(objective_rows(problem, weight, damped=True).sum())
-    if value == 0:
+    return gap_above(problem, weight, least_objective(problem, weight, memory_budget))
+
+
+def least_objective(
+    problem: LayerProblem, weight: Tensor | None, memory_budget: int = MEMORY_BUDGET
+) -> float:
+    """Lower bound of the damped objective of the layer, from the bounds of its rows.
+
+    Negative where rounded moments allow an objective below zero; -inf if nothing is proven.
+    """
+    bounds = _unclamped(problem, weight, memory_budget)
+    return float(bounds.sum() - len(bounds) * EPSILON * bounds.abs().sum())
+
+
+def gap_above(problem: LayerProblem, weight: Tensor, bound: float) -> float:
+    """Share of the damped objective of weights that is above a lower bound, rounded up.
+
+    1 if nothing is proven: the objective is below its rounding, or below the bound.
+    """
+    rows, rounding = objective_bounds(problem, weight)
+    value = float(rows.sum())
+    if value == 0 and problem.shift is None:
         return 0.0
-    bound = float(lower_bounds(problem, weight, memory_budget=memory_budget).sum())
-    return min(1.0, max(0.0, 1 - bound / value))
+    most = value + float(rounding.sum()) + len(rows) * EPSILON * float(rows.abs().sum())
+    if not (most > 0 and bound <= most):
+        return 1.0
+    return min(1.0, 1 - bound / most + 2 * EPSILON)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,8 +209,9 @@ class _ScaledProblem:
         self.scale, self.dense, self.free = scale, dense / scale, free / scale
         self.shift = None if shift is None else shift * scale
         self.drift = problem.drift
-        self.base = objective_rows(problem, free, damped=True)
+        self.base = unclamped_rows(problem, free, damped=True)
         self.unit = (len(gram) + 8) * EPSILON
+        self.of_shift = self._terms_of_shift(problem)
         self.slope, self.terms, self.rounding = self._slope(slice(None), self.free)
         rows = len(dense)
         if not has_one_budget(problem.pattern):
@@ -191,14 +224,21 @@ class _ScaledProblem:
         """Largest multiple of the diagonal whose remainder is proven, or None."""
         return proven_split(self.gram, smallest_share(self.gram, 1))
 
+    def _terms_of_shift(self, problem: LayerProblem) -> Tensor | None:
+        """Size of the terms of the shift, (out, in); its rounding is `unit` times that."""
+        if self.shift is None:
+            return None
+        columns, dense = terms_of_shift(problem)
+        return self.shift.abs() + dense.sqrt()[:, None] * columns.sqrt() * self.scale
+
     def _slope(self, rows: slice, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Minus half the gradient, the size of its terms, and rounding of the objective."""
         change = self.dense[rows] - weight
         slope = change @ self.gram
         terms = change.abs() @ self.gram.abs()
-        if self.shift is not None:
-            slope, terms = slope + self.shift[rows], terms + self.shift[rows].abs()
-        rounding = 2 * (change.abs() * terms).sum(dim=1) + self.drift[rows]
+        if self.shift is not None and self.of_shift is not None:
+            slope, terms = slope + self.shift[rows], terms + self.of_shift[rows]
+        rounding = 2 * (change.abs() * terms).sum(dim=1) + self.drift[rows].abs()
         return slope, terms, self.unit * rounding
 
     def bounds(self, largest: Tensor, weight: Tensor | None) -> Iterator[Tensor]:
@@ -279,7 +319,7 @@ class _ScaledProblem:
         far = _over_blocks(centre.abs() + free.abs() + step.abs() + slack, split)
         rounding = (reach * (direction.abs() + 2 * far)).sum(dim=1)
         terms = taken.abs() + magnitude + _quadratic(free, split)
-        rounding += split.condition.square() * terms + self.base[rows]
+        rounding += split.condition.square() * terms + self.base[rows].abs()
         return value - 4 * self.unit * rounding - self.rounding[rows]
 
     def bound_on_mask(self, kept: Tensor) -> Tensor:
@@ -309,8 +349,7 @@ class _ScaledProblem:
             missed = torch.where(on, slope.abs() + self.unit * terms, 0)
             gain = (missed.square() / diagonal).sum(dim=1)
             values.append(value - (1 + self.unit) * gain - 4 * rounding)
-        bound = torch.cat(values)
-        return torch.where(torch.isfinite(bound), bound, 0).clamp(min=0)
+        return torch.cat(values)
 
 
 def _smallest(centre: Tensor, split: _Split, pattern: Pattern) -> tuple[Tensor, Tensor]:

@@ -10,15 +10,17 @@ the entry with the smaller index is removed first.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from numbers import Real
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from layerwise.arrays import INTEGERS, check_integer, check_real, tensor_of
 from layerwise.chunks import SLAB, slabs
 from layerwise.errors import InvalidProblemError, quoted
-from layerwise.limits import LARGEST_GROUP, check_limit
+from layerwise.limits import LARGEST_GROUP
 
 ENTRIES_AT_ONCE = 1 << 26  # of the scores on a GPU
 LONG_ROW = 1 << 20  # sorted on a GPU, as faster: github.com/pytorch/pytorch/issues/75599
@@ -62,6 +64,7 @@ class Unstructured(Pattern):
     group: Literal["row", "layer"] = "row"
 
     def __post_init__(self) -> None:
+        check_real(self.sparsity, "sparsity")
         if not 0 <= self.sparsity < 1:
             message = f"sparsity must lie in [0, 1), got {self.sparsity}"
             raise InvalidProblemError(message)
@@ -102,13 +105,18 @@ class NM(Pattern):
     m: int
 
     def __post_init__(self) -> None:
+        for name in ("n", "m"):
+            check_integer(getattr(self, name), f"{name} of n:m")
+            object.__setattr__(self, name, int(getattr(self, name)))
         if not 0 < self.n <= self.m:
             message = (
                 f"n:m keeps n of every m weights, which needs 0 < n <= m; got "
                 f"{self.n}:{self.m}"
             )
             raise InvalidProblemError(message)
-        check_limit("m of n:m", self.m, LARGEST_GROUP)
+        if self.m > LARGEST_GROUP:
+            message = f"m of n:m is at most {LARGEST_GROUP}, got {quoted(self.m)}"
+            raise InvalidProblemError(message)
 
     @property
     def sparsity(self) -> float:
@@ -144,7 +152,9 @@ class FixedMask(Pattern):
     kept: Tensor
 
     def __post_init__(self) -> None:
-        if self.kept.dtype != torch.bool or self.kept.dim() != 2:
+        kept = tensor_of(self.kept, "a fixed mask", (torch.bool,), "bool")
+        object.__setattr__(self, "kept", kept)
+        if self.kept.dim() != 2:
             message = (
                 f"a fixed mask is a boolean matrix, got {self.kept.dtype} of shape "
                 f"{tuple(self.kept.shape)}"
@@ -193,6 +203,15 @@ class Columns(Pattern):
     keep: int
     groups: Tensor | None = None
     balance: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_integer(self.keep, "keep")
+        object.__setattr__(self, "keep", int(self.keep))
+        for name in ("groups", "balance"):
+            labels = getattr(self, name)
+            if labels is not None:
+                labels = tensor_of(labels, name, INTEGERS, "integers").long()
+                object.__setattr__(self, name, labels)
 
     def units(self, width: int, device: torch.device) -> Tensor:
         """Unit of each column, shape (in,)."""
@@ -329,3 +348,28 @@ def parse_pattern(text: str, group: Literal["row", "layer"] = "row") -> Pattern:
             raise
         message = f"sparsity is a fraction (0.5) or n:m (2:4), got {quoted(text)}"
         raise InvalidProblemError(message) from None
+
+
+PatternLike = Pattern | float | str
+"""A pattern, a fraction of zeros, or the form of the command line."""
+
+
+def as_pattern(value: Any) -> Pattern:
+    """Pattern from a pattern, a fraction of zeros, or the form of the command line.
+
+    Raises
+    ------
+    InvalidProblemError
+        If it is anything else.
+    """
+    if isinstance(value, Pattern):
+        return value
+    if isinstance(value, str):
+        return parse_pattern(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return Unstructured(float(value))
+    message = (
+        f'pattern must be a Pattern, a fraction of zeros (0.5) or n:m ("2:4"), got '
+        f"{'None' if value is None else type(value).__name__}"
+    )
+    raise InvalidProblemError(message)

@@ -17,7 +17,6 @@ S = T - W G = W (C - G),
 Damping adds ``damping * mean(diag G) * ||E||^2``: it pulls towards the dense weight.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,18 +26,28 @@ import torch
 from torch import Tensor
 
 from layerwise.accumulator import MomentAccumulator
+from layerwise.arrays import Array, check_real, real_tensor
 from layerwise.chunks import slabs
 from layerwise.errors import InvalidProblemError
 from layerwise.linalg import Factor, damped
 from layerwise.moments import Moments, even_exponent
-from layerwise.patterns import FixedMask, Pattern
-from layerwise.validation import check_gradient_norm, check_weight
+from layerwise.patterns import FixedMask, Pattern, PatternLike, as_pattern
+from layerwise.validation import (
+    check_gradient_norm,
+    check_scale,
+    check_shape,
+    check_sums,
+    check_weight,
+    largest_entry,
+)
 
 if TYPE_CHECKING:
     import cvxpy
 
 OF_THE_DATA = ("target", "shift", "drift")  # row by row, without damping and pattern
 CHUNK_TOKENS = 65536
+LARGEST_WEIGHT = 1e15  # its square leaves room for sums of squares in float32
+LARGEST_DAMPING = 1e30  # a gram with it is finite in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +60,12 @@ class LayerProblem:
     Parameters
     ----------
     weight
-        Dense weight W, shape (out, in), any floating dtype. Solvers work in float64 if it
-        is float64 and in float32 otherwise.
+        Dense weight W, shape (out, in), a tensor or numpy array of float64, float32,
+        bfloat16 or float16. Solvers work in float64 if it is float64, else in float32.
     moments
         Moments of the inputs, shared by all matrices that read them.
     pattern
-        Set of feasible masks.
+        Set of feasible masks; also a fraction of zeros (``0.5``), or ``"2:4"``.
     energy
         Row sums of ``(W X)^2 / tokens``, shape (out,), float64.
     damping
@@ -75,37 +84,33 @@ class LayerProblem:
     gradient_norm: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name in ("weight", "energy", "gradient_norm"):  # parameters of a model as well
+            value = getattr(self, name)
+            if value is not None or name != "gradient_norm":
+                object.__setattr__(self, name, real_tensor(value, name))
+        object.__setattr__(self, "pattern", as_pattern(self.pattern))
         check_weight(self.weight, self.moments.width, self.moments.gram.device)
         self.pattern.check((self.weight.shape[0], self.weight.shape[1]))
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            message = f"damping must be a number >= 0, got {self.damping}"
+        check_real(self.damping, "damping")
+        if not 0 <= self.damping <= LARGEST_DAMPING:
+            limit = f" and at most {LARGEST_DAMPING:g}" if self.damping > 1 else ""
+            message = f"damping must be a number >= 0{limit}, got {self.damping}"
             raise InvalidProblemError(message)
-        if tuple(self.energy.shape) != (self.weight.shape[0],):
-            message = (
-                f"energy has shape {tuple(self.energy.shape)}, expected "
-                f"({self.weight.shape[0]},): one number per output row"
-            )
-            raise InvalidProblemError(message)
-        if not bool((self.energy >= 0).all() & torch.isfinite(self.energy).all()):
-            message = "energy contains a negative or non-finite value"
-            raise InvalidProblemError(message)
+        check_sums(self.energy, "energy", len(self.weight))
+        check_scale(self.weight, self.moments.gram)
         if self.gradient_norm is not None:
             check_gradient_norm(self.gradient_norm, self.weight)
-        for name in ("weight", "energy", "gradient_norm"):  # parameters of a model
-            value = getattr(self, name)
-            if value is not None and value.requires_grad:
-                object.__setattr__(self, name, value.detach())
 
     @classmethod
     def from_inputs(
         cls,
-        weight: Tensor,  # (out, in)
-        inputs: Tensor,  # (in, tokens)
-        pruned_inputs: Tensor | None = None,  # (in, tokens)
+        weight: Array,  # (out, in)
+        inputs: Array,  # (in, tokens)
+        pruned_inputs: Array | None = None,  # (in, tokens)
         *,
-        pattern: Pattern,
+        pattern: PatternLike,
         damping: float = 0.01,
-        gradient_norm: Tensor | None = None,
+        gradient_norm: Array | None = None,
     ) -> "LayerProblem":
         """Problem from explicit inputs, as in the formula: one column per token.
 
@@ -120,22 +125,27 @@ class LayerProblem:
         pattern, damping, gradient_norm
             See :class:`LayerProblem`.
         """
+        weight, inputs = real_tensor(weight, "weight"), real_tensor(inputs, "inputs")
         if weight.dim() != 2 or inputs.dim() != 2 or inputs.shape[0] != weight.shape[1]:
             message = (
                 f"inputs must be (in, tokens) for a weight (out, in), got inputs "
                 f"{tuple(inputs.shape)} and weight {tuple(weight.shape)}"
             )
             raise InvalidProblemError(message)
-        if pruned_inputs is not None and pruned_inputs.shape != inputs.shape:
-            message = (
-                f"pruned inputs have shape {tuple(pruned_inputs.shape)}, the inputs "
-                f"{tuple(inputs.shape)}"
-            )
-            raise InvalidProblemError(message)
+        others = None
+        if pruned_inputs is not None:
+            seen = real_tensor(pruned_inputs, "pruned_inputs")
+            if seen.shape != inputs.shape:
+                message = (
+                    f"pruned inputs have shape {tuple(seen.shape)}, the inputs "
+                    f"{tuple(inputs.shape)}"
+                )
+                raise InvalidProblemError(message)
+            others = torch.split(seen.T, CHUNK_TOKENS)
+        check_shape(weight, weight.shape[1])
+        pattern = as_pattern(pattern)
+        pattern.check((weight.shape[0], weight.shape[1]))  # before the work
         accumulator = MomentAccumulator(weight.shape[1], [weight], weight.device)
-        others = (
-            None if pruned_inputs is None else torch.split(pruned_inputs.T, CHUNK_TOKENS)
-        )
         for index, chunk in enumerate(torch.split(inputs.T, CHUNK_TOKENS)):
             accumulator.update(chunk, None if others is None else others[index])
         return cls.from_moments(
@@ -150,14 +160,14 @@ class LayerProblem:
     @classmethod
     def from_moments(
         cls,
-        weight: Tensor,
+        weight: Array,
         moments: Moments,
         *,
-        pattern: Pattern,
-        energy: Tensor | None = None,
-        drift: Tensor | None = None,
+        pattern: PatternLike,
+        energy: Array | None = None,
+        drift: Array | None = None,
         damping: float = 0.01,
-        gradient_norm: Tensor | None = None,
+        gradient_norm: Array | None = None,
     ) -> "LayerProblem":
         """Problem from moments, with energy or drift if dense and pruned inputs differ.
 
@@ -171,11 +181,18 @@ class LayerProblem:
             Row sums of ``(W (X - Xhat))^2 / tokens``, shape (out,), as returned by
             :meth:`MomentAccumulator.drift`. The energy follows without cancellation.
         """
+        if not isinstance(moments, Moments):
+            message = f"moments must be Moments(gram, ...), got {type(moments).__name__}"
+            raise InvalidProblemError(message)
+        weight = real_tensor(weight, "weight")
         check_weight(weight, moments.width, moments.gram.device)
-        weight = weight.detach()
+        check_scale(weight, moments.gram)
         known: dict[str, Tensor] = {}
-        if drift is not None and moments.cross_gram is not None:
-            known["drift"] = drift.detach().double()
+        if drift is not None:
+            drift = real_tensor(drift, "drift").double()
+            check_sums(drift, "drift", len(weight))
+            if moments.cross_gram is not None:
+                known["drift"] = drift
         if energy is None:
             energy = _row_forms(weight, moments.gram)
             if moments.cross_gram is not None:
@@ -188,7 +205,11 @@ class LayerProblem:
                 known["shift"] = _shift(weight, moments)
                 energy += known["drift"] + 2 * _row_dots(known["shift"], weight)
             energy = energy.clamp(min=0)
-        problem = cls(weight, moments, pattern, energy.double(), damping, gradient_norm)
+        energy = real_tensor(energy, "energy").double()
+        gradients = gradient_norm
+        if gradients is not None:
+            gradients = real_tensor(gradients, "gradient_norm")
+        problem = cls(weight, moments, as_pattern(pattern), energy, damping, gradients)
         vars(problem).update(known)  # fills cached properties, which cost products
         return problem
 
@@ -202,6 +223,13 @@ class LayerProblem:
         """Working precision of solvers: float64 for a float64 weight, else float32."""
         wide = self.weight.dtype == torch.float64
         return torch.float64 if wide else torch.float32
+
+    @cached_property
+    def squares_leave_float32(self) -> bool:
+        """Whether squares of the weights over- or underflow in the working precision."""
+        largest = largest_entry(self.weight)
+        ordinary = largest == 0 or 1 / LARGEST_WEIGHT < largest < LARGEST_WEIGHT
+        return self.dtype == torch.float32 and not ordinary
 
     @property
     def gram(self) -> Tensor:
@@ -228,12 +256,15 @@ class LayerProblem:
 
     @cached_property
     def drift(self) -> Tensor:
-        """Objective of the dense weight, row by row, shape (out,), float64."""
+        """Objective of the dense weight, row by row, shape (out,), float64.
+
+        Computed from the energy, rounding can make it negative.
+        """
         if self.shift is None:
             return torch.zeros_like(self.energy)
         quadratic = _row_forms(self.weight, self.gram)
         quadratic += 2 * _row_dots(self.shift, self.weight)
-        return (self.energy - quadratic).clamp(min=0)
+        return self.energy - quadratic
 
     @property
     def ridge(self) -> float:
@@ -290,6 +321,7 @@ class LayerProblem:
         if isinstance(self, CenteredProblem):
             return self
         moments = self.moments.centered()
+        moments.check_definite()
         assert moments.input_mean is not None
         energy = self.energy - (self.weight.double() @ moments.input_mean).square()
         return CenteredProblem(
@@ -325,7 +357,13 @@ class LayerProblem:
         The scaling is exact and changes no solution, so grams of any magnitude are solved
         alike. Multiply its objectives by ``2^k`` to get those of this problem. Means and
         `gradient_norm` are linear in the inputs and scale by the square root.
+
+        Raises
+        ------
+        InvalidProblemError
+            If the gram is indefinite, which is checked here, before any answer.
         """
+        self.moments.check_definite()
         exponent = even_exponent(self.moments.mean_diagonal)
         if exponent == 0:
             return self, 0

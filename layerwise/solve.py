@@ -45,7 +45,8 @@ def solve(
         The layer to prune.
     solver
         A name of :data:`layerwise.SOLVERS`, names joined by ``+``, a configured solver,
-        or an object with ``solve(problem)`` that returns something with ``weight``.
+        or an object with ``solve(problem)`` that returns the weight or something that has
+        it as ``weight``.
     initial
         Starting point, for solvers that use one.
     on_iteration
@@ -56,29 +57,58 @@ def solve(
     Raises
     ------
     UsageError
-        If the name is unknown.
+        If the name is unknown, or the object is not a solver or returns no weight.
     InvalidProblemError
-        If the solver does not handle the pattern, or `initial` has another shape.
+        If the solver does not handle the pattern, `initial` has another shape, or the gram
+        is indefinite.
     SolveError
         If arithmetic failed.
     VerificationError
         If the solver broke the pattern.
     """
+    if not isinstance(problem, LayerProblem):
+        message = (
+            f"the problem must be a LayerProblem, got {type(problem).__name__}: build it "
+            f"with LayerProblem.from_inputs"
+        )
+        raise UsageError(message)
     chosen = resolve(solver)
     refuse_unless_solvable(chosen, problem)
     start = None if initial is None else _checked_start(problem, initial)
     scaled, exponent = problem.normalized()
     report = on_iteration and (lambda entry: on_iteration(_as_posed(entry, exponent)))
+    if problem.squares_leave_float32:
+        scaled = replace(scaled, weight=scaled.weight.double())
     answer = _checked_answer(chosen, scaled, start, report)
+    overflow = all_finite(answer.weight)
+    if problem.squares_leave_float32:
+        answer = _shortened(answer, problem.dtype)
+    overflow = overflow and not all_finite(answer.weight)
     history = tuple(_as_posed(entry, exponent) for entry in answer.history)
     graded = grade(problem, replace(answer, history=history))
     if throw and graded.status is Status.NUMERICAL_ERROR:
-        message = (
-            f"{chosen.name} failed numerically; raise the damping "
-            f"(now {problem.damping:g}) or check the calibration activations"
-        )
-        raise SolveError(message)
+        raise SolveError(_failure(chosen, problem, overflow))
     return graded
+
+
+def _shortened(answer: Answer, dtype: torch.dtype) -> Answer:
+    """Answer in a shorter type; infinite weights are a numerical error."""
+    weight = answer.weight.to(dtype)
+    status = answer.status if all_finite(weight) else Status.NUMERICAL_ERROR
+    return replace(answer, weight=weight, status=status)
+
+
+def _failure(solver: Solver, problem: LayerProblem, overflow: bool) -> str:
+    if overflow:
+        largest = float(problem.weight.double().abs().max())
+        return (
+            f"{solver.name}: the weights reach {largest:.1e} and the best ones overflow "
+            f"float32: give the weight in float64, or multiply it by a power of two"
+        )
+    return (
+        f"{solver.name} failed numerically; raise the damping "
+        f"(now {problem.damping:g}) or check the calibration activations"
+    )
 
 
 def _checked_answer(
@@ -99,12 +129,13 @@ def _checked_answer(
 
 def _checked_start(problem: LayerProblem, initial: Start) -> Answer:
     """Start of the right shape, detached from any graph of gradients."""
+    initial = answer_of(initial)
     for name, tensor in (("weight", initial.weight), ("mask", initial.mask)):
         if tensor is not None and tuple(tensor.shape) != problem.shape:
             shape = tuple(tensor.shape)
             message = f"initial has a {name} of shape {shape}, expected {problem.shape}"
             raise InvalidProblemError(message)
-    return Answer(initial.weight.detach(), mask_of(initial, problem.pattern))
+    return Answer(initial.weight, mask_of(initial, problem.pattern))
 
 
 def refuse_unless_solvable(solver: Solver, problem: LayerProblem) -> None:
@@ -198,7 +229,8 @@ def resolve(method: SolverLike) -> Solver:
     :class:`layerwise.foreign.UserSolver`, so the result is always a solver.
     """
     if not isinstance(method, str):
-        return method if isinstance(method, Solver) else UserSolver(method)
+        known = isinstance(method, Solver) and not isinstance(method, type)
+        return method if known else UserSolver(method)
     names = method.split("+")
     return chain(*names) if len(names) > 1 else get_solver(method)
 

@@ -179,7 +179,7 @@ class ColumnPruning:
         pattern, about = problem.pattern, self.restored(problem)
         assert isinstance(pattern, Columns)
         units = pattern.units(problem.shape[1], problem.weight.device)
-        if self.score not in SEARCHES or about.moments.mean_diagonal == 0:
+        if self.score not in SEARCHES or about.moments.vanishes:
             return pattern.keep_units(self.scores(problem, units))[units], ()
         support = ColumnSupport(about, units)
         heads, step = pattern.heads(len(support.kept), units.device), self.step_of(units)

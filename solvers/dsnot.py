@@ -35,7 +35,6 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import InvalidProblemError
-from layerwise.moments import CONSTANT_VARIANCE
 from layerwise.patterns import NM, Unstructured
 from layerwise.problem import CenteredProblem, LayerProblem
 from layerwise.solution import Answer, Start
@@ -185,7 +184,7 @@ def _variance(problem: LayerProblem) -> Tensor:
     """``Var(xhat_j)``, shape (in,), float64; one for a dead channel."""
     second = problem.gram.diagonal()
     variance = second - _pruned_mean(problem).square()
-    variance = variance.clamp(min=CONSTANT_VARIANCE * second)
+    variance = variance.clamp(min=problem.moments.rounding * second)
     return torch.where(second > 0, variance, 1)
 
 

@@ -40,6 +40,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from layerwise.chunks import all_finite
 from layerwise.errors import InvalidProblemError
 from layerwise.problem import LayerProblem
 from layerwise.solvers.options import check_finite, check_one_of
@@ -103,4 +104,14 @@ class GBLM(ScoreSolver):
             alpha = DEFAULT_ALPHA[self.scaling, self.norm]
         size = problem.weight.to(problem.dtype).abs()
         gradient = problem.gradient_norm.to(problem.dtype)
-        return wanda_scores(problem) + alpha * (size * gradient)
+        scores = wanda_scores(problem) + alpha * (size * gradient)
+        if not all_finite(scores):  # beyond float32
+            gradient = problem.gradient_norm.double()
+            scores = wanda_scores(problem).double() + alpha * (size.double() * gradient)
+        if not all_finite(scores):
+            message = (
+                f"gradient_norm reaches {float(gradient.max()):.1e}, and its products "
+                f"with the weights overflow: multiply it by a power of two"
+            )
+            raise InvalidProblemError(message)
+        return scores

@@ -45,21 +45,27 @@ class LassoResult:
         Shape (out, in): half a subgradient of the penalty at `weight`, the dual point of
         the gap, see :func:`layerwise.certificates.l1_bounds`.
     primal
-        ``damped objective + penalty * sum|weight|``, float64.
+        ``damped objective + penalty * sum|weight|``, float64. Negative if rounded moments
+        give an objective below zero.
+    rounding
+        Bound on the rounding of `primal`: large where the terms of the objective cancel,
+        as with large weights in directions in which the gram is singular.
     gap
-        ``(primal - dual) / primal``: proven bound on the relative suboptimality.
+        ``(primal - dual) / primal``: proven bound on the relative suboptimality; inf if
+        nothing is proven, as with a primal value below its rounding.
     iterations
         Steps, each one product with a matrix of the size of the gram.
     checks
         Evaluations of the gap, each a product with the gram and a triangular solve.
     status
         ``OPTIMAL`` if the gap is below the tolerance, else ``MAX_ITERATIONS``;
-        ``NUMERICAL_ERROR`` if it is not a number.
+        ``NUMERICAL_ERROR`` if the primal value is not finite.
     """
 
     weight: Tensor
     subgradient: Tensor
     primal: float
+    rounding: float
     gap: float
     iterations: int
     checks: int
@@ -216,16 +222,16 @@ class L1Path:
         weight = self.weight(point)
         subgradient = point.subgradient * self.quadratic.root
         bounds = l1_bounds(self.quadratic.problem, weight, penalty, subgradient)
-        primal, dual = (float(rows.sum()) for rows in bounds)
-        gap = 0.0 if primal == 0 else (primal - dual) / primal
+        primal, gap = float(bounds.primal.sum()), bounds.gap
         status = Status.OPTIMAL if gap <= tolerance else Status.MAX_ITERATIONS
-        if not math.isfinite(gap):
-            gap, status = math.inf, Status.NUMERICAL_ERROR
+        if not math.isfinite(primal):
+            status = Status.NUMERICAL_ERROR
         unit = 2.0**exponent
         return LassoResult(
             weight=weight,
             subgradient=subgradient * unit,
             primal=primal * unit,
+            rounding=float(bounds.rounding.sum()) * unit,
             gap=gap,
             iterations=point.iterations,
             checks=point.checks,

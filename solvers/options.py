@@ -1,6 +1,7 @@
 """Checks of hyper-parameters."""
 
 from collections.abc import Collection
+from numbers import Real
 
 from layerwise.errors import UsageError
 
@@ -17,8 +18,8 @@ def check_at_least(solver: object, **least: float) -> None:
     """
     for name, bound in least.items():
         value = getattr(solver, name)
-        if not value >= bound:
-            message = f"{name} must be at least {bound}, got {value}"
+        if not _is_number(value) or not value >= bound:
+            message = f"{name} must be at least {bound}, got {value!r}"
             raise UsageError(message)
 
 
@@ -26,8 +27,8 @@ def check_finite(solver: object, *names: str) -> None:
     """Raise :class:`UsageError` unless every named option is finite and not negative."""
     for name in names:
         value = getattr(solver, name)
-        if not 0 <= value < float("inf"):
-            message = f"{name} must be a number >= 0, got {value}"
+        if not _is_number(value) or not 0 <= value < float("inf"):
+            message = f"{name} must be a number >= 0, got {value!r}"
             raise UsageError(message)
 
 
@@ -47,6 +48,10 @@ def check_positive(solver: object, *names: str) -> None:
     """Raise :class:`UsageError` unless every named option is a number above zero."""
     for name in names:
         value = getattr(solver, name)
-        if not 0 < value < float("inf"):
-            message = f"{name} must be a number above 0, got {value}"
+        if not _is_number(value) or not 0 < value < float("inf"):
+            message = f"{name} must be a number above 0, got {value!r}"
             raise UsageError(message)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

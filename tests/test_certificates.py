@@ -11,9 +11,9 @@ from torch import Tensor
 import layerwise as lw
 from layerwise.certificates import (
     ENERGY_FLOOR,
+    best_scale,
     bounded_energy,
     l1_bounds,
-    l1_dual,
     least_squares_minimum,
     refit_certificate,
     refit_excess,
@@ -186,7 +186,9 @@ def test_singular_gram_proves_nothing() -> None:
     problem = layer.problem(EVERYTHING, damping=0.0)
     mask = torch.ones(layer.shape, dtype=torch.bool)
     assert torch.isinf(refit_excess(problem, layer.weight, mask)).all()
-    assert not least_squares_minimum(problem).any()  # zero is a lower bound as well
+    assert bool((least_squares_minimum(problem) == -torch.inf).all())
+    bounds = l1_bounds(problem, layer.weight, 1.0, torch.zeros_like(layer.weight))
+    assert bounds.gap == torch.inf
 
 
 def test_a_factor_that_is_rounding_proves_nothing() -> None:
@@ -234,17 +236,18 @@ def test_l1_bounds_meet_at_the_optimum(name: str) -> None:
     problem = PROBLEMS[name].problem(EVERYTHING)
     penalty = 0.2 * float(problem.target.abs().max())
     result = lasso(problem, penalty, tolerance=LASSO_GAP, max_iterations=LASSO_ITERATIONS)
-    primal, dual = l1_bounds(problem, result.weight, penalty, result.subgradient)
-    assert bool((dual >= (1 - 2 * LASSO_GAP) * primal).all())
-    scaled = l1_bounds(problem, result.weight, penalty)[1]  # of the residual alone
-    assert bool((scaled <= dual).all())
-    assert bool((dual <= primal * (1 + ROUNDING)).all())
+    bounds = l1_bounds(problem, result.weight, penalty, result.subgradient)
+    assert bool((bounds.excess <= 2 * LASSO_GAP * bounds.primal).all())
+    assert bool((bounds.excess >= 0).all())
+    of_residual = l1_bounds(problem, result.weight, penalty)
+    assert bool((of_residual.excess >= bounds.excess).all())
     smooth = objective_rows(problem, result.weight, damped=True)
     expected = smooth + penalty * result.weight.abs().sum(dim=1)
-    assert torch.equal(primal, expected)
+    torch.testing.assert_close(bounds.primal, expected, rtol=ROUNDING, atol=0)
+    assert bool((bounds.rounding <= ROUNDING * expected).all())
 
 
-def test_l1_dual_by_hand() -> None:
+def test_l1_bounds_by_hand() -> None:
     """One weight: minimise ``(w - 3)^2 + 2 |w|``, solved by 2 with value 5."""
     layer = Layer(
         torch.tensor([[3.0]], dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
@@ -252,23 +255,28 @@ def test_l1_dual_by_hand() -> None:
     problem = layer.problem(EVERYTHING, damping=0.0)
     for weight, primal in ((2.0, 5.0), (3.0, 6.0), (0.0, 9.0), (1.0, 6.0)):
         found = l1_bounds(problem, torch.tensor([[weight]], dtype=torch.float64), 2.0)
-        assert float(found[0]) == pytest.approx(primal)
+        assert float(found.primal) == pytest.approx(primal)
         if weight in (2.0, 1.0, 0.0):  # the residual, scaled to at most one, is 1 or less
-            assert float(found[1]) == pytest.approx(5.0)
-    at_least_squares = l1_bounds(problem, layer.weight, 2.0)[1]
-    assert float(at_least_squares) == 0  # no residual, no dual point but zero
+            assert float(found.dual) == pytest.approx(5.0)
+    at_least_squares = l1_bounds(problem, layer.weight, 2.0).dual
+    # no residual, no dual point but zero
+    assert float(at_least_squares) == pytest.approx(0, abs=ROUNDING)
 
 
-def test_l1_dual_takes_the_best_feasible_scale() -> None:
+def test_the_best_feasible_scale_has_the_smallest_excess() -> None:
     excess, inner = torch.tensor([4.0]).double(), torch.tensor([1.0]).double()
     largest = torch.tensor([2.0]).double()
     for penalty in (0.5, 1.0, 4.0, 100.0):
         limit = penalty / 4
         scales = torch.linspace(-limit, limit, 4001).double()
-        values = scales * (2 * (inner + excess) - scales * excess)
-        found = float(l1_dual(excess, inner, largest, penalty))
-        assert found >= float(values.max()) - ROUNDING
-        assert found == pytest.approx(float(values.max()), rel=GRID)
+
+        def gap(scale: Tensor) -> Tensor:
+            return (1 - scale).square() * excess - 2 * scale * inner
+
+        best = best_scale(excess, inner, largest, penalty)
+        assert abs(float(best)) <= limit
+        assert float(gap(best)) <= float(gap(scales).min()) + ROUNDING
+        assert float(gap(best)) == pytest.approx(float(gap(scales).min()), rel=GRID)
 
 
 def test_certificate_of_a_solution_survives_the_front_door() -> None:

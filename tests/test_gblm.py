@@ -126,7 +126,7 @@ def test_problem_hands_the_gradients_on() -> None:
     ("norms", "message"),
     [
         (torch.ones(6, 15), r"gradient_norm is \(6, 15\), expected a tensor of shape"),
-        ([1.0], "gradient_norm is list, expected"),
+        ([1.0], "gradient_norm must be a tensor or numpy array of .*, got list"),
         (torch.full((6, 16), -1e-9), "contains -.* at row 0, column 0; a norm must"),
         (torch.full((6, 16), float("nan")), "contains nan at row 0"),
         (torch.full((6, 16), float("inf")), "contains inf at row 0"),

@@ -37,6 +37,7 @@ def record(name: str) -> LayerRecord:
 def make_block() -> PrunedBlock:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3, 5, generator=generator).bfloat16()
+    weight = weight.clamp(min=0)
     return PrunedBlock({"q": weight.T}, {"q": weight.T > 0}, [record("block.q")])
 
 

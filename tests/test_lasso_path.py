@@ -63,15 +63,15 @@ def test_any_subgradient_gives_a_lower_bound(name: str) -> None:
     problem = PROBLEMS[name].problem(EVERYTHING)
     penalty = 0.2 * float(problem.target.abs().max())
     best = lasso(problem, penalty, tolerance=LASSO_GAP)
-    least = l1_bounds(problem, best.weight, penalty)[0]
+    least = l1_bounds(problem, best.weight, penalty).primal
     generator = torch.Generator().manual_seed(5)
     for size in (0.1, 1.0, 10.0):  # what is too large is clamped
         noise = torch.randn(problem.shape, generator=generator, dtype=torch.float64)
         for weight in (problem.weight, best.weight, noise):
-            dual = l1_bounds(problem, weight, penalty, size * penalty * noise)[1]
+            dual = l1_bounds(problem, weight, penalty, size * penalty * noise).dual
             assert bool((dual <= least * (1 + ROUNDING)).all())
     nothing = torch.zeros_like(problem.weight)
-    dual = l1_bounds(problem, nothing, penalty, residual(problem, nothing))[1]
+    dual = l1_bounds(problem, nothing, penalty, residual(problem, nothing)).dual
     assert bool((dual <= least * (1 + ROUNDING)).all())
 
 
@@ -90,7 +90,7 @@ def test_gap_of_the_iteration_is_that_of_the_certificate() -> None:
         penalty,
         rows,
     )
-    primal, _ = l1_bounds(problem, weight, penalty)
+    primal = l1_bounds(problem, weight, penalty).primal
     rest = residual(problem, weight)
     distance = problem.factor(torch.float64).inverse_norms(rest - subgradient)
     torch.testing.assert_close(found, distance / primal, rtol=EQUIVARIANCE, atol=0)

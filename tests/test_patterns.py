@@ -255,7 +255,7 @@ def test_impossible_n_of_m(n: int, m: int) -> None:
 def test_other_impossible_arguments() -> None:
     with pytest.raises(InvalidProblemError, match="group must be 'row' or 'layer'"):
         Unstructured(0.5, "column")  # type: ignore[arg-type]
-    with pytest.raises(InvalidProblemError, match=r"matrix, got torch\.float32"):
+    with pytest.raises(InvalidProblemError, match="tensor of bool, got float32"):
         FixedMask(torch.ones(2, 2))
     with pytest.raises(InvalidProblemError, match=r"of shape \(2,\)"):
         FixedMask(torch.ones(2).bool())

@@ -46,10 +46,13 @@ INVALID: dict[str, tuple[Callable[[], LayerProblem], str]] = {
         lambda: from_moments(broken(WEIGHT, (0, 3), -INF)),
         "weight contains -inf at row 0, column 3",
     ),
-    "integer weight": (lambda: from_moments(WEIGHT.int()), "floating point tensor"),
+    "integer weight": (
+        lambda: from_moments(WEIGHT.int()),
+        "weight must be a dense tensor of float64, float32, bfloat16 or float16",
+    ),
     "complex weight": (
         lambda: from_moments(WEIGHT.to(torch.complex128)),
-        "floating point tensor",
+        "weight must be a dense tensor of float64, float32, bfloat16 or float16",
     ),
     "weight is a vector": (
         lambda: from_moments(WEIGHT[0]),
@@ -74,7 +77,7 @@ INVALID: dict[str, tuple[Callable[[], LayerProblem], str]] = {
         "damping must be a number >= 0, got -0.1",
     ),
     "nan damping": (lambda: from_moments(damping=NAN), "number >= 0, got nan"),
-    "infinite damping": (lambda: from_moments(damping=INF), "number >= 0, got inf"),
+    "infinite damping": (lambda: from_moments(damping=INF), "and at most 1e+30, got inf"),
     "energy of wrong length": (
         lambda: from_moments(energy=torch.ones(4)),
         "energy has shape (4,), expected (3,)",

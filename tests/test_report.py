@@ -212,14 +212,14 @@ def test_unstructured_sparsity_names_its_group(tmp_path: Path) -> None:
 
 
 def test_data_block_is_strict_json(tmp_path: Path) -> None:
-    records = [record(f"layers.0.{HOSTILE}", 0.25), record("layers.1.fc1", math.nan)]
+    records = [record(f"layers.0.{HOSTILE}", 0.25), record("layers.1.fc1", math.inf)]
     text = run_page(run_folder(tmp_path / "run", records))
     block = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, 16)
     assert block
     rows = json.loads(block[1], parse_constant=lambda name: pytest.fail(name))
     assert rows[0] == {**records[0].to_dict(), "shape": [64, 64]}
     assert rows[1]["relative_error"] is None
-    assert Document(text).rows[2][3] == "nan"
+    assert Document(text).rows[2][3] == "inf"
 
 
 def test_matplotlib_is_imported_late_and_its_absence_explained(

@@ -1,5 +1,6 @@
 """retrain_model on models and folders: what it needs, writes, resumes and refuses."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -325,6 +326,11 @@ def test_impossible_arguments_touch_nothing(workshop: Path, tmp_path: Path) -> N
     (tmp_path / "moved" / "recipe.yaml").write_text(
         recipe.replace(str(workshop / "source"), str(tmp_path / "gone"))
     )
+    manifest = tmp_path / "moved" / "layerwise" / "manifest.json"
+    text = manifest.read_text()
+    with pytest.raises(LayerwiseError, match=r"recipe\.yaml is not as the run wrote it"):
+        retrained(tmp_path, tmp_path / "out", "moved", calibration=TOKENS)
+    manifest.write_text(json.dumps(json.loads(text) | {"files": {}}))  # an older version
     with pytest.raises(LayerwiseError, match="gone"):
         retrained(tmp_path, tmp_path / "out", "moved", calibration=TOKENS)
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())

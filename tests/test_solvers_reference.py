@@ -157,9 +157,9 @@ def test_duality_gap_is_true(name: str, share: float) -> None:
     for iterations in (0, 1, 3, 10, 40):
         result = lasso(problem, penalty, tolerance=0, max_iterations=iterations)
         assert result.primal - reference <= result.gap * result.primal + slack
-        primal, dual = l1_bounds(problem, result.weight, penalty)
-        assert float(dual.sum()) <= reference + slack
-        assert float(primal.sum()) >= reference - slack
+        bounds = l1_bounds(problem, result.weight, penalty)
+        assert float(bounds.dual.sum()) <= reference + slack
+        assert float(bounds.primal.sum()) >= reference - slack
 
 
 @given(data=st.data())
@@ -173,8 +173,8 @@ def test_dual_bound_is_below_every_primal_value(data: st.DataObject) -> None:
         for count in (1, 5, 50)
     ]
     bounds = [l1_bounds(problem, weight, penalty) for weight in weights]
-    least = torch.stack([primal for primal, _ in bounds]).amin(dim=0)
-    largest = torch.stack([dual for _, dual in bounds]).amax(dim=0)
+    least = torch.stack([found.primal for found in bounds]).amin(dim=0)
+    largest = torch.stack([found.dual for found in bounds]).amax(dim=0)
     assert bool((largest <= least + ROUNDING * (problem.energy + least)).all())
 
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from layerwise.errors import DataError, UsageError
 from layerwise.run.checkpoints.shard import read_header, rewrite_shard
-from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, write_checkpoint
+from layerwise.run.checkpoints.storage import Checkpoint, write_checkpoint
+from layerwise.run.models.accounts import checkpoint_names
 from layerwise.run.models.loading import load_tokenizer
 from layerwise.run.models.opening import load_model
 from tests.support.checkpoints import INDEX, edit_json, tiny_opt, write_checkpoints

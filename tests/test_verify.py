@@ -1,6 +1,7 @@
 """verify: a good folder passes, and every kind of tampering is found and named."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,11 +24,12 @@ UNTOUCHED = "model.layers.0.input_layernorm.weight"
 CLAIMS = {
     "complete": "a mask and a line of the log",
     "zeros": "exactly zero",
-    "negative": "no zero is negative",
+    "negative": "no zero of a pruned tensor is negative",
     "pattern": "every mask satisfies the pattern",
     "finite": "finite",
     "untouched": "other tensors have the bytes of the source",
-    "shards": "as the run wrote them",
+    "shards": "files with tensors are as the run wrote them",
+    "files": "other files are as the run wrote them",
     "opens": "stock transformers opens it",
 }
 
@@ -180,10 +182,52 @@ def cut_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def edit_text(name: str, old: str, new: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
+
+    return damage
+
+
+def add_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+
+
+def link_out(name: str) -> Callable[[Path], None]:
+    """Put a link to the same bytes elsewhere in the place of a file."""
+
+    def damage(folder: Path) -> None:
+        shutil.move(folder / name, folder.parent / "moved")
+        (folder / name).symlink_to(folder.parent / "moved")
+
+    return damage
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def change_manifest(**values: Any) -> Callable[[Path], Any]:
+    def damage(folder: Path) -> None:
+        path = folder / "layerwise" / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return damage
+
+
+LOG, GENERATION = "layerwise/layers.jsonl", "generation_config.json"
 NOT_FINITE = {"finite", "opens"}
 TAMPERING: Mapping[str, tuple[Callable[[Path], None], set[str], str]] = {
     "zero made nonzero": (set_weight(1e-3, kept=False), {"zeros"}, PRUNED),
     "zero made negative": (set_weight(-0.0, kept=False), {"negative"}, PRUNED),
+    "weight made -0": (set_weight(-0.0, kept=True), {"negative"}, PRUNED),
     "pruned weight nan": (set_weight(torch.nan, kept=True), NOT_FINITE, PRUNED),
     "pruned weight inf": (set_weight(torch.inf, kept=True), NOT_FINITE, PRUNED),
     "one bit of another": (flip_one_bit, {"untouched"}, UNTOUCHED),
@@ -199,6 +243,18 @@ TAMPERING: Mapping[str, tuple[Callable[[Path], None], set[str], str]] = {
     "line missing": (change_log(list.pop), {"complete"}, "down_proj"),
     "line twice": (change_log(lambda li: li.append(li[0])), {"complete"}, "q_proj"),
     "layer cut off": (cut_config, {"opens"}, "model.layers.1"),
+    "config": (edit_text("config.json", "1e-06", "1e-05"), set(), "config.json"),
+    "tokenizer": (edit_text("tokenizer.json", "a", "b"), set(), "tokenizer.json"),
+    "generation": (edit_text(GENERATION, "{", "{ "), set(), GENERATION),
+    "no tokenizer": (remove("tokenizer.json"), set(), "tokenizer.json: is missing"),
+    "template": (add_template, set(), "chat_template.jinja: the run did not write it"),
+    "recipe": (edit_text("recipe.yaml", "seed: 0", "seed: 1"), set(), "recipe.yaml"),
+    "card": (edit_text("README.md", "0.5", "0.6"), set(), "README.md"),
+    "figure": (edit_text(LOG, '"relative_error": 0.', '"relative_error": 0.0'), set(), LOG),
+    "rank": (edit_text(LOG, '"rank": 1', '"rank": 2'), set(), LOG),
+    "pattern 3:7": (change_manifest(sparsity="3:7"), {"pattern"}, "layers.0.mlp"),
+    "pattern 0.25": (change_manifest(sparsity="0.25"), {"pattern"}, "layers.0.mlp"),
+    "log elsewhere": (link_out(LOG), {"files"}, f"{LOG}: is missing"),
 }
 
 
@@ -212,10 +268,14 @@ def test_tampering_is_found(
     name: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    before = (out / SHARD).read_bytes()
+    before = contents(out)
     damage(out)
-    if (out / SHARD).read_bytes() != before:
+    after = contents(out)
+    changed = {n for n in before.keys() | after if before.get(n) != after.get(n)}
+    if SHARD in changed:
         expected = expected | {"shards"}
+    if changed - {SHARD, "layerwise/manifest.json"}:
+        expected = expected | {"files"}
     assert set(broken_claims(out)) == expected
     assert run(["verify", str(out)]) == 3
     printed = capsys.readouterr()
@@ -235,26 +295,33 @@ def strange_shapes(folder: Path) -> None:
     save_file(tensors, path, metadata={"shapes": '{"a": null}'})
 
 
+def deep_shapes(folder: Path) -> None:
+    path = folder / "layerwise" / "masks.safetensors"
+    save_file({"a": torch.zeros(2)}, path, metadata={"shapes": "[" * 100_000})
+
+
+def many_shapes(folder: Path) -> None:
+    path = folder / "layerwise" / "masks.safetensors"
+    tensors = {"a": torch.zeros(2, dtype=torch.uint8)}
+    save_file(tensors, path, metadata={"shapes": '{"a": [1e400, 2]}'})
+
+
+def replace_by(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return damage
+
+
 def padded_masks(folder: Path) -> None:
     path = folder / "layerwise" / "masks.safetensors"
     packed = torch.full((1,), 255, dtype=torch.uint8)
     save_file({"a": packed}, path, metadata={"shapes": '{"a": [1, 3]}'})
 
 
-def remove(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).unlink()
-
-
 def overwrite(name: str, text: str) -> Callable[[Path], Any]:
     return lambda folder: (folder / name).write_text(text)
-
-
-def change_manifest(**values: Any) -> Callable[[Path], Any]:
-    def damage(folder: Path) -> None:
-        path = folder / "layerwise" / "manifest.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    return damage
 
 
 UNREADABLE: Mapping[str, tuple[Callable[[Path], Any], str]] = {
@@ -272,6 +339,28 @@ UNREADABLE: Mapping[str, tuple[Callable[[Path], Any], str]] = {
     "manifest of another": (overwrite("layerwise/manifest.json", "{}"), "is damaged"),
     "manifest extended": (change_manifest(more=1), "manifest.json is damaged"),
     "manifest without pattern": (change_manifest(sparsity="x"), "manifest.json is damaged"),
+    "manifest with 1:10^5000": (
+        change_manifest(sparsity="1:1" + "0" * 5000),
+        "manifest.json is damaged",
+    ),
+    "manifest with 9:4": (change_manifest(sparsity="9:4"), "manifest.json is damaged"),
+    "masks with deep shapes": (deep_shapes, "masks.safetensors is damaged"),
+    "masks with many shapes": (many_shapes, "masks.safetensors is damaged"),
+    "log deep": (overwrite(LOG, "[" * 100_000), "layers.jsonl is damaged"),
+    "log of lists": (overwrite(LOG, "[1]\n"), "layers.jsonl is damaged"),
+    "log not UTF-8": (
+        lambda folder: (folder / LOG).write_bytes(b"\xff"),
+        "layers.jsonl is damaged",
+    ),
+    "log a pipe": (replace_by(LOG, os.mkfifo), "is not a regular file"),
+    "log a folder": (replace_by(LOG, os.mkdir), "is not a regular file"),
+    "log a device": (replace_by(LOG, lambda p: p.symlink_to("/dev/zero")), "regular file"),
+    "config a pipe": (replace_by("config.json", os.mkfifo), "is not a regular file"),
+    "tokenizer a pipe": (replace_by("tokenizer.json", os.mkfifo), "not a regular file"),
+    "template a pipe": (
+        lambda folder: os.mkfifo(folder / "chat_template.jinja"),
+        "is not a regular file",
+    ),
     "shard cut": (overwrite(SHARD, "x"), "is not a usable safetensors file"),
 }
 

@@ -18,12 +18,14 @@ from layerwise.adapters.base import Stage
 from layerwise.errors import UnsupportedModelError
 from layerwise.grams.gram_folder import GramManifest, StageFile, StoredMatrix
 from layerwise.grams.layer_files import write_file
+from layerwise.modes import in_ordinary_mode
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.activations.hidden_store import hidden_store
 from layerwise.run.activations.streams import evaluation_mode
 from layerwise.run.checkpoints.hashes import file_sha256
-from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.accounts import checkpoint_names
 from layerwise.run.models.opening import open_model
 from layerwise.run.outputs.output import fingerprint, versions
 from layerwise.run.outputs.recipe import Recipe
@@ -63,8 +65,8 @@ class CollectGrams:
     on_stage: OnStage = lambda name, width: None
 
     def stages_of(self, inputs: BlockInputs) -> tuple[Stage, ...]:
-        """Stages whose dense inputs will be read."""
-        return inputs.stages
+        """Return no stages: nothing is pruned."""
+        return ()
 
     def prune_block(
         self,
@@ -78,7 +80,7 @@ class CollectGrams:
         index = self.blocks.index(inputs.name)
         for number, stage in enumerate(inputs.stages):
             weights = {
-                f"{inputs.name}.{name}": task.adapter.weight(inputs.block, name)
+                f"{inputs.name}.{name}": inputs.weight(task.adapter, name)
                 for name in stage.linears
             }
             with naming(next(iter(weights))):
@@ -94,6 +96,7 @@ def stage_file(block: int, stage: int) -> str:
     return f"{block:05d}-{stage:02d}.safetensors"
 
 
+@in_ordinary_mode
 def collect_grams(
     model: str | Path,
     output_dir: str | Path,
@@ -147,40 +150,40 @@ def collect_grams(
     The folder needs ``8 in^2`` bytes per stage, and the bytes of the weights. The grams of
     one block are in memory at a time.
     """
-    output = Path(output_dir)
     inputs = model, calibration
-    destination = Destination.of(output, resume=resume, force=force, inputs=inputs)
-    destination.check()
-    data = CalibrationData(calibration, n_sequences, sequence_length, seed)
-    with timed("load"):
-        source = Checkpoint.open(model)
-        opened = open_model(source, streamed=True)
-    selection = Selection(
-        opened.model, opened.adapter, as_entries(targets), as_entries(ignore)
-    )
-    tokens = data.windows(opened, tokenizer)
-    task = Task(opened.adapter, "none", choose_device(device), STATISTICS)
-    run = Run(opened, selection, task, tokens, tokens, output)
-    recipe = Recipe(
-        **data.recipe_fields(tokens),
-        model=str(source.path),
-        error_correction="none",
-        targets=list(selection.targets),
-        ignore=list(selection.ignore),
-    )
-    stages = _stages(opened.model, selection, checkpoint_names(opened.model, source))
-    with timed("hash"):
-        identity = fingerprint(recipe, run) | {"method": "calibrate"}
-    on_start(len(stages))
-    with open_store(destination, identity) as store:
-        step = CollectGrams(partial_path(output), list(selection.blocks), on_stage)
-        with evaluation_mode(opened.model):
-            sizes = tokens.tokens.numel(), task.error_correction
-            hidden = hidden_store("auto", store.blocks, opened.model, *sizes)
-            walk(run, step, store, hidden, lambda record: None)
-        manifest = _manifest(run, recipe, identity, stages, partial_path(output))
-        store.publish(lambda journal: manifest.write(journal.folder))
-    shutil.rmtree(output / FOLDER)  # only a resumed run needs it
+    destination = Destination.of(output_dir, resume=resume, force=force, inputs=inputs)
+    output = Path(destination.output or output_dir)
+    with destination.held():
+        data = CalibrationData(calibration, n_sequences, sequence_length, seed)
+        with timed("load"):
+            source = Checkpoint.open(model)
+            opened = open_model(source, streamed=True)
+        selection = Selection(
+            opened.model, opened.adapter, as_entries(targets), as_entries(ignore)
+        )
+        tokens = data.windows(opened, tokenizer)
+        task = Task(opened.adapter, "none", choose_device(device), STATISTICS)
+        run = Run(opened, selection, task, tokens, tokens, output)
+        recipe = Recipe(
+            **data.recipe_fields(tokens),
+            model=str(source.path),
+            error_correction="none",
+            targets=list(selection.targets),
+            ignore=list(selection.ignore),
+        )
+        stages = _stages(opened.model, selection, checkpoint_names(opened.model, source))
+        with timed("hash"):
+            identity = fingerprint(recipe, run) | {"method": "calibrate"}
+        on_start(len(stages))
+        with open_store(destination, identity) as store:
+            step = CollectGrams(partial_path(output), list(selection.blocks), on_stage)
+            with evaluation_mode(opened.model):
+                sizes = tokens.tokens.numel(), task.error_correction
+                hidden = hidden_store("auto", store.blocks, opened.model, *sizes)
+                walk(run, step, store, hidden, lambda record: None)
+            manifest = _manifest(run, recipe, identity, stages, partial_path(output))
+            store.publish(lambda journal: manifest.write(journal.folder))
+        shutil.rmtree(output / FOLDER)  # only a resumed run needs it
     return manifest
 
 

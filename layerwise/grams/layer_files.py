@@ -32,13 +32,12 @@ from layerwise.moments import VECTORS, Moments
 from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.checkpoints.atomic import atomic_write
-from layerwise.run.checkpoints.shard import Header, read_header
+from layerwise.run.checkpoints.shard import FLOATS, Header, read_header
 from layerwise.solve import steps_of
 from layerwise.solver import Solver, requirements
 
 MOMENTS = ("gram", "cross_gram", *VECTORS)  # layers can share these
 FIELDS = ("weight", "energy", *MOMENTS)
-FLOATS = ("F64", "F32", "F16", "BF16")
 N_TOKENS = "n_tokens"
 
 
@@ -113,7 +112,7 @@ def missing_statistic(solver: Solver, moments: Moments) -> str | None:
     return None
 
 
-def read_layers(path: Path) -> Iterator[StoredLayer]:
+def read_layers(path: str | Path) -> Iterator[StoredLayer]:
     """Read the layers of a file or a folder, one file at a time; headers are checked first.
 
     Raises
@@ -121,6 +120,7 @@ def read_layers(path: Path) -> Iterator[StoredLayer]:
     DataError
         There is no file, or a file is damaged or does not hold complete layers only.
     """
+    path = Path(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
         message = f"{path} holds no safetensors file: store layers as weight and gram"
@@ -137,7 +137,7 @@ def read_file(file: Path) -> Iterator[StoredLayer]:
     ------
     DataError
         The file is damaged, does not hold complete layers only, or holds impossible moments
-        (NaN, not symmetric).
+        (NaN, not symmetric, indefinite).
     """
     header = read_header(file)
     layers = layer_tensors(file, header)
@@ -154,6 +154,7 @@ def read_file(file: Path) -> Iterator[StoredLayer]:
                         if field in tensors
                     }
                     made[key] = Moments(**known, n_tokens=n_tokens)
+                    made[key].check_definite()
                 own = [tensors[f] for f in ("weight", "energy") if f in tensors]
                 weight, *energy = (stream.get_tensor(tensor) for tensor in own)
         except (InvalidProblemError, SafetensorError, OSError) as error:

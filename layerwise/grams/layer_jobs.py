@@ -35,9 +35,10 @@ class LayerJob:
         The pattern and the method.
     device
         Device of the computation.
-    folder, index
-        Folder and number under which weight, mask and figures are written, as a block of a
-        :class:`~layerwise.run.pipeline.journal.Journal`; None: nothing is written.
+    folder, index, run
+        Folder, number and key of the run under which weight, mask and figures are written,
+        as a block of a :class:`~layerwise.run.pipeline.journal.Journal`; None: nothing is
+        written.
     """
 
     file: Path
@@ -46,6 +47,7 @@ class LayerJob:
     device: str = "cpu"
     folder: Path | None = None
     index: int = 0
+    run: str = ""
 
     @property
     def variant(self) -> tuple[Any, ...]:
@@ -53,8 +55,16 @@ class LayerJob:
         return self.zeros.method.solver, self.zeros.pattern
 
 
-def solve_layer(job: LayerJob) -> LayerRecord:
-    """Do a job: return the figures of the layer, and write its file if requested.
+@dataclass(frozen=True)
+class SolvedLayer:
+    """Result of a job: figures, and the name of the file that was written, or None."""
+
+    record: LayerRecord
+    file: str | None = None
+
+
+def solve_layer(job: LayerJob) -> SolvedLayer:
+    """Do a job: solve the layer, and write its file if requested.
 
     Raises
     ------
@@ -67,20 +77,21 @@ def solve_layer(job: LayerJob) -> LayerRecord:
     method, pattern = job.zeros.method, job.zeros.pattern
     layer = _layers(job.file, device).of(job.variant)[job.name]
     solved = solve_matrix(method, job.name, partial(layer.problem, pattern, method.damping))
-    if job.folder is not None:
-        block = PrunedBlock(
-            {job.name: solved.weight.cpu()}, {job.name: solved.mask.cpu()}, [solved.record]
-        )
-        write_block(job.folder, job.index, block)
-    return solved.record
+    if job.folder is None:
+        return SolvedLayer(solved.record)
+    block = PrunedBlock(
+        {job.name: solved.weight.cpu()}, {job.name: solved.mask.cpu()}, [solved.record]
+    )
+    file = write_block(job.folder, job.index, block, job.run)
+    return SolvedLayer(solved.record, file)
 
 
-def open_layers(spec: WorkerSpec) -> Callable[[LayerJob], LayerRecord]:
+def open_layers(spec: WorkerSpec) -> Callable[[LayerJob], SolvedLayer]:
     """Work of a process: do jobs on its own device."""
     return partial(_solve_at, spec.device)
 
 
-def _solve_at(device: str, job: LayerJob) -> LayerRecord:
+def _solve_at(device: str, job: LayerJob) -> SolvedLayer:
     return solve_layer(replace(job, device=device))
 
 

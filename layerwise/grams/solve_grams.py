@@ -16,11 +16,18 @@ from layerwise.configure import OptionValue, takes_option
 from layerwise.errors import InvalidProblemError, UsageError
 from layerwise.grams.gram_folder import GramManifest, read_manifest
 from layerwise.grams.layer_files import missing_statistic, read_file
-from layerwise.grams.layer_jobs import LayerJob, forget_files, open_layers, solve_layer
+from layerwise.grams.layer_jobs import (
+    LayerJob,
+    SolvedLayer,
+    forget_files,
+    open_layers,
+    solve_layer,
+)
 from layerwise.grams.solved_folder import SolvedFolder, recipe_of
 from layerwise.grams.sweep import Sweep
 from layerwise.limits import MOST_THREADS, MOST_WORKERS, check_limit
-from layerwise.run.pipeline.destination import check_output, local_path
+from layerwise.modes import in_ordinary_mode
+from layerwise.run.pipeline.destination import Destination
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.removal import Amount
 from layerwise.run.pipeline.zeros import ZeroWeights
@@ -36,6 +43,7 @@ from layerwise.solve import resolve
 OnLayer = Callable[[LayerRecord], None]
 
 
+@in_ordinary_mode
 def solve_grams(
     grams: str | Path,
     methods: Any = "fista",
@@ -110,56 +118,64 @@ def solve_grams(
     """
     start = time.perf_counter()
     folder = Path(grams)
-    output = None if output_dir is None else Path(output_dir)
+    inputs = grams, model
+    destination = Destination.of(output_dir, resume=resume, force=force, inputs=inputs)
     single = isinstance(methods, str) or callable(getattr(methods, "solve", None))
     names = [methods] if single else list(methods)
     amounts = [sparsities] if isinstance(sparsities, int | float | str) else [*sparsities]
-    _check_target(output, folder, model, len(names) * len(amounts), force)
-    torch_device = choose_device(device)
-    each = _threads(workers, threads)
-    manifest = read_manifest(folder)
-    studies = _studies(
-        names, amounts, group, options or {}, damping, certify, memory_budget
-    )
-    studies = [study.for_model(manifest.model_type) for study in studies]
-    _check_layers(folder, manifest, studies)
-    threads_matter = torch_device.type == "cpu"
-    machine = {"device": torch_device.type, "threads": each if threads_matter else None}
-    solved = None
-    if output is not None:
-        recipe = recipe_of(manifest, studies[0], certify)
-        solved = SolvedFolder(
-            output, folder, manifest, recipe, model, machine, resume=resume, force=force
+    _check_target(destination, model, len(names) * len(amounts))
+    with destination.held():
+        torch_device = choose_device(device)
+        each = _threads(workers, threads)
+        manifest = read_manifest(folder)
+        studies = _studies(
+            names, amounts, group, options or {}, damping, certify, memory_budget
         )
-    jobs = _jobs(folder, manifest, studies, torch_device, solved)
-    on_start(len(jobs))
-    done: dict[tuple[str, str, str], LayerRecord] = {}
-
-    def on_done(record: LayerRecord) -> None:
-        done[record.method, record.pattern, record.name] = record
-        on_layer(record)
-
-    left = _unfinished(jobs, solved, on_done)
-    try:
-        if workers == 1:
-            for job in left:
-                on_done(solve_layer(job))
-        elif left:
-            name = "auto" if device == "auto" else str(torch_device)
-            run_jobs(
-                (Job(key, job) for key, job in enumerate(left)),
-                local_workers(open_layers, workers, threads=each, device=name),
-                on_done=lambda job, record: on_done(record),
-                on_note=on_note,
+        studies = [study.for_model(manifest.model_type) for study in studies]
+        _check_layers(folder, manifest, studies)
+        threads_matter = torch_device.type == "cpu"
+        machine = {"device": torch_device.type, "threads": each if threads_matter else None}
+        solved = None
+        if destination.output is not None:
+            recipe = recipe_of(manifest, studies[0], certify)
+            solver = studies[0].method.solver
+            solved = SolvedFolder(
+                destination, folder, manifest, recipe, solver, model, machine
             )
-    except BaseException:
+        jobs = _jobs(folder, manifest, studies, torch_device, solved)
+        on_start(len(jobs))
+        done: dict[tuple[str, str, str], LayerRecord] = {}
+
+        def on_done(record: LayerRecord) -> None:
+            done[record.method, record.pattern, record.name] = record
+            on_layer(record)
+
+        def keep(job: LayerJob, result: SolvedLayer) -> None:
+            if solved is not None and result.file is not None:
+                solved.journal.add_file(job.index, result.file)
+            on_done(result.record)
+
+        left = _unfinished(jobs, solved, on_done)
+        try:
+            if workers == 1:
+                for job in left:
+                    keep(job, solve_layer(job))
+            elif left:
+                name = "auto" if device == "auto" else str(torch_device)
+                run_jobs(
+                    (Job(key, job) for key, job in enumerate(left)),
+                    local_workers(open_layers, workers, threads=each, device=name),
+                    on_done=lambda job, result: keep(job.payload, result),
+                    on_note=on_note,
+                )
+        except BaseException:
+            if solved is not None:
+                solved.journal.discard_if_empty()
+            raise
+        finally:
+            forget_files()
         if solved is not None:
-            solved.journal.discard_if_empty()
-        raise
-    finally:
-        forget_files()
-    if solved is not None:
-        solved.finish()
+            solved.finish()
     order = [
         (*_label(study), name) for study in studies for _, name, _ in manifest.layers()
     ]
@@ -170,7 +186,7 @@ def solve_grams(
         each,
         tuple(done[key] for key in order),
         time.perf_counter() - start,
-        output,
+        destination.output,
     )
 
 
@@ -190,6 +206,7 @@ def _jobs(
             device=str(device),
             folder=None if solved is None else solved.journal.blocks,
             index=0 if solved is None else solved.index(name),
+            run="" if solved is None else solved.journal.run,
         )
         for file, stage in manifest.files.items()
         for study in studies
@@ -260,13 +277,9 @@ def _check_layers(
 
 
 def _check_target(
-    output: Path | None,
-    grams: Path,
-    model: str | Path | None,
-    n_studies: int,
-    force: bool,
+    destination: Destination, model: str | Path | None, n_studies: int
 ) -> None:
-    if output is None:
+    if destination.output is None:
         if model is not None:
             message = "the copy of the model needs a folder: give an output as well"
             raise UsageError(message)
@@ -277,8 +290,6 @@ def _check_target(
             f"leave the output out, or give one method and one sparsity"
         )
         raise UsageError(message)
-    inputs = [path for value in (grams, model) if (path := local_path(value)) is not None]
-    check_output(output, force=force, inputs=inputs)
 
 
 def _threads(workers: int, threads: int | None) -> int:

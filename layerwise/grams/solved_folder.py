@@ -24,9 +24,12 @@ from layerwise.run.data.calibration import Calibration
 from layerwise.run.outputs.output import Outcome, versions, write_rest
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.pipeline.block_files import MASK, WEIGHT
+from layerwise.run.pipeline.destination import Destination
 from layerwise.run.pipeline.journal import Journal
 from layerwise.run.pipeline.records import LayerRecord
+from layerwise.run.pipeline.solver_identity import own_solver
 from layerwise.run.pipeline.zeros import ZeroWeights
+from layerwise.solver import Solver
 
 
 def recipe_of(manifest: GramManifest, zeros: ZeroWeights, certify: bool | None) -> Recipe:
@@ -40,18 +43,18 @@ class SolvedFolder:
 
     Parameters
     ----------
-    output
-        The folder that the run will become.
+    destination
+        The folder that the run will become, and whether to continue or replace another.
     grams, manifest
         The gram folder, and its manifest.
     recipe
         Recipe of the prune that gives the same weights.
+    solver
+        The solver of all layers.
     model
         The checkpoint to copy, or None.
     machine
         Properties of the machine that decide the bytes: kind of device, threads.
-    resume, force
-        Whether to continue a partial folder, and to replace a finished one.
 
     Raises
     ------
@@ -63,15 +66,13 @@ class SolvedFolder:
 
     def __init__(
         self,
-        output: Path,
+        destination: Destination,
         grams: Path,
         manifest: GramManifest,
         recipe: Recipe,
+        solver: Solver,
         model: str | Path | None,
         machine: Mapping[str, Any],
-        *,
-        resume: bool,
-        force: bool,
     ) -> None:
         self._manifest = manifest
         self._source = None if model is None else _calibrated(model, manifest)
@@ -83,9 +84,16 @@ class SolvedFolder:
             "grams": file_sha256(grams / MANIFEST),
             "checkpoint": model is not None,
             "versions": versions(),
+            **own_solver(solver),
             **machine,
         }
-        self.journal = Journal(output, identity, force=force, resume=resume)
+        assert destination.output is not None
+        self.journal = Journal(
+            destination.output,
+            identity,
+            force=destination.force,
+            resume=destination.resume,
+        )
         self._index = {name: i for i, (_, name, _) in enumerate(manifest.layers())}
 
     def index(self, name: str) -> int:

@@ -5,6 +5,7 @@ Such a run gives shapes and no values. The bytes that are alive inside a block a
 tensor by tensor after every operation, as on a CPU.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from layerwise.adapters.auto import discover
 from layerwise.run.activations.streams import capture, evaluation_mode
 
 PROBE = (2, 8)  # sequences, tokens of each
+LOGGER = logging.getLogger(FakeTensorMode.__module__)
 LENGTHS = (32, 64)  # two passes show whether the operations grow with the length
 
 
@@ -86,11 +88,22 @@ def working_set(model: Any, adapter: Adapter, length: int) -> tuple[tuple[int, f
     by token are run on short sequences only: their memory is proportional to the length.
     """
     try:
-        return _working_set(model, adapter, length, model.dtype)
+        with _quiet():
+            return _working_set(model, adapter, length, model.dtype)
     except RuntimeError:  # experts have kernels for one type only
         share = model.dtype.itemsize / torch.bfloat16.itemsize
         sizes = _working_set(model, adapter, length, torch.bfloat16)
         return tuple((at, share * size) for at, size in sizes)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let torch print no traceback of an operation without a kernel."""
+    before, LOGGER.disabled = LOGGER.disabled, True
+    try:
+        yield
+    finally:
+        LOGGER.disabled = before
 
 
 def _working_set(

@@ -155,11 +155,15 @@ def forward_passes(
             """Work before a stage."""
             later = adapter.stages_of(name)[index:]
             skipped = [adapter.linear(block, n) for stage in later for n in stage.linears]
-            return forward_work(block, model.config, run.tokens, run.length, skipped)
+            return forward_work(
+                block, model.config.get_text_config(), run.tokens, run.length, skipped
+            )
 
         advanced = number < len(blocks) - 1
         if advanced:
-            whole = forward_work(block, model.config, run.tokens, run.length)
+            whole = forward_work(
+                block, model.config.get_text_config(), run.tokens, run.length
+            )
             total += sum([whole] * n_streams(run.error_correction), Work())
         if not order:
             continue

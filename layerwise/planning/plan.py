@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from layerwise.errors import (
+    DataError,
     InvalidProblemError,
     LayerwiseError,
     UnsupportedModelError,
@@ -35,10 +36,13 @@ from layerwise.planning.solver_costs import workspace_of
 from layerwise.run.activations.hidden_store import goes_to_disk
 from layerwise.run.capacity import Capacity, capacity_of, own_memory, room
 from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.accounts import remarks
+from layerwise.run.models.architecture import as_stored
 from layerwise.run.models.headers import Headers
 from layerwise.run.models.opening import OpenedModel
 from layerwise.run.models.residency import InMemory
-from layerwise.run.pipeline.destination import Destination, refuse_occupied
+from layerwise.run.models.stored_types import weight_bytes
+from layerwise.run.pipeline.destination import Destination
 from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.removal import Removal
 from layerwise.run.settings import (
@@ -99,7 +103,8 @@ def plan_run(
     length = settings.calibration.check(skeleton)
     settings.calibration.check_tokenizer(source, tokenizer)
     base = own_memory()
-    opened = OpenedModel(InMemory(skeleton), adapter_without_memory(skeleton), source)
+    adapter = as_stored(adapter_without_memory(skeleton), skeleton, source)
+    opened = OpenedModel(InMemory(skeleton), adapter, source)
     settings = settings.for_model(opened)
     refusal = _in_the_way(destination) or _selection_error(settings, opened)
     entries = settings.targets, settings.ignore
@@ -111,7 +116,7 @@ def plan_run(
     chosen = settings.removal.method
     run = _run_shape(settings, length, place, base, streamed=streamed)
     run = _with_store(sizes, run, settings.activations, capacity)
-    disk = disk_of(source, sizes, run)
+    disk = disk_of(source, sizes, run, weight_bytes(source, skeleton, shapes))
     machine = quick_machine(place)
     stored = sum(entry.n_bytes for entry in source.entries().values())
     stages = estimates(
@@ -180,13 +185,9 @@ def _pattern_of(removal: Removal[Any]) -> Pattern:
 
 def _in_the_way(destination: Destination) -> LayerwiseError | None:
     """Return why a run could not write its output; nothing is touched."""
-    if destination.output is None:
-        return None
     try:
-        refuse_occupied(
-            destination.output, force=destination.force, inputs=destination.inputs
-        )
-    except UsageError as error:
+        destination.refuse()
+    except (UsageError, DataError) as error:
         return error
     return None
 
@@ -208,14 +209,19 @@ def _with_store(
     return replace(run, on_disk=goes_to_disk(activations, needed, capacity.host))
 
 
-def disk_of(source: Checkpoint, sizes: ModelShape, run: RunShape) -> dict[str, int]:
-    """Bytes of the output on the disk at its largest, by kind."""
+def disk_of(
+    source: Checkpoint, sizes: ModelShape, run: RunShape, finished: int
+) -> dict[str, int]:
+    """Bytes of the output on the disk at its largest, by kind.
+
+    `finished` are the bytes of all pruned weights in the types of their files.
+    """
     weights = sum(block.weights for block in sizes.blocks)
     files = [*source.side_files(), *source.shards]
     sizes_on_disk = {
         "pruned model": sum((source.path / name).stat().st_size for name in files),
         "masks": weights // 8,
-        "finished blocks, until the end": weights * sizes.itemsize + weights // 8,
+        "finished blocks, until the end": finished + weights // 8,
     }
     if run.workers > 1:
         count = run.workers + Rules().look_ahead
@@ -234,6 +240,8 @@ def _notes(opened: OpenedModel, run: RunShape, method: Method) -> Iterator[str]:
             f"{opened.adapter.blocks} were found by running it without numbers, and a run "
             f"proves them first"
         )
+    if opened.source is not None:
+        yield from remarks(opened.model, opened.source)
     if not run.streamed:
         yield "this run has the whole model in memory"
     if run.workspace is None:

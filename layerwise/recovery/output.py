@@ -8,18 +8,20 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from layerwise.errors import DataError, one_line
-from layerwise.recovery.pruned import Pruned
+from layerwise.recovery.pruned import CARD, Pruned
 from layerwise.recovery.records import UnitRecord
 from layerwise.run.checkpoints.atomic import atomic_write
-from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, write_checkpoint
-from layerwise.run.outputs.output import MANIFEST
+from layerwise.run.checkpoints.files import copy_file, read_bytes
+from layerwise.run.checkpoints.storage import Checkpoint, write_checkpoint
+from layerwise.run.models.accounts import checkpoint_names
+from layerwise.run.models.stored_types import in_stored_type
+from layerwise.run.outputs.output import MANIFEST, written_files
 from layerwise.run.pipeline.destination import FINGERPRINT, FOLDER
 from layerwise.run.pipeline.journal import Journal
 
 RECORDS = "retraining.jsonl"
 SETTINGS = "retrain.yaml"
-CARD, RECIPE = "README.md", "recipe.yaml"
+RECIPE = "recipe.yaml"
 
 
 def write_retrained(
@@ -44,14 +46,17 @@ def write_retrained(
     """
     folder, (source, manifest) = journal.folder, pruned.stored()
     names = checkpoint_names(pruned.model, source)
-    stored = {names[name]: value for name, value in values.items()}
+    stored = {
+        names[name]: in_stored_type(source, names[name], value) + 0.0  # none is negative
+        for name, value in values.items()
+    }
     write_checkpoint(source, folder, stored, overwrite=True)
     ours = source.path / FOLDER
     for path in sorted(ours.iterdir()):
         if path.is_file() and path.name not in (MANIFEST, FINGERPRINT, "report.html"):
-            _copy(path, folder / FOLDER / path.name)
+            copy_file(path, folder / FOLDER / path.name)
     if (source.path / RECIPE).is_file():
-        _copy(source.path / RECIPE, folder / RECIPE)
+        copy_file(source.path / RECIPE, folder / RECIPE)
     _write_card(source.path / CARD, folder / CARD, records, settings)
     lines = "".join(json.dumps(record.to_dict()) + "\n" for record in records)
     atomic_write(folder / FOLDER / RECORDS, lines.encode())
@@ -61,6 +66,7 @@ def write_retrained(
     claims = manifest.model_copy(
         update={
             "shards": written.sha256(written.shards),
+            "files": written_files(folder, written.shards),
             "retrained": sorted({*manifest.retrained, *stored}),
             "untouched": {n: h for n, h in manifest.untouched.items() if n not in stored},
         }
@@ -73,7 +79,7 @@ def _write_card(
     path: Path, target: Path, records: Sequence[UnitRecord], settings: Mapping[str, Any]
 ) -> None:
     """Card of the pruned model with a section about the retraining."""
-    card = path.read_text(encoding="utf-8") if path.is_file() else ""
+    card = read_bytes(path).decode(errors="replace") if path.is_file() else ""
     count, better = len(records), sum(r.after < r.before for r in records)
     before, after = (
         sum(getattr(r, name) for r in records) / count for name in ("before", "after")
@@ -87,12 +93,3 @@ Mean {what} {before:.4f} before, {after:.4f} after; {better} of {count} units be
 better. `retrain.yaml` has the arguments; errors above are those before it.
 """
     atomic_write(target, (card + section).encode())
-
-
-def _copy(path: Path, target: Path) -> None:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        message = f"cannot read {path}: {one_line(error)}"
-        raise DataError(message) from error
-    atomic_write(target, data)

@@ -16,10 +16,13 @@ from layerwise.adapters import Adapter
 from layerwise.errors import UsageError
 from layerwise.recovery.trainable import ParameterSets
 from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.objects import check_object
 from layerwise.run.models.opening import OpenedModel, load_model, open_model
 from layerwise.run.outputs.output import Manifest
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.pipeline.journal import read_masks
+
+CARD = "README.md"  # people add to it
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Pruned:
                 raise UsageError(message)
             folder = Checkpoint.open(model_or_path).path
             manifest = Manifest.read(folder)
+            manifest.refuse_changed(folder, set(manifest.files) - {CARD})
             opened = open_model(folder, streamed=False)
             if manifest.smaller is None:
                 kept = dict(read_masks(folder))
@@ -121,6 +125,7 @@ class Pruned:
     def dense_model(self, given: nn.Module | str | Path | None) -> Any:
         """Open the model before pruning."""
         if isinstance(given, nn.Module):
+            check_object(given)
             return given
         path = given
         if path is None and self.source is not None:
@@ -133,7 +138,7 @@ class Pruned:
             )
             raise UsageError(message)
         dense = load_model(Checkpoint.open(path))
-        ours, theirs = self.model.config, dense.config
+        ours, theirs = (m.config.get_text_config() for m in (self.model, dense))
         if (ours.model_type, ours.hidden_size) != (theirs.model_type, theirs.hidden_size):
             message = (
                 f"{path} and the pruned model differ in architecture: give the model that "

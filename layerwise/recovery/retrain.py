@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.adapters.selective_scan import fast_scan
+from layerwise.modes import in_ordinary_mode
 from layerwise.recovery.output import write_retrained
 from layerwise.recovery.pruned import Pruned
 from layerwise.recovery.records import UnitRecord
@@ -63,6 +64,7 @@ class RetrainReport:
         return self.trained / self.parameters
 
 
+@in_ordinary_mode
 def retrain_model(
     model_or_path: nn.Module | str | Path,
     *,
@@ -175,28 +177,28 @@ def retrain_model(
     torch_device = choose_device(device)
     inputs = model_or_path, dense, calibration
     destination = Destination.of(output_dir, resume=resume, force=force, inputs=inputs)
-    destination.check()
-    pruned = Pruned.open(model_or_path, masks, settings.sets, destination.output)
-    model = pruned.model
-    width = int(model.config.hidden_size)
-    original = pruned.dense_model(dense) if settings.reconstructs else None
-    tokens = data.windows(pruned.opened, tokenizer)
-    batches = torch.split(tokens.tokens, batch_size)
-    split(len(batches))  # raises if there are too few
-    plain = settings.to_dict(width, tokens)
-    identity = {}
-    if destination.output is not None:
-        identity = _identity(plain, tokens, pruned.source, original, torch_device)
     listeners = tuple(callbacks)
-    with open_states(destination, identity) as store, fast_scan(model, torch_device):
-        run = Runner(pruned, batches, torch_device, store, listeners)
-        if original is None:
-            training = settings.training(width)
-            values, records = run.tokens(settings.sets, training, checkpointing)
-        else:
-            task = settings.reconstruction(width, torch_device)
-            values, records = run.blocks(task, original)
-        store.publish(partial(write_retrained, pruned, values, records, plain))
+    with destination.held():
+        pruned = Pruned.open(model_or_path, masks, settings.sets, destination.output)
+        model = pruned.model
+        width = int(model.config.get_text_config().hidden_size)
+        original = pruned.dense_model(dense) if settings.reconstructs else None
+        tokens = data.windows(pruned.opened, tokenizer)
+        batches = torch.split(tokens.tokens, batch_size)
+        split(len(batches))  # raises if there are too few
+        plain = settings.to_dict(width, tokens)
+        identity = {}
+        if destination.output is not None:
+            identity = _identity(plain, tokens, pruned.source, original, torch_device)
+        with open_states(destination, identity) as store, fast_scan(model, torch_device):
+            run = Runner(pruned, batches, torch_device, store, listeners)
+            if original is None:
+                training = settings.training(width)
+                values, records = run.tokens(settings.sets, training, checkpointing)
+            else:
+                task = settings.reconstruction(width, torch_device)
+                values, records = run.blocks(task, original)
+            store.publish(partial(write_retrained, pruned, values, records, plain))
     report = RetrainReport(
         model=model,
         records=tuple(records),

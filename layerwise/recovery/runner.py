@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import UsageError
+from layerwise.errors import DataError, UsageError
 from layerwise.recovery.next_token import retrain_tokens
 from layerwise.recovery.pruned import Pruned
 from layerwise.recovery.reconstruct import (
@@ -16,7 +16,7 @@ from layerwise.recovery.reconstruct import (
     RetrainedBlock,
     reconstruct_block,
 )
-from layerwise.recovery.records import UnitRecord
+from layerwise.recovery.records import UnitRecord, unit_records
 from layerwise.recovery.states import pack, unpack
 from layerwise.recovery.trainable import ParameterSets
 from layerwise.recovery.training import State, Training
@@ -169,8 +169,9 @@ class Runner:
         stored = self._store.read_state(state)
         if stored is not None:
             tensors, text = stored
-            records = [UnitRecord.from_dict(values) for values in json.loads(text)]
+            records = unit_records(text)
             retrained = RetrainedBlock(tensors, records)
+            _refuse_misfits(pair, tensors)
             with torch.no_grad():
                 for name, value in retrained.values.items():
                     pair.block.get_parameter(name).copy_(value)
@@ -194,3 +195,18 @@ class Runner:
     def _unit(self, record: UnitRecord) -> None:
         for listener in self._listeners:
             listener.on_unit(record)
+
+
+def _refuse_misfits(pair: Pair, values: Mapping[str, Tensor]) -> None:
+    """Refuse stored values that this block, with its masks, cannot have."""
+    own = dict(pair.block.named_parameters())
+    for name, value in values.items():
+        fits = name in own and own[name].shape == value.shape
+        if fits and name in pair.masks:
+            fits = not bool((value[~pair.masks[name]] != 0).any())
+        if not fits or not bool(torch.isfinite(value).all()):
+            message = (
+                f"the stored {name} does not fit {pair.name} of the pruned model: start "
+                f"over with --no-resume"
+            )
+            raise DataError(message)

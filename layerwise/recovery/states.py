@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from layerwise.errors import DataError
+from layerwise.errors import DataError, one_line
 from layerwise.recovery.training import State
 
 TENSOR, ITEMS = "tensor", "items"
@@ -56,6 +56,9 @@ def unpack(tensors: Mapping[str, Tensor], text: str) -> State:
 
     try:
         return State(**tree(json.loads(text)))
-    except (KeyError, TypeError, ValueError) as error:
-        message = f"the state of the training is damaged ({error}): start over"
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
+        message = (
+            f"the state of the training is damaged ({one_line(error)}): start over with "
+            f"--no-resume"
+        )
         raise DataError(message) from error

@@ -185,10 +185,13 @@ def run_page(folder: Path) -> str:
     ------
     DataError
         The folder is not an output of layerwise, or is damaged.
+    VerificationError
+        Its figures or its recipe were changed.
     UsageError
         Matplotlib is missing.
     """
     manifest = Manifest.read(folder)
+    manifest.refuse_changed(folder, [f"{FOLDER}/{LAYERS}", RECIPE])
     records = read_layers(folder)
     recipe = Recipe.read(folder / RECIPE)
     if not records:

@@ -7,6 +7,7 @@ is pruned in place.
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from torch import nn
 
 from layerwise.configure import OptionValue
 from layerwise.errors import UsageError
+from layerwise.modes import in_ordinary_mode
 from layerwise.patterns import Pattern
 from layerwise.run.activations.streams import evaluation_mode
 from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.models.architecture import adapter_of, is_declared
+from layerwise.run.models.architecture import adapter_of, as_stored, is_declared
 from layerwise.run.models.headers import Headers
 from layerwise.run.models.opening import OpenedModel, open_model
 from layerwise.run.models.residency import InMemory
@@ -39,6 +41,7 @@ WHOLE = (
 )
 
 
+@in_ordinary_mode
 def prune_model(
     model_or_path: nn.Module | str | Path,
     method: SolverLike = "fista",
@@ -207,11 +210,11 @@ def prune(
 ) -> PruneReport:
     """Prune a model with resolved settings; see :func:`prune_model`."""
     start, output = time.perf_counter(), destination.output
-    with ranks_of_environment(settings.device) as ranks:
+    with ranks_of_environment(settings.device) as ranks, ExitStack() as held:
         from_folder = not isinstance(model_or_path, nn.Module)
         streamed = settings.check_placement(output, from_folder=from_folder, ranks=ranks)
         if ranks.first:
-            destination.check()
+            held.enter_context(destination.held())
         with timed("load"):
             if not isinstance(model_or_path, nn.Module):
                 model_or_path = open_headers(model_or_path, settings, tokenizer)
@@ -221,7 +224,8 @@ def prune(
         recipe, identity = settings.recipe(opened.source, run.tokens), {}
         if output is not None or ranks.are_several:
             with timed("hash"):
-                identity = agree(ranks, fingerprint(recipe, run))
+                solver = settings.removal.method.solver
+                identity = agree(ranks, fingerprint(recipe, run, solver))
         needed = settings.removal.disk_needed(run)
         with open_store(destination, identity, ranks, needed) as store:
             listeners = Listeners(callbacks if ranks.first else ())
@@ -259,7 +263,8 @@ def open_headers(
     settings.calibration.check(model)
     settings.calibration.check_tokenizer(source, tokenizer)
     if is_declared(model):  # other adapters are found by running the model
-        settings.check_selection(OpenedModel(InMemory(model), adapter_of(model), source))
+        adapter = as_stored(adapter_of(model), model, source)
+        settings.check_selection(OpenedModel(InMemory(model), adapter, source))
     return source
 
 

@@ -23,6 +23,8 @@ from layerwise.run.data.texts import check_source
 from layerwise.run.models.architecture import embedding_rows, model_type_of
 from layerwise.run.models.loading import load_tokenizer
 from layerwise.run.models.opening import OpenedModel
+from layerwise.run.models.surgery import steps_of
+from layerwise.run.models.writable import check_writable
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.parallel import Workers
@@ -165,6 +167,10 @@ class Settings:
             The text is missing or damaged.
         """
         selection = self.removal.select(opened, self.targets, self.ignore)
+        if output is not None and opened.source is None:
+            cut_again = self.removal.pattern is None and steps_of(opened.model)
+            if not cut_again:  # its writer knows the record of the cuts
+                check_writable(opened.model, tokenizer)
         tokens = self.calibration.windows(opened, tokenizer)
         own = own_sequences(tokens, ranks)
         return Run(opened, selection, self.task(opened, ranks), tokens, own, output)

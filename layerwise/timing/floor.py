@@ -204,8 +204,8 @@ def run_work(
     blocks = adapter.blocks_of(model)
     for number, (name, block) in enumerate(blocks.items()):
         ends = [adapter.linear(block, end) for end in adapter.stages_of(name)[-1].linears]
-        whole = forward_work(block, model.config, tokens, length)
-        inside = forward_work(block, model.config, tokens, length, ends)
+        whole = forward_work(block, model.config.get_text_config(), tokens, length)
+        inside = forward_work(block, model.config.get_text_config(), tokens, length, ends)
         # the output of the last block is not used: its last linears need not be computed
         through = inside if number == len(blocks) - 1 else whole
         forward += _passes(error_correction, inside, through)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from layerwise.errors import UsageError
-from layerwise.evaluate import objective_rows
 from layerwise.grams.layer_files import StoredLayer, missing_statistic, read_layers
-from layerwise.lower_bounds import lower_bounds
+from layerwise.lower_bounds import gap_above, least_objective
+from layerwise.modes import in_ordinary_mode
 from layerwise.patterns import Pattern
 from layerwise.problem import LayerProblem
 from layerwise.run.checkpoints.atomic import atomic_write
@@ -110,6 +110,7 @@ class Race:
         atomic_write(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
 
+@in_ordinary_mode
 def race(
     methods: str | Iterable[Any],
     *,
@@ -187,8 +188,8 @@ def _race_on(
     gaps: list[float | None] = [None] * len(runs)
     if gap:
         best = min(runs, key=lambda run: run[0].objective)[0]
-        bound = float(lower_bounds(problem, best.weight).sum())
-        gaps = [_gap(problem, run[0], bound) for run in runs]
+        bound = least_objective(problem, best.weight)
+        gaps = [gap_above(problem, run[0].weight, bound) for run in runs]
     laps = []
     for racer, proven, (solution, seconds, curve, work) in zip(
         racers, gaps, runs, strict=True
@@ -257,11 +258,6 @@ def _refuse_unless_solvable(racer: Any, problem: LayerProblem) -> None:
             f"MODEL"
         )
         raise UsageError(message)
-
-
-def _gap(problem: LayerProblem, solution: Solution, bound: float) -> float:
-    value = float(objective_rows(problem, solution.weight, damped=True).sum())
-    return max(0.0, 1 - bound / value) if value > 0 else 0.0
 
 
 def _as_json(proof: Certificate) -> dict[str, Any]:

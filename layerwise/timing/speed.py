@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import UsageError
+from layerwise.modes import in_ordinary_mode
 from layerwise.run.activations.streams import evaluation_mode
 from layerwise.run.models.architecture import embedding_rows
 from layerwise.run.models.loading import quiet_transformers
@@ -94,6 +95,7 @@ class Speed:
     decode: Timing
 
 
+@in_ordinary_mode
 @torch.no_grad()
 def measure_speed(
     models: Sequence[Any],

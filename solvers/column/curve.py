@@ -74,7 +74,7 @@ def error_curve(problem: LayerProblem, solver: ColumnPruning) -> Tensor:
     sizes = torch.bincount(units)[order].view(-1, len(counts)).sum(dim=1)
     ends = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
     about = solver.restored(scaled)
-    if solver.restoration in ("none", "bias") or about.moments.mean_diagonal == 0:
+    if solver.restoration in ("none", "bias") or about.moments.vanishes:
         errors = _without_refit(about, columns)
     else:
         errors = _with_refit(about, columns)
@@ -86,7 +86,7 @@ def _order(
 ) -> Tensor:
     """Units in the order of their removal, one of every head per round."""
     about = solver.restored(problem)
-    if solver.score in SEARCHES and about.moments.mean_diagonal > 0:
+    if solver.score in SEARCHES and not about.moments.vanishes:
         support = ColumnSupport(about, units)
         return removal_path(support, heads, torch.bincount(heads), solver.step_of(units))
     cheapest = solver.scores(problem, units).argsort(stable=True)

@@ -13,10 +13,11 @@ References
 import torch
 from torch import Tensor
 
-from layerwise.certificates import bounded_energy, relative_excess, size_of_terms
-from layerwise.evaluate import objective_from_residual, residual
+from layerwise.certificates import bounded_energy, relative_excess
+from layerwise.evaluate import residual, unclamped_from_residual
 from layerwise.linalg import Factor, factorize
 from layerwise.problem import LayerProblem
+from layerwise.rounding import rounding_of_objective, size_of_terms
 from layerwise.solution import Certificate
 
 REFINEMENTS = 3
@@ -75,6 +76,7 @@ def _relative_excess(
     problem: LayerProblem, weight: Tensor, rest: Tensor, kept: Tensor, factor: Factor
 ) -> Tensor:
     """Excess of every row with its rounding, relative to its damped optimum, (out,)."""
-    objective = objective_from_residual(problem, weight, rest)
     size = size_of_terms(problem, weight)
-    return relative_excess(problem, objective, bounded_energy(factor, rest[:, kept], size))
+    least = unclamped_from_residual(problem, weight, rest)
+    least = least - rounding_of_objective(problem, size)
+    return relative_excess(problem, least, bounded_energy(factor, rest[:, kept], size))

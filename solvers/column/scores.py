@@ -60,7 +60,7 @@ def unit_scores(problem: LayerProblem, units: Tensor, score: str) -> Tensor:
     """
     scores = problem.weight.new_zeros(int(units.max()) + 1, dtype=torch.float64)
     if score == "obs":
-        constant = problem.moments.mean_diagonal == 0  # about the means: a removal is free
+        constant = problem.moments.vanishes  # about the means: a removal is free
         return scores if constant else ColumnSupport(problem, units).changes()
     return scores.index_add_(0, units, _column_scores(problem, score))
 

@@ -67,7 +67,8 @@ class ColumnSupport:
             weight = weight + factor.solve_rows(problem.shift)
         self._full = -torch.cholesky_inverse(factor.lower), weight.T @ weight
         self._swept, self._products = (matrix.clone() for matrix in self._full)
-        self._minimum = self.objective = float(least_squares_minimum(problem).sum())
+        minimum = least_squares_minimum(problem).clamp(min=0)
+        self._minimum = self.objective = float(minimum.sum())
         self._columns = _columns_of(units)
         every = torch.ones(len(self._columns), dtype=torch.bool, device=units.device)
         self.kept, self._flipped = every, 0

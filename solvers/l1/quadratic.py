@@ -20,7 +20,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from layerwise.certificates import least_squares_minimum
 from layerwise.linalg import Factor, largest_eigenvalue, smallest_eigenvalue
 from layerwise.problem import LayerProblem
 
@@ -84,13 +83,6 @@ class Quadratic:
         """T in the metric, shape (out, in): the residual at zero."""
         return self.residual(torch.zeros_like(self.scaled_dense))
 
-    @cached_property
-    def _of_dense(self) -> tuple[Tensor, Tensor]:
-        """Least squares minimum, and the excess of the dense weight over it; (out,)."""
-        minimum = least_squares_minimum(self.problem)
-        excess = self.problem.drift - minimum
-        return minimum.to(self.dense.dtype), excess.to(self.dense.dtype)
-
     def bound(self, penalty: float) -> Tensor:
         """Largest entry of half a subgradient of the l1 norm, shape (in,)."""
         return penalty / 2 / self.root
@@ -113,11 +105,10 @@ class Quadratic:
         """Relative duality gap of some rows, in the working precision."""
         distance = (residual - subgradient) * self.root
         gap = self.factor.inverse_norms(distance).to(residual.dtype)
-        minimum, excess_of_dense = (part[rows] for part in self._of_dense)
         change = self.scaled_dense[rows] - scaled
         slope = residual
         if self.scaled_shift is not None:
             slope = residual + self.scaled_shift[rows]
-        primal = minimum + excess_of_dense + (change * slope).sum(dim=1)
+        primal = self.problem.drift[rows].to(residual.dtype) + (change * slope).sum(dim=1)
         primal += penalty * (scaled.abs() / self.root).sum(dim=1)
         return gap / primal.clamp(min=torch.finfo(primal.dtype).tiny)

@@ -63,8 +63,8 @@ def subgradient_gap(
     problem: LayerProblem, weight: Tensor, subgradient: Tensor, penalty: float
 ) -> float:
     """Largest relative gap of the rows, in float64."""
-    primal, dual = l1_bounds(problem, weight, penalty, subgradient)
-    return float(((primal - dual) / primal).max())
+    bounds = l1_bounds(problem, weight, penalty, subgradient)
+    return float((bounds.excess / bounds.primal).max())
 
 
 def plain_fista(problem: LayerProblem, penalty: float) -> tuple[Tensor, int]:

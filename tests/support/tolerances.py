@@ -60,6 +60,13 @@ L1_STATIONARITY = 1e-4
 # weights are rounded to 24 bits once they are found.
 REFIT_STATIONARITY = {torch.float64: 1e-10, torch.float32: 1e-5}
 
+# Objective about means of 1e3 to 1e5 standard deviations, relative: eps times the square
+# of their ratio, and the rounding of float32 products of the rest. Measured 2e-6.
+FAR_MEANS = 1e-5
+
+# Variance from a float64 second moment 1e10 times as large, relative. Measured 2e-6.
+SUM_OF_SQUARES = 1e-4
+
 # Objective of W plus a step of 1e-9: the sum itself rounds to 1e-7 of the step.
 SMALL_STEP = 1e-6
 

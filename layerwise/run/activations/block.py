@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from layerwise.adapters import Stage
+from layerwise.adapters import Adapter, Stage
 from layerwise.run.activations.streams import Call
 
 
@@ -20,3 +20,11 @@ class BlockInputs:
     dense: Sequence[Tensor]  # hidden states of the dense model, per batch
     pruned: Sequence[Tensor]  # of the pruned model; the same object if there is one stream
     gradients: Mapping[str, Tensor] = field(default_factory=dict)  # norms, by linear
+    # weights whose type in the files is another, by full name
+    stored: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def weight(self, adapter: Adapter, linear: str) -> Tensor:
+        """Dense weight of a linear, (out, in), in the type of its file, to be read only."""
+        own = adapter.weight(self.block, linear)
+        stored = self.stored.get(f"{self.name}.{linear}")
+        return own if stored is None else stored.to(own.device)

@@ -35,12 +35,13 @@ from layerwise.run.channels.widths import (
     default_rule,
     rule_of,
 )
-from layerwise.run.checkpoints.hashes import digests
+from layerwise.run.models.accounts import remarks
 from layerwise.run.models.cuts import Cut
 from layerwise.run.models.opening import OpenedModel
 from layerwise.run.models.padding import pad_to_widest
 from layerwise.run.models.rewrite import parameters_of
 from layerwise.run.models.stock import check_format, holds_bias
+from layerwise.run.models.stored_types import RunTypes, stored_digests, take_stored_types
 from layerwise.run.models.surgery import shrink
 from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.removal import Amount, Removed, Run, Shrunk
@@ -156,6 +157,8 @@ class RemoveChannels:
                 f"the stock format of {adapter.name} has no place for the biases of "
                 f"{self.method.name}: weights are refitted without biases"
             )
+        if (source := run.opened.source) is not None:
+            notes += remarks(run.opened.model, source, are_kept=False)
         return notes
 
     def disk_needed(self, run: Run[ChannelSelection]) -> int:
@@ -168,7 +171,9 @@ class RemoveChannels:
         holds_bias = self._holds_bias(run.opened, selection)
         method = ChannelMethod(self.method, str(self.structure), holds_bias)
         findings: Mapping[str, Finding] = {}
-        before = {} if run.output is None else digests(run.opened.model)
+        before: Mapping[str, str] = {}
+        if run.output is not None:
+            before = stored_digests(run.opened.source, run.opened.model)
         if self._rule in SURVEYED:
             with timed("survey"):
                 findings = survey(
@@ -277,15 +282,20 @@ class ChosenChannels:
     def finish(self, run: Run[ChannelSelection], store: BlockStore) -> Removed:
         """Cut the model, in place, to the kept channels."""
         masks: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
         cuts = []
         for index, block in enumerate(run.selection.blocks):
             done = finished_block(store, index)
             for name, mask in done.masks.items():
                 masks[f"{block}.{name}.weight"] = mask
+                weights[f"{block}.{name}.weight"] = done.weights[name]
             for site in self.sites.get(block, ()):
                 if site.main in done.masks:
                     kept = torch.unique(site.channels.groups[done.masks[site.main][0]])
                     cuts.append(Cut(block, site.coupling.name, kept))
+        types: RunTypes | None = None
+        if run.output is not None and run.opened.source is not None:
+            types = take_stored_types(run.opened.source, run.opened.model, weights)
         make_smaller(run.opened.model, run.opened.adapter, cuts, self.structure)
         allocation = self.allocation
         shrunk = Shrunk(
@@ -296,6 +306,7 @@ class ChosenChannels:
             parameters_of(run.selection.blocks),
             None if allocation is None else allocation.error,
             None if allocation is None else allocation.price,
+            types,
         )
         return Removed(masks, shrunk=shrunk)
 

@@ -107,14 +107,22 @@ class Restoration:
 
     def problem(self, name: str, pattern: Pattern) -> LayerProblem:
         """Problem of one consumer of the block with its current weights."""
-        task, accumulator = self._task, self._collect(name)
+        accumulator = self._collect(name)
         return LayerProblem.from_moments(
-            task.adapter.weight(self._inputs.block, name).contiguous(),
+            self._weight(name).contiguous(),
             accumulator.moments(),
             pattern=pattern,
             damping=self._method.method.damping,
             drift=None if self._dense is None else accumulator.drift(0),
         )
+
+    def _weight(self, name: str) -> Tensor:
+        """Weight of a consumer with what was written so far, in the type of the files."""
+        own = self._task.adapter.weight(self._inputs.block, name)
+        written = self.result.weights.get(name)
+        if written is None:
+            return self._inputs.weight(self._task.adapter, name)
+        return own if written.dtype == own.dtype else written.to(own.device)
 
     def _collect(self, name: str) -> MomentAccumulator:
         if self._dense is None:

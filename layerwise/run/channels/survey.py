@@ -83,7 +83,9 @@ def survey(
     findings: dict[str, Finding] = {}
     for index, (name, block) in enumerate(blocks.items()):
         calls = stream.calls[index]
-        inputs = BlockInputs(name, block, (), calls, hidden, hidden)
+        inputs = BlockInputs(
+            name, block, (), calls, hidden, hidden, stored=run.stored_weights
+        )
         home = next(block.parameters()).device
         block.to(task.device)
         inside = sites.get(name, ())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import DataError, one_line
+from layerwise.run.checkpoints.files import open_regular
 
 
 def bytes_sha256(content: bytes) -> str:
@@ -19,7 +20,7 @@ def bytes_sha256(content: bytes) -> str:
 def file_sha256(path: Path) -> str:
     """Hash of the bytes of a file."""
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         message = f"cannot read {path}: {one_line(error)}"

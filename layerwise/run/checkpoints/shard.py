@@ -19,9 +19,9 @@ from torch import Tensor
 
 from layerwise.errors import DataError, UsageError
 from layerwise.run.checkpoints.atomic import atomic_write
+from layerwise.run.checkpoints.files import CHUNK_BYTES, open_regular
 from layerwise.run.checkpoints.strict_json import parse_json
 
-CHUNK_BYTES = 1 << 24
 LARGE_HEADER = 1 << 20  # bytes; about ten thousand tensors
 
 TYPE_NAMES = {
@@ -37,6 +37,12 @@ TYPE_NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+}
+
+
+FLOATS = {
+    TYPE_NAMES[dtype]: dtype
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 }
 
 
@@ -80,7 +86,7 @@ def read_header(path: Path) -> Header:
     try:
         with safe_open(path, framework="pt"):
             pass
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             length = int.from_bytes(stream.read(8), "little")
             raw = stream.read(length)
     except (SafetensorError, OSError) as error:
@@ -108,7 +114,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _check_proportion(path: Path) -> None:
     """Refuse a huge header with little data: even an empty tensor costs time to read."""
-    with _reading(path), path.open("rb") as stream:
+    with _reading(path), open_regular(path) as stream:
         size = path.stat().st_size
         length = int.from_bytes(stream.read(8), "little")
     n_bytes = size - 8 - length
@@ -158,9 +164,7 @@ def rewrite_shard(
 
     def write(stream: BinaryIO) -> None:
         stream.write(start)
-        with _reading(source):
-            opened = source.open("rb")
-        with opened as original:
+        with open_regular(source) as original:
             for name, entry in header.tensors.items():
                 if name in chosen:
                     tensor = replaced[name]
@@ -229,7 +233,7 @@ def write_shard(
 def _header_bytes(source: Path, header: Header) -> bytes:
     """Length and header of the copy: the original bytes if they name a format."""
     if "format" in header.metadata:
-        with source.open("rb") as stream:
+        with open_regular(source) as stream:
             return stream.read(header.data_start)
     values: dict[str, object] = {"__metadata__": {"format": "pt"} | header.metadata}
     return _header_text(values, header.tensors)

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerwise.errors import DataError, UsageError, one_line
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.bitmask import pack_mask, unpack_mask
+from layerwise.run.checkpoints.files import copy_file
 from layerwise.run.checkpoints.hashes import file_sha256
+from layerwise.run.checkpoints.plain_config import is_plain, plain_bytes
 from layerwise.run.checkpoints.shard import (
     TensorEntry,
     check_substitute,
@@ -35,27 +37,38 @@ from layerwise.run.checkpoints.validation import (
     confined,
     locate,
     read_weight_map,
+    refuse_adapter,
 )
 
 __all__ = [
     "Checkpoint",
     "atomic_write",
-    "checkpoint_names",
     "pack_mask",
     "unpack_mask",
     "write_checkpoint",
 ]
 
-SIDE_FILES = (
-    "*.json",
+SIDE_FILES = (  # what transformers reads, and what a licence asks to keep
+    "*config*.json",
+    "*token*.json",
+    "*vocab*.json",
+    "*_map.json",
+    "chat_template*.json",
+    "tekken.json",
+    "normalizer.json",
+    "surgery.json",  # of the native format
+    "*vocab*.txt",
+    "*merges*.txt",
+    "dict.txt",
     "*.model",
-    "*.txt",
+    "*.tiktoken",
     "*.jinja",
-    "*.py",
     "additional_chat_templates/*.jinja",
     "LICENSE*",
     "NOTICE*",
+    "USE_POLICY*",
 )
+CODE = "*.py"  # only of a model whose configuration names code of its own
 
 
 @dataclass(frozen=True)
@@ -87,8 +100,9 @@ class Checkpoint:
         UnsupportedModelError
             The weights are quantised or the configuration requires foreign code.
         """
-        path = locate(name_or_path, (*SIDE_FILES, "model*.safetensors"))
-        if not (path / "config.json").is_file():
+        path = locate(name_or_path, (*SIDE_FILES, CODE, "model*.safetensors"))
+        refuse_adapter(path)
+        if not (path / "config.json").exists():
             message = f"{path} has no config.json: it is not a model folder"
             raise DataError(message)
         config = read_object(confined(path / "config.json"))
@@ -105,15 +119,29 @@ class Checkpoint:
 
     def side_files(self) -> list[str]:
         """Files that are copied with the weights: configuration, tokenizer, licence."""
-        indexed = not (self.path / SINGLE_SHARD).is_file()
+        indexed = not (self.path / SINGLE_SHARD).exists()
+        patterns = (*SIDE_FILES, CODE) if "auto_map" in self.config else SIDE_FILES
         names = {
             path.relative_to(self.path).as_posix()
-            for pattern in SIDE_FILES
+            for pattern in patterns
             for path in self.path.glob(pattern)
-            if path.is_file() and not path.name.startswith(".")
+            if not path.is_dir() and not path.name.startswith(".")
         }
         indexes = {name for name in names if name.endswith(".index.json")}
         return sorted(names - indexes | ({INDEX} if indexed else set()))
+
+    def copy_side_file(self, name: str, folder: Path) -> None:
+        """Copy a side file to a folder: config.json without keys that say nothing."""
+        target = folder / name
+        try:
+            target.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            message = f"cannot copy {self.path / name} to {target}: {one_line(error)}"
+            raise DataError(message) from error
+        if name == "config.json" and not is_plain(self.config):
+            atomic_write(target, plain_bytes(self.config))
+        else:
+            copy_file(self.path / name, target)
 
     def entries(self) -> dict[str, TensorEntry]:
         """Type, shape and size of every tensor, from the headers alone."""
@@ -187,13 +215,7 @@ def write_checkpoint(
         inside = {name for name in replaced if source.weight_map[name] == shard}
         rewrite_shard(source.path / shard, output / shard, replaced, inside)
     for name in side_files:
-        try:
-            (output / name).parent.mkdir(exist_ok=True)
-            data = (source.path / name).read_bytes()
-        except OSError as error:
-            message = f"cannot copy {source.path / name} to {output}: {one_line(error)}"
-            raise DataError(message) from error
-        atomic_write(output / name, data)
+        source.copy_side_file(name, output)
 
 
 def _check_output(
@@ -215,36 +237,3 @@ def _check_output(
     if needed > (free := shutil.disk_usage(output).free):
         message = f"{output} needs {needed} bytes but its disk has {free}: free some space"
         raise DataError(message)
-
-
-def checkpoint_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """Name of the stored tensor of each parameter of a model.
-
-    Names agree, or differ by the prefix of the base model (``model.``) that some
-    checkpoints omit. Tied parameters share one stored tensor.
-
-    Returns
-    -------
-    dict
-        One entry per parameter name, tied parameters included. Parameters without a
-        stored tensor (such as those that transformers fuses while loading) are absent.
-    """
-    names: dict[str, str] = {}
-    first: dict[int, str] = {}  # identity of a parameter -> tensor name
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    for name, parameter in parameters:
-        stored = stored_name(model, checkpoint.weight_map, name)
-        if stored is not None:
-            names[name] = stored
-            first.setdefault(id(parameter), stored)
-    for name, parameter in parameters:
-        if name not in names and id(parameter) in first:
-            names[name] = first[id(parameter)]
-    return names
-
-
-def stored_name(model: nn.Module, stored: Mapping[str, Any], name: str) -> str | None:
-    """Name under which a parameter or buffer is stored, or None."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    candidates = (name, name.removeprefix(prefix), prefix + name)
-    return next((candidate for candidate in candidates if candidate in stored), None)

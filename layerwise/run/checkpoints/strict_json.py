@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import DataError
+from layerwise.run.checkpoints.files import read_bytes
 
 
 def read_json(path: Path) -> Any:
     """Parse a JSON file, or raise a DataError with its path and the position."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        message = f"cannot read {path}: {error.strerror or error}; check the file"
-        raise DataError(message) from error
-    return parse_json(data, str(path))
+    return parse_json(read_bytes(path), str(path))
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import DataError, UnsupportedModelError, one_line
+from layerwise.run.checkpoints.files import check_regular
+from layerwise.run.checkpoints.plain_config import check_types, refuse_quantised
 from layerwise.run.checkpoints.shard import read_header
 from layerwise.run.checkpoints.strict_json import read_object
 
 SINGLE_SHARD = "model.safetensors"
+ADAPTER = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -49,7 +52,7 @@ def locate(name_or_path: str | os.PathLike[str], patterns: Iterable[str]) -> Pat
 
 
 def confined(path: Path) -> Path:
-    """Return the path, or raise if it leads out of its checkpoint folder.
+    """Return the path of a file, or raise if it leads out of its checkpoint folder.
 
     The download cache of the hub is a folder of links into ``blobs``, which are allowed.
     """
@@ -69,15 +72,37 @@ def confined(path: Path) -> Path:
     if not any(target.is_relative_to(root) for root in allowed):
         message = f"{path} is a link that leaves the folder: replace it by the file"
         raise DataError(message)
-    return path
+    return check_regular(path)
+
+
+def refuse_adapter(path: Path) -> None:
+    """Refuse a folder with an adapter of peft, alone or beside the weights of a model.
+
+    Where peft is installed, transformers loads the adapter and the model that it names,
+    instead of the weights in the folder.
+    """
+    if not (path / ADAPTER).is_file():
+        return
+    if (path / "config.json").is_file():
+        message = (
+            f"{path} holds an adapter ({ADAPTER}) beside a model, and transformers would "
+            f"load another model with it: move {ADAPTER} to another folder, if its "
+            f"weights are merged"
+        )
+    else:
+        message = (
+            f"{path} holds an adapter ({ADAPTER}) without its model: merge_and_unload() "
+            f"it with peft, then save_pretrained() the result"
+        )
+    raise DataError(message)
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
     """Shard of every tensor, from the headers, which must agree with the index."""
-    if (path / SINGLE_SHARD).is_file():  # like transformers, prefer it to an index
+    if (path / SINGLE_SHARD).exists():  # like transformers, prefer it to an index
         listed: dict[str, str] = {}
         shards = [SINGLE_SHARD]
-    elif (path / INDEX).is_file():
+    elif (path / INDEX).exists():
         listed = _read_index(confined(path / INDEX))
         shards = sorted(set(listed.values()))
     else:
@@ -87,9 +112,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
         if not (path / shard).exists():
             message = f"{path / shard} is missing: download the checkpoint again"
             raise DataError(message)
-        if not confined(path / shard).is_file():  # reading a pipe would wait forever
-            message = f"{path / shard} is not a file: download the checkpoint again"
-            raise DataError(message)
+        confined(path / shard)
         for name in read_header(path / shard).tensors:
             if name in weight_map:
                 message = (
@@ -110,7 +133,8 @@ def read_weight_map(path: Path) -> dict[str, str]:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Weight map of an index file, where every value must be a plain file name."""
-    listed = read_object(path).get("weight_map")
+    index = read_object(path)
+    listed = index.get("weight_map")
     if not isinstance(listed, dict) or not listed:
         message = f"{path} has no weight_map: restore the file"
         raise DataError(message)
@@ -122,6 +146,9 @@ def _read_index(path: Path) -> dict[str, str]:
                 f"files in the same folder"
             )
             raise DataError(message)
+    if not isinstance(index.get("metadata"), dict):
+        message = f"{path} has no metadata, so transformers does not open it: add {{}}"
+        raise DataError(message)
     return listed
 
 
@@ -141,9 +168,8 @@ def check_config(config: dict[str, Any], path: Path) -> None:
     if not isinstance(config.get("model_type"), str):
         message = f"{where} names no model_type: restore the file"
         raise DataError(message)
-    if config.get("quantization_config"):
-        message = f"{path} is quantised: prune the original, then quantise the result"
-        raise UnsupportedModelError(message)
+    check_types(config, where)
+    refuse_quantised(config, path)
     if config.get("transformers_weights"):
         message = f"{where} redirects the weights (transformers_weights): remove the key"
         raise DataError(message)

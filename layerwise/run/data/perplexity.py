@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import DataError, SolveError, UsageError
+from layerwise.modes import in_ordinary_mode
 from layerwise.run.activations.streams import evaluation_mode
 from layerwise.run.data.tokens import check_token_ids
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@in_ordinary_mode
 def perplexity(
     model: PreTrainedModel,
     token_ids: Tensor,
@@ -68,6 +70,7 @@ def perplexity(
         return math.inf
 
 
+@in_ordinary_mode
 def mean_loss(
     model: PreTrainedModel,
     token_ids: Tensor,  # (tokens,)

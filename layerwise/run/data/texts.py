@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layerwise.errors import DataError, UsageError, one_line
+from layerwise.run.checkpoints.files import check_regular, read_bytes
 
 Part = Literal["train", "evaluation"]
 
@@ -82,10 +83,7 @@ def check_source(source: str | os.PathLike[str]) -> None:
     if name in DATASETS:
         return
     path, field = _file_of(name)
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    check_regular(path)
     if field == "":
         message = f"{path} needs a field, as in {path}:field"
         raise UsageError(message)
@@ -150,10 +148,7 @@ def _load_column(name: str, *arguments: str, **options: Any) -> Sequence[str]:
 
 
 def _read_utf8(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    data = read_bytes(path, largest=None)
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -163,10 +158,6 @@ def _read_utf8(path: Path) -> str:
         message = f"{path} is empty: give a file with text"
         raise DataError(message)
     return text
-
-
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"cannot read {path}: {error.strerror or error}; check the path")
 
 
 def _read_json_lines(path: Path, field: str) -> list[str]:

@@ -5,6 +5,7 @@ the same outputs one by one, as a run calls them, and inside the model.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from layerwise.adapters import ADAPTERS, Adapter, get_adapter
 from layerwise.adapters.auto import discover
 from layerwise.errors import UnsupportedModelError
 from layerwise.run.activations.streams import capture, evaluation_mode
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.accounts import account_of, listed
 
 PROBE = (2, 8)  # sequences, tokens of each
 STEP = 7919  # a prime, so that the tokens differ
@@ -53,6 +56,32 @@ def is_declared(model: Any) -> bool:
 def model_type_of(model: Any) -> str:
     """Family of a model as named in its configuration; empty if it has none."""
     return str(getattr(getattr(model, "config", None), "model_type", ""))
+
+
+def as_stored(adapter: Adapter, model: nn.Module, checkpoint: Checkpoint) -> Adapter:
+    """Adapter that serves no weight that transformers computes from other stored tensors.
+
+    Such a weight has no stored tensor that its pruned values could replace.
+    """
+    converted = account_of(model, checkpoint).converted
+    if not converted:
+        return adapter
+    by_block = {block: adapter.stages_of(block) for block in adapter.blocks_of(model)}
+    unserved: dict[str, str] = {}
+    for block, stages in by_block.items():
+        lost = {
+            name: converted[f"{block}.{name}.weight"]
+            for stage in stages
+            for name in stage.linears
+            if f"{block}.{name}.weight" in converted
+        }
+        unserved |= {
+            f"{block}.{name}": f"transformers converts it from {listed(stored)}"
+            for name, stored in lost.items()
+        }
+        kept = [stage.only(set(stage.linears) - lost.keys()) for stage in stages]
+        by_block[block] = tuple(stage for stage in kept if stage.linears)
+    return replace(adapter, by_block=by_block, unserved={**adapter.unserved, **unserved})
 
 
 @torch.no_grad()

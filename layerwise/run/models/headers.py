@@ -5,17 +5,12 @@ from typing import Any
 
 import torch
 
-from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, stored_name
-from layerwise.run.models.loading import quiet_transformers, surplus_layers
+from layerwise.run.checkpoints.shard import FLOATS
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.accounts import account_of
+from layerwise.run.models.loading import quiet_transformers
 from layerwise.run.models.native_type import is_native
-from layerwise.run.models.skeleton import read_config, refuse_mismatch, skeleton_of
-
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+from layerwise.run.models.skeleton import read_config, skeleton_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,17 +74,8 @@ def _most_stored(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def is_one_to_one(checkpoint: Checkpoint, model: Any) -> bool:
-    """Whether every parameter is stored as one tensor; damage is an error."""
+    """Whether every parameter is stored as one tensor, in the type of the model."""
     for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
         if getattr(model, name, None):  # some modules keep another type
             return False
-    stored = checkpoint_names(model, checkpoint)
-    state = [stored_name(model, checkpoint.weight_map, name) for name in model.state_dict()]
-    unknown = set(checkpoint.weight_map).difference(stored.values(), filter(None, state))
-    missing = {name for name, _ in model.named_parameters()} - set(stored)
-    surplus = surplus_layers(model, unknown)
-    if missing and unknown - surplus:  # stored in another form
-        return False
-    refuse_mismatch(checkpoint, "lacks tensors of the model", missing)
-    refuse_mismatch(checkpoint, "has layers that config.json does not count", surplus)
-    return True
+    return account_of(model, checkpoint).is_one_to_one

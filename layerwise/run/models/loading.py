@@ -7,8 +7,9 @@ that comes with a checkpoint is never executed.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterator
+import importlib.util
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import DataError, one_line
-from layerwise.run.checkpoints.storage import checkpoint_names
-from layerwise.run.models.skeleton import read_config, refuse_mismatch, skeleton_of
+from layerwise.run.checkpoints.plain_config import is_plain
+from layerwise.run.models.accounts import account_of, refuse_mismatch
+from layerwise.run.models.kinds import auto_class_of, class_of
+from layerwise.run.models.skeleton import read_config, skeleton_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from layerwise.run.checkpoints.storage import Checkpoint
 
+ONE_THREAD = threading.RLock()
+SENTENCEPIECE = "sentencepiece"  # a package of its own
+PEEK = 4096  # bytes
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -42,8 +49,8 @@ def load_stock(checkpoint: Checkpoint, device: torch.device | str) -> PreTrained
     UnsupportedModelError
         The architecture is unknown, not a causal language model, or needs code of its own.
     DataError
-        A tensor is missing, has another shape than the configuration says, belongs to a
-        layer that the configuration does not have, or is not finite.
+        A tensor is missing, has another shape than the configuration says or no place in
+        it, or is not finite.
     """
     with quiet_transformers():
         config = read_config(checkpoint)
@@ -88,58 +95,82 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
     if not any((checkpoint.path / name).is_file() for name in TOKENIZER_FILES):
         return None
     with quiet_transformers():
+        given = {}
+        if not is_plain(checkpoint.config):  # transformers would fail to read it
+            given["config"] = read_config(checkpoint)
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                checkpoint.path, local_files_only=True, trust_remote_code=False
+                checkpoint.path, **given, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:
             message = (
                 f"the tokenizer in {checkpoint.path} cannot be loaded: "
                 f"{one_line(error)}; restore its files or pass token ids instead"
             )
+            if (name := _sentencepiece_file(checkpoint)) and not _has_sentencepiece():
+                message = (
+                    f"{checkpoint.path / name} is a SentencePiece model: pip install "
+                    f"{SENTENCEPIECE}, or pass token ids instead"
+                )
             raise DataError(message) from error
     return tokenizer
 
 
+def _sentencepiece_file(checkpoint: Checkpoint) -> str | None:
+    """File of a SentencePiece model, if the tokenizer is nothing else."""
+    if (checkpoint.path / "tokenizer.json").is_file():
+        return None
+    for name in SENTENCEPIECE_FILES:
+        path = checkpoint.path / name
+        # a list of tokens for tiktoken may have the same name: it is plain text
+        if path.is_file() and 0 in path.read_bytes()[:PEEK]:
+            return name
+    return None
+
+
+def _has_sentencepiece() -> bool:
+    return importlib.util.find_spec(SENTENCEPIECE) is not None
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence warnings and progress bars of transformers inside the context."""
+    """Silence warnings and progress bars of transformers inside the context.
+
+    One thread at a time: transformers builds models under a default type of numbers that
+    all threads share.
+    """
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
     )
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    if bars:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
+    with ONE_THREAD:
+        verbosity = logging.get_verbosity()
+        bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+        logging.set_verbosity_error()
         if bars:
-            logging.enable_progress_bar()
-            if not hub_bars:  # the line above has switched them on as well
-                disable_progress_bars()
+            logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
+                if not hub_bars:  # the line above has switched them on as well
+                    disable_progress_bars()
 
 
 def _instantiate(
     checkpoint: Checkpoint, config: Any, operate: Callable[[nn.Module], object] | None
 ) -> Any:
     """Load with transformers, and check its loading report."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-
-    own = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    loader: Any = AutoModelForCausalLM
-    given = {}
-    if operate is not None:
-        loader, given = _operated(own, operate), {"config": config}
+    own = None if operate is None else class_of(config)
+    loader: Any = auto_class_of(config) if own is None else _operated(own, operate)
     try:
         loaded: Any = loader.from_pretrained(
             checkpoint.path,
-            **given,
+            config=config,
             dtype="auto",
             use_safetensors=True,
             local_files_only=True,
@@ -150,17 +181,14 @@ def _instantiate(
         message = f"{checkpoint.path} cannot be loaded: {one_line(error)}"
         raise DataError(message) from error
     model, report = loaded
-    unexpected = set(report["unexpected_keys"])
-    surplus = unexpected if operate is not None else surplus_layers(model, unexpected)
     problems = {
         "lacks tensors of the model": report["missing_keys"],
         "has tensors of another shape": {key[0] for key in report["mismatched_keys"]},
-        "has layers that config.json does not count": surplus,
         "does not load": set(report["error_msgs"]),
     }
     for problem, names in problems.items():
         refuse_mismatch(checkpoint, problem, names)
-    if operate is not None:
+    if own is not None:
         model.__class__ = own
     return model
 
@@ -175,19 +203,8 @@ def _operated(kind: Any, operate: Callable[[nn.Module], object]) -> Any:
     return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
 
 
-def surplus_layers(model: nn.Module, unexpected: Collection[str]) -> set[str]:
-    """Unexpected tensors that a model with more layers would have."""
-    expected = {_family(name) for name in model.state_dict()}
-    return {name for name in unexpected if _family(name) in expected}
-
-
-def _family(name: str) -> str:
-    """Name without the numbers of layers and experts."""
-    return re.sub(r"\.\d+(?=\.)", ".*", name)
-
-
 def _check_finite(model: nn.Module, checkpoint: Checkpoint) -> None:
-    stored = checkpoint_names(model, checkpoint)
+    stored = account_of(model, checkpoint).names
     for name, tensor in model.state_dict().items():
         check_finite(tensor, stored.get(name, name), checkpoint)
 

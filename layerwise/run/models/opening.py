@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from layerwise.adapters import Adapter
 from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.models.architecture import adapter_of, is_declared
+from layerwise.run.models.architecture import adapter_of, as_stored, is_declared
 from layerwise.run.models.loading import load_stock
 from layerwise.run.models.native_type import is_native
+from layerwise.run.models.objects import check_object
 from layerwise.run.models.residency import InMemory, Residency, Streamed
+from layerwise.run.models.stored_types import read_stored_weights
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +48,16 @@ class OpenedModel:
         """The model; a streamed one has the parameters of one block at a time."""
         return self.residency.model
 
+    @cached_property
+    def stored_weights(self) -> Mapping[str, Tensor]:
+        """Weights, (out, in), whose type in the files is not that of the model, by linear.
+
+        Each is read when it is used.
+        """
+        if self.source is None:
+            return {}
+        return read_stored_weights(self.source, self.model, self.adapter)
+
     @property
     def in_memory(self) -> bool:
         """Whether all parameters are in memory."""
@@ -70,16 +84,19 @@ def open_model(
     Raises
     ------
     DataError, UnsupportedModelError
-        As :func:`load`.
+        As :func:`load`, and of a model object as
+        :func:`~layerwise.run.models.objects.check_object`.
     """
     if isinstance(model_or_path, nn.Module):
+        check_object(model_or_path)
         return OpenedModel(InMemory(model_or_path), adapter_of(model_or_path))
     source = model_or_path
     if not isinstance(source, Checkpoint):
         source = Checkpoint.open(source)
     opened = Streamed.open(source, trusted=trusted) if streamed else None
     residency = InMemory(load_model(source)) if opened is None else opened
-    return OpenedModel(residency, _adapter_in(residency), source)
+    adapter = as_stored(_adapter_in(residency), residency.model, source)
+    return OpenedModel(residency, adapter, source)
 
 
 def _adapter_in(residency: Residency) -> Adapter:

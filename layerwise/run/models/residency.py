@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from layerwise.adapters.auto import lists_of_blocks
-from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, stored_name
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.accounts import account_of
 from layerwise.run.models.headers import is_one_to_one, type_of_all
 from layerwise.run.models.loading import check_finite, quiet_transformers
 from layerwise.run.models.native_type import is_native
@@ -80,7 +81,7 @@ class Streamed:
     def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
         self.model = model
         self._checkpoint = checkpoint
-        self._stored = checkpoint_names(model, checkpoint)
+        self._stored = account_of(model, checkpoint).names
         self._empty = dict(model.named_parameters(remove_duplicate=False))
         lists = lists_of_blocks(model)
         self._units = {
@@ -205,12 +206,9 @@ class Streamed:
 
 def _read_buffers(checkpoint: Checkpoint, model: Any) -> None:
     """Read the values of all buffers that are stored."""
-    kept = model.state_dict(keep_vars=True)
+    names = account_of(model, checkpoint).names
     buffers = {
-        stored: buffer
-        for name, buffer in model.named_buffers()
-        if name in kept
-        and (stored := stored_name(model, checkpoint.weight_map, name)) is not None
+        names[name]: buffer for name, buffer in model.named_buffers() if name in names
     }
     for stored, tensor in checkpoint.tensors(buffers):
         buffers[stored].copy_(tensor)

@@ -43,6 +43,16 @@ def untouched(checkpoint: Checkpoint, manifest: Manifest, changed: set[str]) -> 
     return Check(claim, tuple(differs + sorted(extra)))
 
 
+def files(checkpoint: Checkpoint, manifest: Manifest) -> Check:
+    """Check every other file by its hash: configuration, tokenizer, log, recipe, masks."""
+    problems = manifest.changed(checkpoint.path)
+    if manifest.files:  # those of older versions list none
+        extra = set(checkpoint.side_files()) - set(manifest.files)
+        problems |= dict.fromkeys(sorted(extra), "the run did not write it")
+    claim = f"{len(manifest.files)} other files are as the run wrote them"
+    return Check(claim, tuple(f"{name}: {why}" for name, why in problems.items()))
+
+
 def shards(checkpoint: Checkpoint, manifest: Manifest) -> Check:
     """Check every file with tensors, by its hash."""
     present = checkpoint.sha256(checkpoint.shards)

@@ -6,7 +6,7 @@ verify`` does not need the source.
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,20 +17,29 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from layerwise.adapters.linear import is_transposed
-from layerwise.errors import DataError
+from layerwise.errors import DataError, VerificationError
 from layerwise.run.checkpoints.atomic import atomic_write
-from layerwise.run.checkpoints.hashes import parameters_sha256, tensor_hashes
+from layerwise.run.checkpoints.files import read_bytes
+from layerwise.run.checkpoints.hashes import (
+    bytes_sha256,
+    file_sha256,
+    parameters_sha256,
+    tensor_hashes,
+)
 from layerwise.run.checkpoints.lazy import LazyTensors
-from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names, write_checkpoint
+from layerwise.run.checkpoints.storage import Checkpoint, write_checkpoint
 from layerwise.run.checkpoints.strict_json import read_object
 from layerwise.run.data.calibration import Calibration
+from layerwise.run.models.accounts import checkpoint_names
 from layerwise.run.outputs.model_card import model_card
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.outputs.smaller import Smaller, describe, write_channels, write_smaller
-from layerwise.run.pipeline.destination import FOLDER
+from layerwise.run.pipeline.destination import BLOCKS, FINGERPRINT, FOLDER
 from layerwise.run.pipeline.journal import MASKS, Journal, read_masks
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.removal import Removed, Run, Shrunk
+from layerwise.run.pipeline.solver_identity import own_solver
+from layerwise.solver import Solver
 
 MANIFEST = "manifest.json"
 PACKAGES = ("layerwise", "torch", "transformers", "safetensors")
@@ -48,6 +57,7 @@ class Manifest(BaseModel):
     transposed: list[str] = []  # pruned parameters that are stored as (in, out)
     untouched: dict[str, str]  # tensor name -> sha256 of its bytes in the source
     shards: dict[str, str] = {}  # file name -> sha256, of what the run wrote
+    files: dict[str, str] = {}  # all other files but this, logs without their seconds
     retrained: list[str] = []  # tensors that `layerwise retrain` changed
     source: dict[str, str]  # file name -> sha256
     calibration: str
@@ -70,8 +80,76 @@ class Manifest(BaseModel):
             message = f"{path} is damaged: {error.errors()[0]['msg']}"
             raise DataError(message) from error
 
+    def changed(self, folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
+        """Names of files that are not as the run wrote them, with the reason.
 
-def fingerprint(recipe: Recipe, run: Run[Any]) -> dict[str, Any]:
+        Parameters
+        ----------
+        folder
+            The finished folder.
+        names
+            Other files than tensors to look at; by default all.
+        """
+        problems = {}
+        for name in sorted(self.files if names is None else set(names) & set(self.files)):
+            path = folder / name
+            if not _inside(path, folder):
+                problems[name] = "is missing"
+            elif content_sha256(path) != self.files[name]:
+                problems[name] = "other bytes"
+        return problems
+
+    def refuse_changed(self, folder: Path, names: Iterable[str] | None = None) -> None:
+        """Refuse files that are not as the run wrote them.
+
+        Raises
+        ------
+        VerificationError
+            One is missing or has other bytes.
+        """
+        for name, problem in self.changed(folder, names).items():
+            message = (
+                f"{folder / name} is not as the run wrote it ({problem}): restore it, or "
+                f"prune again"
+            )
+            raise VerificationError(message)
+
+
+def written_files(folder: Path, shards: Iterable[str]) -> dict[str, str]:
+    """Hash of every file of a folder that will be finished, besides shards and manifest."""
+    ours = folder / FOLDER
+    hidden = {ours / MANIFEST, ours / FINGERPRINT, *(folder / name for name in shards)}
+    return {
+        path.relative_to(folder).as_posix(): content_sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path not in hidden and ours / BLOCKS not in path.parents
+    }
+
+
+def content_sha256(path: Path) -> str:
+    """Hash of a file, of a log without its seconds: only they differ in a second run."""
+    if path.suffix != ".jsonl":
+        return file_sha256(path)
+    data = read_bytes(path)
+    try:
+        lines = [json.loads(line) for line in data.splitlines()]
+        figures = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    except (AttributeError, RecursionError, ValueError):  # it is no log any more
+        return bytes_sha256(data)
+    return bytes_sha256(json.dumps(figures).encode())
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    """Whether a name of a manifest is that of a regular file in its folder."""
+    try:
+        return path.is_file() and path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError):
+        return False
+
+
+def fingerprint(
+    recipe: Recipe, run: Run[Any], solver: Solver | None = None
+) -> dict[str, Any]:
     """Everything that decides the bytes of the result."""
     opened, device = run.opened, run.task.device
     weights = (
@@ -82,6 +160,7 @@ def fingerprint(recipe: Recipe, run: Run[Any]) -> dict[str, Any]:
     settings = recipe.model_dump(mode="json", exclude={"model"})
     return {
         **settings,
+        **({} if solver is None else own_solver(solver)),
         "calibration": run.tokens.sha256,
         "weights": weights,
         "versions": versions(),
@@ -167,11 +246,11 @@ def _write_zeros(journal: Journal, outcome: Outcome, model: Any, removed: Remove
 def _write_shrunk(journal: Journal, outcome: Outcome, model: Any, shrunk: Shrunk) -> None:
     """Write a smaller model: all of its tensors, and the record of its cuts."""
     folder = journal.folder
-    written = write_smaller(
-        folder, model, outcome.source, outcome.tokenizer, shrunk.format == "native"
-    )
+    written = write_smaller(folder, model, outcome.source, outcome.tokenizer, shrunk)
     write_channels(folder, shrunk.cuts)
     smaller, untouched = describe(model, written, shrunk)
+    if shrunk.types is not None:
+        shrunk.types.restore(model)
     source = outcome.source or written
     write_rest(journal, outcome, source, pruned={}, untouched=untouched, smaller=smaller)
 
@@ -184,8 +263,12 @@ def write_rest(
     journal.write_layers(list(outcome.records))
     atomic_write(folder / "recipe.yaml", recipe.to_yaml().encode())
     written = Checkpoint.open(folder)
+    smaller = claims.get("smaller")
+    card = model_card(recipe, source, outcome.records, smaller)
+    atomic_write(folder / "README.md", card.encode())
     manifest = Manifest(
         shards=written.sha256(written.shards),
+        files=written_files(folder, written.shards),
         sparsity=str(recipe.sparsity or 0.0),
         group=recipe.group,
         source=source.sha256(),
@@ -194,8 +277,6 @@ def write_rest(
         versions=versions(),
         **claims,
     )
-    card = model_card(recipe, source, outcome.records, manifest.smaller)
-    atomic_write(folder / "README.md", card.encode())
     text = json.dumps(manifest.model_dump(), indent=1, sort_keys=True)
     atomic_write(folder / FOLDER / MANIFEST, text.encode())
 

@@ -20,6 +20,7 @@ from pydantic import (
 
 from layerwise.configure import OptionValue
 from layerwise.errors import DataError, UsageError, one_line, quoted
+from layerwise.run.checkpoints.files import read_bytes
 from layerwise.run.models.stock import OutputFormat
 from layerwise.run.outputs.strict_yaml import LONGEST, parse_yaml
 from layerwise.run.pipeline.task import ErrorCorrection
@@ -101,15 +102,11 @@ class Recipe(BaseModel):
 
 def _text_of(path: Path) -> str:
     """Text of a recipe file, which must not be longer than a recipe can be."""
-    try:
-        if path.exists() and not path.is_file():  # reading a pipe would wait forever
-            message = f"cannot read recipe {path}: it is not a file; name a YAML file"
-            raise DataError(message)
-        with path.open(encoding="utf-8") as file:
-            return file.read(LONGEST + 1)
-    except FileNotFoundError:
+    if not path.exists():
         message = f"there is no recipe file {path}: correct the path"
-        raise UsageError(message) from None
-    except (OSError, ValueError) as error:
+        raise UsageError(message)
+    try:
+        return read_bytes(path, 4 * LONGEST).decode()
+    except UnicodeDecodeError as error:
         message = f"cannot read recipe {path}: {one_line(error)}; check the file"
         raise DataError(message) from error

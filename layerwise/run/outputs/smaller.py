@@ -10,7 +10,8 @@ from torch import nn
 
 from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.hashes import digests
-from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.models.accounts import checkpoint_names
 from layerwise.run.models.loading import quiet_transformers
 from layerwise.run.models.native import save_native
 from layerwise.run.models.stock import OutputFormat
@@ -48,19 +49,20 @@ class Smaller(BaseModel):
 
 
 def write_smaller(
-    folder: Path, model: Any, source: Checkpoint | None, tokenizer: Any, native: bool
+    folder: Path, model: Any, source: Checkpoint | None, tokenizer: Any, shrunk: Shrunk
 ) -> Checkpoint:
     """Write the tensors, configuration and side files of a smaller model."""
-    if native:
+    if shrunk.format == "native":
         save_native(model, folder)
     else:
         with quiet_transformers():
             model.save_pretrained(folder)
+    if shrunk.types is not None:
+        shrunk.types.name_in(folder, model)
     if source is not None:
         for name in source.side_files():
             if not (folder / name).exists() and not name.endswith(".index.json"):
-                (folder / name).parent.mkdir(exist_ok=True)
-                atomic_write(folder / name, (source.path / name).read_bytes())
+                source.copy_side_file(name, folder)
     elif tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return Checkpoint.open(folder)

@@ -10,7 +10,7 @@ from layerwise.errors import DataError, InvalidProblemError, LayerwiseError
 from layerwise.patterns import Pattern, parse_pattern
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.models.opening import load_model
-from layerwise.run.outputs.checks import Check, shards, untouched
+from layerwise.run.outputs.checks import Check, files, shards, untouched
 from layerwise.run.outputs.output import MANIFEST, Manifest
 from layerwise.run.outputs.verify_smaller import verify_smaller
 from layerwise.run.pipeline.destination import FOLDER
@@ -29,8 +29,8 @@ def verify(folder: Path) -> list[Check]:
     -------
     list of Check
         Zeros off the mask, pattern, finite values, no negative zeros, untouched tensors,
-        the layer log, and whether stock transformers opens it. Of a smaller model see
-        :mod:`layerwise.run.outputs.verify_smaller`.
+        unchanged files, the layer log, and whether stock transformers opens it. Of a
+        smaller model see :mod:`layerwise.run.outputs.verify_smaller`.
 
     Raises
     ------
@@ -66,11 +66,12 @@ def verify(folder: Path) -> list[Check]:
             tuple(findings.missing),
         ),
         Check("every removed weight is exactly zero", tuple(findings.nonzero)),
-        Check("no zero is negative", tuple(findings.negative)),
+        Check("no zero of a pruned tensor is negative", tuple(findings.negative)),
         Check(f"every mask satisfies the pattern {pattern}", tuple(findings.pattern)),
         Check("every pruned weight is finite", tuple(findings.infinite)),
         untouched(checkpoint, manifest, set(manifest.pruned.values())),
         shards(checkpoint, manifest),
+        files(checkpoint, manifest),
         _opens(checkpoint),
     ]
 
@@ -109,11 +110,15 @@ class _Findings:
         outside = int((weight[~mask] != 0).sum())
         if outside:
             self.nonzero.append(f"{name}: {outside} removed weights are not zero")
-        negative = int((torch.signbit(weight) & (weight == 0) & ~mask).sum())
+        negative = int((torch.signbit(weight) & (weight == 0)).sum())
         if negative:
             self.negative.append(f"{name}: {negative} of its zeros are -0.0")
-        if not pattern.accepts(mask):
-            self.pattern.append(f"{name}: another number of zeros")
+        try:
+            pattern.check(mask.shape)
+            if not pattern.accepts(mask):
+                self.pattern.append(f"{name}: another number of zeros")
+        except InvalidProblemError as error:
+            self.pattern.append(f"{name}: {error}")
         if not bool(torch.isfinite(weight).all()):
             self.infinite.append(f"{name}: not finite")
 

@@ -14,12 +14,13 @@ from torch import nn
 
 from layerwise.adapters import Adapter, get_adapter
 from layerwise.errors import DataError, LayerwiseError
-from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names
+from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.checkpoints.strict_json import read_object
+from layerwise.run.models.accounts import checkpoint_names
 from layerwise.run.models.loading import load_stock
 from layerwise.run.models.opening import load_model
 from layerwise.run.models.rewrite import parameters_of
-from layerwise.run.outputs.checks import Check, shards, untouched
+from layerwise.run.outputs.checks import Check, files, shards, untouched
 from layerwise.run.outputs.output import Manifest
 from layerwise.run.outputs.smaller import CHANNELS, Smaller
 from layerwise.run.pipeline.destination import FOLDER
@@ -43,6 +44,7 @@ def verify_smaller(
         _finite(checkpoint, smaller),
         untouched(checkpoint, manifest, set(smaller.changed)),
         shards(checkpoint, manifest),
+        files(checkpoint, manifest),
         opens,
     ]
     if model is not None:

@@ -115,7 +115,7 @@ def collect_pair(
 
 
 def _accumulator(task: Task, inputs: BlockInputs, stage: Stage) -> MomentAccumulator:
-    weights = [task.adapter.weight(inputs.block, name) for name in stage.linears]
+    weights = [inputs.weight(task.adapter, name) for name in stage.linears]
     width = weights[0].shape[1]
     return MomentAccumulator(
         width,

@@ -88,6 +88,12 @@ def gradient_norms(
     SolveError
         If a gradient is not finite.
     """
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        message = (
+            "loss gradients need a model that was not loaded in torch.inference_mode: load "
+            "it outside"
+        )
+        raise UsageError(message)
     count, length = tokens.shape
     if length < 2:
         message = (

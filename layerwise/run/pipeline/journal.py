@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from layerwise.errors import DataError, UsageError
+from layerwise.errors import DataError, UsageError, one_line
 from layerwise.run.checkpoints.atomic import atomic_write, remove_temporaries
 from layerwise.run.checkpoints.bitmask import pack_mask, packed_size, unpack_mask
+from layerwise.run.checkpoints.files import read_bytes
+from layerwise.run.checkpoints.hashes import bytes_sha256
 from layerwise.run.checkpoints.lazy import LazyTensors
 from layerwise.run.checkpoints.shard import write_shard
-from layerwise.run.checkpoints.strict_json import read_object
-from layerwise.run.pipeline.block_files import BlockFolder, write_block
+from layerwise.run.checkpoints.strict_json import parse_json, read_object
+from layerwise.run.pipeline.block_files import DIGITS, INPUTS, BlockFolder
 from layerwise.run.pipeline.destination import (
     BLOCKS,
     FINGERPRINT,
@@ -36,12 +37,12 @@ from layerwise.run.pipeline.destination import (
     replaced_path,
     settle,
 )
-from layerwise.run.pipeline.records import LayerRecord
-from layerwise.run.pipeline.results import PrunedBlock
+from layerwise.run.pipeline.records import LayerRecord, read_records, record_lines
+from layerwise.run.pipeline.solver_identity import UNKNOWN
+from layerwise.run.pipeline.state_files import read_state, write_state
 
 MASKS = "masks.safetensors"
 SHAPES = "shapes"
-TEXT = "text"
 
 
 class Journal(BlockFolder):
@@ -71,8 +72,8 @@ class Journal(BlockFolder):
         self.output = output
         self.folder = partial_path(output)
         self._ours = self.folder / FOLDER
-        super().__init__(self._ours / BLOCKS)
         self._fingerprint = json.loads(json.dumps(fingerprint))
+        super().__init__(self._ours / BLOCKS, run_key(self._fingerprint))
         check_output(output, force=force)
         if self.folder.exists() and not self._is_fresh():
             self._continue(resume)
@@ -117,7 +118,8 @@ class Journal(BlockFolder):
             return
         other = read_object(path)
         keys = sorted({*other, *self._fingerprint})
-        differs = [key for key in keys if other.get(key) != self._fingerprint.get(key)]
+        own = self._fingerprint
+        differs = [k for k in keys if other.get(k) != own.get(k) or own.get(k) == UNKNOWN]
         if differs:
             message = (
                 f"{self.folder} is an unfinished run with another {', '.join(differs)}; "
@@ -125,36 +127,23 @@ class Journal(BlockFolder):
             )
             raise UsageError(message)
         remove_temporaries(self.folder)
-
-    def write_block(self, index: int, block: PrunedBlock) -> None:
-        """Store a finished block, atomically."""
-        write_block(self.blocks, index, block)
+        self.blocks.mkdir(exist_ok=True)
+        self.take_over()
 
     def read_state(self, name: str) -> tuple[dict[str, Tensor], str] | None:
         """Return tensors and text of a state that was stored under a name, or None."""
-        path = self._state_path(name)
-        if not path.is_file():
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return tensors, file.metadata()[TEXT]
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
-            message = f"{path} is damaged ({error}); delete it to redo that part"
-            raise DataError(message) from error
+        return read_state(self._state_path(name), self.run)
 
     def write_state(self, name: str, tensors: Mapping[str, Tensor], text: str) -> None:
         """Store tensors and text under a name, atomically."""
-        ready = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        atomic_write(self._state_path(name), save(ready, metadata={TEXT: text}))
+        write_state(self._state_path(name), self.run, tensors, text)
 
     def _state_path(self, name: str) -> Path:
         return self._ours / BLOCKS / f"{name}.safetensors"
 
     def write_layers(self, records: list[LayerRecord]) -> None:
         """Write ``layers.jsonl``: one line per matrix, in order."""
-        lines = "".join(json.dumps(record.to_dict()) + "\n" for record in records)
-        atomic_write(self._ours / LAYERS, lines.encode())
+        atomic_write(self._ours / LAYERS, record_lines(records).encode())
 
     def write_masks(
         self,
@@ -201,24 +190,31 @@ class Journal(BlockFolder):
             raise DataError(message) from error
         settle(self.output)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no block and no state is finished: inputs of blocks do not count."""
+        files = self.blocks.glob("*.safetensors")
+        return all(path.name.startswith(INPUTS) for path in files)
+
     def discard_if_empty(self) -> None:
         """Remove the partial folder of a run that stopped before its first block."""
-        if not any((self._ours / BLOCKS).glob("*.safetensors")):
+        if self.is_empty:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def run_key(fingerprint: Mapping[str, Any]) -> str:
+    """Short hash of a fingerprint, by which a block names its run."""
+    return bytes_sha256(json.dumps(fingerprint, sort_keys=True).encode())[:DIGITS]
 
 
 def read_layers(folder: Path) -> list[LayerRecord]:
     """Read the figures of a finished or unfinished run."""
     path = folder / FOLDER / LAYERS
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [LayerRecord.from_dict(json.loads(line)) for line in lines]
-    except FileNotFoundError:
+    if not path.exists():
         message = f"{folder} holds no {FOLDER}/{LAYERS}: it is not an output of layerwise"
-        raise DataError(message) from None
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        message = f"{path} is damaged: {error}"
-        raise DataError(message) from error
+        raise DataError(message)
+    with _damage(path):
+        return read_records(read_bytes(path))
 
 
 def read_masks(folder: Path) -> LazyTensors:
@@ -233,7 +229,7 @@ def read_masks(folder: Path) -> LazyTensors:
             return unpack_mask(file.get_tensor(name), shapes[name])
 
     with _damage(path), safe_open(path, framework="pt") as file:
-        listed = json.loads(file.metadata()[SHAPES])
+        listed = parse_json(file.metadata()[SHAPES].encode(), SHAPES)
         shapes = {name: [int(size) for size in shape] for name, shape in listed.items()}
         names = list(file.keys())
         if set(names) != set(shapes):
@@ -247,6 +243,15 @@ def _damage(path: Path) -> Iterator[None]:
     """Turn the errors of reading a damaged file into one that names the file."""
     try:
         yield
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        message = f"{path} is damaged: {error}"
+    except (
+        SafetensorError,
+        OSError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        DataError,
+    ) as error:
+        message = f"{path} is damaged: {one_line(error)}"
         raise DataError(message) from error

@@ -24,7 +24,8 @@ from layerwise.run.activations.hidden_store import HiddenStore
 from layerwise.run.activations.streams import BATCH, capture, evaluation_mode
 from layerwise.run.checkpoints.shard import write_shard
 from layerwise.run.models.opening import open_model
-from layerwise.run.pipeline.block_files import write_block
+from layerwise.run.pipeline.block_checks import stored_block
+from layerwise.run.pipeline.block_files import INPUTS, write_block
 from layerwise.run.pipeline.blocks import advance
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.removal import BlockStep, Removal, Run
@@ -142,6 +143,8 @@ class BlockWork:
         Token windows, shape (sequences, length).
     folder
         Folder from which inputs are read and into which blocks are written.
+    run
+        Key of the run, for the files of the blocks.
     """
 
     source: Path
@@ -152,10 +155,14 @@ class BlockWork:
     error_correction: ErrorCorrection
     tokens: Tensor
     folder: Path
+    run: str
 
 
-def open_blocks(work: BlockWork, spec: WorkerSpec) -> Callable[[int], None]:
-    """Open the checkpoint in a worker; return a function that prunes a block by number."""
+def open_blocks(work: BlockWork, spec: WorkerSpec) -> Callable[[int], str]:
+    """Open the checkpoint in a worker; return a function that prunes a block by number.
+
+    The function returns the name of the file that it wrote.
+    """
     opened = open_model(work.source, streamed=True, trusted=True)
     model, residency = opened.model, opened.residency
     selection = work.removal.select(opened, work.targets, work.ignore)
@@ -167,13 +174,22 @@ def open_blocks(work: BlockWork, spec: WorkerSpec) -> Callable[[int], None]:
         calls = capture(model, [block for _, block in blocks], batches).calls
 
     @torch.no_grad()
-    def prune(index: int) -> None:
+    def prune(index: int) -> str:
         name, block = blocks[index]
         hidden = read_hidden(work.folder, index)
         stages = selection.stages_of(name)
-        inputs = BlockInputs(name, block, stages, calls[index], hidden, hidden)
+        inputs = BlockInputs(
+            name,
+            block,
+            stages,
+            calls[index],
+            hidden,
+            hidden,
+            stored=opened.stored_weights,
+        )
         with evaluation_mode(model), residency.block(block, task.device):
-            write_block(work.folder, index, work.step.prune_block(task, inputs))
+            block = work.step.prune_block(task, inputs)
+            return write_block(work.folder, index, block, work.run)
 
     return prune
 
@@ -213,13 +229,17 @@ class ParallelRun:
             for record in result.records:
                 listeners.on_layer(record)
 
+        def add(job: Job, name: str) -> None:
+            self.store.add_file(int(job.key), name)
+            finish(int(job.key))
+
         count = min(workers.count, len(self.run.selection.blocks))
         workers = replace(workers, count=count)
         opening = partial(open_blocks, self._work())
         run_jobs(
             self._jobs(finish),
             workers.executor(opening, self.run.task.device),
-            on_done=lambda job, _: finish(int(job.key)),
+            on_done=add,
             on_note=listeners.on_note,
         )
         return _in_order(done)
@@ -235,14 +255,16 @@ class ParallelRun:
         hidden = self.hidden.keep(stream.hidden)
         stream.hidden.clear()
         for index, (name, block) in enumerate(blocks):
-            if self.store.read_block(index) is None:
+            stages = self.run.selection.stages_of(name)
+            inputs = BlockInputs(name, block, stages, stream.calls[index], hidden, hidden)
+            pruned = self.step.stages_of(inputs)
+            if stored_block(self.store, index, task.adapter, inputs, pruned) is None:
                 with timed("write"):
                     write_hidden(self.folder, index, hidden)
                 yield Job(index, index)
             else:
                 finish(index)
             if index < len(blocks) - 1:
-                inputs = BlockInputs(name, block, (), stream.calls[index], hidden, hidden)
                 with residency.block(block, task.device):
                     hidden = self.hidden.keep(advance(task, inputs, hidden))
 
@@ -257,6 +279,7 @@ class ParallelRun:
             self.run.task.error_correction,
             self.run.tokens.tokens,
             self.folder.absolute(),
+            self.store.run,
         )
 
 
@@ -266,7 +289,7 @@ def _in_order(done: Mapping[int, list[LayerRecord]]) -> list[LayerRecord]:
 
 def hidden_path(folder: Path, index: int) -> Path:
     """File with the inputs of a block."""
-    return folder / f"inputs-{index:05d}.safetensors"
+    return folder / f"{INPUTS}{index:05d}.safetensors"
 
 
 def write_hidden(folder: Path, index: int, hidden: Sequence[Tensor]) -> None:

@@ -20,6 +20,7 @@ from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.data.calibration import Calibration
 from layerwise.run.models.opening import OpenedModel
 from layerwise.run.models.stock import OutputFormat
+from layerwise.run.models.stored_types import RunTypes
 from layerwise.run.models.surgery import Cut
 from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.results import OnLayer, PrunedBlock
@@ -81,6 +82,11 @@ class Run(Generic[S]):
     own_tokens: Calibration
     output: Path | None = None
 
+    @property
+    def stored_weights(self) -> Mapping[str, Tensor]:
+        """Weights that a file gets back in another type than the model has, by name."""
+        return {} if self.output is None else self.opened.stored_weights
+
 
 @dataclass(frozen=True, eq=False)
 class Shrunk:
@@ -99,6 +105,8 @@ class Shrunk:
     predicted_loss, price
         Predicted growth of the mean loss of a token for the optimised widths, and its slope
         per parameter; None if no widths were optimised.
+    types
+        Types of a model that now has those of its files, to be restored after writing.
     """
 
     cuts: Sequence[Cut]
@@ -108,6 +116,7 @@ class Shrunk:
     parameters_after: int
     predicted_loss: float | None = None
     price: float | None = None
+    types: RunTypes | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +149,7 @@ class BlockStep(Protocol):
     """Step that prunes one block after another."""
 
     def stages_of(self, inputs: BlockInputs) -> tuple[Stage, ...]:
-        """Stages of a block whose dense inputs will be read."""
+        """Stages of a block that are pruned; their dense inputs are read."""
         ...
 
     def prune_block(

@@ -94,13 +94,13 @@ class Follower(BlockFolder):
     ----------
     output
         The folder that the run will become.
-    finished
-        Blocks that were finished when the run began, according to rank 0.
+    run, files
+        Key of the run, and the files of the blocks that were finished when the run began,
+        according to rank 0.
     """
 
-    def __init__(self, output: Path, finished: frozenset[int]) -> None:
-        super().__init__(partial_path(output) / FOLDER / BLOCKS)
-        self._finished = finished
+    def __init__(self, output: Path, run: str, files: Mapping[int, str]) -> None:
+        super().__init__(partial_path(output) / FOLDER / BLOCKS, run, files)
         if not self.blocks.is_dir():
             message = (
                 f"another rank does not see {self.blocks} of rank 0: put the output on a "
@@ -110,16 +110,14 @@ class Follower(BlockFolder):
 
     def read_block(self, index: int) -> PrunedBlock | None:
         """Return a block that was finished when the run began, or None."""
-        if index not in self._finished:
-            return None
-        block = super().read_block(index)
-        if block is None:
+        path = self.block_path(index)
+        if path is not None and not path.exists():
             message = (
                 f"{self.blocks} lacks block {index}, which rank 0 has: put the output on a "
                 f"file system that all ranks share"
             )
             raise DataError(message)
-        return block
+        return super().read_block(index)
 
     def write_block(self, index: int, block: PrunedBlock) -> None:
         """Do nothing: rank 0 writes."""
@@ -156,14 +154,12 @@ def open_store(
         yield MemoryStore()
         return
     if not ranks.first:
-        finished = json.loads(ranks.broadcast_text("finished", None))
-        yield Follower(output, frozenset(finished))
+        run, files = json.loads(ranks.broadcast_text("finished", None))
+        yield Follower(output, run, {int(index): name for index, name in files.items()})
         return
     with _open_journal(destination, output, identity) as journal:
         if ranks.are_several:
-            files = journal.blocks.glob("[0-9]*-*.safetensors")
-            finished = sorted({int(path.name.partition("-")[0]) for path in files})
-            ranks.broadcast_text("finished", json.dumps(finished))
+            ranks.broadcast_text("finished", json.dumps([journal.run, journal.files]))
         refuse_full_disk(journal.folder, needed)
         yield journal
 

@@ -48,7 +48,8 @@ class _Matrix:
     """A matrix with known moments, and the function that poses its problem."""
 
     linear: str
-    weight: Tensor
+    weight: Tensor  # of the model
+    dtype: torch.dtype  # of the result
     pose: Callable[[], LayerProblem]
 
 
@@ -81,7 +82,9 @@ def solve_stages(
     for matrix, solved in _solutions(zeros.method, task.ranks, inputs.name, matrices):
         name = matrix.linear
         matrix.weight.copy_(solved.weight)  # last: the problem reads the dense weight
-        result.weights[name] = matrix.weight.cpu()  # on the CPU not a copy
+        same = solved.weight.dtype == matrix.weight.dtype
+        kept = matrix.weight if same else solved.weight
+        result.weights[name] = kept.cpu()  # on the CPU not a copy
         result.masks[name] = solved.mask.cpu()
         result.records.append(solved.record)
         trim_memory(matrix.weight.shape[1])  # before the next matrix needs it
@@ -103,11 +106,12 @@ def _matrices(
         moments, exponent = accumulator.release()
     matrices = []
     for index, name in enumerate(stage.linears):
-        weight = task.adapter.weight(inputs.block, name)
+        weight = inputs.weight(task.adapter, name)
         drift = partial(accumulator.drift, index) if task.staged else lambda: None
         gradient = partial(_scaled, inputs.gradients.get(name), exponent, weight.device)
         pose = partial(_pose, zeros, weight, moments, drift, gradient)
-        matrices.append(_Matrix(name, weight, pose))
+        own = task.adapter.weight(inputs.block, name)
+        matrices.append(_Matrix(name, own, weight.dtype, pose))
     return matrices
 
 
@@ -146,7 +150,7 @@ def _exchanged(
     record = LayerRecord.from_dict(json.loads(ranks.broadcast_text(name, text)))
     if own is None:
         weight = torch.empty(
-            matrix.weight.shape, dtype=matrix.weight.dtype, device=matrix.weight.device
+            matrix.weight.shape, dtype=matrix.dtype, device=matrix.weight.device
         )
         mask = torch.empty_like(weight, dtype=torch.bool)
     else:

@@ -25,8 +25,17 @@ class BlockStore(Protocol):
         """Return a finished block, or None if there is none."""
         ...
 
+    @property
+    def run(self) -> str:
+        """Key of the run, which the files of its blocks name."""
+        ...
+
     def write_block(self, index: int, block: PrunedBlock) -> None:
         """Keep a finished block."""
+        ...
+
+    def add_file(self, index: int, name: str) -> None:
+        """Keep a finished block that a worker wrote into the folder."""
         ...
 
     def read_tensor(self, kind: str, index: int, linear: str) -> Tensor:
@@ -62,6 +71,7 @@ class MemoryStore:
     """Store of a run that writes no folder."""
 
     blocks = None
+    run = ""
 
     def __init__(self) -> None:
         self._done: dict[int, PrunedBlock] = {}
@@ -73,6 +83,9 @@ class MemoryStore:
     def write_block(self, index: int, block: PrunedBlock) -> None:
         """Keep a finished block."""
         self._done[index] = block
+
+    def add_file(self, index: int, name: str) -> None:
+        """Do nothing: workers have a folder."""
 
     def read_tensor(self, kind: str, index: int, linear: str) -> Tensor:
         """Read one weight or mask of a finished block."""

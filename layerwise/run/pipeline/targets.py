@@ -87,7 +87,6 @@ class Selection:
         refuse_unserved(model, adapter, judgement)
         named = {**dict(model.named_modules()), **judgement.unserved}
         self.names = select(named, candidates, targets, ignore)
-        refuse_shared(model, self.names)
         for name in self.names:
             verdict = judgement.of_linear(name)
             if verdict.status == "refused":  # by the pattern: nothing is shared
@@ -198,36 +197,56 @@ def note_on(model: nn.Module, adapter: Adapter, selection: Selected) -> str:
 
 
 def refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise if a weight to prune is shared with another module of the model."""
-    known = names_of(model)
-    for name in names:
-        weight = f"{name}.weight"
-        if (other := other_name(known[weight], weight)) is not None:
-            message = (
-                f"{weight} and {other} are one tensor: pruning one of them would change "
-                f"the other; ignore both"
-            )
-            raise UnsupportedModelError(message)
+    """Raise if weights to prune share memory with others, or their entries do."""
+    if reasons := _shared(model, names):
+        message = f"{len(reasons)} weights cannot be pruned{_listed(reasons)}"
+        raise UnsupportedModelError(message)
 
 
 def refuse_unserved(model: nn.Module, adapter: Adapter, judgement: Judgement) -> None:
-    """Raise if the entries select weights that the adapter cannot prune."""
-    unserved = judgement.unserved
-    selected = [n for n in unserved if judgement.of_unserved(n).status == "refused"]
-    if not selected:
+    """Raise if the entries select weights that are shared or that no adapter can prune."""
+    reasons = {
+        name: adapter.unserved[name]
+        for name in judgement.unserved
+        if judgement.of_unserved(name).status == "refused"
+    }
+    chosen = [n for n in judgement.candidates if judgement.of_linear(n).status != "dense"]
+    reasons |= _shared(model, chosen)
+    if not reasons:
         return
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    sizes = [parameters.get(n, parameters.get(f"{n}.weight")) for n in selected]
+    found = [parameters.get(n, parameters.get(f"{n}.weight")) for n in reasons]
+    sizes = {id(p): p.numel() for p in found if p is not None}
     prefix = f"{adapter.blocks}."
-    total = sum(p.numel() for n, p in parameters.items() if n.startswith(prefix))
-    share = sum(p.numel() for p in sizes if p is not None) / total
-    kinds: dict[str, str] = {}  # expression for all blocks -> first name
-    for name in selected:
-        kinds.setdefault("re:" + r"\.\d+".join(re.split(r"\\\.\d+", re.escape(name))), name)
-    shown = [f"{name} ({adapter.unserved[name]})" for name in kinds.values()]
+    inside = {id(p): p.numel() for n, p in parameters.items() if n.startswith(prefix)}
     message = (
-        f"{len(selected)} weights of the blocks, {share:.1%} of their parameters, cannot "
-        f"be pruned, such as {', '.join(shown[:3])}; to leave them dense, ignore "
-        f"{' '.join(kinds)}"
+        f"{len(reasons)} weights of the blocks, "
+        f"{sum(sizes.values()) / sum(inside.values()):.1%} of their parameters, cannot be "
+        f"pruned{_listed(reasons)}"
     )
     raise UnsupportedModelError(message)
+
+
+def _shared(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Reason for every named linear whose entries are shared, among each other or not."""
+    known = names_of(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    reasons = {}
+    for name in names:
+        weight = f"{name}.weight"
+        if (other := other_name(known[weight], weight)) is not None:
+            reasons[name] = f"one tensor with {other}"
+        elif 0 in parameters[weight].stride():
+            reasons[name] = "expanded, so that entries share their memory: clone it"
+    return reasons
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    """Some weights with their reasons, and the entries that leave all of them dense."""
+    kinds: dict[str, str] = {}  # expression for all blocks -> first name
+    for name in reasons:
+        kinds.setdefault("re:" + r"\.\d+".join(re.split(r"\\\.\d+", re.escape(name))), name)
+    shown = [f"{name} ({reasons[name]})" for name in kinds.values()]
+    return (
+        f", such as {', '.join(shown[:3])}; to leave them dense, ignore {' '.join(kinds)}"
+    )

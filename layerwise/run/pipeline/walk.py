@@ -15,6 +15,7 @@ from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.activations.hidden_store import HiddenStore
 from layerwise.run.activations.streams import BATCH, capture
 from layerwise.run.models.rewrite import set_bias
+from layerwise.run.pipeline.block_checks import stored_block
 from layerwise.run.pipeline.blocks import advance, advance_dense
 from layerwise.run.pipeline.gradients import gradient_norms
 from layerwise.run.pipeline.records import LayerRecord
@@ -66,14 +67,16 @@ def walk(
             dense,
             pruned,
             gradients.pop(name, {}),
+            run.stored_weights,
         )
         last = index == len(blocks) - 1  # nothing reads its output
         next_dense, side = dense, None
         with residency.block(block, task.device):
-            result = store.read_block(index)
+            stages = step.stages_of(inputs)
+            result = stored_block(store, index, task.adapter, inputs, stages)
             if task.error_correction != "sequential" and not last:
                 if result is None and task.staged:
-                    side = DenseSide(inputs, step.stages_of(inputs), task.device)
+                    side = DenseSide(inputs, stages, task.device)
                 next_dense = hidden.keep(advance_dense(task, inputs, side))
             if result is None:
                 result = step.prune_block(task, inputs, on_layer, side)

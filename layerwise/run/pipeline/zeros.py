@@ -15,7 +15,9 @@ from layerwise.problem import LayerProblem
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.activations.pruned_side import PrunedSide
+from layerwise.run.models.accounts import remarks
 from layerwise.run.models.opening import OpenedModel
+from layerwise.run.models.stored_types import weight_bytes
 from layerwise.run.pipeline.block_files import MASK, WEIGHT
 from layerwise.run.pipeline.blocks import collect_at_once, collect_pair
 from layerwise.run.pipeline.method import Method
@@ -117,10 +119,12 @@ class ZeroWeights:
 
     def notes(self, run: Run[Selection]) -> list[str]:
         """Remarks for the log before the run."""
-        opened = run.opened
-        if not opened.adapter.found:
-            return []
-        return [note_on(opened.model, opened.adapter, run.selection)]
+        opened, notes = run.opened, []
+        if opened.adapter.found:
+            notes.append(note_on(opened.model, opened.adapter, run.selection))
+        if opened.source is not None:
+            notes += remarks(opened.model, opened.source)
+        return notes
 
     def disk_needed(self, run: Run[Selection]) -> int:
         """Bytes of the copy of the checkpoint and of the finished blocks."""
@@ -128,9 +132,10 @@ class ZeroWeights:
         if source is None:
             return 0
         copy = sum(entry.n_bytes for entry in source.entries().values())
-        pruned = [model.get_parameter(f"{name}.weight") for name in run.selection.names]
-        blocks = sum(p.numel() * p.element_size() + p.numel() // 8 for p in pruned)
-        return int(copy + blocks)
+        names = run.selection.names
+        pruned = [model.get_parameter(f"{name}.weight") for name in names]
+        masks = sum(p.numel() // 8 for p in pruned)
+        return int(copy + weight_bytes(source, model, names) + masks)
 
     def prepare(self, run: Run[Selection]) -> "ZeroWeights":
         """Return the removal itself: the whole model need not be known."""
