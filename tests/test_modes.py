@@ -29,9 +29,9 @@ TOKENS = random_tokens(4, 16)
 
 @contextmanager
 def nested() -> Iterator[None]:
-    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-        with torch.autocast("cpu", torch.float16):
-            yield
+    outer = torch.autocast("cpu", torch.bfloat16)
+    with outer, torch.inference_mode(), torch.autocast("cpu", torch.float16):
+        yield
 
 
 def pruned(context: AbstractContextManager[Any], method: str, **more: Any) -> list[Any]:
