@@ -153,5 +153,13 @@ def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
 
         traceback.print_exception(error)
     line = shortened(" ".join(message.split()), LONGEST_MESSAGE)
-    typer.echo(f"layerwise: {line}", err=True)
+    typer.echo(f"layerwise: {_printable(line)}", err=True)
     return code
+
+
+def _printable(text: str) -> str:
+    """Text whose control characters, and bytes that are not text, are escaped."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
