@@ -20,7 +20,7 @@ from layerwise.planning import plan as plan_module
 from tests.support.command_line import fill_workshop, flags
 from tests.support.planning import FixedRates
 
-SECONDS = 5.0  # a harmless value lets a whole run happen, on a machine that is busy
+SECONDS = 2.0  # until a refusal
 ALLOWED = (0, 2, 3, 5, 6, 7)
 LONG = "x" * 10**5
 NUMBERS = ("nan", "-1", "1" * 30, "9" * 5000, "1e999", "0x10", "", "\0", LONG)
@@ -31,6 +31,7 @@ FILES = ("--recipe", "--calibration", "--dataset", "--dense", "--compare", "--mo
 SMALL = ["--calibration", "text.txt", "--n-sequences", "2", "--sequence-length", "12"]
 RACE = ["--methods", "magnitude", "--layers", "8x8"]
 OF_RACE = ("--methods", "--layers", "--grams", "--damping", "--json", "--plot")
+OF_TASKS = ("--tasks", "--limit", "--task-folder")  # lm-eval takes long to import
 COMMANDS: dict[str, list[str]] = {
     "prune": flags({})[1:],
     "plan": flags({})[1:],
@@ -50,9 +51,7 @@ def attacks() -> Iterator[tuple[str, str, tuple[str, ...]]]:
     for name in COMMANDS:
         for parameter in commands[name].params:
             option, kind = parameter.opts[-1], parameter.type_descriptor.annotation
-            if (
-                getattr(parameter, "is_flag", False) or option == "--tasks"
-            ):  # slow to import
+            if getattr(parameter, "is_flag", False) or option in OF_TASKS:
                 continue
             values = NUMBERS if kind in (int, float) else WORDS
             if kind is Path or parameter.param_type_name == "argument":
@@ -69,8 +68,7 @@ def line_of(command: str, option: str, value: str) -> list[str]:
         return [command, *line[1:], "--", value]
     value = f"block_size={value}" if option == "--set" else value
     speed = ["--speed"] if option == "--compare" else []
-    limited = ["--tasks", "arc"] if option in ("--limit", "--task-folder") else []
-    return [command, *line, *speed, *limited, option, value]
+    return [command, *line, *speed, option, value]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +103,7 @@ def attack(line: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) ->
     seconds, error = time.perf_counter() - start, capsys.readouterr().err
     shown = [part[:30] for part in line]
     assert code in ALLOWED, (shown, error[-300:])
-    assert seconds < SECONDS, (shown, seconds)
+    assert code == 0 or seconds < SECONDS, (shown, seconds)
     assert "Traceback" not in error, shown
     if code:
         last = error.splitlines()[-1]

@@ -82,9 +82,6 @@ for command in COMMANDS:
 
 def main() -> None:
     """Entry point: run a command, turn exceptions into one line and an exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names may have any characters
-            stream.reconfigure(errors="backslashreplace")
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()
@@ -96,6 +93,9 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names may have any characters
+            stream.reconfigure(errors="backslashreplace")
     debug = DEBUG in arguments  # anywhere, also behind the command
     arguments = [argument for argument in arguments if argument != DEBUG]
     try:

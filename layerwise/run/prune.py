@@ -8,6 +8,7 @@ is pruned in place.
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,7 @@ def prune(
         needed = settings.removal.disk_needed(run)
         with open_store(destination, identity, ranks, needed) as store:
             listeners = Listeners(callbacks if ranks.first else ())
+            run = replace(run, on_note=listeners.on_note)
             listeners.on_notes(settings.removal.notes(run))
             if streamed and from_folder and opened.in_memory:
                 listeners.on_note(WHOLE)
