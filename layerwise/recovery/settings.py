@@ -123,6 +123,7 @@ class Settings:
             "n_sequences": tokens.tokens.shape[0],
             "sequence_length": tokens.tokens.shape[1],
             "seed": self.seed,
+            "bos": "never" if tokens.bos is None else "always",
         }
         if self.reconstructs:
             settings["error_correction"] = self.error_correction

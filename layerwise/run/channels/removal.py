@@ -79,6 +79,9 @@ class RemoveChannels:
         structure = choose_structure(method.solver, amount)
         if structure is None:
             return None
+        for name in amount.given("keep_zeros"):
+            message = f"{name} is for zeros, not for smaller models: leave it out"
+            raise UsageError(message)
         return cls(method.with_certify(bounded=False), structure)
 
     @property
@@ -101,7 +104,7 @@ class RemoveChannels:
     def check_storable(self) -> None:
         """Every smaller model can be written to a folder."""
 
-    def for_model(self, model_type: str) -> "RemoveChannels":
+    def for_model(self, model_type: str, *, ours: bool = False) -> "RemoveChannels":
         """Return it with Wanda as warm start for every family: SparseGPT keeps columns."""
         return replace(self, method=self.method.with_start("wanda"))
 

@@ -41,6 +41,8 @@ class Amount:
         As in :func:`layerwise.prune_model`.
     allocation, format, multiple
         The same, for smaller models.
+    keep_zeros
+        The same, for zeros only.
     """
 
     sparsity: float | str | None = None
@@ -49,6 +51,7 @@ class Amount:
     allocation: str | None = None
     format: str | None = None
     multiple: int | None = None
+    keep_zeros: bool | None = None
 
     def given(self, *names: str) -> Iterator[str]:
         """Those of the named arguments that were given."""
@@ -240,8 +243,16 @@ class Removal(Protocol[S]):
         """Refuse a result that cannot be written to a folder."""
         ...
 
-    def for_model(self, model_type: str) -> Self:
-        """Return the removal with what its paper prescribes for a family of models."""
+    def for_model(self, model_type: str, *, ours: bool = False) -> Self:
+        """Return the removal with what its paper prescribes for a family of models.
+
+        Parameters
+        ----------
+        model_type
+            The family.
+        ours
+            Whether layerwise wrote the model.
+        """
         ...
 
     def select(
