@@ -254,15 +254,15 @@ def test_a_workspace_is_its_largest_peak_and_rows_fit_the_budget() -> None:
 
 
 def data_of(rows: int, width: int, *, pair: bool) -> tuple[Tensor, Moments, Tensor | None]:
-    """Weight, moments in the units of a run, and the drift."""
+    """Weight, moments in the units of a run that summed them up, and the drift."""
     device = torch.device("cpu")
     gram = random_gram(width, device, 1)
     weight = random_weight(rows, width, device, 0).bfloat16()
     if not pair:
-        return weight, Moments(gram, n_tokens=4096), None
+        return weight, Moments(gram, n_tokens=4096, summed=True), None
     noise = 1 + 0.01 * torch.randn(width, dtype=torch.float64)
     drift = torch.full((rows,), 1e-2, dtype=torch.float64)
-    return weight, Moments(gram, gram * noise, n_tokens=4096), drift
+    return weight, Moments(gram, gram * noise, n_tokens=4096, summed=True), drift
 
 
 @pytest.mark.parametrize("pair", [False, True])

@@ -90,10 +90,11 @@ def test_answers_that_are_refused(kind: str) -> None:
 @pytest.mark.parametrize("solver", [Own, Wanda, None, 3])
 def test_what_is_not_a_solver(solver: Any) -> None:
     message = "is a class, not a solver" if inspect.isclass(solver) else "is not a solver"
+    given: list[Any] = [solver]  # not narrowed by the branch above
     with pytest.raises(UsageError, match=message):
-        lw.solve(PROBLEM, solver)
+        lw.solve(PROBLEM, given[0])
     with pytest.raises(UsageError, match=message):
-        lw.chain("wanda", solver)
+        lw.chain("wanda", given[0])
 
 
 @pytest.mark.parametrize("problem", [None, LAYER.weight])
