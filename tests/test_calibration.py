@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from layerwise.errors import DataError, LayerwiseError, UsageError
-from layerwise.run.data.calibration import evaluation_text, token_windows
+from layerwise.run.data.calibration import token_windows
+from layerwise.run.data.evaluation import evaluation_text
 from layerwise.run.data.tokens import encode
 
 TEXT = "the pruned model keeps the weights that matter and drops the rest of them. "
@@ -273,7 +274,7 @@ FILES = {
     "short.txt": b"a b",
     "latin.txt": b"caf\xe9",
     "empty.jsonl": b"\n\n",
-    "good.jsonl": b'{"text": "hello", "id": 3}\n',
+    "good.jsonl": b'{"body": "hello", "id": 3}\n',
     "garbage.jsonl": b'{"text": "a"}\n\n{"text": \n',
     "deep.jsonl": b"[" * 10**5,
     "missing.jsonl": b'{"text": "a"}\n{"body": "b"}\n',
@@ -290,16 +291,16 @@ TEXT_FAILURES = [
     ("latin.txt", DataError, r"latin.txt is not UTF-8 \(byte 3\)"),
     ("absent.jsonl:text", DataError, "cannot read .*absent.jsonl"),
     ("empty.jsonl:text", DataError, "empty.jsonl is empty"),
-    ("good.jsonl", UsageError, "needs a field, .*found: 'text', 'id'"),
-    ("good.jsonl:", UsageError, "needs a field, .*found: 'text', 'id'"),
-    ("good.jsonl:body", DataError, "line 1 has no field 'body'; found: 'text', 'id'"),
+    ("good.jsonl", UsageError, "needs a field, .*found: 'body', 'id'"),
+    ("good.jsonl:", UsageError, "needs a field, .*found: 'body', 'id'"),
+    ("good.jsonl:text", DataError, "line 1 has no field 'text'; found: 'body', 'id'"),
     ("garbage.jsonl:text", DataError, "garbage.jsonl line 3 is not JSON"),
     ("deep.jsonl:text", DataError, "deep.jsonl line 1 is not JSON"),
     ("missing.jsonl:text", DataError, "line 2 has no field 'text'; found: 'body'"),
     ("list.jsonl:text", DataError, "line 2 holds a list"),
-    ("number.jsonl:text", DataError, "line 2, field 'text' has type int"),
+    ("number.jsonl:text", UsageError, "line 2, field 'text' is an int: expected input_id"),
     ("surrogate.jsonl:text", DataError, "line 1, field 'text' has an unpaired surrogate"),
-    ("file.parquet", UsageError, "unknown text source"),
+    ("file.csv", UsageError, "unknown text source"),
 ]
 
 
@@ -350,7 +351,7 @@ def test_too_little_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> 
         ([], DataError, "is empty"),
         (torch.zeros(0, 9, dtype=torch.int64), DataError, "is empty"),
         (["text"], UsageError, "needs a tokenizer"),
-        (["text", 5], DataError, "document 1 has type int, not string"),
+        (["text", 5], UsageError, "element 1 is an int: expected input_ids, text or"),
         (5, UsageError, "type int is not a calibration source"),
         (ROWS, DataError, "there are 3 token sequences, 4 are needed"),
         ([*ROWS, [1, 2]], DataError, "sequence 3 has 2 tokens, 8 are needed"),
@@ -359,10 +360,10 @@ def test_too_little_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> 
         ([*range(20), -1], DataError, "token id -1 at position 20 of the token stream"),
         ([ROWS[0], [40] * 8], DataError, "40 at position 0 of sequence 1 is outside"),
         ([[0.5] * 9], UsageError, "sequence 0 is torch.float32"),
-        ([0.5] * 9, UsageError, "sequence 0 is torch.float32"),
-        ([[[1] * 9] * 2] * 4, UsageError, r"of shape \(2, 9\)"),
+        ([0.5] * 9, UsageError, "token stream is torch.float32"),
+        (torch.ones(4, 2, 9).long(), UsageError, r"of shape \(2, 9\)"),
         ([[2**70] * 9], UsageError, "does not consist of token ids"),
-        ([{"input_ids": [1]}], UsageError, "does not consist of token ids"),
+        ([{"input_ids": [1]}], DataError, "sequence 0 has 1 tokens, 8 are needed"),
     ],
 )
 def test_ids_that_cannot_be_used(source: Any, error: type[Exception], match: str) -> None:
@@ -395,6 +396,10 @@ def test_output_of_a_foreign_tokenizer_is_checked(
     ],
 )
 def test_impossible_numbers(arguments: dict[str, int], match: str) -> None:
-    numbers = {"n_sequences": 1, "sequence_length": 4, "seed": 0} | arguments
+    numbers: dict[str, Any] = {
+        "n_sequences": 1,
+        "sequence_length": 4,
+        "seed": 0,
+    } | arguments
     with pytest.raises(UsageError, match=match):
         token_windows(range(9), None, **numbers)

@@ -100,7 +100,7 @@ BAD: Mapping[str, tuple[Mapping[str, Any], int, str]] = {
     "no recipe": ({"--recipe": "none.yaml"}, 2, "no recipe file none.yaml"),
     "bad recipe": ({"--recipe": "bad.yaml"}, 2, "unknown name 'methods'; known: model"),
     "source": ({"--calibration": "wikitext"}, 2, "did you mean 'wikitext2'"),
-    "field": ({"--calibration": "text.jsonl"}, 2, "needs a field, as in text.jsonl:field"),
+    "field": ({"--calibration": "text.jsonl:"}, 2, "needs a field, as in text.jsonl:field"),
     "no tokenizer": ({"MODEL": "mute"}, 2, "needs a tokenizer"),
     "experts": ({"MODEL": "mixture"}, 2, "model.layers.0.mlp.experts.gate_up_proj (a par"),
     "budget": (
@@ -184,13 +184,13 @@ def test_interruption_keeps_what_is_finished(
     def interrupt(self: Magnitude, *arguments: Any, **options: Any) -> Answer:
         calls[0] += 1
         if calls[0] == LINEARS - 1:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(Magnitude, "solve", interrupt)
     assert run(flags({"--method": "magnitude"})) == 130
     assert capsys.readouterr().err.endswith(
-        "layerwise: interrupted; what is finished of an output is kept\n"
+        "layerwise: stopped after 1 of 2 blocks; run the same command to continue\n"
     )
     assert (in_workshop / "out.partial").is_dir()
     assert run(flags({"--method": "magnitude"})) == 0

@@ -79,7 +79,7 @@ def test_prune_verify_report_evaluate(
     expected_value = perplexity(load_model(checkpoint), tokens, sequence_length=16)
     assert capsys.readouterr().out == (
         f"perplexity {expected_value:.4f}  (text.txt, {len(tokens) // 16} windows of 16 "
-        f"tokens)\n"
+        f"tokens, contiguous)\n"
     )
 
 

@@ -177,6 +177,7 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     save_checkpoint(tmp_path / "llama", tiny_model("llama", dtype=torch.bfloat16))
     (tmp_path / "text.txt").write_text(tiny_text())
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": tiny_text()}) + "\n")
+    (tmp_path / "body.jsonl").write_text(json.dumps({"body": tiny_text()}) + "\n")
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     shutil.rmtree(tmp_path)
@@ -240,7 +241,7 @@ def test_a_plan_reads_the_recipe_of_a_run_and_flags_win(
         (["--calibration", "none.txt"], 6, "cannot read none.txt: No such file"),
         (["--calibration", "none.jsonl:text"], 6, "cannot read none.jsonl: No such file"),
         (["--calibration", "wikitext"], 2, "did you mean 'wikitext2'"),
-        (["--calibration", "text.jsonl"], 2, "needs a field, as in text.jsonl:field"),
+        (["--calibration", "body.jsonl"], 2, "needs a field, as in body.jsonl:field"),
         (["--seed", "-1"], 2, "seed is -1"),
         (["--unit", "4", "--multiple", "8"], 2, "--unit 4 contradicts --multiple 8"),
         (["--recipe", "none.yaml"], 2, "no recipe file none.yaml"),

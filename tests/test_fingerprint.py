@@ -16,6 +16,7 @@ from tests.support.models import random_tokens, save_checkpoint, tiny_model
 
 TOKENS = random_tokens(6, 12)
 COMMON: dict[str, Any] = {
+    "bos": "never",
     "certify": None,
     "damping": 0.01,
     "device": "cpu",
@@ -53,6 +54,7 @@ def sha256_of(tokens: torch.Tensor) -> str:
                 "options": {},
                 "sparsity": "2:4",
                 "group": "row",
+                "keep_zeros": False,
             },
         ),
         (
@@ -63,6 +65,7 @@ def sha256_of(tokens: torch.Tensor) -> str:
                 "options": {"sparsegpt.block_size": 4},
                 "sparsity": 0.5,
                 "group": "row",
+                "keep_zeros": False,
             },
         ),
         (
@@ -71,6 +74,7 @@ def sha256_of(tokens: torch.Tensor) -> str:
                 "allocation": "uniform",
                 "format": "native",
                 "group": "row",
+                "keep_zeros": None,
                 "method": "fasp",
                 "multiple": 8,
                 "options": {},

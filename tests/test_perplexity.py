@@ -139,7 +139,7 @@ def test_overflow_is_infinite() -> None:
     [
         (tokens(5), LENGTH, 8, DataError, "has 5 tokens, one window needs 6"),
         (tokens(40), 1, 8, UsageError, "sequence_length is 1"),
-        (tokens(40), LENGTH, 0, UsageError, "batch_size 0"),
+        (tokens(40), LENGTH, 0, UsageError, "batch_size is 0"),
         (tokens(40), 17, 8, UsageError, "the model has 16 positions"),
         (tokens(40)[None], LENGTH, 8, UsageError, "flatten"),
         (tokens(40) + 1, LENGTH, 8, DataError, "token id 32 at position .* of 32"),
@@ -153,3 +153,46 @@ def test_impossible_requests(
         perplexity(
             tiny_model("opt"), token_ids, sequence_length=length, batch_size=batch_size
         )
+
+
+def documented(model: Any, token_ids: Tensor, length: int, stride: int) -> float:
+    """Sliding windows with labels, as the documentation of transformers defines them."""
+    total, count, scored = 0.0, 0, 0
+    for begin in range(0, len(token_ids), stride):
+        end = min(begin + length, len(token_ids))
+        ids = token_ids[begin:end][None]
+        labels = ids.clone()
+        labels[:, : -(end - scored)] = -100
+        if (new := int((labels != -100).sum()) - 1) > 0:
+            with torch.no_grad():
+                total += float(model(ids, labels=labels).loss) * new
+            count, scored = count + new, end
+        if end == len(token_ids):
+            break
+    return math.exp(total / count)
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+@pytest.mark.parametrize("stride", [2, 4, LENGTH])
+@pytest.mark.parametrize("count", [LENGTH, 4 * LENGTH, 4 * LENGTH + 1, 5 * LENGTH - 1])
+def test_sliding_windows_are_those_of_the_documentation(
+    kind: str, stride: int, count: int
+) -> None:
+    model, token_ids = tiny_model(kind), tokens(count)
+    expected = documented(model, token_ids, LENGTH, stride)
+    value = perplexity(model, token_ids, sequence_length=LENGTH, stride=stride)
+    assert value == pytest.approx(expected, rel=LOSS_ROUND_OFF)
+
+
+def test_more_context_is_another_protocol() -> None:
+    model, token_ids = tiny_model("llama"), tokens(5 * LENGTH)
+    plain = perplexity(model, token_ids, sequence_length=LENGTH)
+    assert perplexity(model, token_ids, sequence_length=LENGTH, stride=3) != plain
+    whole = perplexity(model, token_ids, sequence_length=LENGTH, stride=LENGTH)
+    assert whole == pytest.approx(plain, rel=LOSS_ROUND_OFF)
+
+
+@pytest.mark.parametrize("stride", [0, -1, LENGTH + 1])
+def test_impossible_strides(stride: int) -> None:
+    with pytest.raises(UsageError, match=f"stride is {stride}: choose one from 1 to 6"):
+        perplexity(tiny_model("llama"), tokens(40), sequence_length=LENGTH, stride=stride)

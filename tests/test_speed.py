@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from layerwise.errors import UsageError
+from layerwise.errors import UnsupportedModelError, UsageError
 from layerwise.reports.tables import print_speed
 from layerwise.timing import speed
 from layerwise.timing.speed import Speed, Timing, measure_speed
-from tests.support.models import POSITIONS, tiny_model
+from tests.support.models import POSITIONS, VOCABULARY, tiny_model
 
 SMALL: dict[str, Any] = {"batches": (1, 3), "length": 8, "new_tokens": 4, "repeats": 2}
 
@@ -47,6 +47,42 @@ def test_a_prompt_fits_the_model() -> None:
     (found,) = measure_speed([tiny_model("opt")], batches=(1,), repeats=1)
     assert found.length == POSITIONS
     assert found.decode.tokens == POSITIONS - 1
+
+
+def test_end_tokens_and_other_settings_do_not_stop_the_decoding() -> None:
+    """As of chat models: several end tokens, sampling, a length of their own."""
+    model = tiny_model("llama")
+    own = model.generation_config
+    own.eos_token_id = list(range(VOCABULARY))
+    own.do_sample, own.max_length, own.num_beams = True, 3, 2
+    own.stop_strings = ["a"]
+    (found,) = measure_speed([model], **SMALL)
+    assert found.decode.tokens == SMALL["new_tokens"]
+    assert model.generation_config is own
+
+
+@pytest.mark.parametrize("positions", [2, 5])
+@pytest.mark.parametrize("family", ["opt", "gpt2", "llama"])
+def test_short_contexts(family: str, positions: int) -> None:
+    name = "n_positions" if family == "gpt2" else "max_position_embeddings"
+    more: dict[str, Any] = {name: positions}
+    model = tiny_model(family, **more)
+    (found,) = measure_speed([model], batches=(1, 2), repeats=1)
+    assert found.length == positions
+    assert found.decode.tokens == positions - 1
+
+
+def test_no_position_is_left_to_decode() -> None:
+    model = tiny_model("llama", max_position_embeddings=1)
+    with pytest.raises(UsageError, match="has 1 positions: decoding needs 2"):
+        measure_speed([model], **SMALL)
+
+
+def test_a_model_that_stops_on_its_own_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    monkeypatch.setattr(type(model), "generate", lambda self, ids, **more: ids)
+    with pytest.raises(UnsupportedModelError, match="gave 0 tokens, not 4"):
+        measure_speed([model], **SMALL)
 
 
 def test_models_take_turns_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,7 +228,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
         Score("one", "acc", "none", 0.5, 0.1, True, 7, 2, "1"),
         Score("one", "f1", "strict", 0.25, None, True, 7, 2, "1"),
     ]
-    print_scores(TaskScores("0", None, tuple(scores)))
+    print_scores(TaskScores("0", None, None, tuple(scores)))
     _, first, second = capsys.readouterr().out.splitlines()
     assert first.split() == ["one", "acc", "0.5000", "0.1000", "7", "2"]
     assert second.split() == ["f1", "(strict)", "0.2500"]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from layerwise.cli import options
-from layerwise.cli.common import method_options, progress_on, set_threads
+from layerwise.cli.common import check_file, method_options, progress_on, set_threads
 from layerwise.cli.options import MODEL, argument, option
 
 
@@ -19,6 +19,7 @@ def calibrate(
     n_sequences: options.Windows = 128,
     sequence_length: options.WindowLength = None,
     seed: options.Seed = 0,
+    bos: options.Bos = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
     resume: options.Resume = True,
@@ -47,9 +48,11 @@ def calibrate(
         n_sequences=n_sequences,
         sequence_length=sequence_length,
         seed=seed,
+        bos=bos,
         device=device,
         resume=resume,
         force=force,
+        on_note=lambda note: typer.echo(note, err=True),
         on_start=lambda count: typer.echo(f"storing {count} files of grams", err=True),
         on_stage=on_stage,
         **chosen,
@@ -88,6 +91,7 @@ def solve(
     from layerwise.reports.progress import PlainProgress, RichProgress
     from layerwise.reports.tables import print_sweep
 
+    check_file("--json", json_)
     if workers == 1:
         set_threads(threads)
     with progress_on(PlainProgress, RichProgress) as progress:

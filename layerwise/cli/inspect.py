@@ -6,15 +6,28 @@ from typing import Annotated, Any
 import typer
 
 from layerwise.cli import options
+from layerwise.cli.common import check_file
 from layerwise.errors import DataError, UsageError, VerificationError
+from layerwise.limits import check_limit
 
 
 def evaluate(
     model: options.Model,
     dataset: Annotated[
-        str | None, typer.Option(help="wikitext2, c4, FILE.txt, FILE.jsonl:field.")
+        str | None,
+        typer.Option(
+            help="wikitext2, c4, FILE.txt, or FILE.jsonl, FILE.json or FILE.parquet with "
+            ":FIELD; .gz is read too."
+        ),
     ] = None,
     sequence_length: options.WindowLength = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens between two windows, which then overlap; only new tokens count."
+        ),
+    ] = None,
+    bos: options.Bos = "auto",
     device: options.Device = "auto",
     speed: Annotated[
         bool, typer.Option("--speed", help="Size, memory, latency and tokens per second.")
@@ -32,6 +45,7 @@ def evaluate(
     json_: options.Json = None,
 ) -> None:
     """Measure perplexity, task scores, size and speed of a model."""
+    from layerwise.run.data.bos import check_bos
     from layerwise.run.settings import choose_device
 
     if dataset is None and tasks is None and not speed:
@@ -40,13 +54,17 @@ def evaluate(
     if compare is not None and not speed:
         message = "--compare compares speeds: give --speed as well"
         raise UsageError(message)
+    if stride is not None and dataset is None:
+        message = "--stride is about perplexity: give --dataset as well"
+        raise UsageError(message)
+    check_bos(bos)
     names, manager = _find_tasks(tasks, limit, task_folder, json_)
     chosen = choose_device(device)
     checkpoint, network = _load(model, chosen)
     if dataset is not None:
-        _perplexity(model, checkpoint, network, dataset, sequence_length)
+        _perplexity(model, checkpoint, network, dataset, sequence_length, stride, bos)
     if names:
-        _tasks(model, checkpoint, network, names, manager, limit, json_)
+        _tasks(model, checkpoint, network, names, manager, limit, bos, json_)
     if speed:
         _speed(model, network, compare, chosen)
 
@@ -61,20 +79,32 @@ def _load(model: str, device: Any) -> tuple[Any, Any]:
 
 
 def _perplexity(
-    model: str, checkpoint: Any, network: Any, dataset: str, sequence_length: int | None
+    model: str,
+    checkpoint: Any,
+    network: Any,
+    dataset: str,
+    sequence_length: int | None,
+    stride: int | None,
+    bos: str,
 ) -> None:
-    from layerwise.run.data.calibration import evaluation_text
+    from layerwise.run.data.evaluation import evaluation_tokens
     from layerwise.run.data.perplexity import perplexity
-    from layerwise.run.data.tokens import encode
+    from layerwise.run.data.protocol import Protocol
     from layerwise.run.models.architecture import embedding_rows
     from layerwise.run.settings import CalibrationData
 
-    length = CalibrationData(None, sequence_length=sequence_length).length_for(network)
+    data = CalibrationData(dataset, sequence_length=sequence_length, bos=bos)
+    length = data.check(network)
     tokenizer = _tokenizer(model, checkpoint)
-    tokens = encode(evaluation_text(dataset), tokenizer, embedding_rows(network))
-    value = perplexity(network, tokens, sequence_length=length)
-    windows = len(tokens) // length
-    typer.echo(f"perplexity {value:.4f}  ({dataset}, {windows} windows of {length} tokens)")
+    first = data.bos_for(network, tokenizer).token
+    protocol = Protocol(length, stride, first)
+    tokens = evaluation_tokens(dataset, tokenizer, embedding_rows(network))
+    value = perplexity(network, tokens, sequence_length=length, stride=stride, bos=first)
+    windows = len(protocol.windows(tokens))
+    typer.echo(
+        f"perplexity {value:.4f}  ({dataset}, {windows} windows of {length} tokens, "
+        f"{protocol.name})"
+    )
 
 
 def _tokenizer(model: str, checkpoint: Any) -> Any:
@@ -107,6 +137,8 @@ def _find_tasks(
     if limit is not None and limit < 1:
         message = f"--limit must be at least 1, got {limit}"
         raise UsageError(message)
+    check_limit("--limit", limit or 1)
+    check_file("--json", json_)
     return names, find_tasks(names, folder)
 
 
@@ -117,13 +149,20 @@ def _tasks(
     names: list[str],
     manager: Any,
     limit: int | None,
+    bos: str,
     json_: Path | None,
 ) -> None:
     from layerwise.reports.tables import print_scores
     from layerwise.run.data.tasks import score_tasks
+    from layerwise.run.settings import CalibrationData
 
     tokenizer = _tokenizer(model, checkpoint)
-    found = score_tasks(network, tokenizer, names, manager=manager, limit=limit)
+    add_bos = False if bos == "never" else None  # None: as the tokenizer does
+    if CalibrationData(None, bos=bos).bos_for(network, tokenizer).token is not None:
+        add_bos = True
+    found = score_tasks(
+        network, tokenizer, names, manager=manager, limit=limit, add_bos=add_bos
+    )
     print_scores(found)
     if json_ is not None:
         found.write(json_, model)
@@ -169,6 +208,7 @@ def report(
     """Write one self-contained HTML page about a pruned model."""
     from layerwise.reports.report import run_page, write_report
 
+    check_file("--output", output)
     path = output or folder / "layerwise" / "report.html"
     write_report(path, run_page(folder))
     typer.echo(f"wrote {path}")

@@ -119,6 +119,16 @@ Pattern = Annotated[
     str | None,
     option(METHOD, "KIND", "Make a smaller model: remove columns or heads."),
 ]
+KeepZeros = Annotated[
+    bool | None,
+    option(
+        METHOD,
+        None,
+        "Let every zero that is there already stay zero.",
+        "--keep-zeros/--no-keep-zeros",
+        default="for a folder that layerwise wrote",
+    ),
+]
 Allocation = Annotated[
     str | None,
     option(
@@ -150,13 +160,25 @@ Multiple = Annotated[
 FormerMultiple = Annotated[int | None, typer.Option("--unit", hidden=True)]
 
 _CALIBRATION = option(
-    CALIBRATION, "TEXT", "Calibration text: wikitext2, c4, FILE.txt or FILE.jsonl:FIELD."
+    CALIBRATION,
+    "TEXT",
+    "Calibration data: wikitext2, c4, FILE.txt, or FILE.jsonl, FILE.json or FILE.parquet "
+    "with :FIELD; .gz is read too.",
 )
 Calibration = Annotated[str, _CALIBRATION]
 AnyCalibration = Annotated[str | None, _CALIBRATION]
 Windows = Annotated[int, option(CALIBRATION, "N", "Number of token windows.")]
 WindowLength = Annotated[int | None, window_length(2048)]
 Seed = Annotated[int, option(CALIBRATION, "N", "Seed of all random choices.")]
+Bos = Annotated[
+    str,
+    option(
+        CALIBRATION,
+        "MODE",
+        "Whether every window begins with BOS: auto (for families that need it), always "
+        "or never.",
+    ),
+]
 
 Device = Annotated[
     str, option(MACHINE, "NAME", "Where to compute: auto, cpu, cuda, cuda:1, ...")

@@ -54,6 +54,7 @@ def retrain(
     n_sequences: options.Windows = 128,
     sequence_length: options.WindowLength = None,
     seed: options.Seed = 0,
+    bos: options.Bos = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
     checkpointing: Annotated[
@@ -93,6 +94,7 @@ def retrain(
             n_sequences=n_sequences,
             sequence_length=sequence_length,
             seed=seed,
+            bos=bos,
             save_every=save_every,
             device=device,
             output_dir=output,

@@ -33,6 +33,7 @@ class RunFlags:
     set_: options.Set = None
     effort: options.Effort = None
     pattern: options.Pattern = None
+    keep_zeros: options.KeepZeros = None
     allocation: options.Allocation = None
     format: options.Format = None
     multiple: options.Multiple = None
@@ -41,6 +42,7 @@ class RunFlags:
     n_sequences: options.Windows = 128
     sequence_length: options.WindowLength = None
     seed: options.Seed = 0
+    bos: options.Bos = "auto"
     device: options.Device = "auto"
     threads: options.Threads = None
     workers: options.Workers = 1

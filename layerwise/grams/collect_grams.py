@@ -108,9 +108,11 @@ def collect_grams(
     targets: str | Sequence[str] = "Linear",
     ignore: str | Sequence[str] = ("lm_head",),
     seed: int = 0,
+    bos: str = "auto",
     device: str | torch.device = "auto",
     resume: bool = True,
     force: bool = False,
+    on_note: Callable[[str], None] = lambda note: None,
     on_start: Callable[[int], None] = lambda n_stages: None,
     on_stage: OnStage = lambda name, width: None,
 ) -> GramManifest:
@@ -122,12 +124,16 @@ def collect_grams(
         Checkpoint folder or hub name.
     output_dir
         New folder; work happens in ``output_dir.partial``.
-    calibration, tokenizer, n_sequences, sequence_length, targets, ignore, seed, device
+    calibration, tokenizer, n_sequences, sequence_length, seed, bos
+        As in :func:`layerwise.prune_model`.
+    targets, ignore, device
         As in :func:`layerwise.prune_model`.
     resume
         Continue an unfinished run with the same arguments in the same folder.
     force
         Replace a finished `output_dir`.
+    on_note
+        Called with remarks for the log, such as that a run is continued.
     on_start
         Called with the number of files.
     on_stage
@@ -154,7 +160,7 @@ def collect_grams(
     destination = Destination.of(output_dir, resume=resume, force=force, inputs=inputs)
     output = Path(destination.output or output_dir)
     with destination.held():
-        data = CalibrationData(calibration, n_sequences, sequence_length, seed)
+        data = CalibrationData(calibration, n_sequences, sequence_length, seed, bos)
         with timed("load"):
             source = Checkpoint.open(model)
             opened = open_model(source, streamed=True)
@@ -174,8 +180,11 @@ def collect_grams(
         stages = _stages(opened.model, selection, checkpoint_names(opened.model, source))
         with timed("hash"):
             identity = fingerprint(recipe, run) | {"method": "calibrate"}
-        on_start(len(stages))
-        with open_store(destination, identity) as store:
+        total = len(selection.blocks)
+        with open_store(destination, identity, total=total) as store:
+            for note in filter(None, (store.continued, *tokens.notes)):
+                on_note(note)
+            on_start(len(stages))
             step = CollectGrams(partial_path(output), list(selection.blocks), on_stage)
             with evaluation_mode(opened.model):
                 sizes = tokens.tokens.numel(), task.error_correction

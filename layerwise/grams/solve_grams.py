@@ -25,6 +25,7 @@ from layerwise.grams.layer_jobs import (
 )
 from layerwise.grams.solved_folder import SolvedFolder, recipe_of
 from layerwise.grams.sweep import Sweep
+from layerwise.limits import MOST_THREADS, MOST_WORKERS, check_limit
 from layerwise.modes import in_ordinary_mode
 from layerwise.run.pipeline.destination import Destination
 from layerwise.run.pipeline.records import LayerRecord
@@ -97,7 +98,8 @@ def solve_grams(
     on_start, on_layer
         Called with the number of layers to solve, and after every solved layer.
     on_note
-        Called with one line for every layer that is repeated because a worker was lost.
+        Called with one line if a run is continued, and for every layer that is repeated
+        because a worker was lost.
 
     Returns
     -------
@@ -142,6 +144,8 @@ def solve_grams(
                 destination, folder, manifest, recipe, solver, model, machine
             )
         jobs = _jobs(folder, manifest, studies, torch_device, solved)
+        if solved is not None and solved.journal.continued:
+            on_note(solved.journal.continued)
         on_start(len(jobs))
         done: dict[tuple[str, str, str], LayerRecord] = {}
 
@@ -167,9 +171,9 @@ def solve_grams(
                     on_done=lambda job, result: keep(job.payload, result),
                     on_note=on_note,
                 )
-        except BaseException:
+        except BaseException as error:
             if solved is not None:
-                solved.journal.discard_if_empty()
+                solved.journal.stop(error)
             raise
         finally:
             forget_files()
@@ -296,11 +300,13 @@ def _threads(workers: int, threads: int | None) -> int:
     if workers < 1:
         message = f"workers must be at least 1, got {workers}"
         raise UsageError(message)
+    check_limit("workers", workers, MOST_WORKERS)
     if workers == 1:
         return torch.get_num_threads()
     if threads is not None and threads < 1:
         message = f"threads must be at least 1, got {threads}"
         raise UsageError(message)
+    check_limit("threads", threads or 1, MOST_THREADS)
     return threads or max(1, torch.get_num_threads() // workers)
 
 

@@ -19,7 +19,7 @@ from layerwise.modes import in_ordinary_mode
 from layerwise.recovery.output import write_retrained
 from layerwise.recovery.pruned import Pruned
 from layerwise.recovery.records import UnitRecord
-from layerwise.recovery.runner import Callback, Runner
+from layerwise.recovery.runner import Callback, Runner, tell
 from layerwise.recovery.settings import Settings
 from layerwise.recovery.training import split
 from layerwise.run.checkpoints.hashes import parameters_sha256
@@ -85,6 +85,7 @@ def retrain_model(
     n_sequences: int = 128,
     sequence_length: int | None = None,
     seed: int = 0,
+    bos: str = "auto",
     save_every: int = 50,
     device: str | torch.device = "auto",
     output_dir: str | Path | None = None,
@@ -134,7 +135,7 @@ def retrain_model(
     error_correction
         Inputs of the dense model in a reconstruction: ``"sequential"`` uses those of the
         pruned model, ``"full"`` the dense model's own.
-    tokenizer, n_sequences, sequence_length, seed, device
+    tokenizer, n_sequences, sequence_length, seed, bos, device
         As for `prune_model`.
     save_every
         Updates between two saved states (``tokens``).
@@ -173,7 +174,7 @@ def retrain_model(
         seed=seed,
         save_every=save_every,
     )
-    data = CalibrationData(calibration, n_sequences, sequence_length, seed)
+    data = CalibrationData(calibration, n_sequences, sequence_length, seed, bos)
     torch_device = choose_device(device)
     inputs = model_or_path, dense, calibration
     destination = Destination.of(output_dir, resume=resume, force=force, inputs=inputs)
@@ -190,6 +191,7 @@ def retrain_model(
         identity = {}
         if destination.output is not None:
             identity = _identity(plain, tokens, pruned.source, original, torch_device)
+        tell(listeners, tokens.notes)
         with open_states(destination, identity) as store, fast_scan(model, torch_device):
             run = Runner(pruned, batches, torch_device, store, listeners)
             if original is None:

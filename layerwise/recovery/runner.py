@@ -1,7 +1,7 @@
 """Runs a retraining, block by block or of the whole model, with journal and callbacks."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +28,10 @@ TRAINING = "training"  # name of the training state in the journal
 
 
 class Callback(Protocol):
-    """Called as a retraining progresses."""
+    """Called as a retraining progresses.
+
+    A callback may also have a method ``on_note(text)``, called with lines for the log.
+    """
 
     def on_start(self, total: int, per_unit: int) -> None:
         """All checks passed; at most so many updates follow, in total and per unit."""
@@ -41,6 +44,14 @@ class Callback(Protocol):
 
     def on_finish(self, report: Any) -> None:
         """The retraining is finished and saved; `report` is a `RetrainReport`."""
+
+
+def tell(callbacks: Sequence[Callback], notes: Sequence[str]) -> None:
+    """Pass on lines for the log to the callbacks that take them."""
+    for callback in callbacks:
+        on_note: Callable[[str], None] = getattr(callback, "on_note", lambda text: None)
+        for note in notes:
+            on_note(note)
 
 
 class Runner:

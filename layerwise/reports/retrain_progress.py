@@ -41,6 +41,10 @@ class PlainProgress:
         self._total = self._per_unit = self._done = self._units = self._began_at = 0
         self._start = self._last_line = time.monotonic()
 
+    def on_note(self, text: str) -> None:
+        """Write a remark."""
+        self._write(text)
+
     def on_start(self, total: int, per_unit: int) -> None:
         """Announce the number of updates."""
         self._total, self._per_unit = total, per_unit
@@ -86,6 +90,10 @@ class RichProgress:
         self._progress = bar("retraining", console)
         self._task = self._progress.add_task("", total=None)
         self._per_unit = self._units = 0
+
+    def on_note(self, text: str) -> None:
+        """Print a remark above the bar."""
+        self._console.print(text, markup=False, highlight=False)
 
     def on_start(self, total: int, per_unit: int) -> None:
         """Show the bar."""

@@ -8,6 +8,7 @@ is pruned in place.
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from layerwise.modes import in_ordinary_mode
 from layerwise.patterns import Pattern
 from layerwise.run.activations.streams import evaluation_mode
 from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.models.architecture import adapter_of, is_declared
+from layerwise.run.models.architecture import adapter_of, as_stored, is_declared
 from layerwise.run.models.headers import Headers
 from layerwise.run.models.opening import OpenedModel, open_model
 from layerwise.run.models.residency import InMemory
@@ -56,6 +57,7 @@ def prune_model(
     targets: str | Sequence[str] = "Linear",
     ignore: str | Sequence[str] = ("lm_head",),
     seed: int = 0,
+    bos: str = "auto",
     damping: float = 0.01,
     certify: bool | None = None,
     options: dict[str, OptionValue] | None = None,
@@ -64,6 +66,7 @@ def prune_model(
     multiple: int | None = None,
     unit: int | None = None,
     group: str | None = None,
+    keep_zeros: bool | None = None,
     device: str | torch.device = "auto",
     memory_budget: int | None = None,
     activations: str = "auto",
@@ -102,8 +105,9 @@ def prune_model(
         and of the values of attention, or channels of the MLP and whole heads. Methods that
         only remove columns choose one of the two themselves.
     calibration
-        ``"wikitext2"``, ``"c4"``, ``"file.txt"``, ``"file.jsonl:field"``, a list of
-        strings, or token ids.
+        ``"wikitext2"``, ``"c4"``, ``"file.txt"``, ``"file.jsonl:field"``, also ``.json``,
+        ``.parquet`` and ``.gz``; strings, chats, token ids, a data set or a DataLoader, see
+        :func:`layerwise.run.data.calibration.token_windows`.
     tokenizer
         Tokenizer for text; by default the one in the checkpoint folder.
     n_sequences, sequence_length
@@ -117,6 +121,10 @@ def prune_model(
         ``"Linear"`` is every linear layer, including the ``Conv1D`` of transformers.
     seed
         Seed of the calibration windows; the global generators are not touched.
+    bos
+        Whether every window begins with BOS: ``"auto"`` (for text, of families in
+        :data:`layerwise.run.data.bos.NEEDS_BOS`), ``"always"`` or ``"never"``, the
+        contiguous windows of the papers. The length of the windows is the same.
     damping
         Ridge towards the dense weight, relative to the mean diagonal of the gram.
     certify
@@ -133,6 +141,9 @@ def prune_model(
         Former name of `multiple`.
     group
         Whether a fraction of zeros holds for every ``"row"`` (default) or ``"layer"``.
+    keep_zeros
+        Whether every zero that a weight has already stays zero, with the pattern on top.
+        None: for a folder that layerwise wrote.
     device
         Where blocks are computed; ``"auto"`` is a GPU if one is available.
     memory_budget
@@ -180,6 +191,7 @@ def prune_model(
         allocation=allocation,
         format=format,
         multiple=_multiple(multiple, unit),
+        keep_zeros=keep_zeros,
         damping=damping,
         certify=certify,
         options=options,
@@ -190,6 +202,7 @@ def prune_model(
         targets=targets,
         ignore=ignore,
         seed=seed,
+        bos=bos,
         device=device,
         memory_budget=memory_budget,
         activations=activations,
@@ -227,8 +240,11 @@ def prune(
                 solver = settings.removal.method.solver
                 identity = agree(ranks, fingerprint(recipe, run, solver))
         needed = settings.removal.disk_needed(run)
-        with open_store(destination, identity, ranks, needed) as store:
+        total = len(run.selection.blocks)
+        with open_store(destination, identity, ranks, needed, total) as store:
             listeners = Listeners(callbacks if ranks.first else ())
+            run = replace(run, on_note=listeners.on_note)
+            listeners.on_notes(filter(None, (store.continued, *run.tokens.notes)))
             listeners.on_notes(settings.removal.notes(run))
             if streamed and from_folder and opened.in_memory:
                 listeners.on_note(WHOLE)
@@ -263,7 +279,8 @@ def open_headers(
     settings.calibration.check(model)
     settings.calibration.check_tokenizer(source, tokenizer)
     if is_declared(model):  # other adapters are found by running the model
-        settings.check_selection(OpenedModel(InMemory(model), adapter_of(model), source))
+        adapter = as_stored(adapter_of(model), model, source)
+        settings.check_selection(OpenedModel(InMemory(model), adapter, source))
     return source
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from layerwise.configure import OptionValue, configure, with_memory_budget
 from layerwise.errors import UsageError
@@ -18,14 +17,19 @@ from layerwise.run.activations.hidden_store import (
 )
 from layerwise.run.channels.removal import RemoveChannels
 from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.data.calibration import Calibration, check_windows, token_windows
-from layerwise.run.data.texts import check_source
+from layerwise.run.data.bos import Bos, check_bos
+from layerwise.run.data.calibration import Calibration, cut
+from layerwise.run.data.context import context_length
+from layerwise.run.data.files import GIVEN, check_source
+from layerwise.run.data.material import material_of
+from layerwise.run.data.windows import Request, check_windows
 from layerwise.run.models.architecture import embedding_rows, model_type_of
 from layerwise.run.models.loading import load_tokenizer
 from layerwise.run.models.opening import OpenedModel
 from layerwise.run.models.surgery import steps_of
 from layerwise.run.models.writable import check_writable
 from layerwise.run.outputs.recipe import Recipe
+from layerwise.run.pipeline.destination import is_ours
 from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.parallel import Workers
 from layerwise.run.pipeline.removal import Amount, Removal, Run
@@ -80,6 +84,7 @@ class Settings:
         allocation: str | None = None,
         format: str | None = None,
         multiple: int | None = None,
+        keep_zeros: bool | None = None,
         damping: float = 0.01,
         certify: bool | None = None,
         options: Mapping[str, OptionValue] | None = None,
@@ -88,6 +93,7 @@ class Settings:
         n_sequences: int = 128,
         sequence_length: int | None = None,
         seed: int = 0,
+        bos: str = "auto",
         targets: str | Sequence[str] = "Linear",
         ignore: str | Sequence[str] = ("lm_head",),
         workers: int = 1,
@@ -105,11 +111,13 @@ class Settings:
         """
         configured = method_of(method, damping, certify, options or {}, memory_budget)
         check_pattern_name(pattern)
-        amount = Amount(sparsity, pattern, group, allocation, format, multiple)
+        amount = Amount(sparsity, pattern, group, allocation, format, multiple, keep_zeros)
         removals = (kind.from_arguments(configured, amount) for kind in REMOVALS)
         settings = cls(
             removal=next(removal for removal in removals if removal is not None),
-            calibration=CalibrationData(calibration, n_sequences, sequence_length, seed),
+            calibration=CalibrationData(
+                calibration, n_sequences, sequence_length, seed, bos
+            ),
             certify=certify,
             targets=as_entries(targets),
             ignore=as_entries(ignore),
@@ -147,8 +155,9 @@ class Settings:
 
     def for_model(self, opened: OpenedModel) -> "Settings":
         """Return the settings with what papers prescribe for the family of a model."""
-        model_type = model_type_of(opened.model)
-        return replace(self, removal=self.removal.for_model(model_type))
+        model_type, source = model_type_of(opened.model), opened.source
+        ours = source is not None and is_ours(source.path)
+        return replace(self, removal=self.removal.for_model(model_type, ours=ours))
 
     def run_on(
         self,
@@ -214,16 +223,22 @@ class CalibrationData:
         Text or token ids, as in :func:`layerwise.prune_model`.
     n_sequences, sequence_length, seed
         Number and length of the windows, and the seed by which they are drawn.
+    bos
+        ``"auto"``, ``"always"`` or ``"never"``: whether every window begins with BOS.
     """
 
     source: Any
     n_sequences: int = 128
     sequence_length: int | None = None
     seed: int = 0
+    bos: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_bos(self.bos)
 
     def length_for(self, model: Any) -> int:
         """Given length, or the longest context of the model, at most 2048."""
-        longest = getattr(model.config, "max_position_embeddings", None)
+        longest = context_length(model.config)
         length = self.sequence_length
         if length is None:
             return min(LONGEST_DEFAULT, longest or LONGEST_DEFAULT)
@@ -269,31 +284,34 @@ class CalibrationData:
         DataError
             The text is missing, damaged or too short.
         """
-        return token_windows(
-            self.source,
-            tokenizer or self._tokenizer(opened),
-            n_sequences=self.n_sequences,
-            sequence_length=self.length_for(opened.model),
-            seed=self.seed,
-            vocab_size=embedding_rows(opened.model),
+        model = opened.model
+        request = Request(
+            self.n_sequences,
+            self.length_for(model),
+            self.seed,
+            vocab_size=embedding_rows(model),
         )
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws its seed from there
+            material = material_of(self.source, "train", request.characters)
+            if tokenizer is None and material.needs_tokenizer and opened.source is not None:
+                tokenizer = load_tokenizer(opened.source)
+            request.bos = self.bos_for(model, tokenizer)
+            return cut(material, tokenizer, request)
+
+    def bos_for(self, model: Any, tokenizer: Any) -> Bos:
+        """BOS for the windows of a model."""
+        return Bos.of(self.bos, model_type_of(model), tokenizer, model.config)
 
     def recipe_fields(self, tokens: Calibration) -> dict[str, Any]:
         """Fields of a recipe by which a run reads the same data again."""
         named = isinstance(self.source, str | Path)
         return {
-            "calibration": str(self.source) if named else tokens.source,
+            "calibration": str(self.source) if named else tokens.source + GIVEN,
             "n_sequences": tokens.tokens.shape[0],
             "sequence_length": tokens.tokens.shape[1],
             "seed": self.seed,
+            "bos": "never" if tokens.bos is None else "always",
         }
-
-    def _tokenizer(self, opened: OpenedModel) -> Any:
-        """Tokenizer of the checkpoint; not loaded for token ids, so it may be damaged."""
-        listed = isinstance(self.source, list | tuple)
-        first = next(iter(self.source), "") if listed else ""
-        ids = isinstance(self.source, Tensor) or not isinstance(first, str)
-        return None if opened.source is None or ids else load_tokenizer(opened.source)
 
 
 def method_of(

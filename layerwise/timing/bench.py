@@ -11,12 +11,15 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from layerwise.errors import UsageError
 from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.data.context import context_length
+from layerwise.run.data.windows import check_windows
 from layerwise.run.models.architecture import adapter_of
 from layerwise.run.models.loading import quiet_transformers
 from layerwise.run.models.stock import skeleton
@@ -199,10 +202,11 @@ class _Run:
     def prune(self, source: str | Path, output: Path) -> None:
         """Prune a folder into another one and add up its stages."""
         checkpoint = Checkpoint.open(source)
+        config = checkpoint.config.get("text_config") or checkpoint.config
         if not self.length:
-            positions = checkpoint.config.get("max_position_embeddings") or LONGEST
-            self.length = min(LONGEST, positions)
-        vocabulary = int(checkpoint.config["vocab_size"])
+            self.length = min(LONGEST, context_length(SimpleNamespace(**config)) or LONGEST)
+        check_windows(self._n_sequences, self.length, self.seed)
+        vocabulary = int(config["vocab_size"])
         generator = torch.Generator().manual_seed(self.seed)
         shape = (self._n_sequences, self.length)
         ids = torch.randint(vocabulary, shape, generator=generator)

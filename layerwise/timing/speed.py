@@ -12,8 +12,8 @@ reset. On other systems memory is not shown.
 import ctypes
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import UsageError
+from layerwise.errors import UnsupportedModelError, UsageError
 from layerwise.modes import in_ordinary_mode
 from layerwise.run.activations.streams import evaluation_mode
+from layerwise.run.data.context import context_length
 from layerwise.run.models.architecture import embedding_rows
 from layerwise.run.models.loading import quiet_transformers
 
@@ -137,8 +138,10 @@ def measure_speed(
         if value < 1:
             message = f"{name} must be at least 1, got {value}"
             raise UsageError(message)
-    positions = [getattr(m.config, "max_position_embeddings", None) for m in models]
-    longest = min(p or math.inf for p in positions)
+    longest = min(context_length(model.config) or math.inf for model in models)
+    if longest < 2:
+        message = f"the model has {longest} positions: decoding needs 2, leave out --speed"
+        raise UsageError(message)
     length = int(min(length, longest))
     new_tokens = int(min(new_tokens, longest - 1))
     generator = torch.Generator().manual_seed(seed)
@@ -176,16 +179,34 @@ def _prefill(ids: Tensor, model: Any) -> None:
 
 
 def _decode(ids: Tensor, new_tokens: int, model: Any) -> None:
+    ids = ids.to(_device(model))
+    with _plain_generation(model, new_tokens):
+        generated = model.generate(ids, attention_mask=torch.ones_like(ids))
+    if generated.shape[1] != 1 + new_tokens:
+        message = (
+            f"{type(model).__name__}.generate() gave {generated.shape[1] - 1} tokens, not "
+            f"{new_tokens}: leave out --speed"
+        )
+        raise UnsupportedModelError(message)
+
+
+@contextmanager
+def _plain_generation(model: Any, new_tokens: int) -> Iterator[None]:
+    """Let a model generate greedily so many tokens, whatever its own settings say."""
     from transformers import GenerationConfig
 
-    config = GenerationConfig(
-        max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,  # the end token is ignored
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
     )
-    ids = ids.to(_device(model))
-    generated = model.generate(
-        ids, attention_mask=torch.ones_like(ids), generation_config=config
-    )
-    assert generated.shape[1] == 1 + new_tokens
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _turns(

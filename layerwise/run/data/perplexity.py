@@ -3,20 +3,26 @@
 A long token stream is cut into windows of equal length without overlap, and the rest is
 dropped. Every window is scored on its own, by the mean cross entropy of its
 ``sequence_length`` - 1 predicted tokens. The perplexity is the exponential of the mean over
-the windows. It depends strongly on the window length: compare only equal lengths.
+the windows. It depends strongly on the window length: compare only equal lengths. Windows
+that begin with BOS, or that overlap, are other protocols: see
+:mod:`layerwise.run.data.protocol`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import DataError, SolveError, UsageError
+from layerwise.errors import SolveError, UsageError
 from layerwise.modes import in_ordinary_mode
 from layerwise.run.activations.streams import evaluation_mode
+from layerwise.run.data.context import context_length
+from layerwise.run.data.protocol import Protocol, Window
 from layerwise.run.data.tokens import check_token_ids
 
 if TYPE_CHECKING:
@@ -30,6 +36,8 @@ def perplexity(
     *,
     sequence_length: int,
     batch_size: int = 8,
+    stride: int | None = None,
+    bos: int | None = None,
 ) -> float:
     """Perplexity of a causal language model on a token stream.
 
@@ -45,6 +53,10 @@ def perplexity(
         Windows per forward pass; it changes the result only by rounding. Memory: logits
         (batch_size, sequence_length, vocabulary) in the model's type, and those of one
         window in float32.
+    stride
+        Tokens between the beginnings of two windows; by default they do not overlap.
+    bos
+        Token in front of every window, as one of its tokens; by default none is put.
 
     Returns
     -------
@@ -63,7 +75,12 @@ def perplexity(
     try:
         return math.exp(
             mean_loss(
-                model, token_ids, sequence_length=sequence_length, batch_size=batch_size
+                model,
+                token_ids,
+                sequence_length=sequence_length,
+                batch_size=batch_size,
+                stride=stride,
+                bos=bos,
             )
         )
     except OverflowError:
@@ -77,49 +94,56 @@ def mean_loss(
     *,
     sequence_length: int,
     batch_size: int = 8,
+    stride: int | None = None,
+    bos: int | None = None,
 ) -> float:
     """Logarithm of :func:`perplexity`: mean cross entropy of the next token."""
-    windows = _windows(model, token_ids, sequence_length, batch_size)
+    protocol = Protocol(sequence_length, stride, bos)
+    windows = _windows(model, token_ids, protocol, batch_size)
     device = next(model.parameters()).device
     losses: list[Tensor] = []
     with evaluation_mode(model), torch.no_grad():
-        for batch in torch.split(windows, batch_size):
-            logits = model(input_ids=batch.to(device), use_cache=False).logits
+        for batch in _batches(windows, batch_size):
+            ids = torch.stack([window.tokens for window in batch]).to(device)
+            logits = model(input_ids=ids, use_cache=False).logits
             for window, scores in zip(batch, logits, strict=True):
-                loss = _mean_cross_entropy(scores[:-1], window[1:].to(scores.device))
+                following = window.tokens[-window.scored :].to(scores.device)
+                loss = _mean_cross_entropy(scores[-window.scored - 1 : -1], following)
                 losses.append(_not_nan(loss.cpu(), len(losses)))
-    return float(torch.stack(losses).mean())
+    if stride is None:
+        return float(torch.stack(losses).mean())
+    weights = torch.tensor([window.weight for window in windows], dtype=torch.float64)
+    return float(torch.stack(losses) @ weights / weights.sum())
+
+
+def _batches(windows: list[Window], size: int) -> Iterator[list[Window]]:
+    """Batches of windows of equal length: a sliding one may be shorter at the end."""
+    for _, equal in groupby(windows, lambda window: len(window.tokens)):
+        while batch := list(islice(equal, size)):
+            yield batch
 
 
 def _windows(
-    model: PreTrainedModel, token_ids: Tensor, length: int, batch_size: int
-) -> Tensor:
-    """Check the arguments; return windows without overlap, shape (windows, length)."""
-    if length < 2 or batch_size < 1:
-        message = (
-            f"sequence_length is {length} and batch_size {batch_size}: they must be at "
-            f"least 2 and 1"
-        )
+    model: PreTrainedModel, token_ids: Tensor, protocol: Protocol, batch_size: int
+) -> list[Window]:
+    """Check the arguments; return the windows."""
+    if batch_size < 1:
+        message = f"batch_size is {batch_size}: it must be at least 1"
         raise UsageError(message)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and length > positions:
+    positions = context_length(model.config)
+    if positions is not None and protocol.length > positions:
         message = (
-            f"sequence_length is {length} but the model has {positions} positions: lower it"
+            f"sequence_length is {protocol.length} but the model has {positions} "
+            f"positions: lower it"
         )
         raise UsageError(message)
     if token_ids.dim() != 1:
         message = f"token_ids have shape {tuple(token_ids.shape)}: flatten them first"
         raise UsageError(message)
-    if len(token_ids) < length:
-        message = (
-            f"the text has {len(token_ids)} tokens, one window needs {length}: give "
-            f"more text or lower sequence_length"
-        )
-        raise DataError(message)
+    windows = protocol.windows(token_ids)
     embedding: Any = model.get_input_embeddings()
     check_token_ids(token_ids, len(embedding.weight), "the text")
-    n_windows = len(token_ids) // length
-    return token_ids[: n_windows * length].to(torch.int64).reshape(n_windows, length)
+    return windows
 
 
 def _mean_cross_entropy(scores: Tensor, following: Tensor) -> Tensor:

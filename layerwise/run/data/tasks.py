@@ -80,12 +80,15 @@ class TaskScores:
         Version of lm-eval.
     limit
         Most examples per task; None for all.
+    add_bos
+        Whether every text begins with BOS; None if the tokenizer decided.
     scores
         In the order of lm-eval: tasks, then groups.
     """
 
     lm_eval: str
     limit: int | None
+    add_bos: bool | None
     scores: tuple[Score, ...]
 
     def write(self, path: Path, model: str) -> None:
@@ -134,6 +137,7 @@ def score_tasks(
     *,
     manager: TaskManager,
     limit: int | None = None,
+    add_bos: bool | None = None,
 ) -> TaskScores:
     """Scores of a causal language model, without solved examples unless a task has them.
 
@@ -149,6 +153,8 @@ def score_tasks(
         Of :func:`find_tasks`.
     limit
         Most examples per task; None for all.
+    add_bos
+        Whether every text begins with BOS; None: the tokenizer decides.
 
     Raises
     ------
@@ -161,7 +167,8 @@ def score_tasks(
             evaluated = lm_eval.simple_evaluate(
                 model=lm_eval.models.huggingface.HFLM(
                     pretrained=model,
-                    tokenizer=deepcopy(tokenizer),  # it is given a padding token
+                    tokenizer=_adding(tokenizer, add_bos),
+                    add_bos_token=add_bos,
                     batch_size=BATCH_SIZE,
                 ),
                 tasks=list(names),
@@ -175,7 +182,15 @@ def score_tasks(
                 f"go online once to cache a data set, or mend the task"
             )
             raise DataError(message) from error
-    return TaskScores(lm_eval.__version__, limit, tuple(_scores(evaluated)))
+    return TaskScores(lm_eval.__version__, limit, add_bos, tuple(_scores(evaluated)))
+
+
+def _adding(tokenizer: PreTrainedTokenizerBase, add_bos: bool | None) -> Any:
+    """Copy of a tokenizer, which lm-eval gives a padding token; it adds BOS as asked."""
+    copy: Any = deepcopy(tokenizer)
+    if add_bos and hasattr(copy, "add_bos_token"):
+        copy.add_bos_token = True
+    return copy
 
 
 def _import_lm_eval() -> Any:

@@ -1,30 +1,24 @@
-"""Sources of text: public data sets, text files, JSON lines, lists of strings.
+"""Texts: documents with their separator, and the public data sets.
 
-The same reader serves calibration and evaluation. They differ in the split of a data set
+The same source serves calibration and evaluation. They differ in the split of a data set
 and in the separator of its documents. As in the papers, WikiText-2 is joined by single
 spaces for calibration and by two newlines for evaluation.
 """
 
 from __future__ import annotations
 
-import difflib
 import itertools
-import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from layerwise.errors import DataError, UsageError, one_line
-from layerwise.run.checkpoints.files import check_regular, read_bytes
 
 Part = Literal["train", "evaluation"]
 
 PARAGRAPH = "\n\n"
 DATASETS = ("wikitext2", "c4")
 C4_EVALUATION_DOCUMENTS = 1100  # the protocol of SparseGPT and its successors
-FIELDS_SHOWN = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,62 +43,17 @@ class Text:
         return text
 
 
-def read_text(source: str | os.PathLike[str] | Sequence[str], part: Part) -> Text:
-    """Read ``wikitext2``, ``c4``, ``file.txt``, ``file.jsonl:field`` or strings.
+def data_set(name: str, part: Part) -> Text:
+    """Read ``wikitext2`` or ``c4``.
 
     Raises
     ------
     UsageError
-        The name is none of these, no field is named, or a package is not installed.
+        The package datasets is not installed.
     DataError
-        The file or data set is missing, empty or damaged.
+        The data set is neither on this machine nor reachable.
     """
-    if not isinstance(source, (str, os.PathLike)):
-        return Text(_checked_documents(source), PARAGRAPH, "the list of strings")
-    name = os.fspath(source)
-    if name in DATASETS:
-        return _wikitext2(part) if name == "wikitext2" else _c4(part)
-    path, field = _file_of(name)
-    documents = [_read_utf8(path)] if field is None else _read_json_lines(path, field)
-    return Text(documents, PARAGRAPH, name)
-
-
-def check_source(source: str | os.PathLike[str]) -> None:
-    """Refuse a source that :func:`read_text` would refuse before it reads it.
-
-    Raises
-    ------
-    UsageError
-        The name is unknown, or a field is not named.
-    DataError
-        The file cannot be opened.
-    """
-    name = os.fspath(source)
-    if name in DATASETS:
-        return
-    path, field = _file_of(name)
-    check_regular(path)
-    if field == "":
-        message = f"{path} needs a field, as in {path}:field"
-        raise UsageError(message)
-
-
-def _file_of(name: str) -> tuple[Path, str | None]:
-    """Text file that a name means, and the field of its JSON lines if it has such."""
-    file, _, field = name.rpartition(":")
-    if name.lower().endswith(".txt"):
-        return Path(name), None
-    if file.lower().endswith(".jsonl"):
-        return Path(file), field
-    if name.lower().endswith(".jsonl"):
-        return Path(name), ""
-    close = difflib.get_close_matches(name, DATASETS, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(DATASETS)}"
-    message = (
-        f"unknown text source {name[:80]!r}: {hint} Or give a file.txt, a "
-        f"file.jsonl:field or a list of strings"
-    )
-    raise UsageError(message)
+    return _wikitext2(part) if name == "wikitext2" else _c4(part)
 
 
 def _wikitext2(part: Part) -> Text:
@@ -147,52 +96,7 @@ def _load_column(name: str, *arguments: str, **options: Any) -> Sequence[str]:
     return column
 
 
-def _read_utf8(path: Path) -> str:
-    data = read_bytes(path, largest=None)
-    try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        message = f"{path} is not UTF-8 (byte {error.start}): convert it first"
-        raise DataError(message) from error
-    if not text.strip():
-        message = f"{path} is empty: give a file with text"
-        raise DataError(message)
-    return text
-
-
-def _read_json_lines(path: Path, field: str) -> list[str]:
-    """Strings under ``field`` of every line that is not blank."""
-    documents = []
-    # not splitlines(): JSON strings may contain line separators other than "\n"
-    for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            message = f"{where} is not JSON: {one_line(error)}; correct the line"
-            raise DataError(message) from error
-        if not isinstance(value, dict):
-            kind = type(value).__name__
-            message = f"{where} holds a {kind}, not an object {{...}}: correct the line"
-            raise DataError(message)
-        present = ", ".join(map(repr, list(value)[:FIELDS_SHOWN])) or "none"
-        if not field:
-            message = f"{path} needs a field, as in {path}:field; found: {present}"
-            raise UsageError(message)
-        if field not in value:
-            message = f"{where} has no field {field!r}; found: {present}"
-            raise DataError(message)
-        documents.append(_checked(value[field], f"{where}, field {field!r}"))
-    return documents
-
-
-def _checked_documents(documents: Iterable[Any]) -> list[str]:
-    return [_checked(text, f"document {i}") for i, text in enumerate(documents)]
-
-
-def _checked(text: Any, where: str) -> str:
+def check_text(text: Any, where: str) -> str:
     """Return a string that can be encoded, or raise a DataError."""
     if not isinstance(text, str):
         kind = type(text).__name__

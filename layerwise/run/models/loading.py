@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import DataError, one_line
 from layerwise.run.checkpoints.plain_config import is_plain
+from layerwise.run.data.tokens import PANIC
 from layerwise.run.models.accounts import account_of, refuse_mismatch
 from layerwise.run.models.kinds import auto_class_of, class_of
 from layerwise.run.models.skeleton import read_config, skeleton_of
@@ -102,7 +103,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 checkpoint.path, **given, local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+                raise  # an interruption
             message = (
                 f"the tokenizer in {checkpoint.path} cannot be loaded: "
                 f"{one_line(error)}; restore its files or pass token ids instead"
@@ -165,8 +168,8 @@ def _instantiate(
     checkpoint: Checkpoint, config: Any, operate: Callable[[nn.Module], object] | None
 ) -> Any:
     """Load with transformers, and check its loading report."""
-    own = None if operate is None else class_of(config)
-    loader: Any = auto_class_of(config) if own is None else _operated(own, operate)
+    own = class_of(config)
+    loader: Any = auto_class_of(config) if operate is None else _operated(own, operate)
     try:
         loaded: Any = loader.from_pretrained(
             checkpoint.path,
@@ -188,7 +191,7 @@ def _instantiate(
     }
     for problem, names in problems.items():
         refuse_mismatch(checkpoint, problem, names)
-    if own is not None:
+    if operate is not None:
         model.__class__ = own
     return model
 

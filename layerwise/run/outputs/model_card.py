@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 
 from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.run.data.files import GIVEN
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.outputs.smaller import CHANNELS, Smaller
 from layerwise.run.pipeline.records import LayerRecord
@@ -44,15 +45,25 @@ tags:
 | method | `{recipe.method}` |
 | sparsity | {recipe.sparsity} requested, {reached} |
 | calibration | {recipe.calibration} |
-| calibration tokens | {recipe.n_sequences} x {recipe.sequence_length} |
+| calibration tokens | {recipe.n_sequences} x {recipe.sequence_length}, {_windows(recipe)} |
 | error correction | {recipe.error_correction} |
 | mean relative error of a layer | {error:.4f} |
 | worst layer | `{worst.name}`, {worst.relative_error:.4f} |
 
-`recipe.yaml` repeats the run, `layerwise/layers.jsonl` holds the figures of every layer,
+`recipe.yaml` repeats the run{_provided(recipe)},
+`layerwise/layers.jsonl` holds the figures of every layer,
 `layerwise/{"masks.safetensors" if smaller is None else CHANNELS}` what was kept, and
 `layerwise verify` checks all of it.
 """
+
+
+def _provided(recipe: Recipe) -> str:
+    given = (recipe.calibration or "").endswith(GIVEN)
+    return " if it is given the same calibration data" if given else ""
+
+
+def _windows(recipe: Recipe) -> str:
+    return "each window begins with BOS" if recipe.bos == "always" else "contiguous windows"
 
 
 def _zeros(records: Sequence[LayerRecord]) -> str:

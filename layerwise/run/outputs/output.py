@@ -53,6 +53,7 @@ class Manifest(BaseModel):
     format: int = 1
     sparsity: str
     group: str
+    keep_zeros: bool = False  # whether there may be more zeros than the sparsity says
     pruned: dict[str, str]  # parameter name -> tensor name in the checkpoint
     transposed: list[str] = []  # pruned parameters that are stored as (in, out)
     untouched: dict[str, str]  # tensor name -> sha256 of its bytes in the source
@@ -62,6 +63,7 @@ class Manifest(BaseModel):
     source: dict[str, str]  # file name -> sha256
     calibration: str
     calibration_sha256: str
+    bos: str = "never"  # "always" if every calibration window begins with BOS
     versions: dict[str, str]
     smaller: Smaller | None = None  # for a model that lost channels
 
@@ -271,9 +273,11 @@ def write_rest(
         files=written_files(folder, written.shards),
         sparsity=str(recipe.sparsity or 0.0),
         group=recipe.group,
+        keep_zeros=bool(recipe.keep_zeros),
         source=source.sha256(),
         calibration=tokens.source,
         calibration_sha256=tokens.sha256,
+        bos=recipe.bos,
         versions=versions(),
         **claims,
     )

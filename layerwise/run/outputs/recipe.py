@@ -21,6 +21,7 @@ from pydantic import (
 from layerwise.configure import OptionValue
 from layerwise.errors import DataError, UsageError, one_line, quoted
 from layerwise.run.checkpoints.files import read_bytes
+from layerwise.run.data.bos import BosMode
 from layerwise.run.models.stock import OutputFormat
 from layerwise.run.outputs.strict_yaml import LONGEST, parse_yaml
 from layerwise.run.pipeline.task import ErrorCorrection
@@ -44,6 +45,7 @@ class Recipe(BaseModel):
     sparsity: float | str | None = None
     group: Literal["row", "layer"] = "row"
     pattern: str | None = None
+    keep_zeros: bool | None = None
     allocation: str | None = None
     format: OutputFormat | None = None
     multiple: int | None = Field(
@@ -56,6 +58,7 @@ class Recipe(BaseModel):
     targets: Entries = Field(default_factory=lambda: ["Linear"])
     ignore: Entries = Field(default_factory=lambda: ["lm_head"])
     seed: int = 0
+    bos: BosMode = "auto"
     damping: float = 0.01
     certify: bool | None = None
     options: dict[str, OptionValue] = Field(default_factory=dict)

@@ -1,7 +1,9 @@
 """Verification of a finished folder: reopen it and check every tensor."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from layerwise.run.outputs.output import MANIFEST, Manifest
 from layerwise.run.outputs.verify_smaller import verify_smaller
 from layerwise.run.pipeline.destination import FOLDER
 from layerwise.run.pipeline.journal import read_layers, read_masks
+from layerwise.run.pipeline.kept_zeros import holds_at_least
 
 
 def verify(folder: Path) -> list[Check]:
@@ -43,7 +46,8 @@ def verify(folder: Path) -> list[Check]:
         return verify_smaller(folder, checkpoint, manifest, manifest.smaller)
     masks = read_masks(folder)
     pattern = _pattern(folder, manifest)
-    findings = _Findings()
+    holds = holds_at_least if manifest.keep_zeros else type(pattern).accepts
+    findings = _Findings(pattern, holds)
     findings.compare("mask", sorted(manifest.pruned), sorted(masks))
     tensors = set(manifest.pruned.values())
     lost = sorted(tensors - set(checkpoint.weight_map))
@@ -55,9 +59,10 @@ def verify(folder: Path) -> list[Check]:
             mask = masks[name]
             if name in manifest.transposed:  # patterns refer to (out, in)
                 weight, mask = weight.transpose(0, -1), mask.transpose(0, -1)
-            findings.inspect(tensor_name, weight, mask, pattern)
+            findings.inspect(tensor_name, weight, mask)
     for name in set(masks).difference(manifest.pruned):
         masks[name]  # a damaged mask is an error, even without a pruned tensor
+    asked = f"{pattern} or has more zeros" if manifest.keep_zeros else pattern
     recorded = [f"{record.name}.weight" for record in read_layers(folder)]
     findings.compare("layer log", sorted(manifest.pruned), sorted(recorded))
     return [
@@ -67,7 +72,7 @@ def verify(folder: Path) -> list[Check]:
         ),
         Check("every removed weight is exactly zero", tuple(findings.nonzero)),
         Check("no zero of a pruned tensor is negative", tuple(findings.negative)),
-        Check(f"every mask satisfies the pattern {pattern}", tuple(findings.pattern)),
+        Check(f"every mask satisfies the pattern {asked}", tuple(findings.pattern)),
         Check("every pruned weight is finite", tuple(findings.infinite)),
         untouched(checkpoint, manifest, set(manifest.pruned.values())),
         shards(checkpoint, manifest),
@@ -87,7 +92,8 @@ def _pattern(folder: Path, manifest: Manifest) -> Pattern:
 
 
 class _Findings:
-    def __init__(self) -> None:
+    def __init__(self, pattern: Pattern, holds: Callable[[Any, Tensor], bool]) -> None:
+        self._pattern, self._holds = pattern, holds
         self.missing: list[str] = []
         self.nonzero: list[str] = []
         self.negative: list[str] = []
@@ -103,7 +109,7 @@ class _Findings:
             if count
         ]
 
-    def inspect(self, name: str, weight: Tensor, mask: Tensor, pattern: Pattern) -> None:
+    def inspect(self, name: str, weight: Tensor, mask: Tensor) -> None:
         if tuple(weight.shape) != tuple(mask.shape):
             self.missing.append(f"{name}: mask {tuple(mask.shape)}, {tuple(weight.shape)}")
             return
@@ -114,8 +120,8 @@ class _Findings:
         if negative:
             self.negative.append(f"{name}: {negative} of its zeros are -0.0")
         try:
-            pattern.check(mask.shape)
-            if not pattern.accepts(mask):
+            self._pattern.check(mask.shape)
+            if not self._holds(self._pattern, mask):
                 self.pattern.append(f"{name}: another number of zeros")
         except InvalidProblemError as error:
             self.pattern.append(f"{name}: {error}")

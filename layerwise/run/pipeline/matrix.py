@@ -12,6 +12,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.evaluate import relative_error
 from layerwise.lower_bounds import proven_gap_of
 from layerwise.problem import LayerProblem
+from layerwise.run.pipeline.kept_zeros import solve_within
 from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.trim import trim_memory
@@ -30,7 +31,11 @@ class SolvedMatrix:
 
 
 def solve_matrix(
-    method: Method, name: str, pose: Callable[[], LayerProblem]
+    method: Method,
+    name: str,
+    pose: Callable[[], LayerProblem],
+    *,
+    keep_zeros: bool = False,
 ) -> SolvedMatrix:
     """Pose and solve the problem of one matrix.
 
@@ -42,18 +47,22 @@ def solve_matrix(
         Full name of the layer.
     pose
         Creates the problem; its time counts as time of the layer.
+    keep_zeros
+        Whether every zero of the weight stays zero.
     """
     start = time.perf_counter()
     with naming(name), timed("solve"):
         problem = pose()
         trim_memory(problem.shape[1])
-        solution = solve(problem, method.solver)
+        find = solve_within if keep_zeros else solve
+        solution = find(problem, method.solver)
         stored = solution.weight.to(problem.weight.dtype) + 0.0  # no zero is negative
         seconds = time.perf_counter() - start
         error = solution.relative_error
         if not torch.equal(stored.to(solution.weight.dtype), solution.weight):
             error = relative_error(problem, stored)
-        record = record_of(method, name, problem, solution, stored, error, seconds)
+        pattern = f"{problem.pattern}, old zeros kept" if keep_zeros else None
+        record = record_of(method, name, problem, solution, stored, error, seconds, pattern)
     if method.certify:
         with naming(name), timed("certify"):
             record = certified(method, record, problem, stored)

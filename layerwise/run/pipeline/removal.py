@@ -6,7 +6,7 @@ model smaller. A new kind is a new class, named in ``REMOVALS`` of
 :mod:`layerwise.run.settings`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -41,6 +41,8 @@ class Amount:
         As in :func:`layerwise.prune_model`.
     allocation, format, multiple
         The same, for smaller models.
+    keep_zeros
+        The same, for zeros only.
     """
 
     sparsity: float | str | None = None
@@ -49,10 +51,15 @@ class Amount:
     allocation: str | None = None
     format: str | None = None
     multiple: int | None = None
+    keep_zeros: bool | None = None
 
     def given(self, *names: str) -> Iterator[str]:
         """Those of the named arguments that were given."""
         return (name for name in names if getattr(self, name) is not None)
+
+
+def ignore_note(text: str) -> None:
+    """Take a remark for the log, and do nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +80,8 @@ class Run(Generic[S]):
         Calibration data of this rank.
     output
         Output folder, or None.
+    on_note
+        Receives remarks for the log while something takes long.
     """
 
     opened: OpenedModel
@@ -81,6 +90,7 @@ class Run(Generic[S]):
     tokens: Calibration
     own_tokens: Calibration
     output: Path | None = None
+    on_note: Callable[[str], None] = ignore_note
 
     @property
     def stored_weights(self) -> Mapping[str, Tensor]:
@@ -233,8 +243,16 @@ class Removal(Protocol[S]):
         """Refuse a result that cannot be written to a folder."""
         ...
 
-    def for_model(self, model_type: str) -> Self:
-        """Return the removal with what its paper prescribes for a family of models."""
+    def for_model(self, model_type: str, *, ours: bool = False) -> Self:
+        """Return the removal with what its paper prescribes for a family of models.
+
+        Parameters
+        ----------
+        model_type
+            The family.
+        ours
+            Whether layerwise wrote the model.
+        """
         ...
 
     def select(

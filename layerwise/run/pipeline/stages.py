@@ -42,6 +42,11 @@ class Zeros(Protocol):
         """Pattern of the matrices."""
         ...
 
+    @property
+    def keep_zeros(self) -> bool | None:
+        """Whether every zero of a matrix stays zero."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class _Matrix:
@@ -79,7 +84,7 @@ def solve_stages(
         for stage, accumulator in stages
         for matrix in _matrices(zeros, task, inputs, stage, accumulator)
     ]
-    for matrix, solved in _solutions(zeros.method, task.ranks, inputs.name, matrices):
+    for matrix, solved in _solutions(zeros, task.ranks, inputs.name, matrices):
         name = matrix.linear
         matrix.weight.copy_(solved.weight)  # last: the problem reads the dense weight
         same = solved.weight.dtype == matrix.weight.dtype
@@ -116,21 +121,26 @@ def _matrices(
 
 
 def _solutions(
-    method: Method, ranks: Ranks, block: str, matrices: Sequence[_Matrix]
+    zeros: Zeros, ranks: Ranks, block: str, matrices: Sequence[_Matrix]
 ) -> Iterator[tuple[_Matrix, SolvedMatrix]]:
     """Solutions of the matrices, one by one.
 
     Several ranks solve their shares first and exchange the solutions afterwards.
     """
+
+    def solved_by(matrix: _Matrix) -> SolvedMatrix:
+        name, keep = f"{block}.{matrix.linear}", bool(zeros.keep_zeros)
+        return solve_matrix(zeros.method, name, matrix.pose, keep_zeros=keep)
+
     if not ranks.are_several:
         for matrix in matrices:
-            yield matrix, solve_matrix(method, f"{block}.{matrix.linear}", matrix.pose)
+            yield matrix, solved_by(matrix)
         return
     # factorizations and sweeps: rows times the square of the width
     costs = [float(m.weight.numel() * m.weight.shape[1]) for m in matrices]
     by = owners(costs, ranks.size)
     own = {
-        matrix.linear: solve_matrix(method, f"{block}.{matrix.linear}", matrix.pose)
+        matrix.linear: solved_by(matrix)
         for matrix, owner in zip(matrices, by, strict=True)
         if owner == ranks.rank
     }

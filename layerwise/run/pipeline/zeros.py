@@ -31,6 +31,10 @@ from layerwise.run.stopwatch import timed
 from layerwise.solve import refuse_unless_solvable
 
 ROUNDING = 1e-9  # of a sparsity such as 1 - 2 / 5
+KEPT = (
+    "every zero that is there already stays zero, and the pattern holds as well; where "
+    "there are more zeros than it asks for, all of them stay (or say --no-keep-zeros)"
+)
 # FISTAPruner starts from SparseGPT on OPT and from Wanda on every LLaMA
 PUBLISHED_STARTS = {"opt": "sparsegpt"}
 
@@ -45,10 +49,14 @@ class ZeroWeights:
         Method that solves the matrices.
     pattern
         Pattern of the zeros in every matrix.
+    keep_zeros
+        Whether every zero that a weight has already stays zero; None, which is the same as
+        False, until the model is known.
     """
 
     method: Method
     pattern: Pattern
+    keep_zeros: bool | None = None
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -73,7 +81,7 @@ class ZeroWeights:
         pattern = choose_pattern(amount.sparsity, amount.pattern, amount.group)
         bounded = isinstance(pattern, NM | Unstructured | FixedMask)
         refuse_impossible(method, pattern)
-        return cls(method.with_certify(bounded=bounded), pattern)
+        return cls(method.with_certify(bounded=bounded), pattern, amount.keep_zeros)
 
     @property
     def needs_whole_model(self) -> bool:
@@ -104,12 +112,16 @@ class ZeroWeights:
             )
             raise UsageError(message)
 
-    def for_model(self, model_type: str) -> "ZeroWeights":
-        """Return the removal with the warm start of a paper for a family of models."""
+    def for_model(self, model_type: str, *, ours: bool = False) -> "ZeroWeights":
+        """Return the removal with the warm start of a paper for a family of models.
+
+        The zeros of a model that layerwise wrote are kept unless it was said otherwise.
+        """
         start = PUBLISHED_STARTS.get(model_type, "wanda")
         if isinstance(self.pattern, Columns):  # SparseGPT prunes no columns
             start = "wanda"
-        return replace(self, method=self.method.with_start(start))
+        keep = ours or None if self.keep_zeros is None else self.keep_zeros
+        return replace(self, method=self.method.with_start(start), keep_zeros=keep)
 
     def select(
         self, opened: OpenedModel, targets: Sequence[str], ignore: Sequence[str]
@@ -119,7 +131,7 @@ class ZeroWeights:
 
     def notes(self, run: Run[Selection]) -> list[str]:
         """Remarks for the log before the run."""
-        opened, notes = run.opened, []
+        opened, notes = run.opened, [KEPT] if self.keep_zeros else []
         if opened.adapter.found:
             notes.append(note_on(opened.model, opened.adapter, run.selection))
         if opened.source is not None:
@@ -205,6 +217,7 @@ class ZeroWeights:
             **self.method.recipe_fields(),
             "sparsity": exact or getattr(pattern, "sparsity", None),
             "group": getattr(pattern, "group", "row"),
+            "keep_zeros": bool(self.keep_zeros),
         }
 
 
