@@ -287,7 +287,7 @@ def test_what_an_error_quotes_is_short(values: dict[str, Any], field: str) -> No
 
 def test_recipe_that_is_not_a_file(tmp_path: Path) -> None:
     os.mkfifo(pipe := tmp_path / "pipe.yaml")
-    for path in (pipe, tmp_path, Path("/dev/zero")):
+    for path in (pipe, tmp_path, Path(os.devnull)):
         with pytest.raises(DataError, match="is not a regular file"):
             Recipe.read(path)
 
