@@ -184,13 +184,13 @@ def test_interruption_keeps_what_is_finished(
     def interrupt(self: Magnitude, *arguments: Any, **options: Any) -> Answer:
         calls[0] += 1
         if calls[0] == LINEARS - 1:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(Magnitude, "solve", interrupt)
     assert run(flags({"--method": "magnitude"})) == 130
     assert capsys.readouterr().err.endswith(
-        "layerwise: interrupted; what is finished of an output is kept\n"
+        "layerwise: stopped after 1 of 2 blocks; run the same command to continue\n"
     )
     assert (in_workshop / "out.partial").is_dir()
     assert run(flags({"--method": "magnitude"})) == 0

@@ -33,6 +33,7 @@ from tests.support.hard_layers import ORDINARY, HardLayer
 
 SHARE = 1e-6  # of a claim: the last evaluation of a certificate is rounded as well
 LAYERS = 20  # of a chunk
+LARGE = 1e3  # of a weight: the energy of a row of larger ones may be rounding
 MORE = 10_000  # first seed of the exhaustive form
 ON_MASKS: list[SolverLike] = [
     "least-squares",
@@ -102,7 +103,8 @@ class Refits:
         """Largest relative excess; no row has more than its claim."""
         exact, worst = ExactProblem(problem), 0.0
         for row, claim in enumerate(claims.tolist()):
-            if problem.damping >= ORDINARY:
+            size = float(problem.weight[row].abs().max())
+            if problem.damping >= ORDINARY and size < LARGE:
                 self.proven += claim < math.inf
                 self.silent += claim == math.inf
             least = exact.least(row, mask[row].nonzero()[:, 0].tolist())
@@ -147,11 +149,10 @@ def test_refits(first: int) -> None:
         problem = layer.problem(FixedMask(layer.kept))
         problem = problem.with_damping(problem.factor(torch.float64).damping)
         best = lw.solve(problem, "least-squares").weight.double()
-        for weight in itertools.islice(
-            perturbed(problem, best, layer.kept), None if everything else 1 + seed % 5
-        ):
+        wrong = list(perturbed(problem, best, layer.kept))
+        for weight in wrong if everything else [wrong[seed % len(wrong)]]:
             claims = refit_excess(problem, weight, layer.kept)
-        refits.compare(problem, weight, layer.kept, claims)
+            refits.compare(problem, weight, layer.kept, claims)
     assert refits.silent <= 0.1 * refits.proven
 
 

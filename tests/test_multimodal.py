@@ -77,9 +77,8 @@ def test_a_plan_lists_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_its_own_class_opens_the_result(kind: str, tmp_path: Path) -> None:
     source, out = save_multimodal(tmp_path / "m", kind), tmp_path / "out"
     report = pruned(source, out)
-    opened, info = AutoModelForImageTextToText.from_pretrained(
-        out, output_loading_info=True
-    )
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    opened, info = loaded
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     dense = AutoModelForImageTextToText.from_pretrained(source).state_dict()
@@ -95,7 +94,11 @@ def test_its_own_class_opens_the_result(kind: str, tmp_path: Path) -> None:
 def test_grams_workers_and_retraining_know_them(tmp_path: Path) -> None:
     source, out = save_multimodal(tmp_path / "m", "gemma3"), tmp_path / "out"
     pruned(source, out, error_correction="none")
-    collect = {"calibration": TOKENS, "n_sequences": 4, "sequence_length": 12}
+    collect: dict[str, Any] = {
+        "calibration": TOKENS,
+        "n_sequences": 4,
+        "sequence_length": 12,
+    }
     collect_grams(source, tmp_path / "grams", **collect)
     solve_grams(
         tmp_path / "grams", "wanda", 0.5, model=source, output_dir=tmp_path / "solved"

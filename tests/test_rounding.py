@@ -162,22 +162,28 @@ def test_rounding_of_residuals_and_objectives() -> None:
 # --- small eigenvalues that probes do not see --------------------------------------------
 
 
-def hidden_direction(width: int, seed: int, size: float) -> Tensor:
-    """Gram with one eigenvalue `size`, whose vector the probes of a seed do not see.
+def hidden_direction(
+    width: int, seed: int, size: float, untouched: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Gram with one eigenvalue `size`, and its vector, which the probes do not see.
 
-    The vector is made orthogonal to all of them after the scaling to a unit diagonal.
+    The vector is made orthogonal to all probes of a seed after the scaling to a unit
+    diagonal, and has no part in the first channels.
     """
     generator = torch.Generator().manual_seed(seed)
     probes = 2.0 * torch.randint(0, 2, (16, width), generator=generator).double() - 1
+    probes[:, :untouched] = 0
     basis = torch.linalg.qr(probes.T)[0]
     vector = torch.randn(width, generator=generator, dtype=DOUBLE)
+    vector[:untouched] = 0
     for _ in range(40):
         vector = vector / vector.norm()
         root = (1 - (1 - size) * vector.square()).sqrt()
         seen = vector * root
         vector = (seen - basis @ (basis.T @ seen)) / root
     vector = vector / vector.norm()
-    return torch.eye(width, dtype=DOUBLE) - (1 - size) * torch.outer(vector, vector)
+    gram = torch.eye(width, dtype=DOUBLE) - (1 - size) * torch.outer(vector, vector)
+    return gram, vector
 
 
 def factor_of(gram: Tensor, damping: float = 1e-17) -> Factor:
@@ -187,7 +193,7 @@ def factor_of(gram: Tensor, damping: float = 1e-17) -> Factor:
 @pytest.mark.parametrize("width", [64, 160, 700])
 @pytest.mark.parametrize("seed", [0, 7])
 def test_trace_of_the_inverse_is_not_estimated(width: int, seed: int) -> None:
-    factor = factor_of(hidden_direction(width, seed, 1e-9))
+    factor = factor_of(hidden_direction(width, seed, 1e-9)[0])
     assert not factor.raised
     inverse = torch.cholesky_inverse(factor.lower) * factor.root * factor.root[:, None]
     assert factor.unit_trace == pytest.approx(float(inverse.trace()), rel=1e-6)
@@ -196,29 +202,30 @@ def test_trace_of_the_inverse_is_not_estimated(width: int, seed: int) -> None:
         assert factor.unit_inverse[0] < 1e6  # the probes, which choose methods only
 
 
-def test_refit_where_probes_see_nothing() -> None:
-    """Bounds near the rounding of a gram whose flat direction is hidden."""
-    width, rows = 132, 2
-    generator = torch.Generator().manual_seed(3)
-    weight = torch.randn(rows, width, generator=generator, dtype=DOUBLE)
-    kept = torch.ones(rows, width, dtype=torch.bool)
-    kept[:, :3] = False
+@pytest.mark.parametrize("size", [1e-15, 1e-14, 1e-12, 1e-6])
+def test_refit_where_probes_see_nothing(size: float) -> None:
+    """Weights that are wrong along the flat direction, which the residual hardly shows."""
+    width, removed, errors = 132, 2, (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
+    gram, vector = hidden_direction(width, 0, size, removed)
+    dense = torch.randn(width, generator=torch.Generator().manual_seed(3), dtype=DOUBLE)
+    kept = torch.arange(width) >= removed
+    weight = dense + torch.tensor(errors, dtype=DOUBLE)[:, None] * vector
+    mask = kept.expand(weight.shape)
     problem = LayerProblem.from_moments(
-        weight,
-        Moments(hidden_direction(width, 0, 1e-10)),
-        pattern=FixedMask(kept),
-        damping=1e-17,
+        dense.expand(weight.shape), Moments(gram), pattern=FixedMask(mask), damping=1e-17
     )
-    found = lw.solve(problem, "least-squares")
-    exact, claims = ExactProblem(problem), refit_excess(problem, found.weight, kept)
-    assert found.certificate is not None
-    assert found.certificate.bound < math.inf
+    assert not problem.factor(DOUBLE).raised
+    weight = torch.where(kept, weight, 0)
+    exact, claims = (
+        ExactProblem(problem.rows(slice(1))),
+        refit_excess(problem, weight, mask),
+    )
+    least = exact.least(0, list(range(removed, width)))
+    assert least is not None
     for row, claim in enumerate(claims.tolist()):
-        least = exact.least(row, list(range(3, width)))
-        assert least is not None
-        excess = exact.value(row, exactly(found.weight[row])) - least
+        excess = exact.value(0, exactly(weight[row])) - least
         assert not excess > least * arb(claim)
-        assert not excess > least * arb(found.certificate.bound)
+        assert claim < math.inf or size < 1e-12
 
 
 # --- nothing proven is not an error ------------------------------------------------------

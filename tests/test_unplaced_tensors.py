@@ -209,7 +209,7 @@ def another_layer(*, joint: bool) -> Edit:
 
 def deepseek(folder: Path, edit: Edit) -> Path:
     config = DeepseekV3Config(
-        **TEXT | {"num_key_value_heads": 4, "head_dim": 4},
+        **{**TEXT, "num_key_value_heads": 4, "head_dim": 4},
         kv_lora_rank=8,
         q_lora_rank=8,
         qk_rope_head_dim=4,

@@ -234,7 +234,7 @@ TAMPERING: Mapping[str, tuple[Callable[[Path], None], set[str], str]] = {
     "nan in another": (nan_in_another, {"untouched", "opens"}, UNTOUCHED),
     "pruned tensor missing": (remove_tensor(PRUNED), {"complete", "opens"}, PRUNED),
     "other tensor missing": (remove_tensor(UNTOUCHED), {"untouched", "opens"}, UNTOUCHED),
-    "tensor too many": (add_tensor, {"untouched"}, "more"),
+    "tensor too many": (add_tensor, {"untouched", "opens"}, "more"),
     "tensor reshaped": (reshape_tensor, {"complete", "opens"}, PRUNED),
     "mask shifted": (change_masks(roll), {"zeros"}, PRUNED),
     "mask of ones": (change_masks(keep_everything), {"pattern"}, PRUNED),

@@ -4,7 +4,6 @@ Errors are one line on stderr, with the exit code of their class; ``--debug`` sh
 traceback.
 """
 
-import io
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -14,7 +13,8 @@ import typer
 import layerwise
 from layerwise.cli import bench, demo, grams, inspect, plan, prune, retrain
 from layerwise.cli.help import EXAMPLES, GroupedCommand
-from layerwise.cli.signals import stopping_on_sigterm
+from layerwise.cli.signals import stopping_in_order
+from layerwise.cli.streams import lasting, open_standard_files
 from layerwise.errors import (
     LONGEST_MESSAGE,
     DataError,
@@ -82,37 +82,29 @@ for command in COMMANDS:
 
 def main() -> None:
     """Entry point: run a command, turn exceptions into one line and an exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names may have any characters
-            stream.reconfigure(errors="backslashreplace")
-    code = run(sys.argv[1:])
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        sys.stdout = None  # type: ignore[assignment]  # what it holds cannot be written
-        code = _fail(error, _of_system(error), DataError.exit_code, debug=False)
-    sys.exit(code)
+    open_standard_files()
+    sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code."""
     debug = DEBUG in arguments  # anywhere, also behind the command
     arguments = [argument for argument in arguments if argument != DEBUG]
+    with lasting("stderr", results=False):
+        return _run(arguments, debug)
+
+
+def _run(arguments: list[str], debug: bool) -> int:
     try:
-        with stopping_on_sigterm():
+        with lasting("stdout", results=True), stopping_in_order():
             code = int(app(arguments, standalone_mode=False) or 0)
-        if code == EXIT_INTERRUPTED:  # typer has caught the interruption
+        if code == EXIT_INTERRUPTED:  # typer has caught an interruption without a signal
             raise KeyboardInterrupt
         return code
     except LayerwiseError as error:
         return _fail(error, str(error), error.exit_code, debug)
     except (KeyboardInterrupt, typer.Abort) as error:
-        return _fail(
-            error,
-            "interrupted; what is finished of an output is kept",
-            EXIT_INTERRUPTED,
-            debug,
-        )
+        return _fail(error, str(error) or "interrupted", EXIT_INTERRUPTED, debug)
     except typer.Exit as error:
         return int(error.exit_code)
     except OSError as error:

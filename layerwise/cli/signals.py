@@ -1,7 +1,9 @@
-"""SIGTERM, by which schedulers stop a job, ends a command as Ctrl-C does: in order.
+"""SIGTERM, by which schedulers stop a job, and Ctrl-C end a command in order.
 
-The handler raises, so files are closed, partial folders are tidied and the exit code says
-that the work can be continued. Without it the process would die where it stands.
+The handler raises, so files are closed, partial folders are tidied, and the last line says
+what is kept. Without it the process would die where it stands. A library may turn what the
+handler raises into an error of its own; a command that was stopped ends as stopped all the
+same.
 """
 
 import signal
@@ -12,38 +14,50 @@ from types import FrameType
 
 from layerwise.errors import Interrupted
 
+NOTHING = "stopped; nothing was saved"
+
 
 class Stopped(BaseException):
-    """A SIGTERM came; no ``except Exception`` on the way may take it for a failure."""
+    """A signal came; no ``except Exception`` on the way may take it for a failure."""
 
 
 @contextmanager
-def stopping_on_sigterm() -> Iterator[None]:
-    """Raise :class:`~layerwise.errors.Interrupted` if a SIGTERM ends what runs inside.
+def stopping_in_order() -> Iterator[None]:
+    """Raise one line that says what is kept if a signal ends what runs inside.
 
-    The handler that was there is restored. Only the main thread may have handlers, so in
-    another one nothing changes; nor where SIGTERM is ignored or handled outside Python.
+    The handlers that were there are restored. Only the main thread may have handlers, so in
+    another one nothing changes; nor where a signal is ignored or handled outside Python.
+
+    Raises
+    ------
+    Interrupted
+        After a SIGTERM.
+    KeyboardInterrupt
+        After Ctrl-C.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)
-    if before in (None, signal.SIG_IGN):
-        yield
-        return
-    signal.signal(signal.SIGTERM, _stop)
+    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for other in handled:  # a second one must not disturb the tidying up
+            signal.signal(other, signal.SIG_IGN)
+        raise Stopped
+
+    handled = [one for one in before if before[one] not in (None, signal.SIG_IGN)]
+    for number in handled:
+        signal.signal(number, stop)
     try:
         yield
-    except Stopped:
-        message = (
-            "stopped; what is finished of an output is kept, and the same command "
-            "continues it"
-        )
-        raise Interrupted(message) from None
+    except BaseException as error:
+        if not received:
+            raise
+        message = "; ".join(getattr(error, "__notes__", ())) or NOTHING
+        kind = KeyboardInterrupt if received[0] == signal.SIGINT else Interrupted
+        raise kind(message) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # a second one must not disturb the tidying up
-    raise Stopped
+        for number in handled:
+            signal.signal(number, before[number])

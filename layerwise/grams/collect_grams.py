@@ -133,7 +133,7 @@ def collect_grams(
     force
         Replace a finished `output_dir`.
     on_note
-        Called with remarks for the log.
+        Called with remarks for the log, such as that a run is continued.
     on_start
         Called with the number of files.
     on_stage
@@ -180,10 +180,11 @@ def collect_grams(
         stages = _stages(opened.model, selection, checkpoint_names(opened.model, source))
         with timed("hash"):
             identity = fingerprint(recipe, run) | {"method": "calibrate"}
-        for note in tokens.notes:
-            on_note(note)
-        on_start(len(stages))
-        with open_store(destination, identity) as store:
+        total = len(selection.blocks)
+        with open_store(destination, identity, total=total) as store:
+            for note in filter(None, (store.continued, *tokens.notes)):
+                on_note(note)
+            on_start(len(stages))
             step = CollectGrams(partial_path(output), list(selection.blocks), on_stage)
             with evaluation_mode(opened.model):
                 sizes = tokens.tokens.numel(), task.error_correction

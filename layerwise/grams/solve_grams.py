@@ -97,7 +97,8 @@ def solve_grams(
     on_start, on_layer
         Called with the number of layers to solve, and after every solved layer.
     on_note
-        Called with one line for every layer that is repeated because a worker was lost.
+        Called with one line if a run is continued, and for every layer that is repeated
+        because a worker was lost.
 
     Returns
     -------
@@ -142,6 +143,8 @@ def solve_grams(
                 destination, folder, manifest, recipe, solver, model, machine
             )
         jobs = _jobs(folder, manifest, studies, torch_device, solved)
+        if solved is not None and solved.journal.continued:
+            on_note(solved.journal.continued)
         on_start(len(jobs))
         done: dict[tuple[str, str, str], LayerRecord] = {}
 
@@ -167,9 +170,9 @@ def solve_grams(
                     on_done=lambda job, result: keep(job.payload, result),
                     on_note=on_note,
                 )
-        except BaseException:
+        except BaseException as error:
             if solved is not None:
-                solved.journal.discard_if_empty()
+                solved.journal.stop(error)
             raise
         finally:
             forget_files()

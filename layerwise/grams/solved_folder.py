@@ -87,14 +87,16 @@ class SolvedFolder:
             **own_solver(solver),
             **machine,
         }
+        self._index = {name: i for i, (_, name, _) in enumerate(manifest.layers())}
         assert destination.output is not None
         self.journal = Journal(
             destination.output,
             identity,
             force=destination.force,
             resume=destination.resume,
+            total=len(self._index),
+            parts="layers",
         )
-        self._index = {name: i for i, (_, name, _) in enumerate(manifest.layers())}
 
     def index(self, name: str) -> int:
         """Number of a layer, which is the number of its block in the journal."""

@@ -239,9 +239,10 @@ def prune(
                 solver = settings.removal.method.solver
                 identity = agree(ranks, fingerprint(recipe, run, solver))
         needed = settings.removal.disk_needed(run)
-        with open_store(destination, identity, ranks, needed) as store:
+        total = len(run.selection.blocks)
+        with open_store(destination, identity, ranks, needed, total) as store:
             listeners = Listeners(callbacks if ranks.first else ())
-            listeners.on_notes(run.tokens.notes)
+            listeners.on_notes(filter(None, (store.continued, *run.tokens.notes)))
             listeners.on_notes(settings.removal.notes(run))
             if streamed and from_folder and opened.in_memory:
                 listeners.on_note(WHOLE)

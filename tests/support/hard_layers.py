@@ -42,7 +42,12 @@ class HardLayer:
         pruned: Tensor | None = None
         if choose.random() < 0.5:
             noise = torch.randn(inputs.shape, generator=generator, dtype=DOUBLE)
-            pruned = inputs + 10 ** choose.uniform(-3, 1.5) * inputs.std() * noise
+            noise *= inputs.std()
+            if choose.random() < 0.3:  # as singular as the inputs, so the shift cancels
+                tokens = inputs.shape[1]
+                mixture = torch.randn(tokens, tokens, generator=generator, dtype=DOUBLE)
+                noise = inputs @ mixture / tokens**0.5
+            pruned = inputs + 10 ** choose.uniform(-3, 1.5) * noise
         dtype = choose.choice([DOUBLE, torch.float32, torch.float32, torch.bfloat16])
         seen = DOUBLE if dtype == DOUBLE else torch.float32
         share = choose.choice([0.2, 0.5, 0.5, 0.8, 1.1])

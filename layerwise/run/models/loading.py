@@ -168,8 +168,8 @@ def _instantiate(
     checkpoint: Checkpoint, config: Any, operate: Callable[[nn.Module], object] | None
 ) -> Any:
     """Load with transformers, and check its loading report."""
-    own = None if operate is None else class_of(config)
-    loader: Any = auto_class_of(config) if own is None else _operated(own, operate)
+    own = class_of(config)
+    loader: Any = auto_class_of(config) if operate is None else _operated(own, operate)
     try:
         loaded: Any = loader.from_pretrained(
             checkpoint.path,
@@ -191,7 +191,7 @@ def _instantiate(
     }
     for problem, names in problems.items():
         refuse_mismatch(checkpoint, problem, names)
-    if own is not None:
+    if operate is not None:
         model.__class__ = own
     return model
 

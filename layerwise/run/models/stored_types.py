@@ -20,8 +20,9 @@ from layerwise.run.checkpoints.atomic import atomic_write
 from layerwise.run.checkpoints.hashes import digests, tensor_hashes
 from layerwise.run.checkpoints.lazy import LazyTensors
 from layerwise.run.checkpoints.shard import FLOATS
-from layerwise.run.checkpoints.storage import Checkpoint, checkpoint_names
+from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.checkpoints.strict_json import read_object
+from layerwise.run.models.accounts import checkpoint_names
 
 
 def other_types(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:

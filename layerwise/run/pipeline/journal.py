@@ -59,6 +59,8 @@ class Journal(BlockFolder):
     resume
         Whether an unfinished run with the same fingerprint is continued; otherwise it is
         started over.
+    total, parts
+        Number of blocks, or of the parts that are stored as such, and what they are.
     """
 
     def __init__(
@@ -68,10 +70,16 @@ class Journal(BlockFolder):
         *,
         force: bool = False,
         resume: bool = True,
+        total: int | None = None,
+        parts: str = "blocks",
     ) -> None:
         self.output = output
         self.folder = partial_path(output)
         self._ours = self.folder / FOLDER
+        self._total, self._parts = total, parts
+        self._again = "run the same command to continue"
+        if not resume:
+            self._again = "run the same command without --no-resume to continue"
         self._fingerprint = json.loads(json.dumps(fingerprint))
         super().__init__(self._ours / BLOCKS, run_key(self._fingerprint))
         check_output(output, force=force)
@@ -195,6 +203,21 @@ class Journal(BlockFolder):
         """Whether no block and no state is finished: inputs of blocks do not count."""
         files = self.blocks.glob("*.safetensors")
         return all(path.name.startswith(INPUTS) for path in files)
+
+    @property
+    def continued(self) -> str | None:
+        """Line for the log of a run that another one began, or None."""
+        if not self.files:
+            return None
+        return f"continuing: {len(self.files)} of {self._total} {self._parts} are there"
+
+    def stop(self, error: BaseException) -> None:
+        """Tidy up after a run that failed, and note on the error what is kept."""
+        self.discard_if_empty()
+        if self.folder.exists() and not self.is_empty:
+            count = f" after {len(self.files)} of {self._total} {self._parts}"
+            known = self._total is not None and self.files
+            error.add_note(f"stopped{count if known else ''}; {self._again}")
 
     def discard_if_empty(self) -> None:
         """Remove the partial folder of a run that stopped before its first block."""

@@ -119,6 +119,10 @@ class Follower(BlockFolder):
             raise DataError(message)
         return super().read_block(index)
 
+    @property
+    def continued(self) -> None:
+        """No line: rank 0 writes the log."""
+
     def write_block(self, index: int, block: PrunedBlock) -> None:
         """Do nothing: rank 0 writes."""
 
@@ -135,6 +139,7 @@ def open_store(
     identity: Mapping[str, Any],
     ranks: Ranks = ALONE,
     needed: int = 0,
+    total: int | None = None,
 ) -> Iterator[BlockStore]:
     """Open the store of a run; if the run fails, a folder without a block is removed.
 
@@ -148,6 +153,8 @@ def open_store(
         Rank 0 has the journal, the others read it.
     needed
         Bytes that the output will take.
+    total
+        Number of blocks, for people.
     """
     output = destination.output
     if output is None:
@@ -157,7 +164,7 @@ def open_store(
         run, files = json.loads(ranks.broadcast_text("finished", None))
         yield Follower(output, run, {int(index): name for index, name in files.items()})
         return
-    with _open_journal(destination, output, identity) as journal:
+    with _open_journal(destination, output, identity, total) as journal:
         if ranks.are_several:
             ranks.broadcast_text("finished", json.dumps([journal.run, journal.files]))
         refuse_full_disk(journal.folder, needed)
@@ -184,11 +191,15 @@ def open_states(
 
 @contextmanager
 def _open_journal(
-    destination: Destination, output: Path, identity: Mapping[str, Any]
+    destination: Destination,
+    output: Path,
+    identity: Mapping[str, Any],
+    total: int | None = None,
 ) -> Iterator[Journal]:
-    journal = Journal(output, identity, force=destination.force, resume=destination.resume)
+    force, resume = destination.force, destination.resume
+    journal = Journal(output, identity, force=force, resume=resume, total=total)
     try:
         yield journal
-    except BaseException:
-        journal.discard_if_empty()
+    except BaseException as error:
+        journal.stop(error)
         raise

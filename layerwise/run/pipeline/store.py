@@ -21,6 +21,11 @@ class BlockStore(Protocol):
         """Folder of the finished blocks; None if they are in memory."""
         ...
 
+    @property
+    def continued(self) -> str | None:
+        """Line for the log of a run that another one began, or None."""
+        ...
+
     def read_block(self, index: int) -> PrunedBlock | None:
         """Return a finished block, or None if there is none."""
         ...
@@ -72,6 +77,7 @@ class MemoryStore:
 
     blocks = None
     run = ""
+    continued = None
 
     def __init__(self) -> None:
         self._done: dict[int, PrunedBlock] = {}
