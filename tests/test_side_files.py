@@ -13,7 +13,8 @@ from layerwise.grams.layer_files import read_layers
 from layerwise.run.checkpoints import files
 from layerwise.run.checkpoints.files import check_regular, copy_file, read_bytes
 from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.data.calibration import evaluation_text, token_windows
+from layerwise.run.data.calibration import token_windows
+from layerwise.run.data.evaluation import evaluation_text
 from layerwise.run.models.headers import Headers
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.prune import prune_model

@@ -6,7 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from layerwise.cli import options
+from layerwise.cli.common import check_file
 from layerwise.errors import DataError, UsageError, VerificationError
+from layerwise.limits import check_limit
 
 
 def evaluate(
@@ -127,6 +129,8 @@ def _find_tasks(
     if limit is not None and limit < 1:
         message = f"--limit must be at least 1, got {limit}"
         raise UsageError(message)
+    check_limit("--limit", limit or 1)
+    check_file("--json", json_)
     return names, find_tasks(names, folder)
 
 
@@ -196,6 +200,7 @@ def report(
     """Write one self-contained HTML page about a pruned model."""
     from layerwise.reports.report import run_page, write_report
 
+    check_file("--output", output)
     path = output or folder / "layerwise" / "report.html"
     write_report(path, run_page(folder))
     typer.echo(f"wrote {path}")

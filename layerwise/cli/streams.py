@@ -26,20 +26,24 @@ class Lasting:
 
     def __init__(self, stream: TextIO | None, *, results: bool) -> None:
         self._stream, self._results = stream, results
+        self._lost: str | None = None  # why
 
     def write(self, text: str) -> int:
         """Write text; characters that the encoding lacks are escaped."""
-        if self._stream is not None:
-            encoding = self._stream.encoding or "utf-8"
-            text = text.encode(encoding, "backslashreplace").decode(encoding)
-            with self._losing():
-                self._stream.write(text)
+        if not isinstance(text, str):  # libraries try what kind of stream this is
+            message = f"a text stream takes no {type(text).__name__}"
+            raise TypeError(message)
+        with self._losing():
+            if self._stream is not None and text:
+                encoding = self._stream.encoding or "utf-8"
+                known = text.encode(encoding, "backslashreplace").decode(encoding)
+                self._stream.write(known)
         return len(text)
 
     def flush(self) -> None:
         """Flush, as far as that is possible."""
-        if self._stream is not None:
-            with self._losing():
+        with self._losing():
+            if self._stream is not None:
                 self._stream.flush()
 
     def isatty(self) -> bool:
@@ -57,9 +61,10 @@ class Lasting:
             yield
         except (OSError, ValueError) as error:  # ValueError: closed in between
             self._give_up()
-            if self._results:
-                message = f"the results cannot be written to stdout: {one_line(error)}"
-                raise DataError(message) from error
+            self._lost = one_line(error)
+        if self._results and self._lost is not None:  # again, if a library took no notice
+            message = f"the results cannot be written to stdout: {self._lost}"
+            raise DataError(message)
 
     def _give_up(self) -> None:
         """Send what is buffered to nowhere, or Python fails when it ends."""
