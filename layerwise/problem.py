@@ -28,10 +28,10 @@ from torch import Tensor
 from layerwise.accumulator import MomentAccumulator
 from layerwise.arrays import Array, check_real, real_tensor
 from layerwise.errors import InvalidProblemError
+from layerwise.forms import row_dots, row_forms, shift_of
 from layerwise.linalg import Factor, damped
 from layerwise.moments import Moments, even_exponent
 from layerwise.patterns import FixedMask, Pattern, PatternLike, as_pattern
-from layerwise.row_products import row_dots, row_forms, shift_rows
 from layerwise.validation import (
     check_gradient_norm,
     check_scale,
@@ -202,7 +202,7 @@ class LayerProblem:
                         "from gram and cross_gram: pass energy or drift"
                     )
                     raise InvalidProblemError(message)
-                known["shift"] = shift_rows(weight, moments)
+                known["shift"] = shift_of(weight, moments)
                 energy += known["drift"] + 2 * row_dots(known["shift"], weight)
             energy = energy.clamp(min=0)
         energy = real_tensor(energy, "energy").double()
@@ -252,7 +252,7 @@ class LayerProblem:
         """S = W (C - G), shape (out, in), float64; None if it is zero."""
         if self.moments.cross_gram is None:
             return None
-        return shift_rows(self.weight, self.moments)
+        return shift_of(self.weight, self.moments)
 
     @cached_property
     def drift(self) -> Tensor:

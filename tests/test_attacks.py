@@ -25,8 +25,8 @@ ALLOWED = (0, 2, 3, 5, 6, 7)
 LONG = "x" * 10**5
 NUMBERS = ("nan", "-1", "1" * 30, "9" * 5000, "1e999", "0x10", "", "\0", LONG)
 WORDS = ("", "\0", LONG, "\udcff\n\x1b[31m", "[" * 3000, "a+" * 3000, "😀", "1:" + "9" * 20)
-PATHS = ("", "\0", LONG, "../" * 2000, "folder", "text.txt/below", "/dev/zero", "\udcff")
-TEXTS = (*PATHS, "pipe.txt", "zero.txt", "folder.txt", "text.jsonl:" + LONG)
+PATHS = ("", "\0", LONG, "../" * 2000, "folder", "text.txt/below", "pipe.txt", "\udcff")
+TEXTS = (*PATHS, "zero.txt", "folder.txt", "text.jsonl:" + LONG)
 FILES = ("--recipe", "--calibration", "--dataset", "--dense", "--compare", "--model")
 SMALL = ["--calibration", "text.txt", "--n-sequences", "2", "--sequence-length", "12"]
 RACE = ["--methods", "magnitude", "--layers", "8x8"]
@@ -111,6 +111,7 @@ def attack(line: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) ->
         assert len(last) < 1100, shown
         assert "\x1b" not in error, shown
     assert (folder / "folder" / "thesis").read_text() == "precious"
+    assert (folder / "pipe.txt").is_fifo()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,4 +1,4 @@
-"""Products of the rows of a weight with the moments, some rows at a time, in float64."""
+"""Quadratic forms and products of the rows of a weight, some rows at a time."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from layerwise.chunks import slabs
 from layerwise.moments import Moments
 
 
-def shift_rows(
+def shift_of(
     weight: Tensor,  # (out, in)
     moments: Moments,
 ) -> Tensor:  # (out, in)
