@@ -13,7 +13,8 @@ from layerwise.grams.layer_files import read_layers
 from layerwise.run.checkpoints import files
 from layerwise.run.checkpoints.files import check_regular, copy_file, read_bytes
 from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.data.calibration import evaluation_text, token_windows
+from layerwise.run.data.calibration import token_windows
+from layerwise.run.data.evaluation import evaluation_text
 from layerwise.run.models.headers import Headers
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.prune import prune_model
@@ -153,7 +154,7 @@ def test_huge_file_is_not_read_into_memory(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     with path.open("wb") as stream:
         stream.truncate(20 << 30)
-    with pytest.raises(DataError, match="at most 134217728 are read"):
+    with pytest.raises(DataError, match=r"at most \d+ are read"):
         Recipe.read(path)
 
 

@@ -154,10 +154,18 @@ def test_a_worker_writes_the_type_of_the_file(precise: Path, tmp_path: Path) -> 
     write_hidden(tmp_path, 0, hidden)
     removal = settings.removal
     work = BlockWork(
-        precise / "model", removal, removal, ("Linear",), (), "block", CALIBRATION, tmp_path
+        precise / "model",
+        removal,
+        removal,
+        ("Linear",),
+        (),
+        "block",
+        CALIBRATION,
+        tmp_path,
+        "run",
     )
-    open_blocks(work, WorkerSpec(0, "cpu", 1))(0)
-    weight = BlockFolder(tmp_path).read_tensor(WEIGHT, 0, "mlp.up_proj")
+    name = open_blocks(work, WorkerSpec(0, "cpu", 1))(0)
+    weight = BlockFolder(tmp_path, "run", {0: name}).read_tensor(WEIGHT, 0, "mlp.up_proj")
     stored = load_file(precise / "model" / SHARD)["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(weight[weight != 0], stored[weight != 0])
 
