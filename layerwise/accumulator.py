@@ -2,10 +2,17 @@
 
 Chunks of activations are scaled by a power of two, multiplied in float32 (float64 for
 float64 inputs, see :mod:`layerwise.gram` for bfloat16) and summed in float64, so half
+<<<<<<< HEAD
+precision activations neither overflow nor lose their sums. Channels far from zero or far
+below the others keep their variance (:mod:`layerwise.shifted`). The first few tokens are
+multiplied in float64: weights can fit fewer tokens than channels with an error below the
+rounding of float32, which would spoil the error that is reported.
+=======
 precision activations neither overflow nor lose their sums. The first few tokens are
 multiplied in float64: weights can fit fewer tokens than channels with an error below the
 rounding of float32, which would spoil the error that is reported. Channels far from zero
 or far below the others keep their variance (:mod:`layerwise.shifted`).
+>>>>>>> main
 """
 
 import math

@@ -307,7 +307,8 @@ def _scaled_residual(
     inner = (weight * rest).sum(dim=1)
     of_inner = unit * (width * (weight.square() @ diagonal) * size).sqrt()
     scale = best_scale(above, inner, largest, penalty)
-    return (1 - scale).square() * above - 2 * scale * inner + 2 * scale.abs() * of_inner
+    value = (1 - scale).square() * above - 2 * scale * inner
+    return value + 2 * scale.abs() * of_inner
 
 
 def best_scale(

@@ -8,6 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from layerwise.errors import UsageError, quoted
 from layerwise.foreign import UserSolver
+from layerwise.limits import check_limit
 from layerwise.solve import Chain, resolve
 from layerwise.solver import Solver, SolverLike
 
@@ -51,6 +52,7 @@ def takes_option(method: SolverLike, name: str) -> bool:
 
 def with_memory_budget(solver: Solver, budget: int) -> Solver:
     """Give the budget to every step that has an option `memory_budget`."""
+    check_limit("memory_budget", budget)
     return _apply(solver, "", "memory_budget", budget)[0]
 
 

@@ -15,8 +15,7 @@ Notes
 The bound is valid however well y and D were optimised. The last evaluation is in float64;
 its rounding is bounded term by term, with ``(in + 8) eps`` for a sum, and subtracted. A
 factorization with a margin proves that R is positive semi-definite. The moments count as
-exact. If rounded moments give an optimum below zero, so are the bounds until the very end:
-zero is returned because an objective is a norm, and nothing is derived from that zero.
+exact. Where they allow an objective below zero, so do the bounds, until the very end.
 """
 
 from collections.abc import Iterator
@@ -95,9 +94,9 @@ def lower_bounds(
 
 def _unclamped(problem: LayerProblem, weight: Tensor | None, memory_budget: int) -> Tensor:
     """Bounds of the objective as the moments give it, also below zero; -inf if unknown."""
-    none = _total(torch.full_like(problem.energy, -torch.inf), problem.pattern)
-    if problem.shift is None:  # the objective is a quadratic form
-        none = torch.zeros_like(none)
+    least = 0.0 if problem.shift is None else -torch.inf  # 0: it is a quadratic form
+    size = 1 if has_one_budget(problem.pattern) else len(problem.energy)
+    none = torch.full_like(problem.energy[:size], least)
     if problem.factor(torch.float64).raised:
         return none
     scaled = _ScaledProblem(problem, memory_budget)
@@ -211,7 +210,7 @@ class _ScaledProblem:
         self.drift = problem.drift
         self.base = unclamped_rows(problem, free, damped=True)
         self.unit = (len(gram) + 8) * EPSILON
-        self.of_shift = self._terms_of_shift(problem)
+        self.of_shift = None if shift is None else scale * terms_of_shift(problem)
         self.slope, self.terms, self.rounding = self._slope(slice(None), self.free)
         rows = len(dense)
         if not has_one_budget(problem.pattern):
@@ -223,13 +222,6 @@ class _ScaledProblem:
     def largest(self) -> Tensor | None:
         """Largest multiple of the diagonal whose remainder is proven, or None."""
         return proven_split(self.gram, smallest_share(self.gram, 1))
-
-    def _terms_of_shift(self, problem: LayerProblem) -> Tensor | None:
-        """Size of the terms of the shift, (out, in); its rounding is `unit` times that."""
-        if self.shift is None:
-            return None
-        columns, dense = terms_of_shift(problem)
-        return self.shift.abs() + dense.sqrt()[:, None] * columns.sqrt() * self.scale
 
     def _slope(self, rows: slice, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Minus half the gradient, the size of its terms, and rounding of the objective."""

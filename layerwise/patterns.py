@@ -19,7 +19,8 @@ from torch import Tensor
 
 from layerwise.arrays import INTEGERS, check_integer, check_real, tensor_of
 from layerwise.chunks import SLAB, slabs
-from layerwise.errors import InvalidProblemError
+from layerwise.errors import InvalidProblemError, quoted
+from layerwise.limits import LARGEST_GROUP
 
 ENTRIES_AT_ONCE = 1 << 26  # of the scores on a GPU
 LONG_ROW = 1 << 20  # sorted on a GPU, as faster: github.com/pytorch/pytorch/issues/75599
@@ -112,6 +113,9 @@ class NM(Pattern):
                 f"n:m keeps n of every m weights, which needs 0 < n <= m; got "
                 f"{self.n}:{self.m}"
             )
+            raise InvalidProblemError(message)
+        if self.m > LARGEST_GROUP:
+            message = f"m of n:m is at most {LARGEST_GROUP}, got {quoted(self.m)}"
             raise InvalidProblemError(message)
 
     @property
@@ -342,7 +346,7 @@ def parse_pattern(text: str, group: Literal["row", "layer"] = "row") -> Pattern:
     except ValueError as error:
         if isinstance(error, InvalidProblemError):
             raise
-        message = f"sparsity is a fraction (0.5) or n:m (2:4), got {text!r}"
+        message = f"sparsity is a fraction (0.5) or n:m (2:4), got {quoted(text)}"
         raise InvalidProblemError(message) from None
 
 

@@ -57,13 +57,19 @@ def size_of_rows(problem: LayerProblem, rows: Tensor) -> Tensor:
 
 def size_of_shift(problem: LayerProblem) -> Tensor:
     """Squared size of the terms of the shift and of the drift, (out,)."""
-    parts, dense = terms_of_shift(problem)
+    parts, dense = _squared_terms(problem)
     ratio = parts / damped_diagonal(problem)
     spread = torch.where(parts > 0, ratio, 0).max()
     return dense * (1 + spread)
 
 
-def terms_of_shift(problem: LayerProblem) -> tuple[Tensor, Tensor]:
+def terms_of_shift(problem: LayerProblem) -> Tensor:
+    """Bound on the sums of absolute terms of the shift, (out, in), and on the shift."""
+    parts, dense = _squared_terms(problem)
+    return dense.sqrt()[:, None] * parts.sqrt()
+
+
+def _squared_terms(problem: LayerProblem) -> tuple[Tensor, Tensor]:
     """Sums ``D_kj^2 / g_k`` of every column j, (in,), and ``W_k^2 g_k`` of every row.
 
     Any positive g gives a valid inequality. Channels without inputs take a small one.

@@ -229,8 +229,9 @@ def resolve(method: SolverLike) -> Solver:
     :class:`layerwise.foreign.UserSolver`, so the result is always a solver.
     """
     if not isinstance(method, str):
-        known = isinstance(method, Solver) and not isinstance(method, type)
-        return method if known else UserSolver(method)
+        if isinstance(method, Solver) and not isinstance(method, type):
+            return method
+        return UserSolver(method)
     names = method.split("+")
     return chain(*names) if len(names) > 1 else get_solver(method)
 

@@ -78,3 +78,21 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
     remove_temporaries(tmp_path)
     kept = [path.name for path in tmp_path.rglob("*") if path.is_file()]
     assert kept == ["kept.tmp", "kept.tmp"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link"])
+def test_what_is_not_a_file_is_not_replaced(kind: str, tmp_path: Path) -> None:
+    """A device neither, such as /dev/null: a link stands for it here."""
+    path = tmp_path / kind
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(os.devnull)
+    before = path.lstat()
+    with pytest.raises(DataError, match="it is not a file; choose another name"):
+        atomic_write(path, b"figures")
+    after = path.lstat()
+    assert (before.st_ino, before.st_mode) == (after.st_ino, after.st_mode)
+    assert list(tmp_path.iterdir()) == [path]

@@ -54,7 +54,7 @@ def test_prune_and_verify(
     capsys.readouterr()
     assert run(["verify", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("ok  ") == len(printed.splitlines()) == 8
+    assert printed.count("ok  ") == len(printed.splitlines()) == 9
     text = [tiny_text()]
     report = prune_model(source, "wanda+least-squares", "2:4", calibration=text, **SETTINGS)
     with torch.no_grad():

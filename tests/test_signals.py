@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 import layerwise
 from layerwise.cli import run
@@ -178,3 +179,18 @@ def test_another_thread_may_run_commands(capsys: pytest.CaptureFixture[str]) -> 
     thread.start()
     thread.join()
     assert codes == [0]
+
+
+def test_ctrl_c_while_transformers_imports_is_no_damage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def importing(*args: object, **options: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except BaseException:
+            raise ModuleNotFoundError from None
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", importing)
+    (tmp_path / "text.txt").write_text(tiny_text())
+    assert run(prune(tmp_path, "out")) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"layerwise: {NOTHING}"

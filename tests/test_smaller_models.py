@@ -211,7 +211,20 @@ def test_intercept_without_a_place_for_it_is_a_refit_and_says_so() -> None:
     assert any("refitted without" in note for note in notes)
 
 
+def test_widths_that_are_forced_need_no_survey(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stock format has one width for all blocks: the same model as by uniform."""
+    uniform = smaller(tiny_model("llama"), method="columns", allocation="uniform")
+    monkeypatch.setattr(removal, "survey", lambda *_, **__: pytest.fail("surveyed"))
+    optimal = smaller(tiny_model("llama"), method="columns")
+    tensors = optimal.model.state_dict()
+    for name, tensor in uniform.model.state_dict().items():
+        assert torch.equal(tensor, tensors[name])
+
+
 def test_optimised_widths_say_what_they_should_cost() -> None:
     notes: list[str] = []
-    smaller(tiny_model("opt"), method="columns", callbacks=[Listener(notes)])
+    model = tiny_model("opt")
+    smaller(model, method="columns", format="native", callbacks=[Listener(notes)])
+    surveyed = [note for note in notes if note.startswith("survey of block ")]
+    assert surveyed == ["survey of block 1 of 2", "survey of block 2 of 2"]
     assert "to the mean loss of a token, and the next 1 % of the blocks" in notes[-1]

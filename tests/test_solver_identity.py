@@ -139,7 +139,11 @@ def test_an_object_that_holds_itself() -> None:
     assert entry(solver) != entry(other)
 
 
-@pytest.mark.parametrize("value", [torch.Generator(), iter([1]), object()], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [torch.Generator(), iter([1]), object()],
+    ids=lambda value: type(value).__name__,
+)
 def test_what_nothing_describes_is_unknown(value: Any) -> None:
     assert entry(module().Mine(3, extra=value)) == UNKNOWN
     assert entry(module().Mine(3, extra=value, fingerprint="seed 3")) != UNKNOWN

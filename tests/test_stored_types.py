@@ -153,19 +153,12 @@ def test_a_worker_writes_the_type_of_the_file(precise: Path, tmp_path: Path) -> 
         hidden = capture(opened.model, blocks, [CALIBRATION]).hidden
     write_hidden(tmp_path, 0, hidden)
     removal = settings.removal
-    work = BlockWork(
-        precise / "model",
-        removal,
-        removal,
-        ("Linear",),
-        (),
-        "block",
-        CALIBRATION,
-        tmp_path,
-        "run",
-    )
+    entries: Any = ("Linear",), ()
+    rest: Any = "block", CALIBRATION, tmp_path, "run"
+    work = BlockWork(precise / "model", removal, removal, *entries, *rest)
     name = open_blocks(work, WorkerSpec(0, "cpu", 1))(0)
-    weight = BlockFolder(tmp_path, "run", {0: name}).read_tensor(WEIGHT, 0, "mlp.up_proj")
+    folder = BlockFolder(tmp_path, "run", {0: name})
+    weight = folder.read_tensor(WEIGHT, 0, "mlp.up_proj")
     stored = load_file(precise / "model" / SHARD)["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(weight[weight != 0], stored[weight != 0])
 

@@ -12,9 +12,11 @@ from layerwise.run.channels.sites import Site
 from layerwise.run.channels.structure import Structure
 from layerwise.run.channels.survey import Finding
 from layerwise.run.channels.widths import (
+    _optimal,
     check_reachable,
     choose_widths,
     default_rule,
+    is_forced,
     rule_of,
 )
 
@@ -54,6 +56,36 @@ def test_uniform_removes_the_fraction_of_all_from_what_can_leave() -> None:
     keep, allocation = choose_widths(structure(), "fasp", MLPS, 1600, {})
     assert keep == {"model.layers.0.mlp": 20, "model.layers.1.mlp": 20}
     assert allocation is None
+
+
+@pytest.mark.parametrize("sparsity", [0.05, 0.1, 0.2, 0.3])
+@pytest.mark.parametrize("multiple", [1, 3, 8])
+def test_a_survey_cannot_change_a_width_that_is_forced(
+    sparsity: float, multiple: int
+) -> None:
+    """Equal sites of one kind, in the stock format: as for any increasing curve."""
+    asked = structure(sparsity=sparsity, multiple=multiple)
+    assert is_forced(asked, MLPS)
+    keep, allocation = choose_widths(asked, "columns", MLPS, 1600, {})
+    assert allocation is None
+    found = {s.name: finding([float(n) ** 1.5 for n in range(41)]) for s in MLPS}
+    optimal = _optimal(asked, MLPS, 1600, found)
+    assert keep == {name: 40 - count for name, count in optimal.removed.items()}
+
+
+@pytest.mark.parametrize(
+    ("options", "sites"),
+    [
+        ({"format": "native"}, MLPS),
+        ({"format": "padded"}, MLPS),
+        ({}, MIXED),
+        ({}, [site(0, "mlp", 40, 10), site(1, "mlp", 20, 10)]),
+        ({}, [site(0, "mlp", 40, 10), site(1, "mlp", 40, 20)]),
+        ({}, [replace(one, allowed=frozenset({10, 20})) for one in MLPS]),
+    ],
+)
+def test_other_widths_are_not_forced(options: dict[str, Any], sites: list[Site]) -> None:
+    assert not is_forced(structure(**options), sites)
 
 
 def test_widths_are_multiples_and_the_budget_is_still_met() -> None:

@@ -125,8 +125,6 @@ def _run(arguments: list[str], debug: bool) -> int:
 
 def _of_system(error: OSError) -> str:
     """Message of an error of the operating system, with the whole path."""
-    if isinstance(error, BrokenPipeError):
-        return "nobody reads the output any more"
     where = "a file or the output" if error.filename is None else error.filename
     return f"cannot read or write {where}: {error.strerror or one_line(error)}"
 
@@ -145,5 +143,13 @@ def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
 
         traceback.print_exception(error)
     line = shortened(" ".join(message.split()), LONGEST_MESSAGE)
-    typer.echo(f"layerwise: {line}", err=True)
+    typer.echo(f"layerwise: {_printable(line)}", err=True)
     return code
+
+
+def _printable(text: str) -> str:
+    """Text whose control characters, and bytes that are not text, are escaped."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from layerwise.cli import options
-from layerwise.cli.common import set_threads, typed_names
+from layerwise.cli.common import check_file, set_threads, typed_names
 from layerwise.cli.options import MODEL, RACE, option, window_length
 from layerwise.errors import UsageError
 
@@ -61,6 +61,8 @@ def bench(
     --methods makes it a race on single layers; --damping and --json are for races only.
     """
     typed = typed_names(context)
+    check_file("--json", json_)
+    check_file("--plot", plot)
     set_threads(threads)
     arguments = {"shape": shape, "sparsity": sparsity, "device": device}
     if methods is None:

@@ -1,14 +1,17 @@
 """What several commands share: what was typed, threads, progress, hyper-parameters."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
 
 from layerwise.errors import DataError, UsageError, quoted
+from layerwise.limits import MOST_THREADS, check_limit
 from layerwise.run.outputs.strict_yaml import parse_yaml
 
 TYPED = "COMMANDLINE"  # source of a parameter, as click names it
@@ -30,7 +33,34 @@ def set_threads(threads: int | None, workers: int = 1) -> None:
         if threads < 1:
             message = f"--threads must be at least 1, got {threads}"
             raise UsageError(message)
+        check_limit("--threads", threads, MOST_THREADS)
         torch.set_num_threads(threads)
+
+
+def check_file(option: str, path: Path | None) -> None:
+    """Refuse a file that could not be written, before the work whose result it gets.
+
+    Raises
+    ------
+    UsageError
+        It is a folder or a device, or its folder is missing or cannot be written.
+    """
+    if path is None:
+        return
+    try:
+        folder = path.absolute().parent
+        problem = None
+        if not path.name or (path.exists() and not path.is_file()):
+            problem = "it is not a file: name one"
+        elif not folder.is_dir():
+            problem = "its folder does not exist: create it first"
+        elif not os.access(path if path.exists() else folder, os.W_OK):
+            problem = "it cannot be written: choose another place"
+    except (OSError, ValueError) as error:
+        problem = f"{getattr(error, 'strerror', None) or error}; choose another name"
+    if problem is not None:
+        message = f"{option} {quoted(str(path))}: {problem}"
+        raise UsageError(message)
 
 
 @contextmanager

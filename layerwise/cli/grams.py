@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from layerwise.cli import options
-from layerwise.cli.common import method_options, progress_on, set_threads
+from layerwise.cli.common import check_file, method_options, progress_on, set_threads
 from layerwise.cli.options import MODEL, argument, option
 
 
@@ -91,6 +91,7 @@ def solve(
     from layerwise.reports.progress import PlainProgress, RichProgress
     from layerwise.reports.tables import print_sweep
 
+    check_file("--json", json_)
     if workers == 1:
         set_threads(threads)
     with progress_on(PlainProgress, RichProgress) as progress:

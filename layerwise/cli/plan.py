@@ -1,5 +1,6 @@
 """``layerwise plan``: what a prune would do and take, before it touches a weight."""
 
+from layerwise.cli.common import check_file
 from layerwise.cli.options import Json
 from layerwise.cli.run_flags import RunRequest, with_run_flags
 
@@ -11,6 +12,7 @@ def plan(run: RunRequest, json_: Json = None) -> None:
     Takes the options of `layerwise prune`; --calibration and --output may be left out. It
     reads no weight and no text, and writes nothing but the file of --json.
     """
+    check_file("--json", json_)
     model = run.needed("MODEL", run.recipe.model)
     run.needed("--sparsity", run.recipe.sparsity)
     from layerwise.planning.plan import plan_run

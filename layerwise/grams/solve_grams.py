@@ -25,6 +25,7 @@ from layerwise.grams.layer_jobs import (
 )
 from layerwise.grams.solved_folder import SolvedFolder, recipe_of
 from layerwise.grams.sweep import Sweep
+from layerwise.limits import MOST_THREADS, MOST_WORKERS, check_limit
 from layerwise.modes import in_ordinary_mode
 from layerwise.run.pipeline.destination import Destination
 from layerwise.run.pipeline.records import LayerRecord
@@ -299,11 +300,13 @@ def _threads(workers: int, threads: int | None) -> int:
     if workers < 1:
         message = f"workers must be at least 1, got {workers}"
         raise UsageError(message)
+    check_limit("workers", workers, MOST_WORKERS)
     if workers == 1:
         return torch.get_num_threads()
     if threads is not None and threads < 1:
         message = f"threads must be at least 1, got {threads}"
         raise UsageError(message)
+    check_limit("threads", threads or 1, MOST_THREADS)
     return threads or max(1, torch.get_num_threads() // workers)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from layerwise.errors import UsageError
+from layerwise.limits import check_limit
 from layerwise.recovery.reconstruct import Reconstruction
 from layerwise.recovery.trainable import ParameterSets
 from layerwise.recovery.training import Training
@@ -62,6 +63,7 @@ class Settings:
         if self.batch_size < 1:
             message = f"batch_size must be at least 1, got {self.batch_size}"
             raise UsageError(message)
+        check_limit("batch_size", self.batch_size)
         if self.reconstructs and "head" in self.sets.names:
             message = "the set head trains the LM head: choose the objective tokens"
             raise UsageError(message)

@@ -16,6 +16,7 @@ Names are joined by ``+``. Masks are arguments, never derived from the zeros: a 
 that happens to be zero may train, a removed weight may not.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from layerwise.errors import UsageError
+from layerwise.limits import check_limit
 from layerwise.recovery.low_rank import KINDS, LowRank, Masked
 
 WEIGHTS = (*(kind for kind in KINDS if kind != "lora"), "full")
@@ -60,10 +62,11 @@ class ParameterSets:
                 f"weights; join at most one of {', '.join(WEIGHTS)} with the others"
             )
             raise UsageError(message)
-        if self.rank < 1 or not self.scale > 0:
+        check_limit("rank", self.rank)
+        if self.rank < 1 or not 0 < self.scale < math.inf:
             message = (
-                f"rank must be at least 1 and scale above 0, got {self.rank} and "
-                f"{self.scale}"
+                f"rank must be at least 1 and scale above 0, and finite, got {self.rank} "
+                f"and {self.scale}"
             )
             raise UsageError(message)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import SolveError, UsageError
+from layerwise.limits import check_limit
 
 Optimizer = Literal["adamw", "adapprox"]
 OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
@@ -52,6 +53,8 @@ class Training:
                 f"{self.save_every}"
             )
             raise UsageError(message)
+        check_limit("steps", self.steps)
+        check_limit("save_every", self.save_every)
         rates = self.learning_rates
         if not rates or not all(0 < rate < math.inf for rate in rates):
             message = (

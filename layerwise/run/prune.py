@@ -8,6 +8,7 @@ is pruned in place.
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from layerwise.modes import in_ordinary_mode
 from layerwise.patterns import Pattern
 from layerwise.run.activations.streams import evaluation_mode
 from layerwise.run.checkpoints.storage import Checkpoint
-from layerwise.run.models.architecture import adapter_of, is_declared
+from layerwise.run.models.architecture import adapter_of, as_stored, is_declared
 from layerwise.run.models.headers import Headers
 from layerwise.run.models.opening import OpenedModel, open_model
 from layerwise.run.models.residency import InMemory
@@ -242,6 +243,7 @@ def prune(
         total = len(run.selection.blocks)
         with open_store(destination, identity, ranks, needed, total) as store:
             listeners = Listeners(callbacks if ranks.first else ())
+            run = replace(run, on_note=listeners.on_note)
             listeners.on_notes(filter(None, (store.continued, *run.tokens.notes)))
             listeners.on_notes(settings.removal.notes(run))
             if streamed and from_folder and opened.in_memory:
@@ -277,7 +279,8 @@ def open_headers(
     settings.calibration.check(model)
     settings.calibration.check_tokenizer(source, tokenizer)
     if is_declared(model):  # other adapters are found by running the model
-        settings.check_selection(OpenedModel(InMemory(model), adapter_of(model), source))
+        adapter = as_stored(adapter_of(model), model, source)
+        settings.check_selection(OpenedModel(InMemory(model), adapter, source))
     return source
 
 

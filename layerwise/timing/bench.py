@@ -19,6 +19,7 @@ import torch
 from layerwise.errors import UsageError
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.data.context import context_length
+from layerwise.run.data.windows import check_windows
 from layerwise.run.models.architecture import adapter_of
 from layerwise.run.models.loading import quiet_transformers
 from layerwise.run.models.stock import skeleton
@@ -204,6 +205,7 @@ class _Run:
         config = checkpoint.config.get("text_config") or checkpoint.config
         if not self.length:
             self.length = min(LONGEST, context_length(SimpleNamespace(**config)) or LONGEST)
+        check_windows(self._n_sequences, self.length, self.seed)
         vocabulary = int(config["vocab_size"])
         generator = torch.Generator().manual_seed(self.seed)
         shape = (self._n_sequences, self.length)

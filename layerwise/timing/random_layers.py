@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from layerwise.adapters.linear import matrix
-from layerwise.errors import UsageError
+from layerwise.errors import UsageError, quoted
 from layerwise.gram import mirror_
 from layerwise.grams.layer_files import StoredLayer
+from layerwise.limits import LARGEST_WIDTH, check_limit
 from layerwise.moments import Moments
 from layerwise.run.models.architecture import adapter_of
 from layerwise.timing.shapes import SHAPES
@@ -26,11 +27,15 @@ def layers_of_sizes(text: str, device: torch.device, seed: int) -> Iterator[Stor
     """Layers from sizes such as ``2048x2048,1024x4096``: outputs times inputs."""
     sizes = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*([1-9]\d*)x([1-9]\d*)\s*", part)
+        match = re.fullmatch(r"\s*([1-9]\d{0,8})x([1-9]\d{0,8})\s*", part)
         if match is None:
-            message = f"layers must be sizes such as 2048x2048,1024x4096, got {part!r}"
+            message = (
+                f"layers must be sizes such as 2048x2048,1024x4096, got {quoted(part)}"
+            )
             raise UsageError(message)
-        sizes.append((int(match[1]), int(match[2])))
+        rows, width = int(match[1]), int(match[2])
+        check_limit("the size of a layer", max(rows, width), LARGEST_WIDTH)
+        sizes.append((rows, width))
     return (
         StoredLayer(
             f"{rows}x{width}",

@@ -35,6 +35,14 @@ CLARABEL_OPTIONS = {"tol_gap_abs": 1e-13, "tol_gap_rel": 1e-13, "tol_feas": 1e-1
 # the weights around it round. Measured 1e-6 and 3e-2.
 FAST_SCAN = {torch.float32: 1e-5, torch.bfloat16: 1e-1}
 
+# Claims against exact optima: the last steps of a certificate, after the part of it that
+# counts rounding, are rounded too. Measured 0: no certificate needed it.
+CLAIM = 1e-6
+
+# Relative error of few tokens, whose square is 1e-13 of the energy: float64 rounding.
+# Measured 2e-5.
+FEW_TOKENS_ERROR = 1e-3
+
 # -- iterative methods: the requested gap ----------------------------------------------
 
 LASSO_GAP = 1e-9

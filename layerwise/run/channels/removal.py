@@ -33,6 +33,7 @@ from layerwise.run.channels.widths import (
     check_reachable,
     choose_widths,
     default_rule,
+    is_forced,
     rule_of,
 )
 from layerwise.run.models.accounts import remarks
@@ -139,7 +140,7 @@ class RemoveChannels:
             names = coupling_names(opened.adapter, structure)
             check_format(opened.model, opened.adapter, names, "stock", bias=True)
         check_reachable(structure, selection.all_sites, selection.total)
-        if self._rule not in SURVEYED:
+        if not self._needs_survey(selection):
             self._widths(selection, {})
         return selection
 
@@ -177,7 +178,7 @@ class RemoveChannels:
         before: Mapping[str, str] = {}
         if run.output is not None:
             before = stored_digests(run.opened.source, run.opened.model)
-        if self._rule in SURVEYED:
+        if self._needs_survey(selection):
             with timed("survey"):
                 findings = survey(
                     run, method, selection.sites, curves=self._rule == "optimal"
@@ -202,6 +203,10 @@ class RemoveChannels:
     @property
     def _rule(self) -> str:
         return rule_of(self.structure, self.method.name)[0]
+
+    def _needs_survey(self, selection: ChannelSelection) -> bool:
+        forced = is_forced(self.structure, selection.all_sites)
+        return self._rule in SURVEYED and not (self._rule == "optimal" and forced)
 
     @property
     def _restoration(self) -> str | None:

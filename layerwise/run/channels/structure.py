@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from layerwise.errors import UsageError
+from layerwise.limits import check_limit
 from layerwise.moments import Moments
 from layerwise.patterns import Columns, Pattern, Unstructured
 from layerwise.problem import LayerProblem
@@ -75,6 +76,7 @@ class Structure:
         if self.multiple < 1:
             message = f"multiple must be at least 1, got {self.multiple}"
             raise UsageError(message)
+        check_limit("multiple", self.multiple)
 
     def __str__(self) -> str:
         return f"{self.kind}, {self.sparsity:g} of the blocks"

@@ -82,6 +82,7 @@ def survey(
     dense_loss = probe.loss() if curves else 0.0
     findings: dict[str, Finding] = {}
     for index, (name, block) in enumerate(blocks.items()):
+        run.on_note(f"survey of block {index + 1} of {len(blocks)}")
         calls = stream.calls[index]
         inputs = BlockInputs(
             name, block, (), calls, hidden, hidden, stored=run.stored_weights

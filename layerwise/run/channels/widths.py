@@ -80,6 +80,17 @@ def check_reachable(structure: Structure, sites: Sequence[Site], total: int) -> 
     raised_fraction([_units(site) for site in sites], structure.sparsity, total)
 
 
+def is_forced(structure: Structure, sites: Sequence[Site]) -> bool:
+    """Whether all widths follow from the sparsity alone, whatever a survey would find.
+
+    The stock format has one width for all channels of a kind. With one kind of sites, all
+    alike, that is the largest width by which enough is removed.
+    """
+    alike = {(s.coupling.name, s.rounds, s.heads, s.channels.cost) for s in sites}
+    free = all(site.allowed is None for site in sites)
+    return structure.format == "stock" and len(alike) == 1 and free
+
+
 def choose_widths(
     structure: Structure,
     method: str,
@@ -98,10 +109,12 @@ def choose_widths(
     total
         Number of parameters of all blocks; the sparsity is a fraction of it.
     findings
-        Findings of the survey; empty for rules that need none.
+        Findings of the survey; empty for rules that need none, and for forced widths.
     """
     rule, heads = rule_of(structure, method)
     allocation = None
+    if rule == "optimal" and is_forced(structure, sites):
+        rule = "uniform"
     if rule == "optimal":
         allocation = _optimal(structure, sites, total, findings)
         removed = allocation.removed

@@ -35,14 +35,18 @@ def atomic_write(path: Path, data: Content, *, size: int | None = None) -> None:
     Raises
     ------
     DataError
-        The file system refuses (full, read-only, no permission, input or output
-        error). The old content is intact and no temporary file remains.
+        The path is a device, a pipe or a folder, which must not be replaced, or the file
+        system refuses (full, read-only, no permission, input or output error). The old
+        content is intact and no temporary file remains.
     """
     # processes on machines that share a disk may have the same id
     own = f"{os.getpid()}-{secrets.token_hex(4)}"
     temporary = path.with_name(f".{path.name}.{own}{TEMPORARY_SUFFIX}")
     needed = len(data) if isinstance(data, bytes) else size
     try:
+        if path.exists() and not path.is_file():
+            message = f"cannot write {path}: it is not a file; choose another name"
+            raise DataError(message)
         try:
             with temporary.open("wb") as stream:
                 if isinstance(data, bytes):

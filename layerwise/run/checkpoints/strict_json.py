@@ -11,6 +11,8 @@ from typing import Any
 from layerwise.errors import DataError
 from layerwise.run.checkpoints.files import read_bytes
 
+SHOWN = 40  # characters of a key in a message
+
 
 def read_json(path: Path) -> Any:
     """Parse a JSON file, or raise a DataError with its path and the position."""
@@ -44,7 +46,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value: dict[str, Any] = {}
     for key, item in pairs:
         if key in value:
-            message = f"key {key!r} appears twice"
+            message = f"key {key[:SHOWN]!r} appears twice"
             raise ValueError(message)
         value[key] = item
     return value

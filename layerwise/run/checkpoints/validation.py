@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import DataError, UnsupportedModelError, one_line
+from layerwise.run.checkpoints.config_bounds import check_counts
 from layerwise.run.checkpoints.files import check_regular
 from layerwise.run.checkpoints.plain_config import check_types, refuse_quantised
 from layerwise.run.checkpoints.shard import read_header
@@ -22,6 +23,7 @@ from layerwise.run.checkpoints.strict_json import read_object
 SINGLE_SHARD = "model.safetensors"
 ADAPTER = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
+SHOWN = 40  # characters of a key or value in a message
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DISTRIBUTED_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
@@ -168,6 +170,7 @@ def check_config(config: dict[str, Any], path: Path) -> None:
     if not isinstance(config.get("model_type"), str):
         message = f"{where} names no model_type: restore the file"
         raise DataError(message)
+    check_counts(config, where)
     check_types(config, where)
     refuse_quantised(config, path)
     if config.get("transformers_weights"):
@@ -175,7 +178,8 @@ def check_config(config: dict[str, Any], path: Path) -> None:
         raise DataError(message)
     for key, value in _walk(config):
         if key.endswith("attn_implementation") and "/" in str(value):
-            message = f"{where} requires code from the hub ({key}: {value}): remove it"
+            shown = f"{key[:SHOWN]}: {str(value)[:SHOWN]}"
+            message = f"{where} requires code from the hub ({shown}): remove it"
             raise UnsupportedModelError(message)
     names = (file.name for file in path.iterdir())
     if shards := [name for name in names if DISTRIBUTED_SHARD.fullmatch(name)]:

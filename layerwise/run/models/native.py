@@ -157,8 +157,8 @@ def read_native(checkpoint: Checkpoint) -> tuple[Any, Callable[[nn.Module], None
     family = original["model_type"]
     if family not in ADAPTERS:
         message = (
-            f"{path} holds a model of type {family!r}, which this layerwise cannot cut: "
-            f"install a newer layerwise"
+            f"{path} holds a model of type {family[:40]!r}, which this layerwise cannot "
+            f"cut: install a newer layerwise"
         )
         raise UnsupportedModelError(message)
     surgery_path = checkpoint.path / SURGERY

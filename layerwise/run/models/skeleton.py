@@ -26,17 +26,21 @@ from layerwise.run.models.kinds import auto_class_of, refuse_other_kinds
 if TYPE_CHECKING:
     from layerwise.run.checkpoints.storage import Checkpoint
 
+SHOWN = 40  # characters of a value of config.json in a message
+LARGE_BUFFERS = 1 << 30  # bytes
+
 
 def read_config(checkpoint: Checkpoint) -> Any:
     """Parse the configuration of an architecture that is part of transformers."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    model_type = checkpoint.config.get("model_type")
+    model_type = checkpoint.config["model_type"]
+    shown = repr(model_type[:SHOWN])
     if model_type not in CONFIG_MAPPING:
         reason = "this version of transformers does not know it"
         if "auto_map" in checkpoint.config:
             reason = "it needs code from the checkpoint (auto_map), which is never run"
-        message = f"model type {model_type!r} in {checkpoint.path}: {reason}"
+        message = f"model type {shown} in {checkpoint.path}: {reason}"
         raise UnsupportedModelError(message)
     try:
         with _readable(checkpoint) as folder:
@@ -122,6 +126,7 @@ def skeleton_of(
     if operate is not None:
         operate(model)
     _check_tensors(checkpoint, config, model)
+    _check_buffers(checkpoint, model)
     if buffers:
         _compute_buffers(model)
     return model.eval()
@@ -199,6 +204,18 @@ def _check_shapes(checkpoint: Checkpoint, model: nn.Module, account: Account) ->
                 f"config.json asks for {expected}: restore the one that is wrong"
             )
             raise DataError(message)
+
+
+def _check_buffers(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Refuse computed tables that are larger than the model: no tensor tells their size."""
+    needed = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    stored = sum(entry.n_bytes for entry in checkpoint.entries().values())
+    if needed > max(LARGE_BUFFERS, stored):
+        message = (
+            f"{checkpoint.path / 'config.json'} asks for tables of {needed:,} bytes beside "
+            f"weights of {stored:,}: correct its number of positions"
+        )
+        raise DataError(message)
 
 
 def _is_of_more_layers(model: nn.Module, name: str) -> bool:

@@ -13,6 +13,7 @@ from layerwise.errors import DataError, one_line, quoted
 
 LONGEST = 100_000  # characters
 DEEPEST = 8
+TOO_DEEP = f"it has values inside values, more than {DEEPEST} deep"
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -51,14 +52,19 @@ class _Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        """Read a bracket, unless it is too deep: looking for its key would take long."""
+        if self.flow_level == DEEPEST:
+            raise yaml.YAMLError(TOO_DEEP)
+        super().fetch_flow_collection_start(token)  # type: ignore[no-untyped-call]
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Compose a value, unless it is a reference or too deep inside others."""
         if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
             message = "it has references (*name): write the values out"
             raise yaml.YAMLError(message)
         if self.depth == DEEPEST:
-            message = f"it has values inside values, more than {DEEPEST} deep"
-            raise yaml.YAMLError(message)
+            raise yaml.YAMLError(TOO_DEEP)
         self.depth += 1
         node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
         self.depth -= 1

@@ -8,7 +8,7 @@ resolved before, so a block may be pruned twice, by any worker.
 
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from layerwise.errors import DataError, UsageError
+from layerwise.limits import MOST_WORKERS, check_limit
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.hidden_store import HiddenStore
 from layerwise.run.activations.streams import BATCH, capture, evaluation_mode
@@ -77,6 +78,7 @@ class Workers:
         if self.count < 1:
             message = f"workers must be at least 1, got {self.count}"
             raise UsageError(message)
+        check_limit("workers", self.count, MOST_WORKERS)
         if self.are_others and error_correction not in INDEPENDENT:
             message = (
                 f"with error_correction {error_correction!r} a block waits for the one "
@@ -231,6 +233,8 @@ class ParallelRun:
             self.store.add_file(int(job.key), name)
             finish(int(job.key))
 
+        count = min(workers.count, len(self.run.selection.blocks))
+        workers = replace(workers, count=count)
         opening = partial(open_blocks, self._work())
         run_jobs(
             self._jobs(finish),

@@ -6,7 +6,7 @@ model smaller. A new kind is a new class, named in ``REMOVALS`` of
 :mod:`layerwise.run.settings`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -58,6 +58,10 @@ class Amount:
         return (name for name in names if getattr(self, name) is not None)
 
 
+def ignore_note(text: str) -> None:
+    """Take a remark for the log, and do nothing."""
+
+
 @dataclass(frozen=True, eq=False)
 class Run(Generic[S]):
     """A run that may begin: everything is checked.
@@ -76,6 +80,8 @@ class Run(Generic[S]):
         Calibration data of this rank.
     output
         Output folder, or None.
+    on_note
+        Receives remarks for the log while something takes long.
     """
 
     opened: OpenedModel
@@ -84,6 +90,7 @@ class Run(Generic[S]):
     tokens: Calibration
     own_tokens: Calibration
     output: Path | None = None
+    on_note: Callable[[str], None] = ignore_note
 
     @property
     def stored_weights(self) -> Mapping[str, Tensor]:
