@@ -36,7 +36,7 @@ class KillAt:
     def __init__(self, block: int) -> None:
         self._part = f".{block}."
 
-    def on_start(self, *counts: int) -> None: ...
+    def on_start(self, *counts: Any) -> None: ...
 
     def on_step(self, *values: Any) -> None: ...
 
@@ -164,7 +164,7 @@ def test_only_blocks_of_this_run_are_read(shop: Path, out: Path) -> None:
     """A worker of a killed run writes one more block while a new run starts over."""
 
     class Worker(KillAt):
-        def on_start(self, n_layers: int) -> None:
+        def on_start(self, *counts: Any) -> None:
             shutil.copy(block(shop / "other"), out.parent / "out.partial/layerwise/blocks")
 
         def on_layer(self, record: Any) -> None: ...
@@ -200,8 +200,8 @@ def test_states_of_a_retraining_are_checked(
     shop: Path, tmp_path: Path, objective: str, damage: str
 ) -> None:
     class Stop(KillAt):
-        def on_step(self, rate: float, step: int, loss: float) -> None:
-            if objective == "tokens" and step == 2:
+        def on_step(self, *values: Any) -> None:
+            if objective == "tokens" and values[1] == 2:
                 raise Killed
 
     def retrain(**options: Any) -> None:

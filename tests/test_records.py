@@ -37,7 +37,7 @@ GOOD = LayerRecord(
     seconds=0.5,
     proven_gap=0.25,
 )
-IMPOSSIBLE = {
+IMPOSSIBLE: dict[str, list[Any]] = {
     "name": [None, 3, ["a"]],
     "shape": [[3], [3, 5, 1], "35", [3, -5], [0, 5], [3, 5.0], [True, 5], None],
     "method": [None, 1],

@@ -154,7 +154,7 @@ def test_huge_file_is_not_read_into_memory(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     with path.open("wb") as stream:
         stream.truncate(20 << 30)
-    with pytest.raises(DataError, match="at most 134217728 are read"):
+    with pytest.raises(DataError, match=r"at most \d+ are read"):
         Recipe.read(path)
 
 

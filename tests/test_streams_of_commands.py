@@ -94,14 +94,14 @@ def test_a_closed_stream_takes_everything(
     assert getattr(sys, name) is None
 
 
-def test_letters_that_an_encoding_lacks_are_replaced(
+def test_letters_that_an_encoding_lacks_are_escaped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="latin-1"))
     with lasting("stdout", results=True):
         sys.stdout.write("\N{GREEK SMALL LETTER ALPHA}\N{MULTIPLICATION SIGN}\n")
-    assert raw.getvalue() == b"?\xd7\n"
+    assert raw.getvalue() == b"\\u03b1\xd7\n"
 
 
 def test_a_stream_that_fails_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

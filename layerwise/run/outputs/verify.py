@@ -113,14 +113,18 @@ class _Findings:
         if tuple(weight.shape) != tuple(mask.shape):
             self.missing.append(f"{name}: mask {tuple(mask.shape)}, {tuple(weight.shape)}")
             return
+        if mask.dim() != 2:
+            self.missing.append(f"{name}: {mask.dim()} dimensions, not a matrix")
+            return
         outside = int((weight[~mask] != 0).sum())
         if outside:
             self.nonzero.append(f"{name}: {outside} removed weights are not zero")
         negative = int((torch.signbit(weight) & (weight == 0)).sum())
         if negative:
             self.negative.append(f"{name}: {negative} of its zeros are -0.0")
+        rows, width = mask.shape
         try:
-            self._pattern.check(mask.shape)
+            self._pattern.check((rows, width))
             if not self._holds(self._pattern, mask):
                 self.pattern.append(f"{name}: another number of zeros")
         except InvalidProblemError as error:
