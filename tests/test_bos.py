@@ -95,6 +95,10 @@ def test_windows_of_text(
         rest = window[1:] if put else window
         assert int((inner == rest).all(dim=1).sum()) >= 1
     assert bool(found.notes) == put
+    if mode != "never":  # the whole text has one BOS, not two
+        sizes = {"n_sequences": 1, "sequence_length": len(stream)}
+        whole = draw([tiny_text()], tokenizer, mode, family, **sizes)
+        assert torch.equal(whole.tokens[0], stream)
 
 
 def test_windows_of_documents(tokenizer: PreTrainedTokenizerFast) -> None:
