@@ -27,8 +27,8 @@ from torch import Tensor
 
 from layerwise.accumulator import MomentAccumulator
 from layerwise.arrays import Array, check_real, real_tensor
-from layerwise.chunks import slabs
 from layerwise.errors import InvalidProblemError
+from layerwise.forms import row_dots, row_forms, shift_of
 from layerwise.linalg import Factor, damped
 from layerwise.moments import Moments, even_exponent
 from layerwise.patterns import FixedMask, Pattern, PatternLike, as_pattern
@@ -194,7 +194,7 @@ class LayerProblem:
             if moments.cross_gram is not None:
                 known["drift"] = drift
         if energy is None:
-            energy = _row_forms(weight, moments.gram)
+            energy = row_forms(weight, moments.gram)
             if moments.cross_gram is not None:
                 if drift is None:
                     message = (
@@ -202,8 +202,8 @@ class LayerProblem:
                         "from gram and cross_gram: pass energy or drift"
                     )
                     raise InvalidProblemError(message)
-                known["shift"] = _shift(weight, moments)
-                energy += known["drift"] + 2 * _row_dots(known["shift"], weight)
+                known["shift"] = shift_of(weight, moments)
+                energy += known["drift"] + 2 * row_dots(known["shift"], weight)
             energy = energy.clamp(min=0)
         energy = real_tensor(energy, "energy").double()
         gradients = gradient_norm
@@ -252,7 +252,7 @@ class LayerProblem:
         """S = W (C - G), shape (out, in), float64; None if it is zero."""
         if self.moments.cross_gram is None:
             return None
-        return _shift(self.weight, self.moments)
+        return shift_of(self.weight, self.moments)
 
     @cached_property
     def drift(self) -> Tensor:
@@ -262,8 +262,8 @@ class LayerProblem:
         """
         if self.shift is None:
             return torch.zeros_like(self.energy)
-        quadratic = _row_forms(self.weight, self.gram)
-        quadratic += 2 * _row_dots(self.shift, self.weight)
+        quadratic = row_forms(self.weight, self.gram)
+        quadratic += 2 * row_dots(self.shift, self.weight)
         return self.energy - quadratic
 
     @property
@@ -391,37 +391,3 @@ class LayerProblem:
 @dataclass(frozen=True, eq=False)
 class CenteredProblem(LayerProblem):
     """A problem about the means of its inputs; its solutions carry a bias."""
-
-
-def _shift(
-    weight: Tensor,  # (out, in)
-    moments: Moments,
-) -> Tensor:  # (out, in)
-    """``W (C - G)`` without a copy of the gram."""
-    assert moments.cross_gram is not None
-    result = torch.empty_like(weight, dtype=torch.float64)
-    for columns in slabs(moments.width):
-        change = moments.cross_gram[:, columns] - moments.gram[:, columns]
-        for rows in slabs(len(weight)):
-            result[rows, columns] = weight[rows].double() @ change
-    return result
-
-
-def _row_forms(
-    weight: Tensor,  # (out, in)
-    gram: Tensor,  # (in, in)
-) -> Tensor:  # (out,)
-    """``w G w^T`` of every row, some rows at a time."""
-    forms = []
-    for rows in slabs(len(weight)):
-        part = weight[rows].double()
-        forms.append((part @ gram).mul_(part).sum(dim=1))
-    return torch.cat(forms)
-
-
-def _row_dots(
-    one: Tensor,  # (out, in)
-    other: Tensor,  # (out, in)
-) -> Tensor:  # (out,)
-    """Inner products of the rows of two matrices."""
-    return torch.cat([(one[r] * other[r]).sum(dim=1) for r in slabs(len(one))])

@@ -252,3 +252,18 @@ def test_evaluate_says_its_protocol(
         assert out.endswith(f"windows of {POSITIONS} tokens, {name})\n")
     assert run([*line, "--stride", "99"]) == 2
     assert "stride is 99: choose one from 1 to 31" in capsys.readouterr().err
+
+
+def test_evaluate_reads_ids_without_a_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_checkpoint(tmp_path / "m", tiny_model("llama"), tokenizer=False)
+    rows = random_tokens(3, 20)
+    (tmp_path / "ids.json").write_text(json.dumps(rows.tolist()))
+    line = ["evaluate", str(tmp_path / "m"), "--sequence-length", "10", "--dataset"]
+    assert run([*line, str(tmp_path / "ids.json")]) == 0
+    value = perplexity(tiny_model("llama"), rows.flatten(), sequence_length=10)
+    assert f"perplexity {value:.4f}" in capsys.readouterr().out
+    (tmp_path / "texts.json").write_text(json.dumps([tiny_text()]))
+    assert run([*line, str(tmp_path / "texts.json")]) == 2
+    assert "needs a tokenizer: pass one" in capsys.readouterr().err

@@ -396,10 +396,6 @@ def test_output_of_a_foreign_tokenizer_is_checked(
     ],
 )
 def test_impossible_numbers(arguments: dict[str, int], match: str) -> None:
-    numbers: dict[str, Any] = {
-        "n_sequences": 1,
-        "sequence_length": 4,
-        "seed": 0,
-    } | arguments
+    sizes: dict[str, Any] = {"n_sequences": 1, "sequence_length": 4, **arguments}
     with pytest.raises(UsageError, match=match):
-        token_windows(range(9), None, **numbers)
+        token_windows(range(9), None, **sizes)

@@ -39,7 +39,8 @@ def test_every_name_in_every_form(name: str) -> None:
 
 def test_a_limit_under_another_name_decides() -> None:
     """Default length, refusal of a longer one, and perplexity agree."""
-    config = CONFIG_MAPPING["mpt"](
+    family: Any = CONFIG_MAPPING["mpt"]
+    config = family(
         vocab_size=32, d_model=16, n_heads=4, n_layers=1, expansion_ratio=1, max_seq_len=24
     )
     with torch.random.fork_rng(devices=[]):

@@ -111,15 +111,17 @@ def test_slow_tokenizer_is_refused_before_the_whole_text(
             time.sleep(0.02)
             return {"input_ids": [1]}
 
+    slow: Any = Slow()
     monkeypatch.setattr("layerwise.run.data.growth.PATIENCE", 0.01)
     with pytest.raises(DataError, match=r"needs 0\.\d s for 4 characters"):
-        encode(TEXT, Slow())
+        encode(TEXT, slow)
 
 
 def test_interruptions_are_not_taken_for_damage() -> None:
-    def interrupted(text: str, verbose: bool) -> None:
+    def interrupt(text: str, verbose: bool) -> None:
         raise KeyboardInterrupt
 
+    interrupted: Any = interrupt
     with pytest.raises(KeyboardInterrupt):
         encode(TEXT, interrupted)
 

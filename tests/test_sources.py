@@ -29,6 +29,8 @@ LENGTH = 8
 IDS = random_tokens(6, LENGTH, seed=5)
 ROWS: list[list[int]] = IDS.tolist()
 TEXTS = [tiny_text(40, seed=i) for i in range(4)]
+LIST_OF_IDS: Any = IDS  # data sets for a DataLoader
+LIST_OF_TEXTS: Any = TEXTS
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
 )
@@ -44,8 +46,14 @@ def rows_of(source: Any, count: int = 4) -> list[list[int]]:
     return rows
 
 
-def set_of(**columns: Any) -> datasets.Dataset:
+def set_of(**columns: Any) -> Any:
     return datasets.Dataset.from_dict(columns)
+
+
+def split_into(**parts: Any) -> Any:
+    splits = datasets.DatasetDict()
+    splits.update(parts)
+    return splits
 
 
 def pairs() -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -62,12 +70,12 @@ IDS_SOURCES: dict[str, Callable[[], Any]] = {
     "data set": lambda: set_of(input_ids=ROWS, text=["no"] * 6),
     "data set of tensors": lambda: set_of(input_ids=ROWS).with_format("torch"),
     "stream of a data set": lambda: set_of(input_ids=ROWS).to_iterable_dataset(),
-    "one split": lambda: datasets.DatasetDict(train=set_of(input_ids=ROWS)),
-    "a split by name": lambda: datasets.DatasetDict(a=set_of(input_ids=ROWS), b=[])["a"],
+    "one split": lambda: split_into(train=set_of(input_ids=ROWS)),
+    "a split by name": lambda: split_into(a=set_of(input_ids=ROWS), b=[])["a"],
     "pairs": pairs,
     "pairs of lists": lambda: [(row, row) for row in ROWS],
     "pairs of arrays": lambda: [[np.array(row), np.array(row)] for row in ROWS],
-    "batches of tensors": lambda: DataLoader(IDS, batch_size=4),
+    "batches of tensors": lambda: DataLoader(LIST_OF_IDS, batch_size=4),
     "batches of pairs": lambda: DataLoader(TensorDataset(IDS, IDS), batch_size=3),
     "batches of one tensor": lambda: DataLoader(TensorDataset(IDS), batch_size=5),
     "batches of dicts": lambda: DataLoader(
@@ -94,7 +102,7 @@ TEXT_SOURCES: dict[str, Callable[[], Any]] = {
     "data set": lambda: set_of(text=TEXTS, id=[1, 2, 3, 4]),
     "its column": lambda: set_of(text=TEXTS)["text"],
     "stream of a data set": lambda: set_of(text=TEXTS).to_iterable_dataset(),
-    "batches": lambda: DataLoader(TEXTS, batch_size=3),
+    "batches": lambda: DataLoader(LIST_OF_TEXTS, batch_size=3),
     "batches of dicts": lambda: [{"text": TEXTS[:3]}, {"text": TEXTS[3:]}],
 }
 
@@ -272,7 +280,7 @@ def test_files_that_are_refused(name: str, tmp_path: Path) -> None:
         ([b"bytes"], "a list of 1 bytes: expected"),
         (set_of(a=[1], b=[2]), "element 0 is a dict with keys a, b"),
         (
-            datasets.DatasetDict(train=set_of(text=["a"]), test=set_of(text=["b"])),
+            split_into(train=set_of(text=["a"]), test=set_of(text=["b"])),
             "the splits 'train', 'test': pass one",
         ),
         (["text", [1, 2]], "element 1 holds token ids, the elements before it text"),

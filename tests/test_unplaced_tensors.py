@@ -229,6 +229,7 @@ def deepseek(folder: Path, edit: Edit) -> Path:
 
 def test_a_layer_that_predicts_later_tokens_may_have_any_depth(tmp_path: Path) -> None:
     source = deepseek(tmp_path / "m", another_layer(joint=True))
+    edit_json(source / "config.json", num_nextn_predict_layers=0, num_mtp_layers=0)
     before = load_file(source / SHARD)
     pruned(source, tmp_path / "out")
     after = load_file(tmp_path / "out" / SHARD)

@@ -13,20 +13,9 @@ from layerwise.limits import check_limit
 
 def evaluate(
     model: options.Model,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            help="wikitext2, c4, FILE.txt, or FILE.jsonl, FILE.json or FILE.parquet with "
-            ":FIELD; .gz is read too."
-        ),
-    ] = None,
+    dataset: options.Dataset = None,
     sequence_length: options.WindowLength = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens between two windows, which then overlap; only new tokens count."
-        ),
-    ] = None,
+    stride: options.Stride = None,
     bos: options.Bos = "auto",
     device: options.Device = "auto",
     speed: Annotated[
@@ -88,14 +77,17 @@ def _perplexity(
     bos: str,
 ) -> None:
     from layerwise.run.data.evaluation import evaluation_tokens
+    from layerwise.run.data.files import holds_text
     from layerwise.run.data.perplexity import perplexity
     from layerwise.run.data.protocol import Protocol
     from layerwise.run.models.architecture import embedding_rows
+    from layerwise.run.models.loading import load_tokenizer
     from layerwise.run.settings import CalibrationData
 
     data = CalibrationData(dataset, sequence_length=sequence_length, bos=bos)
     length = data.check(network)
-    tokenizer = _tokenizer(model, checkpoint)
+    named = holds_text(dataset)  # other files may hold token ids
+    tokenizer = _tokenizer(model, checkpoint) if named else load_tokenizer(checkpoint)
     first = data.bos_for(network, tokenizer).token
     protocol = Protocol(length, stride, first)
     tokens = evaluation_tokens(dataset, tokenizer, embedding_rows(network))

@@ -159,14 +159,20 @@ Multiple = Annotated[
 ]
 FormerMultiple = Annotated[int | None, typer.Option("--unit", hidden=True)]
 
-_CALIBRATION = option(
-    CALIBRATION,
-    "TEXT",
-    "Calibration data: wikitext2, c4, FILE.txt, or FILE.jsonl, FILE.json or FILE.parquet "
-    "with :FIELD; .gz is read too.",
+SOURCES = (
+    "wikitext2, c4, FILE.txt, or FILE.jsonl, FILE.json or FILE.parquet with :FIELD; .gz is "
+    "read too."
 )
+_CALIBRATION = option(CALIBRATION, "TEXT", f"Calibration data: {SOURCES}")
 Calibration = Annotated[str, _CALIBRATION]
 AnyCalibration = Annotated[str | None, _CALIBRATION]
+Dataset = Annotated[str | None, typer.Option(help=SOURCES)]
+Stride = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens between two windows, which then overlap; only new tokens count."
+    ),
+]
 Windows = Annotated[int, option(CALIBRATION, "N", "Number of token windows.")]
 WindowLength = Annotated[int | None, window_length(2048)]
 Seed = Annotated[int, option(CALIBRATION, "N", "Seed of all random choices.")]

@@ -20,7 +20,7 @@ from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.data.bos import Bos, check_bos
 from layerwise.run.data.calibration import Calibration, cut
 from layerwise.run.data.context import context_length
-from layerwise.run.data.files import GIVEN, check_source
+from layerwise.run.data.files import GIVEN, check_source, holds_text
 from layerwise.run.data.material import material_of
 from layerwise.run.data.windows import Request, check_windows
 from layerwise.run.models.architecture import embedding_rows, model_type_of
@@ -270,7 +270,8 @@ class CalibrationData:
         """
         if tokenizer is not None or not isinstance(self.source, str | Path | None):
             return
-        if load_tokenizer(checkpoint) is None and self.source is not None:
+        missing = load_tokenizer(checkpoint) is None
+        if missing and self.source is not None and holds_text(self.source):
             message = f"{self.source} needs a tokenizer: pass one"
             raise UsageError(message)
 

@@ -85,6 +85,12 @@ def check_source(source: str | os.PathLike[str]) -> None:
         raise UsageError(message)
 
 
+def holds_text(source: str | os.PathLike[str]) -> bool:
+    """Whether a name can only mean text; records may hold token ids as well."""
+    name = os.fspath(source)
+    return name in DATASETS or name.lower().endswith(TEXTS)
+
+
 def _first_line_is_known(path: Path) -> bool:
     """Whether the first record has a field that is found without its name."""
     opened = gzip.open if path.suffix.lower() == ".gz" else open

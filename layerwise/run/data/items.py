@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Number
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 from torch import Tensor
@@ -158,7 +158,7 @@ def _field_of(record: Mapping[Any, Any], where: str) -> Any:
     raise refusal(record, where)
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
     """Whether a value is a list that is not empty; bytes are not."""
     return isinstance(value, Sequence) and not isinstance(value, bytes) and len(value) > 0
 
