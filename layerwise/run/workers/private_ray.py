@@ -71,11 +71,10 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 def _read_again() -> None:
     """Let Ray read the environment, which it did once, when it was imported."""
-    from ray._private import ray_constants
-
+    constants: Any = importlib.import_module("ray._private.ray_constants")
     raylet: Any = importlib.import_module("ray._raylet")
     raylet.Config.initialize("")
     raylet.AuthenticationTokenLoader.instance().reset_cache()
-    ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool(
-        ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, sys.platform == "linux"
+    constants.ENABLE_RAY_CLUSTER = constants.env_bool(
+        constants.ENABLE_RAY_CLUSTERS_ENV_VAR, sys.platform == "linux"
     )
