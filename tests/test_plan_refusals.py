@@ -39,14 +39,10 @@ def in_workshop(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 
 # what a plan does not read: the text, the weights; and what it can do without
-NOT_IN_A_PLAN: tuple[str, ...] = (
-    "no calibration",
-    "no output",
-    "budget",
-    "text empty",
-    "text short",
-)
-NOT_IN_A_PLAN += ("text binary", "json lines", "no such field", "below a file")
+NOT_IN_A_PLAN = {
+    *("no calibration", "no output", "budget", "text empty", "text short", "text binary"),
+    *("json lines", "no such field"),
+}
 
 
 @pytest.mark.parametrize(
