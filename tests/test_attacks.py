@@ -17,7 +17,9 @@ from typer.main import get_command
 
 from layerwise.cli import app, run
 from layerwise.planning import plan as plan_module
-from tests.support.command_line import fill_workshop, flags
+from layerwise.run.checkpoints.storage import Checkpoint
+from layerwise.timing import bench, race
+from tests.support.command_line import fill_workshop, flags, one_line
 from tests.support.planning import FixedRates
 
 SECONDS = 2.0  # until a refusal
@@ -90,6 +92,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_workshop(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(workshop)
     monkeypatch.setattr(plan_module, "quick_machine", FixedRates)
+    for module in (race, bench):
+        monkeypatch.setattr(module, "Machine", FixedRates)
     threads = torch.get_num_threads()
     yield workshop
     for name in ("out", "out.partial"):
@@ -136,3 +140,55 @@ def test_all_hostile_values(
 ) -> None:
     for value in values:
         attack(line_of(command, option, value), in_workshop, capsys)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (
+            PermissionError(13, "Permission denied", "far/m/config.json"),
+            6,
+            "far/m/config.js",
+        ),
+        (OSError(36, "File name too long", "n" * 9000), 6, "File name too long"),
+        (MemoryError("cannot allocate"), 5, "too little memory: cannot allocate"),
+        (RecursionError("maximum depth"), 1, "unexpected RecursionError: maximum depth"),
+        (KeyError("\x1b[31mred\n" + LONG), 1, "a fault of layerwise"),
+    ],
+)
+def test_whatever_is_raised_ends_in_one_line(
+    error: Exception,
+    code: int,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Checkpoint, "open", fail)
+    assert run(["plan", "model", "--sparsity", "0.5"]) == code
+    line = one_line(capsys.readouterr().err)
+    assert expected in line
+    assert "\x1b" not in line
+    assert len(line) < 1100
+
+
+def test_option_before_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--method", "wanda", "prune", "model"]) == 2
+    assert "--method; options go after the command" in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["missing/report.html", "folder", "text.txt/page.html"])
+def test_report_that_cannot_be_written(
+    name: str, in_workshop: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["report", "pruned", "--output", name]) == 2
+    assert f"--output '{name}': it" in one_line(capsys.readouterr().err)
+
+
+def test_grams_in_another_format(
+    in_workshop: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bench", *RACE[:2], "--grams", "text.txt"]) == 6
+    assert "text.txt is not a safetensors file" in one_line(capsys.readouterr().err)

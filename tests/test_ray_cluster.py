@@ -1,5 +1,6 @@
 """Workers on Ray: the same as processes, and no cluster without a token."""
 
+import importlib
 import os
 import signal
 import socket
@@ -14,7 +15,6 @@ from typing import Any
 import pytest
 import ray
 from ray._private import services
-from ray._raylet import AuthenticationMode, get_authentication_mode
 
 from layerwise.errors import DataError, SolveError, UsageError, WorkerError
 from layerwise.run.workers import pool as pool_module
@@ -237,7 +237,8 @@ def test_local_ray_asks_for_a_token_of_its_own(
 
     def init(address: str, **options: Any) -> None:
         seen.append((os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]))
-        assert get_authentication_mode() == AuthenticationMode.TOKEN
+        raylet: Any = importlib.import_module("ray._raylet")
+        assert raylet.get_authentication_mode() == raylet.AuthenticationMode.TOKEN
         assert services.get_node_ip_address() == "127.0.0.1"
         refuse(address, **options)
 

@@ -53,7 +53,7 @@ def check_file(option: str, path: Path | None) -> None:
         if not path.name or (path.exists() and not path.is_file()):
             problem = "it is not a file: name one"
         elif not folder.is_dir():
-            problem = "its folder does not exist: create it first"
+            problem = "it has no folder: create it first"
         elif not os.access(path if path.exists() else folder, os.W_OK):
             problem = "it cannot be written: choose another place"
     except (OSError, ValueError) as error:

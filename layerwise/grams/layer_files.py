@@ -126,6 +126,12 @@ def read_layers(path: str | Path) -> Iterator[StoredLayer]:
         message = f"{path} holds no safetensors file: store layers as weight and gram"
         raise DataError(message)
     for file in files:
+        if file.suffix != ".safetensors":
+            message = (
+                f"{file} is not a safetensors file: save weight and gram with "
+                f"safetensors.torch.save_file"
+            )
+            raise DataError(message)
         layer_tensors(file, read_header(file))
     return (layer for file in files for layer in read_file(file))
 

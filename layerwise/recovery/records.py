@@ -50,7 +50,7 @@ class UnitRecord:
         if not isinstance(values, dict) or set(values) != names or not _is_sound(values):
             message = (
                 "a record of a retrained unit has unknown, missing or impossible fields, "
-                "so the file is damaged: start over with --no-resume"
+                "so the file is damaged: start over with --no-resume (resume=False)"
             )
             raise DataError(message)
         return cls(**{**values, "losses": tuple(values["losses"])})
@@ -63,7 +63,7 @@ def unit_records(text: str) -> list[UnitRecord]:
     except (RecursionError, TypeError, ValueError) as error:
         message = (
             f"the records of a retrained block are damaged ({one_line(error)}): start over "
-            f"with --no-resume"
+            f"with --no-resume (resume=False)"
         )
         raise DataError(message) from error
 

@@ -218,6 +218,6 @@ def _refuse_misfits(pair: Pair, values: Mapping[str, Tensor]) -> None:
         if not fits or not bool(torch.isfinite(value).all()):
             message = (
                 f"the stored {name} does not fit {pair.name} of the pruned model: start "
-                f"over with --no-resume"
+                f"over with --no-resume (resume=False)"
             )
             raise DataError(message)

@@ -59,6 +59,6 @@ def unpack(tensors: Mapping[str, Tensor], text: str) -> State:
     except (KeyError, RecursionError, TypeError, ValueError) as error:
         message = (
             f"the state of the training is damaged ({one_line(error)}): start over with "
-            f"--no-resume"
+            f"--no-resume (resume=False)"
         )
         raise DataError(message) from error

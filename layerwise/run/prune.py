@@ -229,9 +229,12 @@ def prune(
         if ranks.first:
             held.enter_context(destination.held())
         with timed("load"):
-            if not isinstance(model_or_path, nn.Module):
-                model_or_path = open_headers(model_or_path, settings, tokenizer)
-            opened = open_model(model_or_path, streamed=streamed)
+            given: nn.Module | Checkpoint = (
+                model_or_path
+                if isinstance(model_or_path, nn.Module)
+                else open_headers(model_or_path, settings, tokenizer)
+            )
+            opened = open_model(given, streamed=streamed)
         settings = settings.for_model(opened)
         run = settings.run_on(opened, tokenizer, ranks, output)
         recipe, identity = settings.recipe(opened.source, run.tokens), {}

@@ -52,21 +52,21 @@ class _Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def fetch_flow_collection_start(self, token: Any) -> None:
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
         """Read a bracket, unless it is too deep: looking for its key would take long."""
         if self.flow_level == DEEPEST:
             raise yaml.YAMLError(TOO_DEEP)
-        super().fetch_flow_collection_start(token)  # type: ignore[no-untyped-call]
+        super().fetch_flow_collection_start(TokenClass)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Compose a value, unless it is a reference or too deep inside others."""
-        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
             message = "it has references (*name): write the values out"
             raise yaml.YAMLError(message)
         if self.depth == DEEPEST:
             raise yaml.YAMLError(TOO_DEEP)
         self.depth += 1
-        node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 

@@ -38,7 +38,7 @@ def stored_block(
     for problem in _misfits(block, adapter, inputs, stages):
         message = (
             f"{store.blocks} has a block {index} that does not fit the model ({problem}): "
-            f"start over with --no-resume"
+            f"start over with --no-resume (resume=False)"
         )
         raise DataError(message)
     return block

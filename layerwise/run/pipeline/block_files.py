@@ -146,7 +146,7 @@ def _damage(path: Path) -> Iterator[None]:
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, DataError) as error:
         message = (
             f"{path} is damaged ({one_line(error)}); delete it to redo that block, or "
-            f"start over with --no-resume"
+            f"start over with --no-resume (resume=False)"
         )
         raise DataError(message) from error
 

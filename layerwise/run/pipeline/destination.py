@@ -230,7 +230,10 @@ def refuse_occupied(output: Path, *, force: bool, inputs: Sequence[Path]) -> Non
     if not (output.exists() or output.is_symlink()) or _is_empty(output):
         return
     if not force:
-        message = f"{output} exists; choose another output, or replace it with --force"
+        message = (
+            f"{output} exists; choose another output, or replace it with --force "
+            f"(force=True)"
+        )
         raise UsageError(message)
     if output.is_symlink() or not is_ours(output):
         message = (

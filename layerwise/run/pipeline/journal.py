@@ -131,7 +131,8 @@ class Journal(BlockFolder):
         if differs:
             message = (
                 f"{self.folder} is an unfinished run with another {', '.join(differs)}; "
-                f"remove it, choose another output, or start over with --no-resume"
+                f"remove it, choose another output, or start over with --no-resume "
+                f"(resume=False)"
             )
             raise UsageError(message)
         remove_temporaries(self.folder)

@@ -51,7 +51,7 @@ def read_state(path: Path, run: str) -> tuple[dict[str, Tensor], str] | None:
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, DataError) as error:
         message = (
             f"{path} is damaged ({one_line(error)}); delete it to redo that part, or start "
-            f"over with --no-resume"
+            f"over with --no-resume (resume=False)"
         )
         raise DataError(message) from error
     return tensors, text

@@ -5,6 +5,7 @@ address, asks for a token that is made here, and keeps its files in a folder of 
 The token is in the environment of its processes and in no file.
 """
 
+import importlib
 import os
 import secrets
 import shutil
@@ -70,11 +71,10 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 def _read_again() -> None:
     """Let Ray read the environment, which it did once, when it was imported."""
-    from ray._private import ray_constants
-    from ray._raylet import AuthenticationTokenLoader, Config
-
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
-    ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool(
-        ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, sys.platform == "linux"
+    constants: Any = importlib.import_module("ray._private.ray_constants")
+    raylet: Any = importlib.import_module("ray._raylet")
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+    constants.ENABLE_RAY_CLUSTER = constants.env_bool(
+        constants.ENABLE_RAY_CLUSTERS_ENV_VAR, sys.platform == "linux"
     )
