@@ -308,7 +308,8 @@ def _scaled_residual(
     of_inner = unit * (width * (weight.square() @ diagonal) * size).sqrt()
     scale = best_scale(above, inner, largest, penalty)
     value = (1 - scale).square() * above - 2 * scale * inner
-    return value + 2 * scale.abs() * of_inner
+    bound: Tensor = value + 2 * scale.abs() * of_inner
+    return bound
 
 
 def best_scale(

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune, spectral_norm
+from torch.nn.utils import parametrizations, spectral_norm
+from torch.nn.utils import prune as of_torch
 from transformers import AutoTokenizer
 
 from layerwise.errors import DataError, UnsupportedModelError
@@ -18,6 +19,9 @@ from layerwise.run.models.objects import check_object
 from tests.support.models import Decoder, blocks_of, save_checkpoint, tiny_model
 from tests.support.pruning import prune as prune_object
 from tests.support.retraining import TOKENS, retrain
+
+prune: Any = of_torch
+quantize_dynamic: Any = torch.ao.quantization.quantize_dynamic
 
 
 def masked(model: Any) -> None:
@@ -57,9 +61,7 @@ def coded(model: Any) -> None:
 
 
 def quantised(model: Any) -> None:
-    torch.ao.quantization.quantize_dynamic(
-        model, {nn.Linear}, dtype=torch.qint8, inplace=True
-    )
+    quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)
 
 
 STATES: Mapping[str, tuple[Callable[[Any], None], str]] = {
@@ -156,7 +158,7 @@ class Replaced(Decoder):
 
     def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
         weight = self.layers[0].first.weight  # type: ignore[union-attr]
-        torch.mul(weight.detach(), 2, out=weight.data)  # type: ignore[arg-type]
+        torch.mul(weight.detach(), 2, out=weight.data)  # type: ignore[arg-type,operator]
         return super().forward(input_ids, use_cache)
 
 

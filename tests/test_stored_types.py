@@ -152,7 +152,7 @@ def test_a_worker_writes_the_type_of_the_file(precise: Path, tmp_path: Path) -> 
     with evaluation_mode(opened.model), opened.residency.entrance(blocks[0]):
         hidden = capture(opened.model, blocks, [CALIBRATION]).hidden
     write_hidden(tmp_path, 0, hidden)
-    removal = settings.removal
+    removal: Any = settings.removal
     entries: Any = ("Linear",), ()
     rest: Any = "block", CALIBRATION, tmp_path, "run"
     work = BlockWork(precise / "model", removal, removal, *entries, *rest)

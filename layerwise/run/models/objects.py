@@ -8,6 +8,7 @@ stop in the middle of a run. So it is refused before a weight is touched.
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from layerwise.errors import UnsupportedModelError
@@ -76,7 +77,7 @@ def _hidden_weight(name: str, module: nn.Module) -> str | None:
 
 def _no_plain_tensor(parameter: nn.Parameter) -> str | None:
     """Why the values of a parameter cannot be read and written."""
-    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+    if is_lazy(parameter):
         return "has no shape yet: run the model once"
     if parameter.is_meta:
         return (
