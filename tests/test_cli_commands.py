@@ -57,7 +57,7 @@ def test_prune_verify_report_evaluate(
     )
     assert len(lines) == LINEARS + 2
     assert run(["verify", "out"]) == 0
-    assert capsys.readouterr().out.count("ok  ") == 8
+    assert capsys.readouterr().out.count("ok  ") == 9
 
     page = Path("out/layerwise/report.html")
     written = page.read_text()

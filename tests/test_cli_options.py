@@ -207,7 +207,8 @@ def test_one_line_is_planned_then_pruned_then_in_the_way(
     assert run(["plan", *LINE]) == 2
     caught = capsys.readouterr()
     assert caught.err == (
-        "layerwise: out exists; choose another output, or replace it with --force\n"
+        "layerwise: out exists; choose another output, or replace it with --force "
+        "(force=True)\n"
     )
     assert run(["plan", *LINE, "--force"]) == 0
     assert sorted(in_folder.rglob("*")) == after

@@ -113,7 +113,13 @@ FAULTS: Mapping[str, tuple[Callable[..., None], int, str, int, int]] = {
         30,
     ),
     "unreadable": (break_reads, errno.EIO, r"/(opt|out\.partial)/.* Input/output", 5, 60),
-    "forbidden": (break_folders, errno.EACCES, r"cannot .*/out.*Permission denied", 1, 4),
+    "forbidden": (
+        break_folders,
+        errno.EACCES,
+        r"cannot (create|.*/out).*Permission denied",
+        1,
+        4,
+    ),
 }
 
 

@@ -265,7 +265,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another width": (config(lambda v: v["original"].update(hidden_size=32)), "has shape"),
     "too many layers": (
         config(lambda v: v["original"].update(num_hidden_layers=10**6)),
-        "1000000 layers",
+        "num_hidden_layers 1000000",
     ),
     "one layer less": (
         config(lambda v: v["original"].update(num_hidden_layers=2)),

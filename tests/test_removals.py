@@ -55,7 +55,7 @@ class Halve:
 
     def check_storable(self) -> None: ...
 
-    def for_model(self, model_type: str) -> "Halve":
+    def for_model(self, model_type: str, *, ours: bool = False) -> "Halve":
         return self
 
     def select(

@@ -175,7 +175,7 @@ def _tensors(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    "a bias that stock drops": ("flap", _drop_bias, "stock transformers drops it"),
+    "a bias that stock drops": ("flap", _drop_bias, "set mlp_bias to true"),
     "another width": ("flap", _other_width, "config.json asks for"),
     "not finite": (
         "flap",
