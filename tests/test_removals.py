@@ -169,7 +169,7 @@ def test_two_kinds_do_not_mix(tmp_path: Path) -> None:
     shared: Any = {"output_dir": tmp_path / "out", **DATA}
     with pytest.raises(KeyboardInterrupt):
         prune_model(source, "magnitude", pattern="halve", callbacks=[Stop()], **shared)
-    with pytest.raises(UsageError, match="unfinished run with another pattern"):
+    with pytest.raises(UsageError, match=r"unfinished run with another .*pattern"):
         prune_model(source, "magnitude", 0.0, **shared)
 
 
