@@ -134,6 +134,17 @@ def _check_an_opening_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         _run_all(worker_jobs.closed_shop, 1, [1])
 
 
+def test_a_ray_that_cannot_be_kept_private_is_not_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delattr("ray._raylet.AuthenticationTokenLoader")
+    with pytest.raises(WorkerError, match=r"cannot be kept private .*: install another"):
+        connect("local", n_cpus=1)
+    assert not ray.is_initialized()
+    assert os.environ["RAY_AUTH_MODE"] == "disabled"
+
+
 # --- without a Ray that runs -------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ def private_ray() -> Iterator[dict[str, Any]]:
     Raises
     ------
     WorkerError
-        The folder for temporary files cannot be used.
+        The folder for temporary files cannot be used, or Ray has changed inside.
     """
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with _temporary_folder() as folder, _environment(token | LOOPBACK_ONLY):
@@ -57,8 +57,8 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Variables that Ray and its processes see inside the context."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
-    _read_again()
     try:
+        _read_again()
         yield
     finally:
         for name, value in before.items():
@@ -73,8 +73,15 @@ def _read_again() -> None:
     """Let Ray read the environment, which it did once, when it was imported."""
     constants: Any = importlib.import_module("ray._private.ray_constants")
     raylet: Any = importlib.import_module("ray._raylet")
-    raylet.Config.initialize("")
-    raylet.AuthenticationTokenLoader.instance().reset_cache()
-    constants.ENABLE_RAY_CLUSTER = constants.env_bool(
-        constants.ENABLE_RAY_CLUSTERS_ENV_VAR, sys.platform == "linux"
-    )
+    try:
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
+        constants.ENABLE_RAY_CLUSTER = constants.env_bool(
+            constants.ENABLE_RAY_CLUSTERS_ENV_VAR, sys.platform == "linux"
+        )
+    except AttributeError as error:
+        message = (
+            f"a local Ray of this version cannot be kept private ({one_line(error)}): "
+            f"install another version, or use --workers without --ray"
+        )
+        raise WorkerError(message) from error
