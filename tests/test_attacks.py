@@ -129,7 +129,7 @@ def test_one_hostile_value_of_every_option(
             attack(line_of(command, option, value), in_workshop, capsys)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("command", "option", "values"), list(attacks()))
 def test_all_hostile_values(
     command: str,
