@@ -11,7 +11,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from layerwise.cli import run
-from layerwise.errors import UsageError
+from layerwise.errors import DataError, UsageError
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.data.bos import NEEDS_BOS, Bos
 from layerwise.run.data.calibration import token_windows
@@ -175,6 +175,14 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adding_tokenizer().save_pretrained(folder / "gemma")
     (folder / "text.txt").write_text(tiny_text())
     return folder
+
+
+def test_a_bos_outside_the_vocabulary_is_named() -> None:
+    model = tiny_model("gemma2")
+    rows = len(model.get_input_embeddings().weight)
+    tokens = torch.zeros(16, dtype=torch.int64)
+    with pytest.raises(DataError, match=rf"token id {rows} at position 0 of BOS"):
+        perplexity(model, tokens, sequence_length=8, bos=rows)
 
 
 def test_a_run_says_what_it_did(gemma: Path) -> None:

@@ -142,7 +142,10 @@ def _windows(
         raise UsageError(message)
     windows = protocol.windows(token_ids)
     embedding: Any = model.get_input_embeddings()
-    check_token_ids(token_ids, len(embedding.weight), "the text")
+    rows = len(embedding.weight)
+    check_token_ids(token_ids, rows, "the text")
+    if protocol.bos is not None:
+        check_token_ids(token_ids.new_tensor([protocol.bos]), rows, "BOS")
     return windows
 
 
