@@ -33,7 +33,7 @@ from layerwise.gram import exact_bfloat16
 from layerwise.linalg import ieee_products
 from layerwise.patterns import NM, FixedMask, Pattern, Unstructured
 from layerwise.perspective import has_one_budget, relax, shared_inverse
-from layerwise.problem import LayerProblem
+from layerwise.problem import LayerProblem, check_problem
 from layerwise.rounding import EPSILON, objective_bounds, terms_of_shift
 from layerwise.solution import Certificate, Solution
 from layerwise.splits import (
@@ -81,8 +81,9 @@ def lower_bounds(
     Raises
     ------
     InvalidProblemError
-        For patterns of whole columns, whose rows are not independent.
+        For patterns of whole columns, whose rows are not independent, and indefinite grams.
     """
+    check_problem(problem)
     if not isinstance(problem.pattern, Unstructured | NM | FixedMask):
         message = (
             f"lower bounds need unstructured, n:m or fixed masks, not {problem.pattern}: "
@@ -94,6 +95,7 @@ def lower_bounds(
 
 def _unclamped(problem: LayerProblem, weight: Tensor | None, memory_budget: int) -> Tensor:
     """Bounds of the objective as the moments give it, also below zero; -inf if unknown."""
+    problem.moments.check_definite()
     least = 0.0 if problem.shift is None else -torch.inf  # 0: it is a quadratic form
     size = 1 if has_one_budget(problem.pattern) else len(problem.energy)
     none = torch.full_like(problem.energy[:size], least)
@@ -131,6 +133,7 @@ def proven_gap(
         Of kind ``"support"``: ``(objective - lower bound) / objective``, summed over rows;
         1 if nothing is proven and 0 if the answer is the best one.
     """
+    check_problem(problem)
     gap = proven_gap_of(problem, solution.weight, memory_budget=memory_budget)
     return Certificate("support", gap, "damped objective of the answer")
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from layerwise.accumulator import MomentAccumulator
 from layerwise.arrays import Array, check_real, real_tensor
-from layerwise.errors import InvalidProblemError
+from layerwise.errors import InvalidProblemError, UsageError
 from layerwise.forms import row_dots, row_forms, shift_of
 from layerwise.linalg import Factor, damped
 from layerwise.moments import Moments, even_exponent
@@ -386,6 +386,14 @@ class LayerProblem:
         from layerwise.cvxpy_model import to_cvxpy
 
         return to_cvxpy(self)
+
+
+def check_problem(problem: object) -> None:
+    """Raise a UsageError unless it is a problem."""
+    if not isinstance(problem, LayerProblem):
+        kind = type(problem).__name__
+        message = f"a {kind} is not a problem: build one with LayerProblem.from_inputs"
+        raise UsageError(message)
 
 
 @dataclass(frozen=True, eq=False)

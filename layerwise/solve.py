@@ -16,7 +16,7 @@ from layerwise.evaluate import check_feasible, grade
 from layerwise.foreign import UserSolver, answer_of
 from layerwise.linalg import ieee_products
 from layerwise.patterns import Columns, FixedMask
-from layerwise.problem import LayerProblem
+from layerwise.problem import LayerProblem, check_problem
 from layerwise.solution import Answer, Solution, Start, Status, mask_of
 from layerwise.solver import OnIteration, Solver, SolverLike, requirements
 from layerwise.solvers import get_solver
@@ -66,12 +66,7 @@ def solve(
     VerificationError
         If the solver broke the pattern.
     """
-    if not isinstance(problem, LayerProblem):
-        message = (
-            f"the problem must be a LayerProblem, got {type(problem).__name__}: build it "
-            f"with LayerProblem.from_inputs"
-        )
-        raise UsageError(message)
+    check_problem(problem)
     chosen = resolve(solver)
     refuse_unless_solvable(chosen, problem)
     start = None if initial is None else _checked_start(problem, initial)

@@ -98,9 +98,25 @@ def test_what_is_not_a_solver(solver: Any) -> None:
 
 
 @pytest.mark.parametrize("problem", [None, LAYER.weight])
-def test_what_is_not_a_problem(problem: Any) -> None:
-    with pytest.raises(UsageError, match=r"build it with LayerProblem\.from_inputs"):
-        lw.solve(problem, "wanda")
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda problem: lw.solve(problem, "wanda"),
+        lw.lower_bounds,
+        lambda problem: lw.proven_gap(problem, lw.solve(LAYER, "wanda")),
+    ],
+)
+def test_what_is_not_a_problem(use: Any, problem: Any) -> None:
+    with pytest.raises(UsageError, match=r"build one with LayerProblem\.from_inputs"):
+        use(problem)
+
+
+def test_bounds_of_an_indefinite_gram_are_refused() -> None:
+    gram = 1.9 * torch.eye(8, dtype=torch.float64) - 0.9
+    weight = torch.ones(4, 8, dtype=torch.float64)
+    problem = LayerProblem.from_moments(weight, moments.Moments(gram), pattern=0.5)
+    with pytest.raises(InvalidProblemError, match="indefinite"):
+        lw.lower_bounds(problem)
 
 
 def test_a_start_may_be_a_tensor_or_an_array() -> None:
