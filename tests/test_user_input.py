@@ -103,7 +103,7 @@ def test_what_is_not_a_solver(solver: Any) -> None:
     [
         lambda problem: lw.solve(problem, "wanda"),
         lw.lower_bounds,
-        lambda problem: lw.proven_gap(problem, lw.solve(LAYER, "wanda")),
+        lambda problem: lw.proven_gap(problem, lw.solve(PROBLEM, "wanda")),
     ],
 )
 def test_what_is_not_a_problem(use: Any, problem: Any) -> None:
