@@ -228,3 +228,13 @@ def test_on_the_command_line(
     assert run([*line, "--output", str(tmp_path / "b"), "--no-keep-zeros"]) == 0
     assert "every zero" not in capsys.readouterr().err
     assert not Manifest.read(tmp_path / "b").keep_zeros
+
+
+@pytest.mark.parametrize("keep_zeros", [True, False])
+def test_zeros_that_were_negative_become_positive(keep_zeros: bool) -> None:
+    model = tiny_model("llama")
+    weight: Tensor = model.model.layers[0].mlp.up_proj.weight
+    weight.detach()[:, :4] = -0.0
+    prune_model(model, "wanda", 0.5, keep_zeros=keep_zeros, **DATA)
+    assert bool((weight[:, :4] == 0).all())
+    assert not bool((torch.signbit(weight) & (weight == 0)).any())
