@@ -7,6 +7,7 @@ optimizer to train pruned models. Importing this package loads torch and nothing
 
 from typing import TYPE_CHECKING, Any
 
+import layerwise.first_line  # noqa: F401 - before torch
 from layerwise.accumulator import MomentAccumulator
 from layerwise.errors import (
     DataError,

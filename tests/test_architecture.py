@@ -21,6 +21,8 @@ FLOORS = (
     "layerwise.solve",
     "layerwise.configure",
     "layerwise.demo",
+    "layerwise.run.steps",
+    "layerwise.run.remaining",
     "layerwise.run.checkpoints",
     "layerwise.run.workers",
     "layerwise.run.stopwatch",

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +63,18 @@ def check_file(option: str, path: Path | None) -> None:
         raise UsageError(message)
 
 
+def saying_steps() -> AbstractContextManager[None]:
+    """Write a line on stderr when a step begins, inside the context."""
+    from layerwise.run.steps import listening
+
+    return listening(lambda text: typer.echo(text, err=True))
+
+
 @contextmanager
 def progress_on(plain: Any, rich: Any) -> Iterator[Any]:
     """A bar on a terminal, lines elsewhere."""
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield plain(sys.stderr)
-        return
-    progress = rich(console)
+    progress = rich(console) if console.is_terminal else plain(sys.stderr)
     try:
         yield progress
     finally:

@@ -27,14 +27,25 @@ def calibrate(
 ) -> None:
     """Store the layer problems of a model, to solve them later."""
     from layerwise.grams.collect_grams import collect_grams
+    from layerwise.run.steps import about
 
     set_threads(threads)
-    done = 0
+    done, total, left = 0, 0, ""
+
+    def on_start(count: int) -> None:
+        nonlocal total
+        total = count
+        typer.echo(f"storing {count} files of grams", err=True)
+
+    def on_left(seconds: float) -> None:
+        nonlocal left
+        left = f" {about(seconds)} left"
 
     def on_stage(name: str, width: int) -> None:
-        nonlocal done
+        nonlocal done, left
         done += 1
-        typer.echo(f"[{done}]  {name}  {width} inputs", err=True)
+        typer.echo(f"[{done}/{total}]{left}  {name}  {width} inputs", err=True)
+        left = ""
 
     chosen = {
         name: entries
@@ -53,8 +64,9 @@ def calibrate(
         resume=resume,
         force=force,
         on_note=lambda note: typer.echo(note, err=True),
-        on_start=lambda count: typer.echo(f"storing {count} files of grams", err=True),
+        on_start=on_start,
         on_stage=on_stage,
+        on_left=on_left,
         **chosen,
     )
     typer.echo(f"wrote {output}: {len(list(manifest.layers()))} layers")
@@ -114,6 +126,8 @@ def solve(
             on_start=progress.on_start,
             on_layer=progress.on_layer,
             on_note=progress.on_note,
+            on_status=progress.on_status,
+            on_left=progress.on_left,
         )
     print_sweep(sweep)
     if json_ is not None:

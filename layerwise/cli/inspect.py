@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from layerwise.cli import options
-from layerwise.cli.common import check_file
+from layerwise.cli.common import check_file, saying_steps
 from layerwise.errors import DataError, UsageError, VerificationError
 from layerwise.limits import check_limit
 
@@ -49,20 +49,23 @@ def evaluate(
     check_bos(bos)
     names, manager = _find_tasks(tasks, limit, task_folder, json_)
     chosen = choose_device(device)
-    checkpoint, network = _load(model, chosen)
-    if dataset is not None:
-        _perplexity(model, checkpoint, network, dataset, sequence_length, stride, bos)
-    if names:
-        _tasks(model, checkpoint, network, names, manager, limit, bos, json_)
-    if speed:
-        _speed(model, network, compare, chosen)
+    with saying_steps():
+        checkpoint, network = _load(model, chosen)
+        if dataset is not None:
+            _perplexity(model, checkpoint, network, dataset, sequence_length, stride, bos)
+        if names:
+            _tasks(model, checkpoint, network, names, manager, limit, bos, json_)
+        if speed:
+            _speed(model, network, compare, chosen)
 
 
 def _load(model: str, device: Any) -> tuple[Any, Any]:
     """Checkpoint and its model on a device."""
     from layerwise.run.checkpoints.storage import Checkpoint
     from layerwise.run.models.opening import load_model
+    from layerwise.run.steps import note
 
+    note(f"opening {model}")
     checkpoint = Checkpoint.open(model)
     return checkpoint, load_model(checkpoint, device)
 
@@ -83,6 +86,7 @@ def _perplexity(
     from layerwise.run.models.architecture import embedding_rows
     from layerwise.run.models.loading import load_tokenizer
     from layerwise.run.settings import CalibrationData
+    from layerwise.run.steps import note
 
     data = CalibrationData(dataset, sequence_length=sequence_length, bos=bos)
     length = data.check(network)
@@ -90,6 +94,7 @@ def _perplexity(
     tokenizer = _tokenizer(model, checkpoint) if named else load_tokenizer(checkpoint)
     first = data.bos_for(network, tokenizer).token
     protocol = Protocol(length, stride, first)
+    note(f"reading {dataset}")
     tokens = evaluation_tokens(dataset, tokenizer, embedding_rows(network))
     value = perplexity(network, tokens, sequence_length=length, stride=stride, bos=first)
     windows = len(protocol.windows(tokens))
@@ -147,7 +152,9 @@ def _tasks(
     from layerwise.reports.tables import print_scores
     from layerwise.run.data.tasks import score_tasks
     from layerwise.run.settings import CalibrationData
+    from layerwise.run.steps import note
 
+    note(f"scoring {', '.join(names)}")
     tokenizer = _tokenizer(model, checkpoint)
     add_bos = False if bos == "never" else None  # None: as the tokenizer does
     if CalibrationData(None, bos=bos).bos_for(network, tokenizer).token is not None:
@@ -162,11 +169,13 @@ def _tasks(
 
 def _speed(model: str, network: Any, compare: str | None, device: Any) -> None:
     from layerwise.reports.tables import print_speed
+    from layerwise.run.steps import note
     from layerwise.timing.speed import measure_speed
 
     names, networks = [model], [network]
     if compare is not None:
         names, networks = [*names, compare], [*networks, _load(compare, device)[1]]
+    note("measuring size and speed")
     print_speed(names, measure_speed(networks))
 
 
@@ -177,7 +186,8 @@ def verify(folder: options.PrunedFolder) -> None:
     """
     from layerwise.run.outputs.verify import verify as check_folder
 
-    checks = check_folder(folder)
+    with saying_steps():
+        checks = check_folder(folder)
     for check in checks:
         typer.echo(f"{'ok  ' if check.holds else 'FAIL'}  {check.claim}")
         for problem in check.problems[:5]:

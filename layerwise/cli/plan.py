@@ -1,6 +1,6 @@
 """``layerwise plan``: what a prune would do and take, before it touches a weight."""
 
-from layerwise.cli.common import check_file
+from layerwise.cli.common import check_file, saying_steps
 from layerwise.cli.options import Json
 from layerwise.cli.run_flags import RunRequest, with_run_flags
 
@@ -18,7 +18,8 @@ def plan(run: RunRequest, json_: Json = None) -> None:
     from layerwise.planning.plan import plan_run
     from layerwise.reports.plan_text import print_plan
 
-    found = plan_run(model, **run.arguments())
+    with saying_steps():
+        found = plan_run(model, **run.arguments())
     print_plan(found)
     if json_ is not None:
         found.write(json_)

@@ -34,6 +34,7 @@ def _write_run_report(folder: Path) -> None:
     """report.html beside the manifest, if the plots can be drawn."""
     from layerwise.reports.report import run_page, write_report
 
+    typer.echo("writing report.html", err=True)
     try:
         write_report(folder / "layerwise" / "report.html", run_page(folder))
     except UsageError as error:

@@ -31,6 +31,7 @@ from layerwise.run.outputs.output import fingerprint, versions
 from layerwise.run.outputs.recipe import Recipe
 from layerwise.run.pipeline.blocks import collect_at_once
 from layerwise.run.pipeline.destination import FOLDER, Destination, partial_path
+from layerwise.run.pipeline.expected import expected_work
 from layerwise.run.pipeline.matrix import naming
 from layerwise.run.pipeline.removal import Run
 from layerwise.run.pipeline.results import OnLayer, PrunedBlock
@@ -38,7 +39,9 @@ from layerwise.run.pipeline.sharing import open_store
 from layerwise.run.pipeline.targets import Selection
 from layerwise.run.pipeline.task import Task
 from layerwise.run.pipeline.walk import walk
+from layerwise.run.remaining import Remaining
 from layerwise.run.settings import CalibrationData, as_entries, choose_device
+from layerwise.run.steps import listening, note
 from layerwise.run.stopwatch import timed
 
 OnStage = Callable[[str, int], None]  # gets the first layer and the number of inputs
@@ -115,6 +118,7 @@ def collect_grams(
     on_note: Callable[[str], None] = lambda note: None,
     on_start: Callable[[int], None] = lambda n_stages: None,
     on_stage: OnStage = lambda name, width: None,
+    on_left: Callable[[float], None] = lambda seconds: None,
 ) -> GramManifest:
     """Write the moments and weights of all linear layers of a dense model.
 
@@ -133,11 +137,13 @@ def collect_grams(
     force
         Replace a finished `output_dir`.
     on_note
-        Called with remarks for the log, such as that a run is continued.
+        Called with lines for the log: which step begins, that a run is continued.
     on_start
         Called with the number of files.
     on_stage
         Called after every file with its first layer and its number of inputs.
+    on_left
+        Called before `on_stage` with the expected seconds to the end.
 
     Returns
     -------
@@ -159,8 +165,9 @@ def collect_grams(
     inputs = model, calibration
     destination = Destination.of(output_dir, resume=resume, force=force, inputs=inputs)
     output = Path(destination.output or output_dir)
-    with destination.held():
+    with destination.held(), listening(on_note):
         data = CalibrationData(calibration, n_sequences, sequence_length, seed, bos)
+        note(f"opening {model}")
         with timed("load"):
             source = Checkpoint.open(model)
             opened = open_model(source, streamed=True)
@@ -182,10 +189,11 @@ def collect_grams(
             identity = fingerprint(recipe, run) | {"method": "calibrate"}
         total = len(selection.blocks)
         with open_store(destination, identity, total=total) as store:
-            for note in filter(None, (store.continued, *tokens.notes)):
-                on_note(note)
+            for text in filter(None, (store.continued, *tokens.notes)):
+                note(text)
             on_start(len(stages))
-            step = CollectGrams(partial_path(output), list(selection.blocks), on_stage)
+            stored = _with_time_left(run, stages, on_stage, on_left)
+            step = CollectGrams(partial_path(output), list(selection.blocks), stored)
             with evaluation_mode(opened.model):
                 sizes = tokens.tokens.numel(), task.error_correction
                 hidden = hidden_store("auto", store.blocks, opened.model, *sizes)
@@ -194,6 +202,28 @@ def collect_grams(
             store.publish(lambda journal: manifest.write(journal.folder))
         shutil.rmtree(output / FOLDER)  # only a resumed run needs it
     return manifest
+
+
+def _with_time_left(
+    run: Run[Selection],
+    stages: Mapping[str, Mapping[str, StoredMatrix]],
+    on_stage: OnStage,
+    on_left: Callable[[float], None],
+) -> OnStage:
+    """Callback that says the expected time to the end before it passes on a stage."""
+    work = expected_work(run)
+    remaining = Remaining({name: work[name] for name in map(_first, stages.values())})
+
+    def stored(name: str, width: int) -> None:
+        if (left := remaining.after(name)) is not None:
+            on_left(left)
+        on_stage(name, width)
+
+    return stored
+
+
+def _first(layers: Mapping[str, StoredMatrix]) -> str:
+    return next(iter(layers))
 
 
 def _manifest(

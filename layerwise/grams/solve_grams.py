@@ -31,10 +31,12 @@ from layerwise.run.pipeline.destination import Destination
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.removal import Amount
 from layerwise.run.pipeline.zeros import ZeroWeights
+from layerwise.run.remaining import Remaining
 from layerwise.run.settings import (
     choose_device,
     method_of,
 )
+from layerwise.run.steps import listening, note
 from layerwise.run.workers.executor import Job
 from layerwise.run.workers.processes import local_workers
 from layerwise.run.workers.schedule import run_jobs
@@ -64,6 +66,8 @@ def solve_grams(
     on_start: Callable[[int], None] = lambda n_jobs: None,
     on_layer: OnLayer = lambda record: None,
     on_note: Callable[[str], None] = lambda text: None,
+    on_status: Callable[[str], None] = lambda text: None,
+    on_left: Callable[[float], None] = lambda seconds: None,
 ) -> Sweep:
     """Prune the layers of a gram folder by every method at every sparsity.
 
@@ -98,8 +102,12 @@ def solve_grams(
     on_start, on_layer
         Called with the number of layers to solve, and after every solved layer.
     on_note
-        Called with one line if a run is continued, and for every layer that is repeated
-        because a worker was lost.
+        Called with lines for the log: which step begins, that a run is continued, that a
+        layer is repeated because a worker was lost.
+    on_status
+        Called with what is done now.
+    on_left
+        Called before `on_layer` with the expected seconds to the end.
 
     Returns
     -------
@@ -125,7 +133,8 @@ def solve_grams(
     names = [methods] if single else list(methods)
     amounts = [sparsities] if isinstance(sparsities, int | float | str) else [*sparsities]
     _check_target(destination, model, len(names) * len(amounts))
-    with destination.held():
+    with destination.held(), listening(on_note, on_status):
+        note(f"checking the files of {folder}")
         torch_device = choose_device(device)
         each = _threads(workers, threads)
         manifest = read_manifest(folder)
@@ -148,9 +157,13 @@ def solve_grams(
             on_note(solved.journal.continued)
         on_start(len(jobs))
         done: dict[tuple[str, str, str], LayerRecord] = {}
+        remaining = Remaining(_work(manifest, studies))
 
         def on_done(record: LayerRecord) -> None:
             done[record.method, record.pattern, record.name] = record
+            name = f"{record.method} {record.pattern} {record.name}"
+            if (left := remaining.after(name, record.seconds)) is not None:
+                on_left(left)
             on_layer(record)
 
         def keep(job: LayerJob, result: SolvedLayer) -> None:
@@ -215,6 +228,15 @@ def _jobs(
         for study in studies
         for name in stage.layers
     ]
+
+
+def _work(manifest: GramManifest, studies: Sequence[ZeroWeights]) -> dict[str, float]:
+    """Expected work of every layer by method, pattern and name."""
+    return {
+        " ".join((*_label(study), name)): float(layer.shape[0] * layer.shape[1] ** 2)
+        for _, name, layer in manifest.layers()
+        for study in studies
+    }
 
 
 def _label(study: ZeroWeights) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """Runs a retraining, block by block or of the whole model, with journal and callbacks."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from layerwise.recovery.training import State, Training
 from layerwise.recovery.units import count_units
 from layerwise.run.activations.streams import block_outputs, capture, evaluation_mode
 from layerwise.run.pipeline.store import StateStore
+from layerwise.run.steps import status
 
 TRAINING = "training"  # name of the training state in the journal
 
@@ -30,7 +31,8 @@ TRAINING = "training"  # name of the training state in the journal
 class Callback(Protocol):
     """Called as a retraining progresses.
 
-    A callback may also have a method ``on_note(text)``, called with lines for the log.
+    A callback may also have these methods: ``on_note(text)`` gets lines for the log,
+    ``on_status(text)`` what is done now, for a status line.
     """
 
     def on_start(self, total: int, per_unit: int) -> None:
@@ -46,12 +48,11 @@ class Callback(Protocol):
         """The retraining is finished and saved; `report` is a `RetrainReport`."""
 
 
-def tell(callbacks: Sequence[Callback], notes: Sequence[str]) -> None:
-    """Pass on lines for the log to the callbacks that take them."""
+def tell(callbacks: Sequence[Callback], method: str, text: str) -> None:
+    """Call an optional method of the callbacks that have it."""
     for callback in callbacks:
-        on_note: Callable[[str], None] = getattr(callback, "on_note", lambda text: None)
-        for note in notes:
-            on_note(note)
+        if (on_text := getattr(callback, method, None)) is not None:
+            on_text(text)
 
 
 class Runner:
@@ -89,6 +90,7 @@ class Runner:
         model = self._pruned.model
         self._start(1, training)
         stored = self._store.read_state(TRAINING)
+        status("retraining the model")
         home = next(model.parameters()).device
         model.to(self._device)
         blocks = list(self._pruned.blocks.values())
@@ -163,7 +165,9 @@ class Runner:
                 inputs=hidden,
                 dense_inputs=hidden if task.mode == "sequential" else dense_hidden,
             )
+            status(f"retraining {name}")
             retrained = self._block(index, task, pair)
+            status(f"passing the tokens through {name}")
             values |= {prefix + n: value for n, value in retrained.values.items()}
             records += retrained.records
             if index < len(blocks) - 1:

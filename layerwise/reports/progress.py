@@ -1,20 +1,23 @@
 """Progress of a run: a bar on a terminal, one plain line per layer otherwise."""
 
-import time
 from typing import TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
+from layerwise.reports.lines import SILENCE, Lines
 from layerwise.run.pipeline.records import LayerRecord, in_percent
 from layerwise.run.report import PruneReport
+from layerwise.run.steps import about
 
 
 def layer_line(record: LayerRecord) -> str:
@@ -36,60 +39,81 @@ def layer_line(record: LayerRecord) -> str:
 
 
 class PlainProgress:
-    """One line per layer, for logs and pipes."""
+    """One line per layer, for logs and pipes, and one about a step that takes long."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._start = time.perf_counter()
-        self._done, self._total = 0, 0
+    def __init__(self, stream: TextIO, silence: float = SILENCE) -> None:
+        self._lines = Lines(stream, silence)
+        self._done, self._total, self._left = 0, 0, ""
 
     def on_note(self, text: str) -> None:
         """Write a remark."""
-        self._write(text)
+        self._lines.write(text)
+
+    def on_status(self, text: str) -> None:
+        """Remember what is done now."""
+        self._lines.now(text)
+
+    def on_left(self, seconds: float) -> None:
+        """Remember the expected time to the end."""
+        self._left = f" {about(seconds)} left"
 
     def on_start(self, n_layers: int) -> None:
         """Announce the number of layers."""
         self._total = n_layers
-        self._write(f"pruning {n_layers} layers")
+        self._lines.write(f"pruning {n_layers} layers")
 
     def on_layer(self, record: LayerRecord) -> None:
         """Write the line of a layer."""
         self._done += 1
-        self._write(f"[{self._done}/{self._total}]  {layer_line(record)}")
+        count = f"[{self._done}/{self._total}]{self._left}"
+        self._lines.write(f"{count}  {layer_line(record)}")
+        self._left = ""
 
     def on_finish(self, report: PruneReport) -> None:
         """Write the totals."""
-        self._write(summary_line(report))
+        self.close()
+        self._lines.write(summary_line(report))
 
-    def _write(self, line: str) -> None:
-        self._stream.write(line + "\n")
-        self._stream.flush()
+    def close(self) -> None:
+        """Write no more lines about long steps."""
+        self._lines.close()
 
 
-def bar(title: str, console: Console) -> Progress:
-    """Bar with a title, counts, times and a description."""
+def bar(title: str, console: Console, left: ProgressColumn | None = None) -> Progress:
+    """Bar with a title, counts, times and a description.
+
+    `left` is the column of the remaining time, by default at the mean speed so far.
+    """
     return Progress(
         TextColumn(f"[bold]{title}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        left or TimeRemainingColumn(),
         TextColumn("{task.description}"),
         console=console,
     )
 
 
 class RichProgress:
-    """A bar with the figures of the last layer."""
+    """A bar with the figures of the last layer, or with what is done now."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._progress = bar("pruning", console)
-        self._task = self._progress.add_task("", total=None)
+        self._progress = bar("pruning", console, TextColumn("{task.fields[left]}"))
+        self._task = self._progress.add_task("", total=None, left="")
 
     def on_note(self, text: str) -> None:
         """Print a remark above the bar."""
         self._console.print(text, markup=False, highlight=False)
+
+    def on_status(self, text: str) -> None:
+        """Show what is done now, in place of the last layer."""
+        self._progress.update(self._task, description=escape(text))
+
+    def on_left(self, seconds: float) -> None:
+        """Show the expected time to the end."""
+        self._progress.update(self._task, left=f"{about(seconds)} left")
 
     def on_start(self, n_layers: int) -> None:
         """Show the bar."""

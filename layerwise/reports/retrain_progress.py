@@ -4,10 +4,13 @@ import time
 from typing import TextIO
 
 from rich.console import Console
+from rich.markup import escape
 
 from layerwise.recovery.records import UnitRecord
 from layerwise.recovery.retrain import RetrainReport
+from layerwise.reports.lines import Lines
 from layerwise.reports.progress import bar
+from layerwise.run.steps import about
 
 EVERY = 10.0  # seconds between two plain lines about steps
 
@@ -37,19 +40,23 @@ class PlainProgress:
     """A line per unit and, every ten seconds, one about the step."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self._lines = Lines(stream)
         self._total = self._per_unit = self._done = self._units = self._began_at = 0
         self._start = self._last_line = time.monotonic()
 
     def on_note(self, text: str) -> None:
         """Write a remark."""
-        self._write(text)
+        self._lines.write(text)
+
+    def on_status(self, text: str) -> None:
+        """Remember what is done now."""
+        self._lines.now(text)
 
     def on_start(self, total: int, per_unit: int) -> None:
         """Announce the number of updates."""
         self._total, self._per_unit = total, per_unit
         self._start = self._last_line = time.monotonic()
-        self._write(f"retraining, at most {total} updates")
+        self._lines.write(f"retraining, at most {total} updates")
 
     def on_step(self, learning_rate: float, step: int, loss: float) -> None:
         """Write a line if the last one is old enough."""
@@ -60,9 +67,9 @@ class PlainProgress:
         self._last_line = now
         made = self._done - self._began_at
         left = (now - self._start) / made * (self._total - self._done)
-        self._write(
+        self._lines.write(
             f"[{self._done}/{self._total}]  loss {loss:.4f}  learning rate "
-            f"{learning_rate:g}  {left:.0f} s left"
+            f"{learning_rate:g}  {about(left)} left"
         )
 
     def on_unit(self, record: UnitRecord) -> None:
@@ -71,15 +78,16 @@ class PlainProgress:
         if self._done < self._units * self._per_unit:  # done by the interrupted run
             self._began_at += self._units * self._per_unit - self._done
         self._done = self._units * self._per_unit
-        self._write(unit_line(record))
+        self._lines.write(unit_line(record))
 
     def on_finish(self, report: RetrainReport) -> None:
         """Write the totals."""
-        self._write(total_line(report))
+        self.close()
+        self._lines.write(total_line(report))
 
-    def _write(self, line: str) -> None:
-        self._stream.write(line + "\n")
-        self._stream.flush()
+    def close(self) -> None:
+        """Write no more lines about long steps."""
+        self._lines.close()
 
 
 class RichProgress:
@@ -94,6 +102,10 @@ class RichProgress:
     def on_note(self, text: str) -> None:
         """Print a remark above the bar."""
         self._console.print(text, markup=False, highlight=False)
+
+    def on_status(self, text: str) -> None:
+        """Show what is done now."""
+        self._progress.update(self._task, description=escape(text))
 
     def on_start(self, total: int, per_unit: int) -> None:
         """Show the bar."""

@@ -28,10 +28,12 @@ from layerwise.run.models.opening import OpenedModel, open_model
 from layerwise.run.models.residency import InMemory
 from layerwise.run.outputs.output import Outcome, fingerprint, stored_masks, write_output
 from layerwise.run.pipeline.destination import NOWHERE, Destination
+from layerwise.run.pipeline.expected import expected_work
 from layerwise.run.pipeline.sharing import agree, open_store
 from layerwise.run.pipeline.task import ErrorCorrection
 from layerwise.run.report import Callback, Listeners, PruneReport
 from layerwise.run.settings import Settings
+from layerwise.run.steps import listening, note
 from layerwise.run.stopwatch import timed
 from layerwise.run.workers.ranks import ranks_of_environment
 from layerwise.solver import SolverLike
@@ -228,6 +230,8 @@ def prune(
         streamed = settings.check_placement(output, from_folder=from_folder, ranks=ranks)
         if ranks.first:
             held.enter_context(destination.held())
+        listeners = Listeners(callbacks if ranks.first else ())
+        held.enter_context(listening(listeners.on_note, listeners.on_status))
         with timed("load"):
             given: nn.Module | Checkpoint = (
                 model_or_path
@@ -245,13 +249,12 @@ def prune(
         needed = settings.removal.disk_needed(run)
         total = len(run.selection.blocks)
         with open_store(destination, identity, ranks, needed, total) as store:
-            listeners = Listeners(callbacks if ranks.first else ())
             run = replace(run, on_note=listeners.on_note)
             listeners.on_notes(filter(None, (store.continued, *run.tokens.notes)))
             listeners.on_notes(settings.removal.notes(run))
             if streamed and from_folder and opened.in_memory:
                 listeners.on_note(WHOLE)
-            listeners.on_start(len(run.selection.names))
+            listeners.on_start(expected_work(run))
             hidden = settings.hidden_store(run, store.blocks)
             with evaluation_mode(opened.model):
                 step = settings.removal.prepare(run)
@@ -260,6 +263,7 @@ def prune(
                     run, settings.removal, step, store, hidden, listeners
                 )
             with timed("write"):
+                note("finishing the result")
                 removed = step.finish(run, store)
                 outcome = Outcome(recipe, run.tokens, records, opened.source, tokenizer)
                 store.publish(partial(write_output, outcome, opened.model, removed))
@@ -277,6 +281,7 @@ def open_headers(
     name_or_path: str | Path, settings: Settings, tokenizer: Any = None
 ) -> Checkpoint:
     """Open a checkpoint; refuse what needs no weight, which may take long to read."""
+    note(f"opening {name_or_path}")
     source = Checkpoint.open(name_or_path)
     model = Headers.read(source).model
     settings.calibration.check(model)

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.models.opening import load_model
 from layerwise.run.pipeline.records import LayerRecord, median_gap
+from layerwise.run.remaining import Remaining
 
 
 class Callback(Protocol):
     """Called as a run progresses; the methods below may do nothing.
 
-    A callback may also have a method ``on_note(text)``, called with lines for the log.
+    A callback may also have these methods: ``on_note(text)`` gets lines for the log,
+    ``on_status(text)`` what is done now, for a status line, and ``on_left(seconds)`` the
+    expected time to the end, before `on_layer`.
     """
 
     def on_start(self, n_layers: int) -> None:
@@ -87,21 +90,31 @@ class PruneReport:
 
 
 class Listeners:
-    """All callbacks of a run, called together; one without ``on_note`` gets no notes."""
+    """All callbacks of a run, called together; methods that one lacks are left out."""
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
         self._callbacks = tuple(callbacks)
+        self._remaining = Remaining({})
 
-    def on_start(self, n_layers: int) -> None:
-        """All checks passed."""
+    def on_start(self, work: Mapping[str, float]) -> None:
+        """All checks passed; `work` is the expected work of every layer by name."""
+        self._remaining = Remaining(work)
         for callback in self._callbacks:
-            callback.on_start(n_layers)
+            callback.on_start(len(work))
 
     def on_note(self, text: str) -> None:
         """Pass on a line for the log."""
+        self._tell("on_note", text)
+
+    def on_status(self, text: str) -> None:
+        """Pass on what is done now."""
+        self._tell("on_status", text)
+
+    def _tell(self, method: str, value: object) -> None:
+        """Call an optional method of all callbacks that have it."""
         for callback in self._callbacks:
-            if (on_note := getattr(callback, "on_note", None)) is not None:
-                on_note(text)
+            if (tell := getattr(callback, method, None)) is not None:
+                tell(value)
 
     def on_notes(self, texts: Iterable[str]) -> None:
         """Pass on several lines for the log."""
@@ -110,6 +123,9 @@ class Listeners:
 
     def on_layer(self, record: LayerRecord) -> None:
         """One matrix is done."""
+        left = self._remaining.after(record.name, record.seconds)
+        if left is not None:
+            self._tell("on_left", left)
         for callback in self._callbacks:
             callback.on_layer(record)
 

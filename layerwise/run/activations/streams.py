@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from layerwise.adapters import Stage
 from layerwise.adapters.linear import matrix
 from layerwise.errors import UnsupportedModelError
+from layerwise.run.steps import counted
 
 BATCH = 8  # sequences per forward pass
 Visit = Callable[[Tensor], None]
@@ -92,7 +93,8 @@ def capture(
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
             stack.enter_context(replaced_forward(block, recorder(index)))
-        for batch in batches:
+        count = len(batches)
+        for batch in counted(batches, count, f"embedding {count} batches of tokens"):
             _run_until_captured(model, batch)
     return stream
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import DataError, one_line
 from layerwise.run.checkpoints.files import open_regular
+from layerwise.run.steps import counted
 
 
 def bytes_sha256(content: bytes) -> str:
@@ -40,8 +41,9 @@ def digests(model: nn.Module) -> dict[str, str]:
 def parameters_sha256(model: nn.Module | None) -> str:
     """Hash of all parameters with their names; without a model, that of nothing."""
     parameters = {} if model is None else dict(model.named_parameters())
-    digest = hashlib.sha256()
-    for name, parameter in sorted(parameters.items()):
+    digest, count = hashlib.sha256(), len(parameters)
+    ordered = sorted(parameters.items())
+    for name, parameter in counted(ordered, count, f"hashing {count} parameters"):
         digest.update(name.encode())
         digest.update(_bytes_of(parameter))
     return digest.hexdigest()

@@ -39,6 +39,7 @@ from layerwise.run.checkpoints.validation import (
     read_weight_map,
     refuse_adapter,
 )
+from layerwise.run.steps import counted
 
 __all__ = [
     "Checkpoint",
@@ -169,7 +170,9 @@ class Checkpoint:
     def sha256(self, names: Iterable[str] | None = None) -> dict[str, str]:
         """Hash of some files, or of every file of the checkpoint, by name."""
         files = [*self.side_files(), *self.shards] if names is None else names
-        return {name: file_sha256(self.path / name) for name in sorted(files)}
+        chosen = sorted(files)
+        hashed = counted(chosen, len(chosen), f"hashing {len(chosen)} files of {self.path}")
+        return {name: file_sha256(self.path / name) for name in hashed}
 
 
 def write_checkpoint(

@@ -24,6 +24,7 @@ from layerwise.run.activations.streams import evaluation_mode
 from layerwise.run.data.context import context_length
 from layerwise.run.data.protocol import Protocol, Window
 from layerwise.run.data.tokens import check_token_ids
+from layerwise.run.steps import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,7 +104,9 @@ def mean_loss(
     device = next(model.parameters()).device
     losses: list[Tensor] = []
     with evaluation_mode(model), torch.no_grad():
-        for batch in _batches(windows, batch_size):
+        batches = list(_batches(windows, batch_size))
+        text = f"perplexity of {len(windows)} windows"
+        for batch in counted(batches, len(batches), text):
             ids = torch.stack([window.tokens for window in batch]).to(device)
             logits = model(input_ids=ids, use_cache=False).logits
             for window, scores in zip(batch, logits, strict=True):

@@ -22,6 +22,7 @@ from layerwise.run.data.tokens import PANIC
 from layerwise.run.models.accounts import account_of, refuse_mismatch
 from layerwise.run.models.kinds import auto_class_of, class_of
 from layerwise.run.models.skeleton import read_config, skeleton_of
+from layerwise.run.steps import counted, note
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,6 +76,7 @@ def load_as(
         before the tensors are loaded.
     """
     # random numbers for missing tensors must not come from the caller's generator
+    note(f"loading {checkpoint.path}")
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         skeleton_of(checkpoint, config, operate)
         model = _instantiate(checkpoint, config, operate)
@@ -208,7 +210,9 @@ def _operated(kind: Any, operate: Callable[[nn.Module], object]) -> Any:
 
 def _check_finite(model: nn.Module, checkpoint: Checkpoint) -> None:
     stored = account_of(model, checkpoint).names
-    for name, tensor in model.state_dict().items():
+    tensors = model.state_dict()
+    text = f"checking {len(tensors)} tensors"
+    for name, tensor in counted(tensors.items(), len(tensors), text):
         check_finite(tensor, stored.get(name, name), checkpoint)
 
 

@@ -20,6 +20,7 @@ from layerwise.run.models.headers import is_one_to_one, type_of_all
 from layerwise.run.models.loading import check_finite, quiet_transformers
 from layerwise.run.models.native_type import is_native
 from layerwise.run.models.skeleton import read_config, skeleton_of
+from layerwise.run.steps import counted
 
 
 class Residency(Protocol):
@@ -132,7 +133,8 @@ class Streamed:
             return None
         _read_buffers(checkpoint, model)
         if not trusted:
-            for name, tensor in checkpoint.tensors():
+            stored, count = checkpoint.tensors(), len(checkpoint.weight_map)
+            for name, tensor in counted(stored, count, f"checking {count} tensors"):
                 check_finite(tensor, name, checkpoint)
         return cls(checkpoint, model)
 

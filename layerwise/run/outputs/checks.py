@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from layerwise.run.checkpoints.hashes import tensor_hashes
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.outputs.output import Manifest
+from layerwise.run.steps import counted
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ def untouched(checkpoint: Checkpoint, manifest: Manifest, changed: set[str]) -> 
     """Check every tensor that the run should not have changed."""
     changed = changed | set(manifest.retrained)
     names = set(checkpoint.weight_map) - changed
-    present = tensor_hashes(checkpoint.tensors(names))
+    text = f"hashing {len(names)} other tensors"
+    present = tensor_hashes(counted(checkpoint.tensors(names), len(names), text))
     differs = [
         f"{name}: {'other bytes' if name in present else 'is missing'}"
         for name, digest in manifest.untouched.items()

@@ -18,6 +18,7 @@ from layerwise.run.outputs.verify_smaller import verify_smaller
 from layerwise.run.pipeline.destination import FOLDER
 from layerwise.run.pipeline.journal import read_layers, read_masks
 from layerwise.run.pipeline.kept_zeros import holds_at_least
+from layerwise.run.steps import counted
 
 
 def verify(folder: Path) -> list[Check]:
@@ -53,7 +54,10 @@ def verify(folder: Path) -> list[Check]:
     lost = sorted(tensors - set(checkpoint.weight_map))
     findings.missing += [f"{name}: the tensor is missing" for name in lost]
     names = {tensor: name for name, tensor in manifest.pruned.items()}
-    for tensor_name, weight in checkpoint.tensors(tensors.difference(lost)):
+    present = tensors.difference(lost)
+    text = f"checking {len(present)} pruned tensors"
+    stored = checkpoint.tensors(present)
+    for tensor_name, weight in counted(stored, len(present), text):
         name = names[tensor_name]
         if name in masks:
             mask = masks[name]

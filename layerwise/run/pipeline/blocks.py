@@ -26,6 +26,7 @@ from layerwise.run.activations.pruned_side import PrunedSide
 from layerwise.run.activations.streams import Tap, block_outputs, visit_inputs
 from layerwise.run.pipeline.matrix import naming
 from layerwise.run.pipeline.task import Task
+from layerwise.run.steps import status
 from layerwise.run.stopwatch import timed
 
 PART_TOKENS = 512  # added to the moments at one time on the CPU
@@ -57,6 +58,8 @@ def _timed_passes(batches: Iterator[Tensor]) -> Iterator[Tensor]:
 
 def collect_at_once(task: Task, inputs: BlockInputs) -> list[MomentAccumulator]:
     """Moments of all stages from one pass through the dense block."""
+    if not inputs.stages:
+        return []
     accumulators = [_accumulator(task, inputs, stage) for stage in inputs.stages]
     taps = [
         Tap(stage, _named_update(inputs, stage, accumulator))
@@ -65,6 +68,7 @@ def collect_at_once(task: Task, inputs: BlockInputs) -> list[MomentAccumulator]:
     visits = visit_inputs(
         inputs.block, taps, inputs.calls, inputs.pruned, task.device, inputs.name, stop=True
     )
+    status(f"collecting the inputs of {inputs.name}")
     with timed("forward"):
         for _ in visits:
             pass
@@ -103,6 +107,7 @@ def collect_pair(
     """
     accumulator = _accumulator(task, inputs, stage)
     update = _named_update(inputs, stage, accumulator)
+    status(f"collecting the inputs of {inputs.name}.{stage.linears[0]}")
     with timed("forward"):
         seen = dense.inputs_of(stage)
         if pruned is None:

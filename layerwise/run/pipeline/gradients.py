@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from layerwise.adapters.linear import is_transposed
 from layerwise.errors import SolveError, UsageError
 from layerwise.run.activations.streams import evaluation_mode
+from layerwise.run.steps import counted
 from layerwise.solve import steps_of
 from layerwise.solver import Solver, requirements
 
@@ -123,7 +124,7 @@ def gradient_norms(
                 lambda parameter, name=name: add(name, parameter)
             )
             hooks.callback(handle.remove)
-        for sequence in tokens:
+        for sequence in counted(tokens, count, f"gradients of {count} sequences"):
             (_next_token_loss(model, sequence) * scale).backward()  # type: ignore[no-untyped-call]
     squared = statistic.norm == "l2"
     paper = statistic.scaling == "paper"

@@ -16,6 +16,7 @@ from layerwise.run.pipeline.kept_zeros import solve_within
 from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.trim import trim_memory
+from layerwise.run.steps import status
 from layerwise.run.stopwatch import timed
 from layerwise.solution import Solution
 from layerwise.solve import solve
@@ -51,6 +52,7 @@ def solve_matrix(
         Whether every zero of the weight stays zero.
     """
     start = time.perf_counter()
+    status(f"solving {name}")
     with naming(name), timed("solve"):
         problem = pose()
         trim_memory(problem.shape[1])
@@ -64,6 +66,7 @@ def solve_matrix(
         pattern = f"{problem.pattern}, old zeros kept" if keep_zeros else None
         record = record_of(method, name, problem, solution, stored, error, seconds, pattern)
     if method.certify:
+        status(f"proving the gap of {name}")
         with naming(name), timed("certify"):
             record = certified(method, record, problem, stored)
     return SolvedMatrix(stored, solution.mask, record)

@@ -23,6 +23,7 @@ from layerwise.run.pipeline.removal import BlockStep, Run
 from layerwise.run.pipeline.results import OnLayer, PrunedBlock
 from layerwise.run.pipeline.store import BlockStore
 from layerwise.run.pipeline.task import Task
+from layerwise.run.steps import status
 from layerwise.run.stopwatch import timed
 
 
@@ -58,6 +59,7 @@ def walk(
     stream.hidden.clear()
     pruned = dense
     records: list[LayerRecord] = []
+    last = _last_with_targets(run)
     for index, (name, block) in enumerate(run.selection.blocks.items()):
         inputs = BlockInputs(
             name,
@@ -69,12 +71,13 @@ def walk(
             gradients.pop(name, {}),
             run.stored_weights,
         )
-        last = index == len(blocks) - 1  # nothing reads its output
+        done = index >= last  # nothing reads its output
         next_dense, side = dense, None
+        status(f"passing the tokens through {name}")
         with residency.block(block, task.device):
             stages = step.stages_of(inputs)
             result = stored_block(store, index, task.adapter, inputs, stages)
-            if task.error_correction != "sequential" and not last:
+            if task.error_correction != "sequential" and not done:
                 if result is None and task.staged:
                     side = DenseSide(inputs, stages, task.device)
                 next_dense = hidden.keep(advance_dense(task, inputs, side))
@@ -86,7 +89,7 @@ def walk(
                     store.write_layers([*records, *result.records])
             else:
                 _restore(task, block, result, on_layer)
-            if not last:
+            if not done:
                 if task.error_correction == "sequential":
                     pruned = next_dense = hidden.keep(advance(task, inputs, pruned))
                 elif task.error_correction == "full":
@@ -96,6 +99,12 @@ def walk(
                 dense = next_dense
         records += result.records
     return records
+
+
+def _last_with_targets(run: Run[Any]) -> int:
+    """Index of the last block with something to prune; tokens need not go further."""
+    blocks = enumerate(run.selection.blocks)
+    return max(index for index, name in blocks if run.selection.stages_of(name))
 
 
 def _gradients(run: Run[Any]) -> dict[str, dict[str, Tensor]]:
