@@ -2,17 +2,10 @@
 
 Chunks of activations are scaled by a power of two, multiplied in float32 (float64 for
 float64 inputs, see :mod:`layerwise.gram` for bfloat16) and summed in float64, so half
-<<<<<<< HEAD
-precision activations neither overflow nor lose their sums. Channels far from zero or far
-below the others keep their variance (:mod:`layerwise.shifted`). The first few tokens are
-multiplied in float64: weights can fit fewer tokens than channels with an error below the
-rounding of float32, which would spoil the error that is reported.
-=======
 precision activations neither overflow nor lose their sums. The first few tokens are
 multiplied in float64: weights can fit fewer tokens than channels with an error below the
 rounding of float32, which would spoil the error that is reported. Channels far from zero
 or far below the others keep their variance (:mod:`layerwise.shifted`).
->>>>>>> main
 """
 
 import math
@@ -22,9 +15,10 @@ import torch
 from torch import Tensor
 
 from layerwise.arrays import Array, check_integer, real_tensor
-from layerwise.chunks import slabs
+from layerwise.chunks import largest_of, slabs
 from layerwise.errors import InvalidProblemError
 from layerwise.fluctuation import RunningFluctuation
+from layerwise.forms import precision_for, row_forms
 from layerwise.gram import add_gram, add_product, mirror_, mirrored, precision_of
 from layerwise.linalg import ieee_products
 from layerwise.moments import Moments, even_exponent
@@ -72,6 +66,7 @@ class MomentAccumulator:
         outputs = sum(len(weight) for weight in self._weights)
         self._by_gram = sums_drift_gram(outputs, width)
         self._drift: Tensor | None = None
+        self._mirrored = False
         self._drifts = [zeros(len(weight)) for weight in self._weights]
         self._fluctuation = RunningFluctuation(width, device) if fluctuation else None
 
@@ -115,7 +110,7 @@ class MomentAccumulator:
             )
             raise InvalidProblemError(message)
         tokens = inputs.reshape(-1, width)
-        largest = tokens.abs().amax() if tokens.numel() else tokens.new_zeros(())
+        largest = largest_of(tokens) if tokens.numel() else tokens.new_zeros(())
         if not bool(torch.isfinite(largest)):
             row, channel = (~torch.isfinite(tokens)).nonzero()[0].tolist()
             message = (
@@ -158,6 +153,7 @@ class MomentAccumulator:
             if self._drift is None:
                 self._drift = torch.zeros_like(self._gram)
             add_gram(self._drift, change, scale)
+            self._mirrored = False
             return
         for weight, drift in zip(self._weights, self._drifts, strict=True):
             for rows in slabs(len(weight)):
@@ -239,8 +235,11 @@ class MomentAccumulator:
         if self._drift is None:
             rows = self._drifts[index]
         else:
-            weight = self._weights[index].double()
-            rows = ((weight @ mirrored(self._drift)) * weight).sum(dim=1)
+            weight = self._weights[index]
+            if not self._mirrored:
+                mirror_(self._drift)
+                self._mirrored = True
+            rows = row_forms(weight, self._drift, precision_for(weight, self.n_tokens))
         return rows.clamp(min=0) / self.n_tokens * self._scale
 
 

@@ -1,11 +1,12 @@
-"""The first line of a command, written before PyTorch is imported, which takes seconds.
+"""A first line of a command whose imports take long: PyTorch alone can take many seconds.
 
-It is written when this module is imported, and only if the process was started as one of
-the commands that work for a while.
+A timer is set when this module is imported, and only if the process was started as one of
+the commands that work for a while. The command stops it.
 """
 
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import PurePath
@@ -14,6 +15,7 @@ COMMANDS = (
     *("plan", "prune", "retrain", "calibrate", "solve"),
     *("evaluate", "verify", "bench"),
 )
+PATIENCE = 1.0  # seconds
 
 
 def command_of(line: Sequence[str]) -> str | None:
@@ -31,12 +33,17 @@ def command_of(line: Sequence[str]) -> str | None:
         elif word == "-m" or not word.startswith("-"):
             started = next(words, "") if word == "-m" else PurePath(word).stem
             command = next(words, "")
-            known = started == "layerwise" and command in COMMANDS
-            return command if known and "--help" not in line else None
+            return command if started == "layerwise" and command in COMMANDS else None
     return None
 
 
-if (_command := command_of(sys.orig_argv)) and os.environ.get("RANK", "0") == "0":
+def _write() -> None:
     with suppress(OSError, AttributeError, ValueError):  # lost progress is no failure
-        sys.stderr.write(f"layerwise {_command}: starting\n")
+        sys.stderr.write("starting: PyTorch is being imported\n")
         sys.stderr.flush()
+
+
+timer = threading.Timer(PATIENCE, _write)
+timer.daemon = True
+if command_of(sys.orig_argv) and os.environ.get("RANK", "0") == "0":
+    timer.start()

@@ -174,9 +174,14 @@ class Moments:
             return bound
         gram = self.gram[live][:, live]
         root = gram.diagonal().sqrt()
-        eigenvalues = torch.linalg.eigvalsh(gram / root / root[:, None])
+        gram = gram / root / root[:, None]
         rounding = torch.finfo(torch.float32).eps * len(root)
-        return min(bound, int((eigenvalues > rounding).sum()))
+        if bound == len(root):  # then a factorization shows whether all are above it
+            above = gram.clone()
+            above.diagonal().sub_(rounding)
+            if int(torch.linalg.cholesky_ex(above)[1]) == 0:
+                return bound
+        return min(bound, int((torch.linalg.eigvalsh(gram) > rounding).sum()))
 
     def factor(
         self, damping: float, dtype: torch.dtype, *, reverse: bool = False

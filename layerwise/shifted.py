@@ -71,7 +71,7 @@ def shifted(tokens: Tensor) -> Shifted:
     """
     if tokens.dtype == torch.float64 or len(tokens) == 0:
         return Shifted(tokens)
-    lowest, highest = torch.aminmax(tokens, dim=0)
+    lowest, highest = tokens.amin(dim=0), tokens.amax(dim=0)  # faster than aminmax
     near, far = lowest.abs(), highest.abs()
     smallest, largest = torch.minimum(near, far), torch.maximum(near, far)
     together = (lowest.sign() == highest.sign()) & (largest > 0)

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 import layerwise
+from layerwise import first_line
 from layerwise.cli import bench, demo, grams, inspect, plan, prune, retrain
 from layerwise.cli.help import EXAMPLES, GroupedCommand
 from layerwise.cli.signals import stopping_in_order
@@ -82,6 +83,7 @@ for command in COMMANDS:
 
 def main() -> None:
     """Entry point: run a command, turn exceptions into one line and an exit code."""
+    first_line.timer.cancel()
     open_standard_files()
     sys.exit(run(sys.argv[1:]))
 

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,14 @@ def check_file(option: str, path: Path | None) -> None:
         raise UsageError(message)
 
 
-def saying_steps() -> AbstractContextManager[None]:
-    """Write a line on stderr when a step begins, inside the context."""
+@contextmanager
+def saying_steps() -> Iterator[None]:
+    """Write a line on stderr about every step inside that takes long."""
+    from layerwise.reports.lines import Lines
     from layerwise.run.steps import listening
 
-    return listening(lambda text: typer.echo(text, err=True))
+    with Lines(sys.stderr) as lines, listening(lines.now):
+        yield
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """``layerwise calibrate`` and ``layerwise solve``: one pass of the model, many solves."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -27,48 +28,35 @@ def calibrate(
 ) -> None:
     """Store the layer problems of a model, to solve them later."""
     from layerwise.grams.collect_grams import collect_grams
-    from layerwise.run.steps import about
+    from layerwise.reports.lines import Lines
+    from layerwise.reports.progress import StageCounter
 
     set_threads(threads)
-    done, total, left = 0, 0, ""
-
-    def on_start(count: int) -> None:
-        nonlocal total
-        total = count
-        typer.echo(f"storing {count} files of grams", err=True)
-
-    def on_left(seconds: float) -> None:
-        nonlocal left
-        left = f" {about(seconds)} left"
-
-    def on_stage(name: str, width: int) -> None:
-        nonlocal done, left
-        done += 1
-        typer.echo(f"[{done}/{total}]{left}  {name}  {width} inputs", err=True)
-        left = ""
-
     chosen = {
         name: entries
         for name, entries in (("targets", targets), ("ignore", ignore))
         if entries
     }
-    manifest = collect_grams(
-        model,
-        output,
-        calibration=calibration,
-        n_sequences=n_sequences,
-        sequence_length=sequence_length,
-        seed=seed,
-        bos=bos,
-        device=device,
-        resume=resume,
-        force=force,
-        on_note=lambda note: typer.echo(note, err=True),
-        on_start=on_start,
-        on_stage=on_stage,
-        on_left=on_left,
-        **chosen,
-    )
+    with Lines(sys.stderr) as lines:
+        counter = StageCounter(lines)
+        manifest = collect_grams(
+            model,
+            output,
+            calibration=calibration,
+            n_sequences=n_sequences,
+            sequence_length=sequence_length,
+            seed=seed,
+            bos=bos,
+            device=device,
+            resume=resume,
+            force=force,
+            on_note=lines.write,
+            on_start=counter.on_start,
+            on_stage=counter.on_stage,
+            on_left=counter.on_left,
+            on_status=lines.now,
+            **chosen,
+        )
     typer.echo(f"wrote {output}: {len(list(manifest.layers()))} layers")
 
 

@@ -63,9 +63,9 @@ def _load(model: str, device: Any) -> tuple[Any, Any]:
     """Checkpoint and its model on a device."""
     from layerwise.run.checkpoints.storage import Checkpoint
     from layerwise.run.models.opening import load_model
-    from layerwise.run.steps import note
+    from layerwise.run.steps import status
 
-    note(f"opening {model}")
+    status(f"opening {model}")
     checkpoint = Checkpoint.open(model)
     return checkpoint, load_model(checkpoint, device)
 
@@ -86,7 +86,7 @@ def _perplexity(
     from layerwise.run.models.architecture import embedding_rows
     from layerwise.run.models.loading import load_tokenizer
     from layerwise.run.settings import CalibrationData
-    from layerwise.run.steps import note
+    from layerwise.run.steps import status
 
     data = CalibrationData(dataset, sequence_length=sequence_length, bos=bos)
     length = data.check(network)
@@ -94,7 +94,7 @@ def _perplexity(
     tokenizer = _tokenizer(model, checkpoint) if named else load_tokenizer(checkpoint)
     first = data.bos_for(network, tokenizer).token
     protocol = Protocol(length, stride, first)
-    note(f"reading {dataset}")
+    status(f"reading {dataset}")
     tokens = evaluation_tokens(dataset, tokenizer, embedding_rows(network))
     value = perplexity(network, tokens, sequence_length=length, stride=stride, bos=first)
     windows = len(protocol.windows(tokens))
@@ -152,9 +152,9 @@ def _tasks(
     from layerwise.reports.tables import print_scores
     from layerwise.run.data.tasks import score_tasks
     from layerwise.run.settings import CalibrationData
-    from layerwise.run.steps import note
+    from layerwise.run.steps import status
 
-    note(f"scoring {', '.join(names)}")
+    status(f"scoring {', '.join(names)}")
     tokenizer = _tokenizer(model, checkpoint)
     add_bos = False if bos == "never" else None  # None: as the tokenizer does
     if CalibrationData(None, bos=bos).bos_for(network, tokenizer).token is not None:
@@ -169,13 +169,13 @@ def _tasks(
 
 def _speed(model: str, network: Any, compare: str | None, device: Any) -> None:
     from layerwise.reports.tables import print_speed
-    from layerwise.run.steps import note
+    from layerwise.run.steps import status
     from layerwise.timing.speed import measure_speed
 
     names, networks = [model], [network]
     if compare is not None:
         names, networks = [*names, compare], [*networks, _load(compare, device)[1]]
-    note("measuring size and speed")
+    status("measuring size and speed")
     print_speed(names, measure_speed(networks))
 
 

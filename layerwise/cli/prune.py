@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from layerwise.cli.common import progress_on
+from layerwise.cli.common import progress_on, saying_steps
 from layerwise.cli.run_flags import RunRequest, with_run_flags
 from layerwise.errors import UsageError
 
@@ -33,9 +33,11 @@ def prune(run: RunRequest) -> None:
 def _write_run_report(folder: Path) -> None:
     """report.html beside the manifest, if the plots can be drawn."""
     from layerwise.reports.report import run_page, write_report
+    from layerwise.run.steps import status
 
-    typer.echo("writing report.html", err=True)
     try:
-        write_report(folder / "layerwise" / "report.html", run_page(folder))
+        with saying_steps():
+            status("writing report.html")
+            write_report(folder / "layerwise" / "report.html", run_page(folder))
     except UsageError as error:
         typer.echo(f"report.html was not written: {error}", err=True)

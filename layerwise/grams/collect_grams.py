@@ -41,7 +41,7 @@ from layerwise.run.pipeline.task import Task
 from layerwise.run.pipeline.walk import walk
 from layerwise.run.remaining import Remaining
 from layerwise.run.settings import CalibrationData, as_entries, choose_device
-from layerwise.run.steps import listening, note
+from layerwise.run.steps import listening, status
 from layerwise.run.stopwatch import timed
 
 OnStage = Callable[[str, int], None]  # gets the first layer and the number of inputs
@@ -119,6 +119,7 @@ def collect_grams(
     on_start: Callable[[int], None] = lambda n_stages: None,
     on_stage: OnStage = lambda name, width: None,
     on_left: Callable[[float], None] = lambda seconds: None,
+    on_status: Callable[[str], None] = lambda text: None,
 ) -> GramManifest:
     """Write the moments and weights of all linear layers of a dense model.
 
@@ -137,13 +138,15 @@ def collect_grams(
     force
         Replace a finished `output_dir`.
     on_note
-        Called with lines for the log: which step begins, that a run is continued.
+        Called with remarks for the log, such as that a run is continued.
     on_start
         Called with the number of files.
     on_stage
         Called after every file with its first layer and its number of inputs.
     on_left
         Called before `on_stage` with the expected seconds to the end.
+    on_status
+        Called with what is done now.
 
     Returns
     -------
@@ -165,9 +168,9 @@ def collect_grams(
     inputs = model, calibration
     destination = Destination.of(output_dir, resume=resume, force=force, inputs=inputs)
     output = Path(destination.output or output_dir)
-    with destination.held(), listening(on_note):
+    with destination.held(), listening(on_status):
         data = CalibrationData(calibration, n_sequences, sequence_length, seed, bos)
-        note(f"opening {model}")
+        status(f"opening {model}")
         with timed("load"):
             source = Checkpoint.open(model)
             opened = open_model(source, streamed=True)
@@ -190,7 +193,7 @@ def collect_grams(
         total = len(selection.blocks)
         with open_store(destination, identity, total=total) as store:
             for text in filter(None, (store.continued, *tokens.notes)):
-                note(text)
+                on_note(text)
             on_start(len(stages))
             stored = _with_time_left(run, stages, on_stage, on_left)
             step = CollectGrams(partial_path(output), list(selection.blocks), stored)

@@ -36,7 +36,7 @@ from layerwise.run.settings import (
     choose_device,
     method_of,
 )
-from layerwise.run.steps import listening, note
+from layerwise.run.steps import listening, status
 from layerwise.run.workers.executor import Job
 from layerwise.run.workers.processes import local_workers
 from layerwise.run.workers.schedule import run_jobs
@@ -102,8 +102,8 @@ def solve_grams(
     on_start, on_layer
         Called with the number of layers to solve, and after every solved layer.
     on_note
-        Called with lines for the log: which step begins, that a run is continued, that a
-        layer is repeated because a worker was lost.
+        Called with one line if a run is continued, and for every layer that is repeated
+        because a worker was lost.
     on_status
         Called with what is done now.
     on_left
@@ -133,8 +133,8 @@ def solve_grams(
     names = [methods] if single else list(methods)
     amounts = [sparsities] if isinstance(sparsities, int | float | str) else [*sparsities]
     _check_target(destination, model, len(names) * len(amounts))
-    with destination.held(), listening(on_note, on_status):
-        note(f"checking the files of {folder}")
+    with destination.held(), listening(on_status):
+        status(f"checking the files of {folder}")
         torch_device = choose_device(device)
         each = _threads(workers, threads)
         manifest = read_manifest(folder)

@@ -49,7 +49,7 @@ from layerwise.run.settings import (
     Settings,
     choose_device,
 )
-from layerwise.run.steps import note
+from layerwise.run.steps import status
 from layerwise.run.workers.schedule import Rules
 from layerwise.solver import SolverLike
 
@@ -96,7 +96,7 @@ def plan_run(
     inputs = model, settings.calibration.source
     destination = Destination.of(output_dir, resume=resume, force=force, inputs=inputs)
     asked = _pattern_of(settings.removal)
-    note(f"reading the headers of {model}")
+    status(f"reading the headers of {model}")
     source = Checkpoint.open(model)
     headers = Headers.read(source)
     skeleton = headers.model
@@ -119,7 +119,7 @@ def plan_run(
     run = _run_shape(settings, length, place, base, streamed=streamed)
     run = _with_store(sizes, run, settings.activations, capacity)
     disk = disk_of(source, sizes, run, weight_bytes(source, skeleton, shapes))
-    note(f"measuring the rates of this machine on {place}")
+    status(f"measuring the rates of this machine on {place}")
     machine = quick_machine(place)
     stored = sum(entry.n_bytes for entry in source.entries().values())
     stages = estimates(

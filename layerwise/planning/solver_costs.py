@@ -4,105 +4,27 @@ The figures were counted, by :class:`layerwise.timing.operations.OperationCount`
 :class:`layerwise.planning.dry.LiveBytes`, on random layers of several shapes. A matrix
 costs the posing of its problem and the grading of its answer, once, and its method, or
 every step of a chain. Iterative methods have the figures that were counted there; real
-layers take between half and twice as much. A method that is not in the table has no
-figures, and none are guessed.
+layers take between half and twice as much. Methods that are not here are in
+:mod:`.counted_costs`, which one command counts again; a method with other options, or of a
+user, is counted when it is asked for (:mod:`.count_costs`).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 
-import torch
-
 from layerwise.configure import options_of
-from layerwise.planning.shapes import StageShape
+from layerwise.planning.costs import Cost, Costs
+from layerwise.planning.count_costs import costs_of
+from layerwise.planning.counted_costs import COUNTED
 from layerwise.planning.workspace import Peak, Workspace
 from layerwise.solve import steps_of
 from layerwise.solver import Solver
-from layerwise.timing.floor import Work
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Cost of one matrix (out, in), in units that follow from its shape.
-
-    Parameters
-    ----------
-    half, single, double
-        Products of the matrix with the gram, 2 out in^2 operations each, in bfloat16,
-        float32 and float64.
-    cubic, cubic_double
-        Factorizations, inverses and eigenvalues of the gram in units of in^3 operations,
-        in float32 and float64; matrices that share their inputs share these operations.
-    traffic
-        Bytes read and written, per entry of the matrix.
-    peaks
-        Memory, see :class:`~layerwise.planning.workspace.Workspace`.
-    """
-
-    half: float = 0.0
-    single: float = 0.0
-    double: float = 0.0
-    cubic: float = 0.0
-    cubic_double: float = 0.0
-    traffic: float = 0.0
-    peaks: tuple[Peak, ...] = ()
-
-    def then(self, other: "Cost") -> "Cost":
-        """Cost of both, one after the other: work adds up, memory is the larger one."""
-        return Cost(
-            self.half + other.half,
-            self.single + other.single,
-            self.double + other.double,
-            max(self.cubic, other.cubic),
-            max(self.cubic_double, other.cubic_double),
-            self.traffic + other.traffic,
-            self.peaks + other.peaks,
-        )
-
-    def work(self, stage: StageShape) -> Work:
-        """Operations and bytes for all matrices of a stage."""
-        products = 2.0 * stage.weights * stage.width
-        cubes = float(stage.width) ** 3
-        return Work(
-            {
-                torch.bfloat16: self.half * products,
-                torch.float32: self.single * products + self.cubic * cubes,
-                torch.float64: self.double * products + self.cubic_double * cubes,
-            },
-            self.traffic * stage.weights,
-        )
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Costs for inputs that both models share, and for a pair of streams.
-
-    Parameters
-    ----------
-    alone, pair
-        Cost with one stream of inputs, and with a dense and a pruned one.
-    iterative
-        Whether options of the method change its cost, so that it is only known for the
-        defaults.
-    keeps_weights
-        Whether kept weights stay dense ones, which have the type of the model already.
-    """
-
-    alone: Cost
-    pair: Cost
-    iterative: bool = False
-    keeps_weights: bool = False
-
-    def of(self, *, pair: bool) -> Cost:
-        """Cost for one kind of inputs."""
-        return self.pair if pair else self.alone
-
 
 POSED = Costs(
-    Cost(double=2, traffic=190),
+    Cost(single=1, double=1, traffic=165),
     # the drift of a pair of streams is computed before the problem is posed
-    Cost(double=3, traffic=335, peaks=(Peak(3.0, 1.0),)),
+    Cost(single=2, double=1, traffic=285, peaks=(Peak(3.0, 1.0),)),
 )
 """Posing a problem and grading its answer: once per matrix, whatever the steps."""
 STORED = Costs(Cost(double=1, traffic=100), Cost(double=1, traffic=120))
@@ -140,6 +62,7 @@ SPLITTING = Costs(
 )
 COSTS: Mapping[str, Costs] = MappingProxyType(
     {
+        **COUNTED,
         "magnitude": SCORES,
         "wanda": SCORES,
         "ria": SCORES,
@@ -164,12 +87,21 @@ def cost_of(solver: Solver, *, pair: bool) -> Cost | None:
     """
     total, keeps_weights = POSED.of(pair=pair), True
     for step in steps_of(solver):
-        costs = COSTS.get(step.name)
-        options = set(options_of(step)) - {"memory_budget"}
-        if costs is None or (costs.iterative and options):
+        costs = _costs_of_step(step)
+        if costs is None:
             return None
         total, keeps_weights = total.then(costs.of(pair=pair)), costs.keeps_weights
     return total if keeps_weights else total.then(STORED.of(pair=pair))
+
+
+@cache
+def _costs_of_step(step: Solver) -> Costs | None:
+    """Known costs, or those that are counted now; None if the method cannot be counted."""
+    options = {k: v for k, v in options_of(step).items() if k != "memory_budget"}
+    known = COSTS.get(" ".join((step.name, *(f"{k}={v}" for k, v in options.items()))))
+    if known is None and (plain := COSTS.get(step.name)) and not plain.iterative:
+        known = plain
+    return known or costs_of(step)
 
 
 def workspace_of(solver: Solver, *, pair: bool) -> Workspace | None:

@@ -17,11 +17,14 @@ class Peak:
         Arrays of the size of the gram, with 8 bytes per entry.
     rows
         Arrays of length `in` for every row of a chunk, with 8 bytes per entry.
+    systems
+        Arrays of the size of the gram for every row, as far as the budget allows.
     """
 
     matrices: float = 0.0
     grams: float = 0.0
     rows: float = 0.0
+    systems: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Workspace:
         def size(peak: Peak) -> float:
             chunk = min(rows, most, self.budget // cg_row_bytes(width, 4))
             arrays = peak.matrices * rows + peak.rows * chunk + peak.grams * width
-            return 8.0 * arrays * width
+            systems = 8.0 * peak.systems * rows * width**2
+            return 8.0 * arrays * width + min(systems, self.budget)
 
         return int(max(map(size, self.peaks), default=0.0))

@@ -6,7 +6,6 @@ files are checked before any weight is changed.
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from layerwise.run.outputs.output import versions
 from layerwise.run.pipeline.destination import Destination
 from layerwise.run.pipeline.sharing import open_states
 from layerwise.run.settings import CalibrationData, choose_device
-from layerwise.run.steps import listening, note
+from layerwise.run.steps import listening, status
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,14 +180,14 @@ def retrain_model(
     inputs = model_or_path, dense, calibration
     destination = Destination.of(output_dir, resume=resume, force=force, inputs=inputs)
     listeners = tuple(callbacks)
-    with destination.held(), _heard_by(listeners):
-        note("opening the pruned model")
+    with destination.held(), listening(partial(tell, listeners, "on_status")):
+        status("opening the pruned model")
         pruned = Pruned.open(model_or_path, masks, settings.sets, destination.output)
         model = pruned.model
         width = int(model.config.get_text_config().hidden_size)
         original = None
         if settings.reconstructs:
-            note("opening the dense model")
+            status("opening the dense model")
             original = pruned.dense_model(dense)
         tokens = data.windows(pruned.opened, tokenizer)
         batches = torch.split(tokens.tokens, batch_size)
@@ -198,7 +197,7 @@ def retrain_model(
         if destination.output is not None:
             identity = _identity(plain, tokens, pruned.source, original, torch_device)
         for text in tokens.notes:
-            note(text)
+            tell(listeners, "on_note", text)
         with open_states(destination, identity) as store, fast_scan(model, torch_device):
             run = Runner(pruned, batches, torch_device, store, listeners)
             if original is None:
@@ -219,13 +218,6 @@ def retrain_model(
     for listener in listeners:
         listener.on_finish(report)
     return report
-
-
-def _heard_by(listeners: Sequence[Callback]) -> AbstractContextManager[None]:
-    """Context whose steps are passed on to the callbacks."""
-    return listening(
-        partial(tell, listeners, "on_note"), partial(tell, listeners, "on_status")
-    )
 
 
 def _identity(

@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from layerwise.reports.lines import SILENCE, Lines
+from layerwise.reports.lines import PATIENCE, SILENCE, Lines
 from layerwise.run.pipeline.records import LayerRecord, in_percent
 from layerwise.run.report import PruneReport
 from layerwise.run.steps import about
@@ -41,8 +41,8 @@ def layer_line(record: LayerRecord) -> str:
 class PlainProgress:
     """One line per layer, for logs and pipes, and one about a step that takes long."""
 
-    def __init__(self, stream: TextIO, silence: float = SILENCE) -> None:
-        self._lines = Lines(stream, silence)
+    def __init__(self, stream: TextIO) -> None:
+        self._lines = Lines(stream)
         self._done, self._total, self._left = 0, 0, ""
 
     def on_note(self, text: str) -> None:
@@ -50,7 +50,7 @@ class PlainProgress:
         self._lines.write(text)
 
     def on_status(self, text: str) -> None:
-        """Remember what is done now."""
+        """Write what is done now if it takes long."""
         self._lines.now(text)
 
     def on_left(self, seconds: float) -> None:
@@ -65,6 +65,7 @@ class PlainProgress:
     def on_layer(self, record: LayerRecord) -> None:
         """Write the line of a layer."""
         self._done += 1
+        self._lines.patience = SILENCE if self._done < self._total else PATIENCE
         count = f"[{self._done}/{self._total}]{self._left}"
         self._lines.write(f"{count}  {layer_line(record)}")
         self._left = ""
@@ -77,6 +78,30 @@ class PlainProgress:
     def close(self) -> None:
         """Write no more lines about long steps."""
         self._lines.close()
+
+
+class StageCounter:
+    """One line per stored file of grams."""
+
+    def __init__(self, lines: Lines) -> None:
+        self._lines = lines
+        self._done, self._total, self._left = 0, 0, ""
+
+    def on_start(self, n_files: int) -> None:
+        """Announce the number of files."""
+        self._total = n_files
+        self._lines.write(f"storing {n_files} files of grams")
+
+    def on_left(self, seconds: float) -> None:
+        """Remember the expected time to the end."""
+        self._left = f" {about(seconds)} left"
+
+    def on_stage(self, name: str, width: int) -> None:
+        """Write the line of a file."""
+        self._done += 1
+        count = f"[{self._done}/{self._total}]{self._left}"
+        self._lines.write(f"{count}  {name}  {width} inputs")
+        self._left = ""
 
 
 def bar(title: str, console: Console, left: ProgressColumn | None = None) -> Progress:
@@ -100,6 +125,7 @@ class RichProgress:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._lines = Lines(console.file)  # before there is a bar
         self._progress = bar("pruning", console, TextColumn("{task.fields[left]}"))
         self._task = self._progress.add_task("", total=None, left="")
 
@@ -109,6 +135,7 @@ class RichProgress:
 
     def on_status(self, text: str) -> None:
         """Show what is done now, in place of the last layer."""
+        self._lines.now(text)
         self._progress.update(self._task, description=escape(text))
 
     def on_left(self, seconds: float) -> None:
@@ -117,6 +144,7 @@ class RichProgress:
 
     def on_start(self, n_layers: int) -> None:
         """Show the bar."""
+        self._lines.close()
         self._progress.update(self._task, total=n_layers)
         self._progress.start()
 
@@ -136,6 +164,7 @@ class RichProgress:
 
     def close(self) -> None:
         """Restore the terminal, after an error as well."""
+        self._lines.close()
         self._progress.stop()
 
 

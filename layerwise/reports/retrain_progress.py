@@ -8,7 +8,7 @@ from rich.markup import escape
 
 from layerwise.recovery.records import UnitRecord
 from layerwise.recovery.retrain import RetrainReport
-from layerwise.reports.lines import Lines
+from layerwise.reports.lines import SILENCE, Lines
 from layerwise.reports.progress import bar
 from layerwise.run.steps import about
 
@@ -49,11 +49,12 @@ class PlainProgress:
         self._lines.write(text)
 
     def on_status(self, text: str) -> None:
-        """Remember what is done now."""
+        """Write what is done now if it takes long."""
         self._lines.now(text)
 
     def on_start(self, total: int, per_unit: int) -> None:
         """Announce the number of updates."""
+        self._lines.patience = SILENCE
         self._total, self._per_unit = total, per_unit
         self._start = self._last_line = time.monotonic()
         self._lines.write(f"retraining, at most {total} updates")
@@ -95,6 +96,7 @@ class RichProgress:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._lines = Lines(console.file)  # before there is a bar
         self._progress = bar("retraining", console)
         self._task = self._progress.add_task("", total=None)
         self._per_unit = self._units = 0
@@ -105,10 +107,12 @@ class RichProgress:
 
     def on_status(self, text: str) -> None:
         """Show what is done now."""
+        self._lines.now(text)
         self._progress.update(self._task, description=escape(text))
 
     def on_start(self, total: int, per_unit: int) -> None:
         """Show the bar."""
+        self._lines.close()
         self._per_unit = per_unit
         self._progress.update(self._task, total=total)
         self._progress.start()
@@ -131,4 +135,5 @@ class RichProgress:
 
     def close(self) -> None:
         """Restore the terminal, after an error as well."""
+        self._lines.close()
         self._progress.stop()

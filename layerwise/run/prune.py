@@ -33,7 +33,7 @@ from layerwise.run.pipeline.sharing import agree, open_store
 from layerwise.run.pipeline.task import ErrorCorrection
 from layerwise.run.report import Callback, Listeners, PruneReport
 from layerwise.run.settings import Settings
-from layerwise.run.steps import listening, note
+from layerwise.run.steps import listening, status
 from layerwise.run.stopwatch import timed
 from layerwise.run.workers.ranks import ranks_of_environment
 from layerwise.solver import SolverLike
@@ -231,7 +231,7 @@ def prune(
         if ranks.first:
             held.enter_context(destination.held())
         listeners = Listeners(callbacks if ranks.first else ())
-        held.enter_context(listening(listeners.on_note, listeners.on_status))
+        held.enter_context(listening(listeners.on_status))
         with timed("load"):
             given: nn.Module | Checkpoint = (
                 model_or_path
@@ -263,7 +263,7 @@ def prune(
                     run, settings.removal, step, store, hidden, listeners
                 )
             with timed("write"):
-                note("finishing the result")
+                status("finishing the result")
                 removed = step.finish(run, store)
                 outcome = Outcome(recipe, run.tokens, records, opened.source, tokenizer)
                 store.publish(partial(write_output, outcome, opened.model, removed))
@@ -281,7 +281,7 @@ def open_headers(
     name_or_path: str | Path, settings: Settings, tokenizer: Any = None
 ) -> Checkpoint:
     """Open a checkpoint; refuse what needs no weight, which may take long to read."""
-    note(f"opening {name_or_path}")
+    status(f"opening {name_or_path}")
     source = Checkpoint.open(name_or_path)
     model = Headers.read(source).model
     settings.calibration.check(model)

@@ -36,7 +36,7 @@ from layerwise.run.pipeline.removal import Amount, Removal, Run
 from layerwise.run.pipeline.sharing import check_shared, own_sequences
 from layerwise.run.pipeline.task import ERROR_CORRECTIONS, ErrorCorrection, Task, task_of
 from layerwise.run.pipeline.zeros import ZeroWeights
-from layerwise.run.steps import note
+from layerwise.run.steps import status
 from layerwise.run.workers.ranks import ALONE, Ranks
 from layerwise.solver import SolverLike
 
@@ -294,7 +294,7 @@ class CalibrationData:
             vocab_size=embedding_rows(model),
         )
         named = isinstance(self.source, str | Path)
-        note(f"reading the calibration data{f' in {self.source}' if named else ''}")
+        status(f"reading the calibration data{f' in {self.source}' if named else ''}")
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws its seed from there
             material = material_of(self.source, "train", request.characters)
             if tokenizer is None and material.needs_tokenizer and opened.source is not None:

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.chunks import all_finite
 from layerwise.errors import DataError, one_line
 from layerwise.run.checkpoints.plain_config import is_plain
 from layerwise.run.data.tokens import PANIC
 from layerwise.run.models.accounts import account_of, refuse_mismatch
 from layerwise.run.models.kinds import auto_class_of, class_of
 from layerwise.run.models.skeleton import read_config, skeleton_of
-from layerwise.run.steps import counted, note
+from layerwise.run.steps import counted, status
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,7 +77,7 @@ def load_as(
         before the tensors are loaded.
     """
     # random numbers for missing tensors must not come from the caller's generator
-    note(f"loading {checkpoint.path}")
+    status(f"loading {checkpoint.path}")
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         skeleton_of(checkpoint, config, operate)
         model = _instantiate(checkpoint, config, operate)
@@ -230,8 +231,8 @@ def _first_not_finite(tensor: Tensor) -> tuple[int, ...] | None:
     if not tensor.is_floating_point():
         return None
     values = tensor.float() if tensor.element_size() == 1 else tensor
-    finite = torch.isfinite(values)
-    if bool(finite.all()):
+    if all_finite(values):
         return None
+    finite = torch.isfinite(values)
     position = int((~finite).reshape(-1).to(torch.uint8).argmax())
     return tuple(int(i) for i in torch.unravel_index(torch.tensor(position), finite.shape))

@@ -29,7 +29,7 @@ from layerwise.run.pipeline.task import Task
 from layerwise.run.steps import status
 from layerwise.run.stopwatch import timed
 
-PART_TOKENS = 512  # added to the moments at one time on the CPU
+PART_TOKENS = 2048  # added to the moments at one time on the CPU
 
 
 def advance(task: Task, inputs: BlockInputs, hidden: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -1,0 +1,8 @@
+"""Costs."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from layerwise.planning.costs import Costs
+
+COUNTED: Mapping[str, Costs] = MappingProxyType({})
