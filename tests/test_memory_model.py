@@ -1,6 +1,6 @@
 """The memory model: sums by hand, how they grow, and the costs of methods as counted."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from layerwise.evaluate import relative_error
 from layerwise.moments import Moments
 from layerwise.patterns import Unstructured
+from layerwise.planning import solver_costs
 from layerwise.planning.dry import LiveBytes
 from layerwise.planning.memory_model import Memory, memory_of
 from layerwise.planning.scaling import LLAMAS, tables
@@ -300,7 +301,7 @@ def test_a_chain_is_posed_and_graded_once(pair: bool) -> None:
     assert first is not None
     assert second is not None
     assert both is not None
-    assert first.double == (3 if pair else 2)  # the problem, and the grade
+    assert (first.single, first.double) == (2 if pair else 1, 1)  # problem, and grade
     assert both.double == second.double == first.double + 1  # of what is stored
     posed = POSED.of(pair=pair).traffic
     assert both.traffic == first.traffic + second.traffic - posed
@@ -313,12 +314,37 @@ def test_memory_of_a_chain_is_that_of_the_larger_step() -> None:
     assert workspace.bytes(300, 200) == max(w.bytes(300, 200) for w in alone if w)
 
 
-def test_a_method_without_figures_has_none() -> None:
-    assert set(COSTS) <= set(SOLVERS)
-    assert cost_of(resolve("best"), pair=True) is None
-    assert cost_of(resolve("wanda+swaps"), pair=False) is None
-    assert workspace_of(resolve("best"), pair=True) is None
+@dataclass(frozen=True)
+class Doubling:
+    """A user's method with two products in float32 and three copies of the matrix."""
+
+    name: str = "doubling"
+    fails: bool = False
+
+    def solve(self, problem: LayerProblem) -> Tensor:
+        if self.fails:
+            message = "no"
+            raise RuntimeError(message)
+        gram, weight = problem.gram.float(), problem.weight.float()
+        copies = [weight @ gram, weight @ gram]
+        return torch.where(problem.pattern.mask(weight), weight + 0 * copies[0], 0.0)
+
+
+def test_a_method_without_figures_is_counted() -> None:
+    cost, base = (cost_of(resolve(m), pair=False) for m in (Doubling(), "wanda"))
+    assert cost is not None
+    assert base is not None
+    assert cost.single - base.single == pytest.approx(2, rel=0.05)
+    assert cost.cubic == pytest.approx(0, abs=0.05)
+    assert cost_of(resolve(Doubling(fails=True)), pair=False) is None
+
+
+def test_options_that_change_the_cost_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(solver_costs, "costs_of", lambda step: asked.append(step))
+    assert {name.split()[0] for name in COSTS} <= set(SOLVERS)
     assert cost_of(Fista(max_rounds=3), pair=True) is None
+    assert asked == [Fista(max_rounds=3)]
     assert cost_of(SparseGPT(block_size=64), pair=True) is not None
     assert cost_of(Fista(memory_budget=1 << 20), pair=True) is not None
 

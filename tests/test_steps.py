@@ -123,7 +123,13 @@ def test_python_gets_the_same_statuses() -> None:
     listener = Listener()
     prune(tiny_model("llama"), callbacks=[listener])
     said = list(dict.fromkeys(listener.said))
-    wanted = ("reading the calibration data", "embedding", "passing", "collecting", "solving")
+    wanted = (
+        "reading the calibration data",
+        "embedding",
+        "passing",
+        "collecting",
+        "solving",
+    )
     positions = [next(i for i, t in enumerate(said) if t.startswith(w)) for w in wanted]
     assert positions == sorted(positions)
     assert len(listener.left) == 13
