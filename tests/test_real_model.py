@@ -101,7 +101,7 @@ def test_the_page_shows_what_is_missing_and_what_was_refused() -> None:
         Cell("sparsegpt"): {**figures(25.0), "cpu_seconds": 1.5},
         Cell("magnitude"): {"refused": "no"},
         Cell("dense"): figures(20.0),
-        Cell("wanda", targets="re:.*(o_proj)"): figures(22.0),
+        Cell("sparsegpt", targets="re:.*(o_proj)"): figures(22.0),
         Cell("best", certify=True): figures(),
     }
     lines = page(cells(), found.get)

@@ -71,9 +71,8 @@ def cells() -> dict[str, list[Cell]]:
         ],
         "calibration": [Cell(m, n_sequences=n) for n, m in product(COUNTS, THREE)],
         "parts": [
-            Cell(m, targets=f"re:.*({part})")
+            Cell("sparsegpt", targets=f"re:.*({part})")
             for part in (*MATRICES, *(rf"layers\.{b}\..*_proj" for b in BLOCKS))
-            for m in ("wanda", "sparsegpt")
         ],
         "retrain": [Cell(m, retrain=s) for m, s in product(PRUNED_FIRST, SETS)],
         "gaps": [Cell(m, certify=True) for m in CERTIFIED],
