@@ -2,7 +2,7 @@
 
 import threading
 import time
-from typing import TextIO
+from typing import IO
 
 PATIENCE = 1.0  # seconds
 SILENCE = 20.0  # seconds
@@ -25,7 +25,7 @@ class Lines:
     """
 
     def __init__(
-        self, stream: TextIO, patience: float = PATIENCE, silence: float = SILENCE
+        self, stream: IO[str], patience: float = PATIENCE, silence: float = SILENCE
     ) -> None:
         self.patience = patience
         self._stream, self._silence = stream, silence
