@@ -190,5 +190,31 @@ COUNTED: Mapping[str, Costs] = MappingProxyType(
             iterative=True,
             keeps_weights=False,
         ),
+        "sparse-swaps": Costs(
+            alone=Cost(
+                half=0.0,
+                single=0.0,
+                double=0.484,
+                cubic=0.333,
+                cubic_double=0.0,
+                traffic=42200.0,
+                peaks=(Peak(matrices=12.1, grams=1.43, rows=0.0, systems=0.0),),
+                rows=0.0,
+                rows_double=0.0839,
+            ),
+            pair=Cost(
+                half=0.0,
+                single=0.0,
+                double=0.446,
+                cubic=0.333,
+                cubic_double=0.0,
+                traffic=42400.0,
+                peaks=(Peak(matrices=15.1, grams=1.38, rows=0.0, systems=0.0),),
+                rows=0.0,
+                rows_double=0.0844,
+            ),
+            iterative=True,
+            keeps_weights=False,
+        ),
     }
 )
