@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.accumulator import MomentAccumulator
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.streams import BATCH, capture, starting_at
 from layerwise.run.channels.findings import Finding, read_findings, write_findings
@@ -93,7 +92,7 @@ class _Survey:
         stream = capture(run.opened.model, list(blocks.values()), batches)
         hidden: Sequence[Tensor] = stream.hidden
         start, results = time.perf_counter(), list(known)
-        for index, (name, block) in enumerate(blocks.items()):
+        for index, (name, block) in enumerate(list(blocks.items())[: missing[-1] + 1]):
             calls = stream.calls[index]
             inputs = BlockInputs(
                 name, block, (), calls, hidden, hidden, stored=run.stored_weights
@@ -101,31 +100,23 @@ class _Survey:
             home = next(block.parameters()).device
             block.to(run.task.device)
             if index in missing:
-                after = missing.index(index)
-                run.on_note(_progress(index, len(blocks), start, after, len(missing)))
-                collected = collect(run.task, inputs, self._sites.get(name, ()))
+                done = missing.index(index)
+                run.on_note(_progress(index, len(blocks), start, done, len(missing)))
+                results[index] = found = self._look_at(index, inputs, home)
+                write_findings(run.states, index, found)
             if index < missing[-1]:
                 hidden = list(advance(run.task, inputs, hidden))
-            if index in missing:
-                found = self._look_at(index, inputs, collected, home)
-                write_findings(run.states, index, found)
-                results[index] = found
             block.to(home)
-            if index == missing[-1]:
-                break
         return [found for found in results if found is not None]
 
     def _look_at(
-        self,
-        index: int,
-        inputs: BlockInputs,
-        collected: Mapping[str, MomentAccumulator],
-        home: torch.device,
+        self, index: int, inputs: BlockInputs, home: torch.device
     ) -> dict[str, Finding]:
         """Findings of one block, which is left as it was."""
         method, task, block = self._method, self._run.task, inputs.block
-        findings = {}
-        for site in self._sites.get(inputs.name, ()):
+        sites, findings = self._sites.get(inputs.name, ()), {}
+        collected = collect(task, inputs, sites)
+        for site in sites:
             restoration = Restoration(method, task, inputs, collected=collected)
             with naming(f"{inputs.name}.{site.main}"):
                 finding = _look(method, site, restoration, curves=self._probe is not None)
