@@ -59,6 +59,7 @@ def survey(
         a pass of a part of the data through the model.
     """
     blocks = run.selection.blocks
+    known: Sequence[dict[str, Finding] | None]
     known = [read_findings(run.states, index) for index in range(len(blocks))]
     if None in known:
         known = _Survey(run, method, sites, curves=curves).complete(known)
