@@ -55,7 +55,7 @@ from layerwise.solvers.options import check_at_least, check_one_of
 
 Restoration = Literal["none", "bias", "least-squares", "intercept"]
 RESTORATIONS = ("none", "bias", "least-squares", "intercept")
-STEP_SHARE = 512  # a search moves one unit of this many at once, at least one
+STEP_SHARE = 256  # a search moves one unit of this many at once, at least one
 NOISE = 1e-12  # of the energy: smaller changes are rounding
 
 
@@ -73,7 +73,7 @@ class ColumnPruning:
     restoration
         How the kept weights and the bias are found.
     step
-        Units that a search moves at once; None for one of every 512, at least one.
+        Units that a search moves at once; None for one of every 256, at least one.
     rounds
         Largest number of rounds of exchanges of `swaps`.
     tolerance
@@ -137,10 +137,11 @@ class ColumnPruning:
         The exchanges of `swaps` start from the mask of `initial` if it is feasible.
         """
         history: tuple[Mapping[str, float], ...] = ()
+        about = self.restored(problem)
         if isinstance(problem.pattern, FixedMask):
             kept = problem.pattern.mask(problem.weight)[0]
         else:
-            kept, history = self._choose(problem, initial, on_iteration)
+            kept, history = self._choose(problem, about, initial, on_iteration)
         mask = kept.expand(problem.shape).clone()
         if self.restoration in ("none", "bias"):
             weight = torch.where(mask, problem.weight.to(problem.dtype), 0)
@@ -151,9 +152,7 @@ class ColumnPruning:
                 iterations=len(history),
                 history=history,
             )
-        weight, certificate, damping = refit_columns(
-            self.restored(problem), kept, self.tolerance
-        )
+        weight, certificate, damping = refit_columns(about, kept, self.tolerance)
         status = Status.MAX_ITERATIONS
         if certificate.bound <= self.tolerance:
             fixed = isinstance(problem.pattern, FixedMask)
@@ -172,11 +171,12 @@ class ColumnPruning:
     def _choose(
         self,
         problem: LayerProblem,
+        about: LayerProblem,
         initial: Start | None,
         on_iteration: OnIteration | None,
     ) -> tuple[Tensor, tuple[Mapping[str, float], ...]]:
         """Kept columns, shape (in,), and the rounds of the search."""
-        pattern, about = problem.pattern, self.restored(problem)
+        pattern = problem.pattern
         assert isinstance(pattern, Columns)
         units = pattern.units(problem.shape[1], problem.weight.device)
         if self.score not in SEARCHES or about.moments.vanishes:
@@ -192,7 +192,6 @@ class ColumnPruning:
             removal_path(support, heads, torch.bincount(heads) - pattern.keep, step)
         history: list[Mapping[str, float]] = []
         if self.score == "swaps":
-            support.restart(support.kept)
             noise = NOISE * float(about.energy.sum())
             for entry in exchange_until_none_helps(
                 support, heads, step, self.rounds, noise

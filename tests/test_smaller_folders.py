@@ -132,6 +132,44 @@ class KillAt:
     def on_finish(self, report: Any) -> None: ...
 
 
+class KillInSurvey(KillAt):
+    """Callback that ends the run before its survey comes to a block."""
+
+    def on_layer(self, record: Any) -> None: ...
+
+    def on_note(self, text: str) -> None:
+        if text.startswith(f"survey of block {self._name} "):
+            raise Killed
+
+
+class Notes(KillAt):
+    """Callback that collects the remarks and never ends the run."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+        self.texts: list[str] = []
+
+    def on_note(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def test_killed_survey_continues_and_ends_with_the_same_bytes(
+    sources: Path, tmp_path: Path
+) -> None:
+    options = {**RUNS["columns native"], "allocation": "optimal"}
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    by_path(sources / "llama", whole, **options)
+    with pytest.raises(Killed):
+        by_path(sources / "llama", out, callbacks=[KillInSurvey("2")], **options)
+    notes = Notes()
+    by_path(sources / "llama", out, callbacks=[notes], **options)
+    surveyed = [text for text in notes.texts if "survey" in text]
+    assert surveyed[0] == "continuing the survey: 1 of 2 blocks are there"
+    assert [text.split(",")[0] for text in surveyed[1:]] == ["survey of block 2 of 2"]
+    assert same_tensors(whole, out)
+    assert not list(out.rglob("survey*"))
+
+
 @pytest.mark.parametrize("kind", ["columns native", "flap", "fasp"])
 def test_killed_run_resumes_and_ends_with_the_same_bytes(
     sources: Path, tmp_path: Path, kind: str

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from layerwise.run.channels import removal
-from layerwise.run.channels.survey import PROBE_SHARE, Finding
+from layerwise.run.channels.findings import Finding
+from layerwise.run.channels.survey import PROBE_SHARE
 from layerwise.run.channels.survey import survey as original
 from layerwise.run.data.perplexity import mean_loss
 from tests.support.models import tiny_model

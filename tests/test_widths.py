@@ -8,9 +8,9 @@ import torch
 
 from layerwise.adapters import Channels, get_adapter, get_coupling
 from layerwise.errors import UsageError
+from layerwise.run.channels.findings import Finding
 from layerwise.run.channels.sites import Site
 from layerwise.run.channels.structure import Structure
-from layerwise.run.channels.survey import Finding
 from layerwise.run.channels.widths import (
     _optimal,
     check_reachable,

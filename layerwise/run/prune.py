@@ -249,7 +249,7 @@ def prune(
         needed = settings.removal.disk_needed(run)
         total = len(run.selection.blocks)
         with open_store(destination, identity, ranks, needed, total) as store:
-            run = replace(run, on_note=listeners.on_note)
+            run = replace(run, on_note=listeners.on_note, states=store)
             listeners.on_notes(filter(None, (store.continued, *run.tokens.notes)))
             listeners.on_notes(settings.removal.notes(run))
             if streamed and from_folder and opened.in_memory:

@@ -13,7 +13,8 @@ where Z (out, in) contains V in the kept and r in the removed columns. Then, exa
   ``-tr(Q_UU H_UU^-1)``: a loss where U was kept, a gain where it was not;
 - H and Q follow by the sweep operator [1]_ with the pivot ``H_UU``, an update of rank
   ``|U|`` and ``2 |U|``. Z itself is never needed, so a step is O(in^2 |U|) for any number
-  of rows.
+  of rows. These updates are collected (:mod:`layerwise.solvers.column.delayed`), so that
+  they run as products of matrices.
 
 References
 ----------
@@ -28,8 +29,9 @@ from torch import Tensor
 
 from layerwise.certificates import least_squares_minimum
 from layerwise.problem import LayerProblem
+from layerwise.solvers.column.delayed import DelayedMatrix, blocks_of
 
-REFRESH_SHARE = 4  # start anew after a quarter of the columns flipped: rounding adds up
+REFRESH_SHARE = 4  # start anew after this share of the columns returned: rounding adds up
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,12 +68,12 @@ class ColumnSupport:
         if problem.shift is not None:
             weight = weight + factor.solve_rows(problem.shift)
         self._full = -torch.cholesky_inverse(factor.lower), weight.T @ weight
-        self._swept, self._products = (matrix.clone() for matrix in self._full)
         minimum = least_squares_minimum(problem).clamp(min=0)
         self._minimum = self.objective = float(minimum.sum())
         self._columns = _columns_of(units)
+        self._swept, self._products = (DelayedMatrix(m, self._columns) for m in self._full)
         every = torch.ones(len(self._columns), dtype=torch.bool, device=units.device)
-        self.kept, self._flipped = every, 0
+        self.kept, self._returned = every, 0
 
     @property
     def unit_size(self) -> int:
@@ -81,22 +83,21 @@ class ColumnSupport:
     def restart(self, kept: Tensor) -> None:
         """Keep exactly these units, shape (units,), by one flip from the full set."""
         for current, full in zip((self._swept, self._products), self._full, strict=True):
-            current.copy_(full)
+            current.reset(full)
         self.kept, self.objective = torch.ones_like(kept), self._minimum
         self._flip((~kept).nonzero()[:, 0])
-        self._flipped = 0
+        self._returned = 0
 
     def changes(self) -> Tensor:
         """Change of the damped objective by flipping each unit alone, shape (units,)."""
-        pivot = _blocks(self._swept, self._columns, self._columns)
-        inner = _blocks(self._products, self._columns, self._columns)
+        pivot, inner = self._swept.diagonal.clone(), self._products.diagonal
         return _change(pivot, inner, self._columns == len(self._swept))
 
     def flip(self, units: Tensor) -> float:
         """Flip units that are all kept or all removed; return the objective's change."""
         before = self.objective
         self._flip(units)
-        if self._flipped * REFRESH_SHARE > len(self._swept):
+        if self._returned * REFRESH_SHARE > len(self._swept):
             self.restart(self.kept)
         return self.objective - before
 
@@ -108,23 +109,21 @@ class ColumnSupport:
         sign = -1.0 if leaving else 1.0
         columns = self._columns[units].flatten()
         columns = columns[columns < len(self._swept)]
-        inverse = torch.linalg.inv(self._swept[columns[:, None], columns])
-        inner = self._products[columns[:, None], columns]
-        share = inverse @ self._swept[columns]  # (pivot, in)
-        crossed = self._products[columns]
+        swept, crossed = self._swept.rows(columns), self._products.rows(columns)
+        inverse, inner = torch.linalg.inv(swept[:, columns]), crossed[:, columns]
+        share = inverse @ swept  # (pivot, in)
         half = crossed - inner @ share / 2
-        self._swept.addmm_(self._swept[columns].T, share, alpha=-1)
-        outer, other = torch.cat([share, half]), torch.cat([half, share])
-        self._products.addmm_(outer.T, other, alpha=-1)
+        self._swept.subtract(swept, share)
+        self._products.subtract(torch.cat([share, half]), torch.cat([half, share]))
         crossed = sign * inverse @ (crossed - inner @ share)
-        self._swept[columns], self._swept[:, columns] = sign * share, sign * share.T
-        self._swept[columns[:, None], columns] = -inverse
-        self._products[columns], self._products[:, columns] = crossed, crossed.T
-        self._products[columns[:, None], columns] = inverse @ inner @ inverse
+        share = sign * share
+        share[:, columns], crossed[:, columns] = -inverse, inverse @ inner @ inverse
+        self._swept.replace(units, columns, share)
+        self._products.replace(units, columns, crossed)
         self.objective -= float((inner * inverse).sum())
         self.kept = self.kept.clone()
         self.kept[units] ^= True
-        self._flipped += len(columns)
+        self._returned += 0 if leaving else len(columns)
 
     def exchanges(self, entering: Tensor, heads: Tensor) -> Exchanges:
         """Best exchange of each of some removed units for a kept unit of the same head.
@@ -138,18 +137,20 @@ class ColumnSupport:
         """
         leaving = self.kept.nonzero()[:, 0]
         into, out = self._columns[entering], self._columns[leaving]
-        pivot, inner = _blocks(self._swept, into, into), _blocks(self._products, into, into)
-        _pad(pivot, into == len(self._swept))
+        swept, products = self._swept.settled(), self._products.settled()
+        pivot, inner = blocks_of(swept, into, into), blocks_of(products, into, into)
+        _pad(pivot, into == len(swept))
         inverse = torch.linalg.inv(pivot)
         gain = (inner * inverse).sum(dim=(1, 2))
         # blocks of all pairs once the removed unit is kept: (candidates, kept, size, size)
         pairs = into[:, None], out[None]
-        share = inverse[:, None] @ _blocks(self._swept, *pairs)
-        mixed = share.mT @ _blocks(self._products, *pairs)
-        pivots = _blocks(self._swept, out, out) - share.mT @ pivot[:, None] @ share
-        inners = _blocks(self._products, out, out) - mixed - mixed.mT
-        inners = inners + share.mT @ inner[:, None] @ share
-        change = _change(pivots, inners, out == len(self._swept)) - gain[:, None]
+        share = _product(inverse[:, None], blocks_of(swept, *pairs))
+        mixed = _product(share.mT, blocks_of(products, *pairs))
+        pivots = _product(share.mT, _product(pivot[:, None], share))
+        pivots = blocks_of(swept, out, out) - pivots
+        inners = _product(share.mT, _product(inner[:, None], share)) - mixed - mixed.mT
+        inners = blocks_of(products, out, out) + inners
+        change = _change(pivots, inners, out == len(swept)) - gain[:, None]
         other_head = heads[entering][:, None] != heads[leaving]
         best = change.masked_fill(other_head, torch.inf).min(dim=1)
         order = best.values.argsort(stable=True)
@@ -170,14 +171,9 @@ def _pad(pivot: Tensor, padding: Tensor) -> None:
     pivot.diagonal(dim1=-2, dim2=-1).add_(padding.to(pivot.dtype))
 
 
-def _blocks(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Blocks (..., size, size) of a matrix; zero where an index is one past its end."""
-    last = len(matrix) - 1
-    blocks = matrix[
-        rows.clamp(max=last)[..., :, None], columns.clamp(max=last)[..., None, :]
-    ]
-    outside = (rows > last)[..., :, None] | (columns > last)[..., None, :]
-    return blocks.masked_fill_(outside, 0)
+def _product(first: Tensor, second: Tensor) -> Tensor:
+    """Products of many square blocks (..., size, size)."""
+    return first * second if first.shape[-1] == 1 else first @ second
 
 
 def _columns_of(units: Tensor) -> Tensor:

@@ -99,6 +99,46 @@ def capture(
     return stream
 
 
+@contextmanager
+def starting_at(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    index: int,
+    tokens: Tensor,
+    hidden: Sequence[Tensor],
+) -> Iterator[None]:
+    """Let passes of the model begin at a block; those before it do not run.
+
+    Parameters
+    ----------
+    model, blocks
+        The model and its decoder blocks.
+    index
+        The first block that runs.
+    tokens
+        Some token ids, (sequences, length), to see what a block returns.
+    hidden
+        Inputs of that block, by the order of the passes.
+    """
+    if index == 0:
+        yield
+        return
+    others, inputs = _other_outputs(model, blocks[0], tokens[:1, :2]), iter(hidden)
+
+    def known(hidden_states: Tensor, *_: Any, **kwargs: Any) -> Any:
+        states = next(inputs).to(hidden_states.device)
+        return states if others is None else (states, *others)
+
+    def ignored(hidden_states: Tensor, *_: Any, **kwargs: Any) -> Any:
+        return hidden_states if others is None else (hidden_states, *others)
+
+    with ExitStack() as stack:
+        for block in blocks[: index - 1]:
+            stack.enter_context(replaced_forward(block, ignored))
+        stack.enter_context(replaced_forward(blocks[index - 1], known))
+        yield
+
+
 def _other_outputs(
     model: nn.Module, block: nn.Module, tokens: Tensor
 ) -> tuple[None, ...] | None:

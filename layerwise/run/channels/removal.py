@@ -12,6 +12,7 @@ from layerwise.errors import InvalidProblemError, UsageError
 from layerwise.run.activations.block import BlockInputs
 from layerwise.run.activations.dense_side import DenseSide
 from layerwise.run.channels.allocate import Allocation
+from layerwise.run.channels.findings import Finding
 from layerwise.run.channels.restoration import (
     ChannelMethod,
     Restoration,
@@ -27,7 +28,7 @@ from layerwise.run.channels.structure import (
     choose_structure,
     removes_columns,
 )
-from layerwise.run.channels.survey import Finding, survey
+from layerwise.run.channels.survey import survey
 from layerwise.run.channels.widths import (
     COMPAT_RULE,
     check_reachable,

@@ -8,51 +8,34 @@ loss of the whole model if a part of the units is removed at this site only.
 Errors of different layers are squares of different outputs and cannot be added. Each curve
 is therefore scaled to pass through the measured gain. The scaled errors are losses, and
 losses of several sites nearly add up.
+
+The findings of a block are kept as soon as they are complete, and a resumed run continues
+with the next one.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from layerwise.run.activations.block import BlockInputs
-from layerwise.run.activations.streams import BATCH, capture
+from layerwise.run.activations.streams import BATCH, capture, starting_at
+from layerwise.run.channels.findings import Finding, read_findings, write_findings
 from layerwise.run.channels.restoration import ChannelMethod, Restoration, collect
 from layerwise.run.channels.sites import Site
-from layerwise.run.data.calibration import Calibration
 from layerwise.run.data.perplexity import mean_loss
 from layerwise.run.pipeline.blocks import advance
 from layerwise.run.pipeline.matrix import naming
 from layerwise.run.pipeline.removal import Run
+from layerwise.run.steps import about
 from layerwise.solvers.column.curve import error_curve
 
 PROBE_SHARE = 0.4  # of the units of a site is removed to measure the gain
 PROBE_SEQUENCES = 16  # of the calibration text are used to measure the loss
-
-
-@dataclass(frozen=True, eq=False)
-class Finding:
-    """Findings about one site before anything is removed.
-
-    Parameters
-    ----------
-    scores
-        Scores of all columns of the main consumer by the method, shape (in,).
-    errors
-        Objective after the removal of 0, 1, ... units of every head; None without curves.
-    gain
-        Growth of the mean loss of a token without `probed` units of every head.
-    probed
-        Number of units per head that were removed to measure the gain.
-    """
-
-    scores: Tensor
-    errors: Tensor | None = None
-    gain: float = 0.0
-    probed: int = 0
 
 
 def survey(
@@ -64,6 +47,8 @@ def survey(
 ) -> dict[str, Finding]:
     """Findings by the name of the site; the model is not changed.
 
+    What an earlier run has kept is not done again.
+
     Parameters
     ----------
     run, method
@@ -74,39 +59,87 @@ def survey(
         Whether to compute error curves and gains; per site they take a factorization and
         a pass of a part of the data through the model.
     """
-    model, task, blocks = run.opened.model, run.task, run.selection.blocks
-    batches = torch.split(run.tokens.tokens, BATCH)
-    stream = capture(model, list(blocks.values()), batches)
-    hidden: Sequence[Tensor] = stream.hidden
-    probe = _Probe(model, run.tokens)
-    dense_loss = probe.loss() if curves else 0.0
-    findings: dict[str, Finding] = {}
-    for index, (name, block) in enumerate(blocks.items()):
-        run.on_note(f"survey of block {index + 1} of {len(blocks)}")
-        calls = stream.calls[index]
-        inputs = BlockInputs(
-            name, block, (), calls, hidden, hidden, stored=run.stored_weights
-        )
-        home = next(block.parameters()).device
-        block.to(task.device)
-        inside = sites.get(name, ())
-        collected = collect(task, inputs, inside)
-        if index < len(blocks) - 1:
-            hidden = list(advance(task, inputs, hidden))
-        for site in inside:
+    blocks = run.selection.blocks
+    known: Sequence[dict[str, Finding] | None]
+    known = [read_findings(run.states, index) for index in range(len(blocks))]
+    if None in known:
+        known = _Survey(run, method, sites, curves=curves).complete(known)
+    return {name: one for found in known if found for name, one in found.items()}
+
+
+class _Survey:
+    """One pass through the dense model, block by block."""
+
+    def __init__(
+        self,
+        run: Run[Any],
+        method: ChannelMethod,
+        sites: Mapping[str, tuple[Site, ...]],
+        *,
+        curves: bool,
+    ) -> None:
+        self._run, self._method, self._sites = run, method, sites
+        self._blocks: Mapping[str, nn.Module] = run.selection.blocks
+        self._probe = _Probe(run) if curves else None
+
+    def complete(
+        self, known: Sequence[dict[str, Finding] | None]
+    ) -> list[dict[str, Finding]]:
+        """Findings of all blocks: those that are known, and the others."""
+        run, blocks = self._run, self._blocks
+        missing = [index for index, found in enumerate(known) if found is None]
+        if (there := len(known) - len(missing)) > 0:
+            run.on_note(f"continuing the survey: {there} of {len(known)} blocks are there")
+        batches = torch.split(run.tokens.tokens, BATCH)
+        stream = capture(run.opened.model, list(blocks.values()), batches)
+        hidden: Sequence[Tensor] = stream.hidden
+        start, results = time.perf_counter(), list(known)
+        for index, (name, block) in enumerate(list(blocks.items())[: missing[-1] + 1]):
+            calls = stream.calls[index]
+            inputs = BlockInputs(
+                name, block, (), calls, hidden, hidden, stored=run.stored_weights
+            )
+            home = next(block.parameters()).device
+            block.to(run.task.device)
+            if index in missing:
+                done = missing.index(index)
+                run.on_note(_progress(index, len(blocks), start, done, len(missing)))
+                results[index] = found = self._look_at(index, inputs, home)
+                write_findings(run.states, index, found)
+            if index < missing[-1]:
+                hidden = list(advance(run.task, inputs, hidden))
+            block.to(home)
+        return [found for found in results if found is not None]
+
+    def _look_at(
+        self, index: int, inputs: BlockInputs, home: torch.device
+    ) -> dict[str, Finding]:
+        """Findings of one block, which is left as it was."""
+        method, task, block = self._method, self._run.task, inputs.block
+        sites, findings = self._sites.get(inputs.name, ()), {}
+        collected = collect(task, inputs, sites)
+        for site in sites:
             restoration = Restoration(method, task, inputs, collected=collected)
-            with naming(f"{name}.{site.main}"):
-                finding = _look(method, site, restoration, curves=curves)
-            if curves:
+            with naming(f"{inputs.name}.{site.main}"):
+                finding = _look(method, site, restoration, curves=self._probe is not None)
+            if self._probe is not None:
                 with _undone(block):
                     restoration.remove(site, site.rounds - finding.probed)
                     block.to(home)
-                    gain = probe.loss() - dense_loss
+                    gain = self._probe.gain(index, inputs.dense)
                     block.to(task.device)
                 finding = replace(finding, gain=gain)
             findings[site.name] = finding
-        block.to(home)
-    return findings
+        return findings
+
+
+def _progress(index: int, total: int, start: float, done: int, asked: int) -> str:
+    """Line for the log before a block, with the time that the rest may take."""
+    text = f"survey of block {index + 1} of {total}"
+    if done == 0:
+        return text
+    left = (time.perf_counter() - start) / done * (asked - done)
+    return f"{text}, {about(left)} left"
 
 
 def _look(
@@ -124,14 +157,26 @@ def _look(
 
 
 class _Probe:
-    """Mean loss of a model on a part of the calibration data."""
+    """Growth of the mean loss of a model on a part of the calibration data."""
 
-    def __init__(self, model: Any, tokens: Calibration) -> None:
-        self._model, self._windows = model, tokens.tokens[:PROBE_SEQUENCES]
+    def __init__(self, run: Run[Any]) -> None:
+        self._model = run.opened.model
+        self._blocks = list(run.selection.blocks.values())
+        self._windows = run.tokens.tokens[:PROBE_SEQUENCES]
+        self._dense_loss = self._loss()
 
-    def loss(self) -> float:
+    def gain(self, index: int, hidden: Sequence[Tensor]) -> float:
+        """Growth by what was done to one block, whose inputs are those of the dense model.
+
+        The blocks before it do not run again.
+        """
+        with starting_at(self._model, self._blocks, index, self._windows, hidden):
+            return self._loss() - self._dense_loss
+
+    def _loss(self) -> float:
         length = self._windows.shape[1]
-        return mean_loss(self._model, self._windows.reshape(-1), sequence_length=length)
+        ids = self._windows.reshape(-1)
+        return mean_loss(self._model, ids, sequence_length=length, batch_size=BATCH)
 
 
 @contextmanager

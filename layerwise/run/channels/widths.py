@@ -26,10 +26,10 @@ import torch
 
 from layerwise.errors import UsageError
 from layerwise.run.channels.allocate import Allocation, Curve, allocate
+from layerwise.run.channels.findings import Finding
 from layerwise.run.channels.rankings import Units, al_am, al_mm, raised_fraction, ul_mm
 from layerwise.run.channels.sites import Site
 from layerwise.run.channels.structure import Structure
-from layerwise.run.channels.survey import Finding
 
 RULES = ("optimal", "uniform", "ul-mm", "al-mm", "al-am")
 COMPAT_RULE = "al-am:compat"

@@ -24,7 +24,7 @@ from layerwise.run.models.stored_types import RunTypes
 from layerwise.run.models.surgery import Cut
 from layerwise.run.pipeline.method import Method
 from layerwise.run.pipeline.results import OnLayer, PrunedBlock
-from layerwise.run.pipeline.store import BlockStore
+from layerwise.run.pipeline.store import BlockStore, MemoryStore, States
 from layerwise.run.pipeline.targets import Selected
 from layerwise.run.pipeline.task import Task
 
@@ -82,6 +82,8 @@ class Run(Generic[S]):
         Output folder, or None.
     on_note
         Receives remarks for the log while something takes long.
+    states
+        Keeps what is found out before the first block, for a resumed run.
     """
 
     opened: OpenedModel
@@ -91,6 +93,7 @@ class Run(Generic[S]):
     own_tokens: Calibration
     output: Path | None = None
     on_note: Callable[[str], None] = ignore_note
+    states: States = field(default_factory=MemoryStore)
 
     @property
     def stored_weights(self) -> Mapping[str, Tensor]:

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from layerwise.errors import DataError, UsageError
 from layerwise.run.capacity import refuse_full_disk
 from layerwise.run.data.calibration import Calibration
@@ -127,6 +129,12 @@ class Follower(BlockFolder):
         """Do nothing: rank 0 writes."""
 
     def write_layers(self, records: list[LayerRecord]) -> None:
+        """Do nothing: rank 0 writes."""
+
+    def read_state(self, name: str) -> None:
+        """Return None: ranks share no states."""
+
+    def write_state(self, name: str, tensors: Mapping[str, Tensor], text: str) -> None:
         """Do nothing: rank 0 writes."""
 
     def publish(self, write: Callable[[Journal], None]) -> None:

@@ -13,7 +13,19 @@ from layerwise.run.pipeline.records import LayerRecord
 from layerwise.run.pipeline.results import PrunedBlock
 
 
-class BlockStore(Protocol):
+class States(Protocol):
+    """Keeps states by name: tensors and a text."""
+
+    def read_state(self, name: str) -> tuple[dict[str, Tensor], str] | None:
+        """Return the tensors and the text of a state, or None if there is none."""
+        ...
+
+    def write_state(self, name: str, tensors: Mapping[str, Tensor], text: str) -> None:
+        """Keep tensors and text under a name."""
+        ...
+
+
+class BlockStore(States, Protocol):
     """Keeps blocks from the time they are finished to the end of the run."""
 
     @property
@@ -56,16 +68,8 @@ class BlockStore(Protocol):
         ...
 
 
-class StateStore(Protocol):
+class StateStore(States, Protocol):
     """Keeps states of a training by name."""
-
-    def read_state(self, name: str) -> tuple[dict[str, Tensor], str] | None:
-        """Return the tensors and the text of a state, or None if there is none."""
-        ...
-
-    def write_state(self, name: str, tensors: Mapping[str, Tensor], text: str) -> None:
-        """Keep tensors and text under a name."""
-        ...
 
     def publish(self, write: Callable[[Journal], None]) -> None:
         """Call `write` to write the output, and give it its name."""
