@@ -27,8 +27,6 @@ Chosen by measurement on layers of the packaged models; see ``docs/choosing.md``
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
-import torch
-
 from layerwise.patterns import NM, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import Answer, Start

@@ -160,6 +160,8 @@ class _Search:
         """
         every = torch.arange(len(self.mask), device=self.mask.device)
         chosen = every[self._moved] if again else every
+        if len(chosen) == 0:
+            return 0.0
         self._moved = torch.zeros_like(self._moved)
         fixed, gained = self._problem.with_pattern(FixedMask(self.mask.clone())), 0.0
         kept = int(self.mask.sum(dim=1).amax())
