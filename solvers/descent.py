@@ -96,6 +96,8 @@ class Descent:
             if again and gained <= self.enough * search.objective:
                 break
         answer = refit.refit(problem, weight, search.mask)
+        if not problem.factor(torch.float64).holds_in(torch.float32):
+            search.measure_start(refit.refit(problem, initial.weight, initial.mask))
         worse = search.worse(objective_rows(problem, answer.weight, damped=True))
         if bool(worse.any()):  # the reduction was inexact
             mask = torch.where(worse[:, None], initial.mask, search.mask)
@@ -147,6 +149,10 @@ class _Search:
     def worse(self, reached: Tensor) -> Tensor:
         """Rows that ended above their start, (out,)."""
         return reached > (1 + WORSE) * self._begin + NOISE * self._problem.energy
+
+    def measure_start(self, start: Answer) -> None:
+        """Rows of the refitted start, where a gram is too close to singular to reduce."""
+        self._begin = objective_rows(self._problem, start.weight, damped=True)
 
     @property
     def changed(self) -> bool:
