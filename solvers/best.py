@@ -1,10 +1,11 @@
-r"""The recommended composition: mask by ALPS, exact swaps, certified refit.
+r"""The recommended composition: mask by ALPS, exact exchanges, certified refit.
 
 ========  ===========================================================================
 effort    steps
 ========  ===========================================================================
-fast      ALPS, refitted exactly
-balanced  the mask of ALPS refined by swaps with exact refits
+fast      the mask of ALPS, one pass of exchanges among the entries likely to change
+balanced  then passes over more entries, while they gain; trades between rows if they
+          share a budget
 thorough  then a tabu search beyond the local minimum
 ========  ===========================================================================
 
@@ -26,13 +27,12 @@ Chosen by measurement on layers of the packaged models; see ``docs/choosing.md``
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
-import torch
-
 from layerwise.patterns import NM, Unstructured
 from layerwise.problem import LayerProblem
 from layerwise.solution import Answer, Start
 from layerwise.solver import OnIteration
 from layerwise.solvers.admm import ALPS
+from layerwise.solvers.descent import Descent, Pass
 from layerwise.solvers.least_squares import LeastSquares
 from layerwise.solvers.options import check_one_of
 from layerwise.solvers.swaps import Swaps
@@ -40,16 +40,20 @@ from layerwise.solvers.swaps import Swaps
 Effort = Literal["fast", "balanced", "thorough"]
 EFFORTS: tuple[str, ...] = get_args(Effort)
 
+COARSE = Pass(candidates=32, tolerance=1e-3)
+FINE = Pass(candidates=48, tolerance=1e-5)
+FINE_PASSES = 4  # at most
+ENOUGH = 1e-3  # share of the objective: a pass that gains less is the last one
 TABU_STEPS = 1000
-NM_CANDIDATES = 32  # of the descent: only those in the same group can be exchanged
 
 
 @dataclass(frozen=True)
 class Best:
-    """ALPS, swaps and an exact refit, as far as the effort allows.
+    """ALPS, exchanges and an exact refit, as far as the effort allows.
 
-    Cost: that of ``alps``, and some rounds O(out kept^2 candidates) of ``swaps``;
-    memory O(kept^2) a row.
+    Cost: that of ``alps``, and O(out kept^3 / 3) for each pass of the descent;
+    ``"thorough"`` adds rounds O(out kept^2 candidates) of ``swaps``, with memory O(kept^2)
+    a row.
 
     Parameters
     ----------
@@ -80,20 +84,17 @@ class Best:
         on_iteration: OnIteration | None = None,
     ) -> Answer:
         """Choose a mask, refine it, refit it."""
-        alps = ALPS(memory_budget=self.memory_budget)
-        movable = isinstance(problem.pattern, Unstructured | NM)
-        if self.effort == "fast" or not movable:
-            return alps.solve(problem)
-        mask = alps.find(problem)
-        weight = torch.where(mask, problem.weight.to(problem.dtype), 0)
-        count = NM_CANDIDATES if isinstance(problem.pattern, NM) else Swaps.candidates
-        descent = Swaps(candidates=count, memory_budget=self.memory_budget)
-        descended = descent.solve(
-            problem, initial=Answer(weight, mask), on_iteration=on_iteration
-        )
-        if self.effort == "balanced":
+        if not isinstance(problem.pattern, Unstructured | NM):
+            return ALPS(memory_budget=self.memory_budget).solve(problem)
+        start = ALPS(finish="cg").solve(problem)
+        passes = (COARSE,) if self.effort == "fast" else (COARSE, *(FINE,) * FINE_PASSES)
+        descent = Descent(passes, ENOUGH, memory_budget=self.memory_budget)
+        descended = descent.solve(problem, initial=start, on_iteration=on_iteration)
+        shared = getattr(problem.pattern, "group", "row") == "layer"
+        if self.effort == "fast" or (self.effort == "balanced" and not shared):
             return descended
-        search = Swaps(tabu=TABU_STEPS, memory_budget=self.memory_budget)
+        tabu = TABU_STEPS if self.effort == "thorough" else 0
+        search = Swaps(tabu=tabu, memory_budget=self.memory_budget)
         better = search.solve(problem, initial=descended, on_iteration=on_iteration)
         return replace(
             better,
