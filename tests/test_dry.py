@@ -64,7 +64,7 @@ def test_blocks_that_fail_alone_are_refused() -> None:
                 raise ValueError(message)
             return hidden + self.second(self.first(hidden)), more
 
-    model = Decoder(Needing)
+    model: Any = Decoder(Needing)
     model.dtype = torch.float32
     adapter = Adapter("own", "layers", (Stage(("first",)), Stage(("second",))))
     with pytest.raises(UnsupportedModelError, match=r"one by one .*more is needed"):
