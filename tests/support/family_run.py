@@ -88,7 +88,8 @@ def auto_class(family: str) -> Any:
     """Class that opens the family; a part alone would be stored as another type."""
     kind = CONFIG_MAPPING[family]
     whole = kind in MODEL_FOR_MULTIMODAL_LM_MAPPING
-    part = MODEL_FOR_CAUSAL_LM_MAPPING[kind].config_class is not kind
+    decoder: Any = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+    part = decoder.config_class is not kind
     return AutoModelForMultimodalLM if whole and part else AutoModelForCausalLM
 
 
