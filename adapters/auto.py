@@ -22,6 +22,8 @@ from layerwise.adapters.linear import is_linear
 from layerwise.adapters.untouched import Untouched
 from layerwise.errors import UnsupportedModelError
 
+SHARE = 0.05  # of a block: a matrix of this size is not left dense without a word
+
 
 @dataclass
 class _Trace:
@@ -198,17 +200,23 @@ def _stages(
 def _large_parameters(
     block_name: str, block: nn.Module, linears: Mapping[str, nn.Module]
 ) -> dict[str, str]:
-    """Matrices outside linear layers, at least as large as the block's smallest linear.
+    """Large matrices outside linear layers.
 
-    Routers, state matrices and depthwise filters are smaller and stay dense, as norms do.
+    They are at least as large as the block's smallest linear, or as a twentieth of the
+    block. Routers and state matrices are smaller and stay dense, as norms do; so do
+    depthwise filters of any size, which join no channels.
     """
     own = {f"{name}.weight": module for name, module in linears.items()}
     sizes = [module.get_parameter("weight").numel() for module in linears.values()]
-    smallest = min(sizes, default=1)
+    whole = sum(parameter.numel() for parameter in block.parameters())
+    least = min([*sizes, whole * SHARE])
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Conv1d) and module.weight.shape[1] == 1:
+            own[f"{block_name}.{name}.weight"] = module
     return {
         name: f"a parameter of shape {tuple(parameter.shape)} outside linear layers"
         for short, parameter in block.named_parameters()
         if (name := f"{block_name}.{short}") not in own
         and parameter.dim() > 1
-        and parameter.numel() >= smallest
+        and parameter.numel() >= least
     }

@@ -69,6 +69,15 @@ class Raw(Block):
         self.router = nn.Parameter(torch.ones(WIDTH, 2))
 
 
+class Mixed(Block):
+    """Holds a matrix of a fifth of the block, smaller than its linears, and a filter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.ones(WIDTH, WIDTH // 2))
+        self.filter = nn.Conv1d(4 * WIDTH, 4 * WIDTH, 4, groups=4 * WIDTH)
+
+
 class Interrupted(Decoder):
     def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
         hidden: Tensor = self.embedding(input_ids)
@@ -119,6 +128,7 @@ class Broken(Decoder):
         (Unused, "first", "called 0 times"),
         (Repeated, "first", "called 2 times"),
         (Raw, "matrix", f"a parameter of shape ({WIDTH}, {WIDTH})"),
+        (Mixed, "matrix", f"a parameter of shape ({WIDTH}, {WIDTH // 2})"),
     ],
 )
 def test_weights_that_cannot_be_served(kind: type[Block], name: str, reason: str) -> None:

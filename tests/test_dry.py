@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from layerwise.adapters import get_adapter
+from layerwise.adapters import Adapter, Stage, get_adapter
+from layerwise.errors import UnsupportedModelError
 from layerwise.planning.dry import (
     LiveBytes,
     adapter_without_memory,
@@ -22,6 +23,8 @@ from tests.support.models import (
     INNER,
     POSITIONS,
     WIDTH,
+    Block,
+    Decoder,
     mixture_of_experts,
     tiny_model,
 )
@@ -51,6 +54,32 @@ def test_a_block_without_memory_needs_what_a_real_one_does(family: str) -> None:
     assert length == POSITIONS
     # without numbers a mask of ones cannot be recognised and left out
     assert peak <= size <= peak + 8 * WIDTH * POSITIONS**2
+
+
+def test_blocks_that_fail_alone_are_refused() -> None:
+    class Needing(Block):
+        def forward(self, hidden: Any, more: Any = None) -> Any:
+            if more is None:
+                message = "more is needed"
+                raise ValueError(message)
+            return hidden + self.second(self.first(hidden)), more
+
+    model: Any = Decoder(Needing)
+    model.dtype = torch.float32
+    adapter = Adapter("own", "layers", (Stage(("first",)), Stage(("second",))))
+    with pytest.raises(UnsupportedModelError, match=r"one by one .*more is needed"):
+        working_set(model, adapter, 8)
+
+
+@pytest.mark.parametrize("ask", [torch.nonzero, torch.Tensor.item])
+def test_a_path_that_depends_on_values_has_no_plan(ask: Any) -> None:
+    class Choosing(Block):
+        def forward(self, hidden: Any) -> Any:
+            ask(hidden.sum())
+            return super().forward(hidden)
+
+    with pytest.raises(UnsupportedModelError, match=r"no plan .* depends on values"):
+        adapter_without_memory(Decoder(Choosing).to("meta").eval())
 
 
 def test_working_set_of_a_llama_by_hand() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, BartConfig, BertConfig, T5Config
 
 import layerwise
-from layerwise.errors import UnsupportedModelError
+from layerwise.errors import DataError, UnsupportedModelError
 from layerwise.grams.collect_grams import collect_grams
 from layerwise.grams.solve_grams import solve_grams
 from layerwise.planning import plan as plan_module
@@ -20,7 +20,7 @@ from layerwise.recovery.retrain import retrain_model
 from layerwise.run.data.perplexity import perplexity
 from layerwise.run.outputs.verify import verify
 from layerwise.run.prune import prune_model
-from tests.support.models import SHARD, random_tokens
+from tests.support.models import SHARD, edit_shard, random_tokens
 from tests.support.multimodal import IMAGE, save_multimodal
 from tests.support.planning import FixedRates
 
@@ -63,9 +63,12 @@ def test_only_the_text_part_changes(kind: str, tmp_path: Path) -> None:
     assert (out / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
-def test_a_plan_lists_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4"])
+def test_a_plan_lists_it(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plan_module, "quick_machine", FixedRates)
-    source = save_multimodal(tmp_path / "m", "gemma3")
+    source = save_multimodal(tmp_path / "m", kind)
     plan = plan_run(source, "wanda", **SETTINGS, device="cpu")
     planned = {name for g in plan.groups if g.status == "pruned" for name in g.members}
     assert plan.refusal is None
@@ -109,6 +112,23 @@ def test_grams_workers_and_retraining_know_them(tmp_path: Path) -> None:
     assert names
     assert all(name.startswith(TEXT_PARTS["gemma3"]) for name in names)
     assert [check for check in verify(tmp_path / "r") if not check.holds] == []
+
+
+def test_only_infinite_limits_are_allowed(tmp_path: Path) -> None:
+    source = save_multimodal(tmp_path / "m", "gemma4")
+    stored = load_file(source / SHARD)
+    limits = [name for name in stored if name.endswith(("_min", "_max"))]
+    assert all(bool(torch.isinf(stored[name])) for name in limits)
+    layerwise.load(source)
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        tensors[limits[0]] = torch.tensor(torch.nan)
+
+    edit_shard(source / SHARD, damage)
+    with pytest.raises(DataError, match="holds nan"):
+        layerwise.load(source)
+    with pytest.raises(DataError, match="holds nan"):
+        pruned(source, tmp_path / "out")
 
 
 REFUSED = {

@@ -12,16 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerwise.adapters import ADAPTERS, Adapter, get_adapter
 from layerwise.adapters.auto import discover
+from layerwise.errors import UnsupportedModelError
 from layerwise.run.activations.streams import capture, evaluation_mode
+from layerwise.run.models.architecture import not_one_by_one
 
 PROBE = (2, 8)  # sequences, tokens of each
 LOGGER = logging.getLogger(FakeTensorMode.__module__)
+DEPEND_ON_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 LENGTHS = (32, 64)  # two passes show whether the operations grow with the length
 
 
@@ -76,8 +83,17 @@ def adapter_without_memory(model: Any) -> Adapter:
     if model_type in ADAPTERS:
         return get_adapter(model_type)
     # every architecture has kernels for this type
-    with without_memory(model, torch.bfloat16), evaluation_mode(model):
-        return discover(model, torch.zeros(PROBE, dtype=torch.long))
+    try:
+        with without_memory(model, torch.bfloat16), evaluation_mode(model):
+            return discover(model, torch.zeros(PROBE, dtype=torch.long))
+    except UnsupportedModelError as error:
+        if not isinstance(error.__cause__, DEPEND_ON_VALUES):
+            raise
+        message = (
+            f"no plan of a {type(model).__name__} can be made: its forward pass depends on "
+            f"values, which a plan does not compute; prune it without a plan"
+        )
+        raise UnsupportedModelError(message) from error
 
 
 def working_set(model: Any, adapter: Adapter, length: int) -> tuple[tuple[int, float], ...]:
@@ -86,6 +102,11 @@ def working_set(model: Any, adapter: Adapter, length: int) -> tuple[tuple[int, f
     The largest value of all different blocks, for a pass to the end of the block. The
     output of the block is counted, its input is not. Blocks that process a sequence token
     by token are run on short sequences only: their memory is proportional to the length.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the blocks cannot be run one by one.
     """
     try:
         with _quiet():
@@ -94,6 +115,8 @@ def working_set(model: Any, adapter: Adapter, length: int) -> tuple[tuple[int, f
         share = model.dtype.itemsize / torch.bfloat16.itemsize
         sizes = _working_set(model, adapter, length, torch.bfloat16)
         return tuple((at, share * size) for at, size in sizes)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise not_one_by_one(model, error) from error
 
 
 @contextmanager

@@ -22,7 +22,14 @@ from layerwise.planning.solver_costs import cost_of
 from layerwise.run.activations.dense_side import fits
 from layerwise.run.activations.hidden_store import n_streams
 from layerwise.solver import Solver
-from layerwise.timing.floor import Machine, Work, forward_work, gram_work, run_work
+from layerwise.timing.floor import (
+    Machine,
+    Work,
+    block_config,
+    forward_work,
+    gram_work,
+    run_work,
+)
 
 GEMM_SIZE = {"cpu": 768, "cuda": 4096}
 COPY_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
@@ -145,25 +152,24 @@ def forward_passes(
     total = Work()
     blocks = adapter.blocks_of(model)
     for number, (name, block) in enumerate(blocks.items()):
+        config = block_config(model, number)
         order = [
             index
             for index, stage in enumerate(adapter.stages_of(name))
             if any(f"{name}.{linear}" in shapes for linear in stage.linears)
         ]
 
-        def until(index: int, name: str = name, block: Any = block) -> Work:
+        def until(
+            index: int, name: str = name, block: Any = block, config: Any = config
+        ) -> Work:
             """Work before a stage."""
             later = adapter.stages_of(name)[index:]
             skipped = [adapter.linear(block, n) for stage in later for n in stage.linears]
-            return forward_work(
-                block, model.config.get_text_config(), run.tokens, run.length, skipped
-            )
+            return forward_work(block, config, run.tokens, run.length, skipped)
 
         advanced = number < len(blocks) - 1
         if advanced:
-            whole = forward_work(
-                block, model.config.get_text_config(), run.tokens, run.length
-            )
+            whole = forward_work(block, config, run.tokens, run.length)
             total += sum([whole] * n_streams(run.error_correction), Work())
         if not order:
             continue

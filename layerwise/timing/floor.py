@@ -114,6 +114,14 @@ class Machine:
         return best
 
 
+def block_config(model: Any, index: int) -> Any:
+    """Configuration of one decoder block, by its index; sizes may differ by block."""
+    config = model.config.get_text_config()
+    if getattr(config, "is_heterogeneous", False):
+        return config.per_layer_config[index]
+    return config
+
+
 def forward_work(
     block: nn.Module,
     config: Any,
@@ -128,7 +136,7 @@ def forward_work(
     block
         The block.
     config
-        Configuration of the model, for the heads.
+        Configuration of the model or of the block, for the heads.
     tokens, length
         Total number of tokens, and tokens of a sequence.
     skipped
@@ -204,8 +212,9 @@ def run_work(
     blocks = adapter.blocks_of(model)
     for number, (name, block) in enumerate(blocks.items()):
         ends = [adapter.linear(block, end) for end in adapter.stages_of(name)[-1].linears]
-        whole = forward_work(block, model.config.get_text_config(), tokens, length)
-        inside = forward_work(block, model.config.get_text_config(), tokens, length, ends)
+        config = block_config(model, number)
+        whole = forward_work(block, config, tokens, length)
+        inside = forward_work(block, config, tokens, length, ends)
         # the output of the last block is not used: its last linears need not be computed
         through = inside if number == len(blocks) - 1 else whole
         forward += _passes(error_correction, inside, through)

@@ -85,13 +85,20 @@ def _qwen2_vl() -> Any:
 
 
 def _gemma4(shared: int) -> Any:
-    vision = {**VISION, "num_key_value_heads": 2, "head_dim": 4, "patch_size": 4}
+    """Larger heads in every second block; infinite limits of activations are stored."""
+    vision = {
+        **VISION,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "patch_size": 4,
+        "use_clipped_linears": True,
+    }
     return Gemma4Config(
         text_config={
             **TEXT,
             "num_hidden_layers": 4,
             "head_dim": 4,
-            "global_head_dim": 4,
+            "global_head_dim": 8,
             "sliding_window": 4,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
             "vocab_size_per_layer_input": VOCABULARY,

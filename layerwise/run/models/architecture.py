@@ -39,7 +39,8 @@ def adapter_of(model: Any) -> Adapter:
             f"of {', '.join(ADAPTERS)}, or any decoder that runs on token ids"
         )
         raise UnsupportedModelError(message)
-    device = next(model.parameters()).device
+    # of a streamed model, blocks are not there until they run
+    device = model.get_input_embeddings().weight.device
     ids = torch.arange(PROBE[0] * PROBE[1], device=device) * STEP
     tokens = ids.reshape(PROBE) % embedding_rows(model)
     with evaluation_mode(model):
@@ -112,12 +113,7 @@ def check_replay(model: nn.Module, blocks: Mapping[str, nn.Module], tokens: Tens
             states = calls[0].run(block, states, states.device)
             outputs.append(states)
     except Exception as error:
-        reason = " ".join(str(error).split())
-        message = (
-            f"the blocks of this {type(model).__name__} cannot be run one by one "
-            f"({type(error).__name__}: {reason}); write an adapter for this model"
-        )
-        raise UnsupportedModelError(message) from error
+        raise not_one_by_one(model, error) from error
     for name, one, other in zip(blocks, expected, outputs, strict=True):
         slack = ROUNDINGS * torch.finfo(one.dtype).eps * float(one.float().norm())
         if not float((one.float() - other.float()).norm()) <= slack:
@@ -127,6 +123,16 @@ def check_replay(model: nn.Module, blocks: Mapping[str, nn.Module], tokens: Tens
                 f"blocks; write an adapter for this model"
             )
             raise UnsupportedModelError(message)
+
+
+def not_one_by_one(model: nn.Module, error: Exception) -> UnsupportedModelError:
+    """Error for a model whose blocks fail when they are run one by one."""
+    reason = " ".join(str(error).split())
+    message = (
+        f"the blocks of this {type(model).__name__} cannot be run one by one "
+        f"({type(error).__name__}: {reason}); write an adapter for this model"
+    )
+    return UnsupportedModelError(message)
 
 
 def _outputs(

@@ -211,14 +211,31 @@ def _operated(kind: Any, operate: Callable[[nn.Module], object]) -> Any:
 
 def _check_finite(model: nn.Module, checkpoint: Checkpoint) -> None:
     stored = account_of(model, checkpoint).names
-    tensors = model.state_dict()
+    tensors, free = model.state_dict(), bounds(model)
     text = f"checking {len(tensors)} tensors"
     for name, tensor in counted(tensors.items(), len(tensors), text):
-        check_finite(tensor, stored.get(name, name), checkpoint)
+        check_finite(tensor, stored.get(name, name), checkpoint, is_bound=name in free)
 
 
-def check_finite(tensor: Tensor, name: str, checkpoint: Checkpoint) -> None:
-    """Raise a DataError for the first entry of a tensor that is not finite."""
+def bounds(model: nn.Module) -> set[str]:
+    """Names of buffers of one entry: limits of activations, where infinity is no limit."""
+    return {name for name, buffer in model.named_buffers() if buffer.numel() == 1}
+
+
+def check_finite(
+    tensor: Tensor, name: str, checkpoint: Checkpoint, *, is_bound: bool = False
+) -> None:
+    """Raise a DataError for the first entry of a tensor that is not finite.
+
+    Parameters
+    ----------
+    tensor, name, checkpoint
+        The tensor and where it is stored.
+    is_bound
+        Whether infinity is allowed, see :func:`bounds`.
+    """
+    if is_bound and bool(torch.isinf(tensor).all()):
+        return
     if (index := _first_not_finite(tensor)) is not None:
         message = (
             f"tensor {name!r} of {checkpoint.path} holds {float(tensor[index])} at "

@@ -17,7 +17,7 @@ from layerwise.adapters.auto import lists_of_blocks
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.models.accounts import account_of
 from layerwise.run.models.headers import is_one_to_one, type_of_all
-from layerwise.run.models.loading import check_finite, quiet_transformers
+from layerwise.run.models.loading import bounds, check_finite, quiet_transformers
 from layerwise.run.models.native_type import is_native
 from layerwise.run.models.skeleton import read_config, skeleton_of
 from layerwise.run.steps import counted
@@ -133,9 +133,12 @@ class Streamed:
             return None
         _read_buffers(checkpoint, model)
         if not trusted:
-            stored, count = checkpoint.tensors(), len(checkpoint.weight_map)
-            for name, tensor in counted(stored, count, f"checking {count} tensors"):
-                check_finite(tensor, name, checkpoint)
+            names, free = account_of(model, checkpoint).names, bounds(model)
+            stored_bounds = {names[name] for name in free if name in names}
+            tensors, count = checkpoint.tensors(), len(checkpoint.weight_map)
+            for name, tensor in counted(tensors, count, f"checking {count} tensors"):
+                is_bound = name in stored_bounds
+                check_finite(tensor, name, checkpoint, is_bound=is_bound)
         return cls(checkpoint, model)
 
     @contextmanager
@@ -164,8 +167,17 @@ class Streamed:
 
     @contextmanager
     def entrance(self, first: nn.Module) -> Iterator[None]:
-        """Load everything before the blocks, such as embeddings, and the first block."""
-        with self._present([*self._before, *self._names(first)], torch.device("cpu")):
+        """Load everything before the blocks, such as embeddings, and the first block.
+
+        Other lists of modules, such as projections of the embeddings, are loaded one by
+        one when they run.
+        """
+        before = [*self._before, *self._names(first)]
+        with ExitStack() as stack:
+            stack.enter_context(self._present(before, torch.device("cpu")))
+            for module in self.model.modules():
+                if id(module) in self._units and self._list(module) != self._list(first):
+                    self._load_when_run(stack, module)
             yield
 
     @contextmanager
@@ -175,6 +187,10 @@ class Streamed:
             _move_buffers(block, device)
             yield
         _move_buffers(block, torch.device("cpu"))
+
+    def _list(self, block: nn.Module) -> str:
+        """Name of the list of modules that holds a block."""
+        return self._units[id(block)].rpartition(".")[0]
 
     def _names(self, block: nn.Module) -> list[str]:
         prefix = f"{self._units[id(block)]}."
