@@ -18,7 +18,7 @@ from layerwise.arrays import Array, check_integer, real_tensor
 from layerwise.chunks import largest_of, slabs
 from layerwise.errors import InvalidProblemError
 from layerwise.fluctuation import RunningFluctuation
-from layerwise.forms import precision_for, row_forms
+from layerwise.forms import row_forms
 from layerwise.gram import add_gram, add_product, mirror_, mirrored, precision_of
 from layerwise.linalg import ieee_products
 from layerwise.moments import Moments, even_exponent
@@ -235,11 +235,10 @@ class MomentAccumulator:
         if self._drift is None:
             rows = self._drifts[index]
         else:
-            weight = self._weights[index]
             if not self._mirrored:
                 mirror_(self._drift)
                 self._mirrored = True
-            rows = row_forms(weight, self._drift, precision_for(weight, self.n_tokens))
+            rows = row_forms(self._weights[index], self._drift)
         return rows.clamp(min=0) / self.n_tokens * self._scale
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from layerwise.accumulator import MomentAccumulator
 from layerwise.arrays import Array, check_real, real_tensor
 from layerwise.errors import InvalidProblemError, UsageError
-from layerwise.forms import precision_for, row_dots, row_forms, shift_of
+from layerwise.forms import row_dots, row_forms, shift_of
 from layerwise.linalg import Factor, damped
 from layerwise.moments import Moments, even_exponent
 from layerwise.patterns import FixedMask, Pattern, PatternLike, as_pattern
@@ -194,8 +194,7 @@ class LayerProblem:
             if moments.cross_gram is not None:
                 known["drift"] = drift
         if energy is None:
-            precision = precision_for(weight, moments.n_tokens)
-            energy = row_forms(weight, moments.gram, precision)
+            energy = row_forms(weight, moments.gram)
             if moments.cross_gram is not None:
                 if drift is None:
                     message = (

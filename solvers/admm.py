@@ -71,7 +71,12 @@ class Scaled:
         wide = self.gram.dtype == torch.float64 or rho < SMALL_RHO
         raised = self.gram.to(torch.float64 if wide else torch.float32, copy=True)
         raised.diagonal().add_(rho)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(raised))
+        lower, failed = torch.linalg.cholesky_ex(raised)
+        if int(failed):  # singular up to rounding: eigenvalues below zero count as zero
+            values, vectors = torch.linalg.eigh(self.gram.double())
+            inverse: Tensor = (vectors / (values.clamp(min=0) + rho)) @ vectors.T
+        else:
+            inverse = torch.cholesky_inverse(lower)
         return inverse.to(self.gram.dtype)
 
     def weights_step(self, pull: Tensor, inverse: Tensor) -> Tensor:

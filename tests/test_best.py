@@ -74,6 +74,8 @@ def test_balanced_makes_the_swaps_of_swaps_if_no_entry_is_left_out() -> None:
         problem = layer.problem(pattern)
         parts = Swaps(candidates=candidates).solve(problem, initial=at_alps_mask(problem))
         solution = Best().solve(problem)
+        assert solution.mask is not None
+        assert parts.mask is not None
         assert torch.equal(solution.mask, parts.mask)
         assert value(problem, solution) == pytest.approx(value(problem, parts))
         assert solution.stats["swaps"] == parts.stats["swaps"]

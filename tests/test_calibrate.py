@@ -195,7 +195,7 @@ def test_command(
     assert run(arguments) == 0
     printed = capsys.readouterr()
     assert "storing 4 files of grams" in printed.err
-    assert "[4]  model.layers.1.mlp.down_proj  24 inputs" in printed.err
+    assert "[4/4]  model.layers.1.mlp.down_proj  24 inputs" in printed.err
     assert printed.out == f"wrote {tmp_path / 'out'}: 6 layers\n"
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["recipe"]["calibration"] == str(workshop / "text.txt")

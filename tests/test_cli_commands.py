@@ -46,7 +46,8 @@ def test_prune_verify_report_evaluate(
     for index, record in enumerate(read_layers(Path("out")), start=1):
         rows, width = record.shape
         expected = (
-            rf"\[{index}/{LINEARS}\]  {re.escape(record.name)}  {rows}x{width}  "
+            rf"\[{index}/{LINEARS}\]( about \d+ s left)?  {re.escape(record.name)}  "
+            rf"{rows}x{width}  "
             rf"sparsity 0\.5000  relative error {record.relative_error:.4f}  feasible  "
             rf"refit <= \d\.\de-\d\d  damping 0\.01  rank {record.rank}/{width}  "
             rf"\d+\.\d\d s"

@@ -15,6 +15,7 @@ from layerwise.solution import Answer
 from layerwise.solvers.best import Best
 from layerwise.solvers.descent import Descent, Pass
 from layerwise.solvers.refit import pivots, undecided
+from layerwise.solvers.swaps import Swaps
 from tests.support.problems import PROBLEMS, make_layer
 from tests.support.reference import Equations
 from tests.support.tolerances import CLOSED_FORM, ROUNDING
@@ -89,7 +90,7 @@ def test_passes_fall_and_end_at_the_answer(pattern: Pattern) -> None:
     assert damped(problem, more.weight).sum() < damped(problem, one.weight).sum()
     assert more.history[: one.iterations] == one.history
     assert every.iterations > one.iterations
-    swaps = lw.solve(problem, lw.solvers.Swaps(candidates=99, tolerance=0), initial=every)
+    swaps = lw.solve(problem, Swaps(candidates=99, tolerance=0), initial=every)
     assert swaps.stats["swaps"] == 0  # the last pass left nothing out
 
 

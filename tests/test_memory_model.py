@@ -301,7 +301,7 @@ def test_a_chain_is_posed_and_graded_once(pair: bool) -> None:
     assert first is not None
     assert second is not None
     assert both is not None
-    assert (first.single, first.double) == (2 if pair else 1, 1)  # problem, and grade
+    assert (first.single, first.double) == (0, 3 if pair else 2)  # problem, and grade
     assert both.double == second.double == first.double + 1  # of what is stored
     posed = POSED.of(pair=pair).traffic
     assert both.traffic == first.traffic + second.traffic - posed
@@ -330,18 +330,25 @@ class Doubling:
         return torch.where(problem.pattern.mask(weight), weight + 0 * copies[0], 0.0)
 
 
+class Unhashable(Doubling):
+    """The same, of a kind that cannot be remembered."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def test_a_method_without_figures_is_counted() -> None:
     cost, base = (cost_of(resolve(m), pair=False) for m in (Doubling(), "wanda"))
     assert cost is not None
     assert base is not None
     assert cost.single - base.single == pytest.approx(2, rel=0.05)
     assert cost.cubic == pytest.approx(0, abs=0.05)
+    assert cost_of(resolve(Unhashable()), pair=False) == cost
     assert cost_of(resolve(Doubling(fails=True)), pair=False) is None
 
 
 def test_options_that_change_the_cost_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(solver_costs, "costs_of", lambda step: asked.append(step))
+    monkeypatch.setattr(solver_costs, "_counted", lambda step: asked.append(step))
     assert {name.split()[0] for name in COSTS} <= set(SOLVERS)
     assert cost_of(Fista(max_rounds=3), pair=True) is None
     assert asked == [Fista(max_rounds=3)]

@@ -228,6 +228,6 @@ def test_optimised_widths_say_what_they_should_cost() -> None:
     smaller(model, method="columns", format="native", callbacks=[Listener(notes)])
     surveyed = [note for note in notes if note.startswith("survey of block ")]
     assert surveyed[0] == "survey of block 1 of 2"
-    assert re.fullmatch(r"survey of block 2 of 2, about \d+\.\d min left", surveyed[1])
+    assert re.fullmatch(r"survey of block 2 of 2, about \d+ s left", surveyed[1])
     assert len(surveyed) == 2
     assert "to the mean loss of a token, and the next 1 % of the blocks" in notes[-1]

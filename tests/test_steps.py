@@ -9,7 +9,6 @@ import pytest
 from layerwise.first_line import COMMANDS, command_of
 from layerwise.reports.lines import Lines
 from layerwise.reports.progress import PlainProgress
-from layerwise.run import steps
 from layerwise.run.remaining import Remaining
 from layerwise.run.steps import about, counted, listening, status
 from tests.support.models import tiny_model
@@ -27,7 +26,7 @@ def test_statuses_go_to_the_listener_inside_alone() -> None:
 
 def test_counted_items_say_how_much_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.0, 3.0, 6.0, 9.0, 12.0])
-    monkeypatch.setattr(steps.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr("layerwise.run.steps.time.perf_counter", lambda: next(clock))
     heard: list[str] = []
     with listening(heard.append):
         assert list(counted("abcde", 5, "hashing")) == list("abcde")

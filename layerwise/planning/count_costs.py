@@ -35,6 +35,7 @@ from layerwise.timing.operations import OperationCount
 from layerwise.timing.random_layers import random_gram, random_weight
 
 SHAPES = ((1024, 96), (576, 192), (1152, 192), (192, 384))
+SMALL = ((256, 32), (128, 64), (256, 64), (64, 96))  # for a count during a plan
 CHUNK = 512  # rows, as least squares takes them on a CPU
 START = "magnitude"  # of methods that need a mask
 SCORED = ("magnitude", "wanda", "ria", "gblm")  # their kept weights are dense ones
@@ -47,24 +48,25 @@ NAMES = (  # what the table holds
     *("best", "best effort=fast", "best effort=thorough"),
 )
 
+Shapes = Sequence[tuple[int, int]]
 Terms = Callable[[int, int], tuple[float, ...]]
 
 
-def costs_of(solver: Solver) -> Costs | None:
+def costs_of(solver: Solver, shapes: Shapes = SHAPES) -> Costs | None:
     """Costs of one step as counted here; None if it cannot solve such layers."""
     status(f"counting the cost of {solver.name} on small layers")
     try:
-        alone, pair = (_cost(solver, pair=pair) for pair in (False, True))
+        alone, pair = (_cost(solver, shapes, pair=pair) for pair in (False, True))
     except (LayerwiseError, ArithmeticError, RuntimeError, TypeError, ValueError):
         return None  # also a user's own method that fails on them
     return Costs(alone, pair, solver.name not in DIRECT, solver.name in SCORED)
 
 
-def _cost(solver: Solver, *, pair: bool) -> Cost:
+def _cost(solver: Solver, shapes: Shapes, *, pair: bool) -> Cost:
     """Fitted cost of a method beyond posing, grading and storing."""
     counted = chain(START, solver) if "mask" in requirements(solver) else solver
     works, lives = [], []
-    for shape in SHAPES:
+    for shape in shapes:
         found, live = _count(counted, shape, pair=pair)
         base = _base(shape, pair=pair)
         if solver.name not in SCORED:
@@ -73,10 +75,12 @@ def _cost(solver: Solver, *, pair: bool) -> Cost:
         lives.append(live)
 
     def fit(dtype: torch.dtype) -> tuple[float, ...]:
-        return _fit([work.flops.get(dtype, 0.0) for work in works], _products)
+        counts = [work.flops.get(dtype, 0.0) for work in works]
+        return _fit(shapes, counts, _products)
 
     half, single, double = map(fit, DTYPES)
-    (traffic,) = _fit([work.bytes for work in works], lambda rows, width: (rows * width,))
+    moved = [work.bytes for work in works]
+    (traffic,) = _fit(shapes, moved, lambda rows, width: (rows * width,))
     return Cost(
         half=half[0],
         single=single[0],
@@ -84,7 +88,7 @@ def _cost(solver: Solver, *, pair: bool) -> Cost:
         cubic=single[1],
         cubic_double=double[1],
         traffic=traffic,
-        peaks=(Peak(*_fit(lives, _arrays)),),
+        peaks=(Peak(*_fit(shapes, lives, _arrays)),),
         rows=single[2],
         rows_double=double[2],
     )
@@ -107,14 +111,14 @@ def _arrays(rows: int, width: int) -> tuple[float, ...]:
     return tuple(8.0 * width * count for count in entries)
 
 
-def _fit(counts: Sequence[float], terms: Terms) -> tuple[float, ...]:
+def _fit(shapes: Shapes, counts: Sequence[float], terms: Terms) -> tuple[float, ...]:
     """Least squares of relative errors with coefficients of at least zero."""
-    table = np.array([terms(*shape) for shape in SHAPES])
+    table = np.array([terms(*shape) for shape in shapes])
     counted = np.array(counts, dtype=float)
     size = table.shape[1]
-    best, found = float("inf"), (0.0,) * size
+    best, found = float("inf"), [0.0] * size
     if not counted.any():
-        return found
+        return tuple(found)
     scale = np.maximum(counted, counted.max() * 1e-3)
     for number in range(1, size + 1):
         for chosen in combinations(range(size), number):
@@ -122,10 +126,10 @@ def _fit(counts: Sequence[float], terms: Terms) -> tuple[float, ...]:
             values, *_ = np.linalg.lstsq(columns, counted / scale, rcond=None)
             error = float(np.square(columns @ values - counted / scale).sum())
             if (values >= 0).all() and error < best * 0.999:
-                full = np.zeros(size)
-                full[list(chosen)] = values
-                best, found = error, tuple(float(f"{value:.3g}") for value in full)
-    return found
+                best, found = error, [0.0] * size
+                for at, value in zip(chosen, values.tolist(), strict=True):
+                    found[at] = float(f"{value:.3g}")
+    return tuple(found)
 
 
 def _count(solver: Solver, shape: tuple[int, int], *, pair: bool) -> tuple[Work, int]:

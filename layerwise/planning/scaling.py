@@ -12,9 +12,10 @@ from types import MappingProxyType
 import torch
 
 from layerwise.planning.advice import in_units
+from layerwise.planning.costs import Cost
 from layerwise.planning.memory_model import MemoryKind, memory_of
 from layerwise.planning.shapes import BlockShape, ModelShape, RunShape, StageShape
-from layerwise.planning.solver_costs import Cost, cost_of
+from layerwise.planning.solver_costs import cost_of
 from layerwise.planning.workspace import Workspace
 from layerwise.solvers import get_solver
 from layerwise.timing.floor import Work, gram_work

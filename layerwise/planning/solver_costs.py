@@ -9,22 +9,22 @@ layers take between half and twice as much. Methods that are not here are in
 user, is counted when it is asked for (:mod:`.count_costs`).
 """
 
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Hashable, Mapping
+from functools import cache, partial
 from types import MappingProxyType
 
 from layerwise.configure import options_of
 from layerwise.planning.costs import Cost, Costs
-from layerwise.planning.count_costs import costs_of
+from layerwise.planning.count_costs import SMALL, costs_of
 from layerwise.planning.counted_costs import COUNTED
 from layerwise.planning.workspace import Peak, Workspace
 from layerwise.solve import steps_of
 from layerwise.solver import Solver
 
 POSED = Costs(
-    Cost(single=1, double=1, traffic=165),
+    Cost(double=2, traffic=190),
     # the drift of a pair of streams is computed before the problem is posed
-    Cost(single=2, double=1, traffic=285, peaks=(Peak(3.0, 1.0),)),
+    Cost(double=3, traffic=335, peaks=(Peak(3.0, 1.0),)),
 )
 """Posing a problem and grading its answer: once per matrix, whatever the steps."""
 STORED = Costs(Cost(double=1, traffic=100), Cost(double=1, traffic=120))
@@ -94,14 +94,18 @@ def cost_of(solver: Solver, *, pair: bool) -> Cost | None:
     return total if keeps_weights else total.then(STORED.of(pair=pair))
 
 
-@cache
 def _costs_of_step(step: Solver) -> Costs | None:
     """Known costs, or those that are counted now; None if the method cannot be counted."""
     options = {k: v for k, v in options_of(step).items() if k != "memory_budget"}
     known = COSTS.get(" ".join((step.name, *(f"{k}={v}" for k, v in options.items()))))
     if known is None and (plain := COSTS.get(step.name)) and not plain.iterative:
         known = plain
-    return known or costs_of(step)
+    if known is None and isinstance(step, Hashable):
+        return _counted(step)
+    return known or costs_of(step, SMALL)
+
+
+_counted = cache(partial(costs_of, shapes=SMALL))
 
 
 def workspace_of(solver: Solver, *, pair: bool) -> Workspace | None:
