@@ -9,7 +9,7 @@ layers take between half and twice as much. Methods that are not here are in
 user, is counted when it is asked for (:mod:`.count_costs`).
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from functools import cache, partial
 from types import MappingProxyType
 
@@ -100,9 +100,13 @@ def _costs_of_step(step: Solver) -> Costs | None:
     known = COSTS.get(" ".join((step.name, *(f"{k}={v}" for k, v in options.items()))))
     if known is None and (plain := COSTS.get(step.name)) and not plain.iterative:
         known = plain
-    if known is None and isinstance(step, Hashable):
-        return _counted(step)
-    return known or costs_of(step, SMALL)
+    if known is not None:
+        return known
+    try:
+        hash(step)
+    except TypeError:  # a user's method that can change
+        return costs_of(step, SMALL)
+    return _counted(step)
 
 
 _counted = cache(partial(costs_of, shapes=SMALL))
