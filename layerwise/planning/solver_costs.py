@@ -9,7 +9,7 @@ layers take between half and twice as much. Methods that are not here are in
 user, is counted when it is asked for (:mod:`.count_costs`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from types import MappingProxyType
 
@@ -109,7 +109,7 @@ def _costs_of_step(step: Solver) -> Costs | None:
     return _counted(step)
 
 
-_counted = cache(partial(costs_of, shapes=SMALL))
+_counted: Callable[[Solver], Costs | None] = cache(partial(costs_of, shapes=SMALL))
 
 
 def workspace_of(solver: Solver, *, pair: bool) -> Workspace | None:
