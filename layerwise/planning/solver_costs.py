@@ -9,9 +9,10 @@ layers take between half and twice as much. Methods that are not here are in
 user, is counted when it is asked for (:mod:`.count_costs`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache, partial
 from types import MappingProxyType
+from typing import Any
 
 from layerwise.configure import options_of
 from layerwise.planning.costs import Cost, Costs
@@ -106,10 +107,11 @@ def _costs_of_step(step: Solver) -> Costs | None:
         hash(step)
     except TypeError:  # a user's method that can change
         return costs_of(step, SMALL)
-    return _counted(step)
+    counted: Costs | None = _counted(step)
+    return counted
 
 
-_counted: Callable[[Solver], Costs | None] = cache(partial(costs_of, shapes=SMALL))
+_counted: Any = cache(partial(costs_of, shapes=SMALL))
 
 
 def workspace_of(solver: Solver, *, pair: bool) -> Workspace | None:
