@@ -242,7 +242,8 @@ def _stages(model: ModelShape, run: RunShape, block: BlockShape) -> list[Instant
             rest.append((COPY, own, True))
         first = index == 0 and run.error_correction == "block"
         sums = _sums(run, block, stage, pair=run.staged and not first)
-        gathering = max(_working(model, run), _update(run, stage))
+        # the activations of the pass that yields a batch are alive while it is added
+        gathering = _working(model, run) + _update(run, stage)
         known = settled  # and below, the inputs of the module that will be settled
         if left and stage.passes_through and not first:
             known += left[index]

@@ -35,6 +35,7 @@ from layerwise.run.pipeline.parallel import Workers
 from layerwise.run.pipeline.removal import Amount, Removal, Run
 from layerwise.run.pipeline.sharing import check_shared, own_sequences
 from layerwise.run.pipeline.task import ERROR_CORRECTIONS, ErrorCorrection, Task, task_of
+from layerwise.run.pipeline.trim import trim_memory
 from layerwise.run.pipeline.zeros import ZeroWeights
 from layerwise.run.steps import status
 from layerwise.run.workers.ranks import ALONE, Ranks
@@ -182,6 +183,7 @@ class Settings:
             if not cut_again:  # its writer knows the record of the cuts
                 check_writable(opened.model, tokenizer)
         tokens = self.calibration.windows(opened, tokenizer)
+        trim_memory()  # an encoded text takes many times its size
         own = own_sequences(tokens, ranks)
         return Run(opened, selection, self.task(opened, ranks), tokens, own, output)
 

@@ -7,9 +7,12 @@ would, from a folder to a folder.
 
 import hashlib
 import json
-import resource
+import os
 import shutil
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -29,6 +32,7 @@ from layerwise.run.models.loading import load_tokenizer
 from layerwise.run.models.opening import load_model
 from layerwise.run.prune import prune_model
 from tests.benchmarks.real_checkpoint import digest
+from tests.benchmarks.streamed_memory import anonymous_memory
 
 LENGTH = 512  # tokens of a window
 WINDOWS = 16  # of calibration
@@ -159,7 +163,7 @@ def measure(setting: Setting, cell: Cell) -> dict[str, Any]:
 
 
 def _pruned(setting: Setting, cell: Cell, out: Path) -> dict[str, Any]:
-    """Prune, as a plan and a run; the peak is that of this process until then."""
+    """Prune, as a plan and a run."""
     arguments = {**cell.arguments(), "calibration": str(setting.calibration)}
     plan: dict[str, Any] = {}
     try:
@@ -172,12 +176,13 @@ def _pruned(setting: Setting, cell: Cell, out: Path) -> dict[str, Any]:
     except LayerwiseError as error:
         plan["refused"] = str(error)
     started = time.process_time()
-    report = prune_model(setting.checkpoint, device="cpu", output_dir=out, **arguments)
+    with peak_memory() as peak:
+        report = prune_model(setting.checkpoint, device="cpu", output_dir=out, **arguments)
     return {
         "plan": plan,
         "seconds": report.seconds,
         "cpu_seconds": time.process_time() - started,
-        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_bytes": max(peak),
         "mean_relative_error": report.mean_relative_error,
         "parameters_left": report.parameters_left,
         "sparsity": report.sparsity,
@@ -187,6 +192,27 @@ def _pruned(setting: Setting, cell: Cell, out: Path) -> dict[str, Any]:
             for record in report.records
         },
     }
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Anonymous memory of this process while the context lasts, in bytes.
+
+    Pages of mapped files do not count: the system takes them back where it needs them.
+    """
+    seen, ended = [anonymous_memory(os.getpid())], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            seen[0] = max(seen[0], anonymous_memory(os.getpid()))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _retrained(setting: Setting, cell: Cell, out: Path) -> tuple[dict[str, Any], Path]:

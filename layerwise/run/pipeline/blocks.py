@@ -26,6 +26,7 @@ from layerwise.run.activations.pruned_side import PrunedSide
 from layerwise.run.activations.streams import Tap, block_outputs, visit_inputs
 from layerwise.run.pipeline.matrix import naming
 from layerwise.run.pipeline.task import Task
+from layerwise.run.pipeline.trim import trim_memory
 from layerwise.run.steps import status
 from layerwise.run.stopwatch import timed
 
@@ -106,6 +107,7 @@ def collect_pair(
     `pruned` is None if both give the same inputs.
     """
     accumulator = _accumulator(task, inputs, stage)
+    trim_memory(inputs.weight(task.adapter, stage.linears[0]).shape[1])
     update = _named_update(inputs, stage, accumulator)
     status(f"collecting the inputs of {inputs.name}.{stage.linears[0]}")
     with timed("forward"):
