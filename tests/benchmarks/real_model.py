@@ -166,6 +166,9 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print what is there")
     parser.add_argument("--check", type=int, default=0, help="run so many again")
     arguments = parser.parse_args()
+    for text in (arguments.calibration, arguments.evaluation):
+        if not text.is_file():
+            parser.error(f"there is no file {text}")
     torch.set_num_threads(1)  # as in the processes
     arguments.output.mkdir(parents=True, exist_ok=True)
     model = arguments.model or arguments.output / "model"
