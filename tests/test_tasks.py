@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -9,6 +10,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import layerwise
 from layerwise.cli import run
 from layerwise.demo import MODELS, model_path
 from layerwise.errors import DataError
+from layerwise.reports.lines import Lines
 from layerwise.reports.tables import print_scores
 from layerwise.run.checkpoints.storage import Checkpoint
 from layerwise.run.data.tasks import Score, TaskScores, find_tasks, score_tasks
@@ -190,7 +193,11 @@ def test_command_on_a_native_folder(
     native_folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # on a busy machine, a step takes so long that it gets a line
+    unhurried = partial(Lines, patience=math.inf, silence=math.inf)
+    monkeypatch.setattr("layerwise.reports.lines.Lines", unhurried)
     text = tmp_path / "text.txt"
     text.write_text("import os\n" * 100)
     arguments = ["evaluate", str(native_folder), "--task-folder", str(task_folder)]
